@@ -1,0 +1,42 @@
+"""Start the agent: in a virtual machine as root on its virtio port, or as a plain process on an inherited socket."""
+
+import argparse
+import asyncio
+import gc
+import os
+import pwd
+import sys
+from pathlib import Path
+
+from guest_agent import resume
+from guest_agent.agent import Agent
+
+VIRTIO_PORT = "/dev/virtio-ports/cellvm"
+
+
+async def run(options: argparse.Namespace) -> None:
+    if options.fd is None:
+        user = pwd.getpwnam("user")
+        runtime = Path("/run/cellvm")
+        fd = os.open(VIRTIO_PORT, os.O_RDWR | os.O_CLOEXEC)
+        path = "/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        resume.act_as(user.pw_uid)
+        agent = Agent(fd, user.pw_dir, runtime, user.pw_uid, path)
+    else:
+        runtime = Path(options.runtime)
+        path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
+        agent = Agent(options.fd, options.home, runtime, None, path)
+    gc.freeze()  # what exists now lives as long as the agent: don't walk it again
+    await agent.channel.closed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="guest_agent", description="The agent inside a CellVM sandbox.")
+    parser.add_argument("--fd", type=int, help="an inherited socket to the gateway (driver `unisolated`)")
+    parser.add_argument("--home", help="with --fd: the sandbox's working directory")
+    parser.add_argument("--runtime", help="with --fd: a directory for the agent's own files")
+    asyncio.run(run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""What the agent does for each request of the gateway."""
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+from guest_agent import files, process, resume, wire
+from guest_agent.channel import Channel, Stream
+from guest_agent.kernel import Kernel
+
+# Touches the paths that a first cell takes (parse, run, display, publish), then forgets what `_` held.
+EXERCISE = "1 + 1"
+FORGET = "get_ipython().displayhook.flush()"
+
+
+class Agent:
+    """The agent of one sandbox.
+
+    Args:
+        fd: the channel to the gateway.
+        home: where processes start.
+        runtime: a directory for sockets and the like.
+        uid: the sandbox user; None when the agent is not root in a machine of its own (driver `unisolated`),
+            where it must not touch clock, names or other users.
+        path: what PATH holds.
+    """
+
+    def __init__(self, fd: int, home: str, runtime: Path, uid: int | None, path: str) -> None:
+        self._home = home
+        self._runtime = runtime
+        self._uid = uid
+        self._base_env = {
+            "PATH": path,
+            "HOME": home,
+            "USER": "user",
+            "LOGNAME": "user",
+            "SHELL": "/bin/bash",
+            "LANG": "C.UTF-8",
+            "E2B_SANDBOX": "true",
+        }
+        if uid is not None:
+            self._base_env["VIRTUAL_ENV"] = "/opt/venv"
+        self._env = self._base_env
+        self._cpu_before = (0.0, 0.0)
+        self.channel = Channel(fd, self.dispatch, lambda frame: self._kernel.data_received(frame))
+        self._kernel = Kernel(self.channel, runtime, uid)
+        self._kernel.env = self._env
+
+    async def dispatch(self, stream: Stream, body: wire.Body) -> None:
+        """Answer one request on its stream."""
+        match body:
+            case wire.Spawn():
+                await process.spawn(stream, body, self._env, self._uid)
+            case wire.Read():
+                await files.read(stream, body)
+            case wire.Write():
+                await files.write(stream, body)
+            case wire.Stat():
+                stream.reply(files.entry(body.path))
+            case wire.ListDir():
+                stream.reply(files.list_dir(body))
+            case wire.MakeDir():
+                stream.reply(files.make_dir(body.path))
+            case wire.Move():
+                stream.reply(files.move(body))
+            case wire.Delete():
+                files.delete(body.path)
+                stream.reply(wire.Done())
+            case wire.GetMetrics():
+                stream.reply(self._metrics())
+            case wire.Interrupt():
+                self._kernel.interrupt()
+                stream.reply(wire.Done())
+            case wire.Restart():
+                await self._kernel.restart()
+                stream.reply(wire.Done())
+            case wire.Resume():
+                stream.reply(await self._resume(body))
+            case wire.Warm():
+                await self._warm(body)
+                stream.reply(wire.Done())
+            case wire.Flush():
+                await asyncio.to_thread(os.sync)
+                stream.reply(wire.Done())
+            case wire.Ping():
+                stream.reply(wire.Done())
+
+    async def _resume(self, request: wire.Resume) -> wire.Resumed:
+        drift = 0
+        if self._uid is not None:
+            with resume.as_root(self._uid):
+                resume.add_entropy(request.entropy)
+                drift = resume.step_clock(request.wall_ns)
+                resume.identify(request.hostname, self._runtime / "boot_id")
+        self._env = self._kernel.env = {**self._base_env, **request.env}
+        await self._kernel.resume()
+        return wire.Resumed(
+            nonce=request.nonce, generation=wire.GENERATION, drift_ns=drift, sample=os.getrandom(16)
+        )
+
+    async def _warm(self, request: wire.Warm) -> None:
+        await self._kernel.start_nursery(request.modules)
+        await self._kernel.start()
+        # In a namespace of its own, so that the user's stays empty; twice, so that caches of caches are full.
+        if request.exercise:
+            for _ in range(2):
+                await self._kernel.execute(f"exec({request.exercise!r}, {{}})")
+        await self._kernel.execute(EXERCISE)
+        await self._kernel.execute(FORGET)
+
+    def _metrics(self) -> wire.Metrics:
+        fields = [float(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+        busy, total = sum(fields) - fields[3] - fields[4], sum(fields)
+        busy_before, total_before = self._cpu_before
+        self._cpu_before = (busy, total)
+        used = 100 * (busy - busy_before) / (total - total_before) if total > total_before else 0.0
+        memory = {
+            line.split(":")[0]: int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()
+        }
+        disk = os.statvfs(self._home)
+        return wire.Metrics(
+            ts=int(time.time()),
+            cpu_count=os.cpu_count() or 1,
+            cpu_used_pct=round(used, 2),
+            mem_total=memory["MemTotal"],
+            mem_used=memory["MemTotal"] - memory["MemAvailable"],
+            mem_cache=memory["Cached"],
+            disk_total=disk.f_blocks * disk.f_frsize,
+            disk_used=(disk.f_blocks - disk.f_bfree) * disk.f_frsize,
+        )

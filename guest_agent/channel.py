@@ -1,0 +1,256 @@
+"""The agent's end of the wire: frames in and out over one file descriptor, with two lanes and credit.
+
+Outgoing frames wait in two lanes. Everything small goes to the urgent one; DATA to the bulk one, which holds at most
+BULK_LIMIT bytes. The writer picks a frame from the urgent lane whenever there is one, so a reply or an interrupt's
+answer waits for one chunk at most, however much output is under way.
+"""
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+from guest_agent import wire
+from guest_agent.wire import Body, Failure, Frame, FrameType
+
+BULK_LIMIT = 1024 * 1024
+READ_SIZE = 64 * 1024
+READS_PER_WAKE = 256
+
+Buffers = list[bytes | memoryview]
+
+
+class AgentError(Exception):
+    """A request can't be done; `code` is one of wire.FAILURES, the text is for the user."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Stream:
+    """One conversation with the gateway.
+
+    `credit` is how many DATA bytes we may still send; `receive` hands out the gateway's DATA and returns credit for
+    what was taken.
+    """
+
+    def __init__(self, channel: "Channel", number: int) -> None:
+        self.channel = channel
+        self.number = number
+        self.credit = wire.INITIAL_CREDIT
+        self.cancelled = asyncio.Event()
+        self.on_credit: Callable[[], None] = lambda: None
+        self._incoming: deque[bytes | None] = deque()
+        self._arrived = asyncio.Event()
+        self._owed = 0
+        self._may_send = asyncio.Event()
+
+    def reply(self, body: Body) -> None:
+        self.channel.send(wire.encode(FrameType.REPLY, self.number, body))
+
+    def event(self, body: Body) -> None:
+        self.channel.send(wire.encode(FrameType.EVENT, self.number, body))
+
+    def fail(self, code: str, message: str) -> None:
+        self.channel.send(wire.encode(FrameType.FAILURE, self.number, Failure(code=code, message=message[:8000])))
+
+    def send_now(self, data: bytes, flags: int = 0) -> None:
+        """Queue DATA of at most CHUNK bytes; the caller has checked that there is `room`."""
+        self.credit -= len(data)
+        self.channel.send_bulk([wire.header(FrameType.DATA, self.number, len(data), flags), data])
+
+    @property
+    def room(self) -> int:
+        """How many bytes `send_now` may queue at this moment."""
+        return min(self.credit, wire.CHUNK) if self.channel.has_room else 0
+
+    async def wait_for_room(self) -> None:
+        """Return when there is room, or the stream was cancelled."""
+        while self.room <= 0 and not self.cancelled.is_set():
+            self._may_send.clear()
+            await self._may_send.wait()
+
+    def end(self, flags: int = 0) -> None:
+        """Say that no more DATA follows on this sub-channel, after all that was queued."""
+        self.channel.send_bulk([wire.header(FrameType.END, self.number, 0, flags)])
+
+    async def receive(self) -> bytes | None:
+        """The next DATA payload, or None at its END (or when the stream was cancelled)."""
+        while not self._incoming:
+            if self.cancelled.is_set():
+                return None
+            self._arrived.clear()
+            await self._arrived.wait()
+        data = self._incoming.popleft()
+        if data is not None:
+            self.take(len(data))
+        return data
+
+    def take(self, amount: int) -> None:
+        """Account for received bytes that are dealt with, and grant credit for them in due lumps."""
+        self._owed += amount
+        if self._owed >= wire.CHUNK:
+            self.channel.send(wire.credit(self.number, self._owed))
+            self._owed = 0
+
+    # -- called by the channel
+
+    def data_received(self, data: bytes | None) -> None:
+        self._incoming.append(data)
+        self._arrived.set()
+
+    def credit_received(self, amount: int) -> None:
+        self.credit += amount
+        self.room_changed()
+
+    def room_changed(self) -> None:
+        self._may_send.set()
+        self.on_credit()
+
+    def cancel_received(self) -> None:
+        self.cancelled.set()
+        self._arrived.set()
+        self._may_send.set()
+
+
+class Channel:
+    """Reads and writes frames on `fd`, which must support polling; `dispatch` runs for each REQUEST.
+
+    `kernel_data` gets DATA frames of the two kernel streams.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        dispatch: Callable[[Stream, Body], Awaitable[None]],
+        kernel_data: Callable[[Frame], None],
+    ) -> None:
+        self._fd = fd
+        self._dispatch = dispatch
+        self._kernel_data = kernel_data
+        self._decoder = wire.Decoder()
+        self._urgent: deque[Buffers] = deque()
+        self._bulk: deque[Buffers] = deque()
+        self._bulk_size = 0
+        self._current: deque[memoryview] = deque()
+        self._writing = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.kernel = Stream(self, wire.KERNEL)
+        self.kernel_control = Stream(self, wire.KERNEL_CONTROL)
+        self.events = Stream(self, wire.EVENTS)
+        self.streams = {s.number: s for s in (self.kernel, self.kernel_control, self.events)}
+        self._loop = asyncio.get_running_loop()
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+        self._input = memoryview(bytearray(READ_SIZE))
+        os.set_blocking(fd, False)
+        self._loop.add_reader(fd, self._readable)
+
+    # -- out
+
+    @property
+    def has_room(self) -> bool:
+        return self._bulk_size < BULK_LIMIT
+
+    def send(self, frame: bytes) -> None:
+        self._urgent.append([frame])
+        self._write()
+
+    def send_bulk(self, frame: Buffers) -> None:
+        self._bulk.append(frame)
+        self._bulk_size += sum(len(buffer) for buffer in frame)
+        self._write()
+
+    def _write(self) -> None:
+        """Write until the port is full; a frame once begun is finished before another starts."""
+        had_room = self.has_room
+        while True:
+            if not self._current:
+                if self._urgent:
+                    frame = self._urgent.popleft()
+                elif self._bulk:
+                    frame = self._bulk.popleft()
+                    self._bulk_size -= sum(len(buffer) for buffer in frame)
+                else:
+                    break
+                self._current.append(memoryview(b"".join(frame)))
+            try:
+                written = os.write(self._fd, self._current[0])
+            except BlockingIOError:
+                if not self._writing:
+                    self._writing = True
+                    self._loop.add_writer(self._fd, self._write)
+                return self._tell_room(had_room)
+            except OSError as error:
+                return self._close(error)
+            rest = self._current.popleft()[written:]
+            if rest:
+                self._current.appendleft(rest)
+        if self._writing:
+            self._writing = False
+            self._loop.remove_writer(self._fd)
+        self._tell_room(had_room)
+
+    def _tell_room(self, had_room: bool) -> None:
+        if not had_room and self.has_room:
+            for stream in list(self.streams.values()):
+                stream.room_changed()
+
+    # -- in
+
+    def _readable(self) -> None:
+        for _ in range(READS_PER_WAKE):
+            try:
+                count = os.readv(self._fd, [self._input])
+            except BlockingIOError:
+                break
+            except OSError as error:
+                return self._close(error)
+            if count == 0:
+                return self._close(None)
+            self._decoder.receive_data(self._input[:count])
+        try:
+            for frame in self._decoder.frames():
+                self._receive(frame)
+        except wire.FrameError as error:
+            self._close(error)
+
+    def _receive(self, frame: Frame) -> None:
+        if frame.type is FrameType.REQUEST:
+            stream = self.streams[frame.stream] = Stream(self, frame.stream)
+            task = asyncio.ensure_future(self._answer(stream, wire.decode(frame)))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            return
+        if frame.stream in (wire.KERNEL, wire.KERNEL_CONTROL) and frame.type is FrameType.DATA:
+            return self._kernel_data(frame)
+        target = self.streams.get(frame.stream)
+        if target is None:
+            return  # its conversation has ended already
+        if frame.type is FrameType.DATA:
+            target.data_received(frame.payload)
+        elif frame.type is FrameType.END:
+            target.data_received(None)
+        elif frame.type is FrameType.CREDIT:
+            target.credit_received(int.from_bytes(frame.payload, "big"))
+        elif frame.type is FrameType.CANCEL:
+            target.cancel_received()
+
+    async def _answer(self, stream: Stream, body: Body) -> None:
+        try:
+            await self._dispatch(stream, body)
+        except AgentError as error:
+            stream.fail(error.code, str(error))
+        except Exception as error:
+            stream.fail("failed", f"{type(error).__name__}: {error}")
+        finally:
+            del self.streams[stream.number]
+
+    def _close(self, error: Exception | None) -> None:
+        self._loop.remove_reader(self._fd)
+        self._loop.remove_writer(self._fd)
+        if not self.closed.done():
+            if error is None:
+                self.closed.set_result(None)
+            else:
+                self.closed.set_exception(error)

@@ -1,0 +1,371 @@
+"""The sandbox's IPython kernel, seen from the agent: start, watch, interrupt, restart, and move its messages.
+
+Messages are moved, not read. The agent keeps the connection's signing key; towards the gateway a message is its
+channel's name and the bare parts. One DEALER identity serves shell and stdin, as the Jupyter protocol asks.
+
+Source: https://jupyter-client.readthedocs.io/en/stable/messaging.html (the wire protocol).
+"""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from guest_agent import wire
+from guest_agent.channel import AgentError, Channel, Stream
+from guest_agent.wire import KernelStatus
+
+DELIMITER = b"<IDS|MSG>"
+NUDGE_INTERVAL = 0.02
+START_TIMEOUT = 120
+"""Seconds a kernel may take to answer its first request; emulated machines are slow."""
+PORTS = ("shell", "iopub", "stdin", "control", "hb")
+
+
+class Connection:
+    """The sockets of one running kernel, and the key that signs what goes to it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.key = uuid.uuid4().hex.encode()
+        self.file = directory / "connection.json"
+        ports = {f"{name}_port": number for number, name in enumerate(PORTS, 1)}
+        info = {"transport": "ipc", "ip": str(directory / "ipc"), "key": self.key.decode()}
+        self.file.write_text(json.dumps({**info, **ports, "signature_scheme": "hmac-sha256", "kernel_name": ""}))
+        self._context = zmq.Context()
+        identity = uuid.uuid4().bytes
+        self.sockets = {
+            name: self._connect(name, number, identity) for number, name in enumerate(PORTS, 1) if name != "hb"
+        }
+
+    def _connect(self, name: str, number: int, identity: bytes) -> zmq.Socket[bytes]:
+        sock = self._context.socket(zmq.SUB if name == "iopub" else zmq.DEALER)
+        sock.linger = 0
+        sock.rcvhwm = sock.sndhwm = 0  # bounded by the gateway's credit instead: a limit here would drop messages
+        if name == "iopub":
+            sock.subscribe(b"")
+        else:
+            sock.identity = identity
+        # Retry quickly while the kernel has not bound its end yet.
+        sock.reconnect_ivl = 5
+        sock.connect(f"ipc://{self.directory}/ipc-{number}")
+        return sock
+
+    def send(self, channel: str, parts: list[memoryview] | list[bytes]) -> None:
+        """Sign and send one message: header, parent header, metadata, content, buffers."""
+        mac = hmac.new(self.key, digestmod="sha256")
+        for part in parts[:4]:
+            mac.update(part)
+        self.sockets[channel].send_multipart([DELIMITER, mac.hexdigest().encode(), *parts])
+
+    def receive(self, channel: str) -> list[bytes] | None:
+        """The parts of the next message after identities and signature, or None if none waits."""
+        sock = self.sockets[channel]
+        try:
+            parts = sock.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        if DELIMITER not in parts:
+            return []  # XPUB's subscription notices and the like
+        return parts[parts.index(DELIMITER) + 2 :]
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def message(kind: str, content: dict[str, Any]) -> tuple[str, list[bytes]]:
+    """A message of the agent's own: its id, and its four parts."""
+    msg_id = uuid.uuid4().hex
+    fields = {"msg_id": msg_id, "msg_type": kind, "session": "agent", "username": "agent", "version": "5.4", "date": ""}
+    return msg_id, [json.dumps(part).encode() for part in (fields, {}, {}, content)]
+
+
+class Lane:
+    """Kernel messages on their way to the gateway on one stream: at most one is in pieces at a time."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self._pending: Iterator[list[bytes | memoryview]] | None = None
+        self._next: list[bytes | memoryview] | None = None
+
+    def put(self, channel: str, parts: list[bytes]) -> None:
+        self._pending = wire.chunk(self.stream.number, wire.pack_parts([channel.encode(), *parts]))
+        self._next = next(self._pending)
+
+    def flush(self) -> bool:
+        """Send what credit allows; True when the lane is free for another message."""
+        while self._pending is not None and self._next is not None:
+            if self.stream.room <= 0:
+                return False
+            self.stream.credit -= sum(len(b) for b in self._next[1:])
+            self.stream.channel.send_bulk(self._next)
+            self._next = next(self._pending, None)
+        return True
+
+    def reset(self) -> None:
+        """Forget the rest of a message (its kernel is gone), finishing the frame sequence so that the next one joins."""
+        if self._pending is not None and self._next is not None:
+            self.stream.channel.send_bulk([wire.header(wire.FrameType.DATA, self.stream.number, 0, 0)])
+        self._pending = self._next = None
+
+
+class Kernel:
+    """One sandbox's kernel. `home` is its working directory, `uid` whom it runs as (None: as the agent)."""
+
+    def __init__(self, channel: Channel, runtime: Path, uid: int | None) -> None:
+        self._channel = channel
+        self._runtime = runtime
+        self._uid = uid
+        self._loop = asyncio.get_running_loop()
+        self._connection: Connection | None = None
+        self._pid = 0
+        self._count = 0
+        self._nursery: socket.socket | None = None
+        self._nursery_process: subprocess.Popen[bytes] | None = None
+        self._answers: deque[asyncio.Future[dict[str, Any]]] = deque()
+        self._own: dict[str, asyncio.Future[dict[str, Any]]] = {}
+        self._starting = asyncio.Lock()
+        self._expected_exit = 0
+        self.env: dict[str, str] = {}
+        self._bulk = Lane(channel.kernel)
+        self._control = Lane(channel.kernel_control)
+        channel.kernel.on_credit = channel.kernel_control.on_credit = self._pump
+        self._joiners = {wire.KERNEL: wire.MessageJoiner(), wire.KERNEL_CONTROL: wire.MessageJoiner()}
+
+    # -- the nursery
+
+    async def start_nursery(self, modules: list[str]) -> None:
+        """Start the process that kernels fork from and let it import `modules`."""
+        ours, theirs = socket.socketpair()
+        self._nursery_process = subprocess.Popen(
+            [sys.executable, "-m", "guest_agent.kernel_main", str(theirs.fileno())],
+            env={**self.env, "PYTHONPATH": str(Path(__file__).parent.parent)},
+            cwd=self.env["HOME"],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            **({} if self._uid is None else {"user": self._uid, "group": self._uid, "extra_groups": []}),
+        )
+        theirs.close()
+        ours.setblocking(False)
+        self._nursery = ours
+        reader, _ = await asyncio.open_connection(sock=ours)
+        self._watch = asyncio.ensure_future(self._watch_nursery(reader))
+        await self._ask_nursery(warm=modules)
+
+    async def _ask_nursery(self, **request: Any) -> dict[str, Any]:
+        assert self._nursery is not None
+        answer = self._loop.create_future()
+        self._answers.append(answer)
+        self._nursery.send(json.dumps(request).encode() + b"\n")
+        return await answer
+
+    async def _watch_nursery(self, reader: asyncio.StreamReader) -> None:
+        while line := await reader.readline():
+            told = json.loads(line)
+            if "exited" in told:
+                self._exited(told["exited"], told["status"])
+            else:
+                self._answers.popleft().set_result(told)
+        while self._answers:
+            self._answers.popleft().set_exception(AgentError("kernel_unavailable", "the kernel's parent has died"))
+        self._pid = 0
+        self._say("dead", "the process that kernels are forked from has died")
+
+    # -- life
+
+    async def start(self) -> None:
+        """Fork a kernel and return when it answers and its output arrives."""
+        async with self._starting:
+            await self._start()
+
+    async def _start(self) -> None:
+        if self._nursery_process is None or self._nursery_process.poll() is not None:
+            await self.start_nursery([])
+        self._disconnect()
+        self._count += 1
+        directory = self._runtime / f"kernel-{self._count}"
+        directory.mkdir(mode=0o700, parents=True)
+        connection = Connection(directory)
+        if self._uid is not None:
+            os.chown(directory, self._uid, self._uid)
+            os.chown(connection.file, self._uid, self._uid)
+        self._pid = (await self._ask_nursery(fork=str(connection.file), env=self.env))["pid"]
+        try:
+            async with asyncio.timeout(START_TIMEOUT):
+                await self._nudge(connection)
+        except TimeoutError:
+            connection.close()
+            self._kill()
+            raise AgentError("kernel_unavailable", f"the kernel did not start within {START_TIMEOUT} s") from None
+        except AgentError:
+            connection.close()
+            raise
+        self._connection = connection
+        for name, sock in connection.sockets.items():
+            del name
+            self._loop.add_reader(sock.fd, self._pump)
+        self._pump()
+
+    async def _nudge(self, connection: Connection) -> None:
+        """Ask until both a reply and published output have come back: only then are all sockets joined."""
+        answered = published = False
+        while not (answered and published):
+            if not self._pid:
+                raise AgentError("kernel_unavailable", "the kernel ended while it was starting")
+            connection.send("shell", message("kernel_info_request", {})[1])
+            await asyncio.sleep(NUDGE_INTERVAL)
+            while parts := connection.receive("shell"):
+                answered = bool(parts)
+            while (parts := connection.receive("iopub")) is not None:
+                published = published or bool(parts)
+        while True:  # the answers to all the other questions
+            await asyncio.sleep(NUDGE_INTERVAL)
+            waiting = [name for name in ("shell", "iopub") if connection.receive(name) is not None]
+            if not waiting:
+                return
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            for sock in self._connection.sockets.values():
+                self._loop.remove_reader(sock.fd)
+            self._connection.close()
+            self._connection = None
+            self._bulk.reset()
+            self._control.reset()
+        for waiting in self._own.values():
+            waiting.set_exception(AgentError("kernel_unavailable", "the kernel has ended"))
+        self._own.clear()
+
+    def _kill(self) -> None:
+        if self._pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._pid, signal.SIGKILL)
+
+    async def restart(self) -> None:
+        """Kill the kernel with all its children and start another; its variables are lost."""
+        async with self._starting:
+            self._expected_exit = self._pid
+            self._kill()
+            await self._start()
+        self._say("idle", "restarted")
+
+    def interrupt(self) -> None:
+        """Send SIGINT to the kernel and its children."""
+        if not self._pid:
+            raise AgentError("kernel_unavailable", "the kernel is not running")
+        os.killpg(self._pid, signal.SIGINT)
+
+    def _exited(self, pid: int, status: int) -> None:
+        """The nursery saw a kernel end: unless it was ours to end, say why and start another."""
+        if pid != self._pid:
+            return
+        self._pid = 0
+        if pid == self._expected_exit:
+            return
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        code = 128 + number if number else os.waitstatus_to_exitcode(status)
+        reason = f"ended by {signal.Signals(number).name}" if number else f"exited with status {code}"
+        if number == signal.SIGKILL and self._out_of_memory():
+            reason = "ended because the sandbox ran out of memory"
+        self._say("restarting", f"the kernel was {reason}" if number else f"the kernel {reason}", code, number)
+        self._restarting = asyncio.ensure_future(self._replace())
+
+    async def _replace(self) -> None:
+        try:
+            await self.start()
+        except AgentError as error:
+            self._say("dead", str(error))
+        else:
+            self._say("idle", "restarted")
+
+    def _out_of_memory(self) -> bool:
+        kills = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines()).get("oom_kill", "0")
+        return int(kills) > 0
+
+    def _say(self, state: str, reason: str = "", exit_code: int = 0, number: int = 0) -> None:
+        self._channel.events.event(KernelStatus(state=state, reason=reason, exit_code=exit_code, signal=number))
+
+    # -- messages
+
+    def data_received(self, frame: wire.Frame) -> None:
+        """A piece of a message from the gateway."""
+        stream = self._channel.streams[frame.stream]
+        stream.take(len(frame.payload))
+        parts = self._joiners[frame.stream].receive(frame)
+        if parts is None or self._connection is None:
+            return
+        channel = bytes(parts[0]).decode("ascii", "replace")
+        if channel in self._connection.sockets and channel != "iopub":
+            self._connection.send(channel, parts[1:])
+            self._pump()
+
+    def _pump(self) -> None:
+        """Move waiting messages towards the gateway while there is credit; control first."""
+        if (connection := self._connection) is None:
+            return
+        moved = True
+        while moved and connection is self._connection:
+            moved = self._move(connection, "control", self._control)
+            for name in ("iopub", "shell", "stdin"):
+                moved = self._move(connection, name, self._bulk) or moved
+
+    def _move(self, connection: Connection, name: str, lane: Lane) -> bool:
+        if not lane.flush():
+            return False
+        parts = connection.receive(name)
+        if parts is None:
+            return False
+        if parts and not (name in ("control", "shell") and self._is_own(parts)):
+            lane.put(name, parts)
+            lane.flush()
+        return True
+
+    # -- the agent's own requests
+
+    def _is_own(self, parts: list[bytes]) -> bool:
+        if b'"agent"' not in parts[1] or not self._own:
+            return False
+        waiting = self._own.pop(json.loads(parts[1]).get("msg_id"), None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(json.loads(parts[3]))
+        return waiting is not None
+
+    async def ask(self, channel: str, kind: str, content: dict[str, Any]) -> dict[str, Any]:
+        """Send a request of the agent's own to the kernel and return the reply's content."""
+        if self._connection is None:
+            raise AgentError("kernel_unavailable", "the kernel is not running")
+        msg_id, parts = message(kind, content)
+        answer = self._own[msg_id] = self._loop.create_future()
+        self._connection.send(channel, parts)
+        self._pump()
+        return await answer
+
+    async def execute(self, code: str) -> None:
+        """Run `code` outside the user's history.
+
+        Raises:
+            AgentError: it ended in an error.
+        """
+        content = {"code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}
+        reply = await self.ask("shell", "execute_request", content)
+        if reply["status"] != "ok":
+            raise AgentError("failed", "\n".join(reply.get("traceback", [str(reply)])))
+
+    async def resume(self) -> None:
+        """Make the kernel's random state, session and environment the sandbox's own."""
+        await self.ask("control", "cellvm_resume_request", {"env": self.env})

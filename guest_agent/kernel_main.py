@@ -1,0 +1,163 @@
+"""The process that kernels are forked from, and what makes IPython's kernel ours.
+
+Importing pandas, scikit-learn and matplotlib takes seconds; forking a process that has already done so takes
+milliseconds. So the agent starts this *nursery* once, lets it import the template's modules, and every kernel (the
+first, and each after a restart) is a fork of it. The nursery itself never runs user code.
+
+Spoken on the socket FD (JSON lines, agent to nursery and back):
+
+    {"warm": [modules]}                       -> {"warmed": seconds}
+    {"fork": connection_file, "env": {...}}   -> {"pid": n}
+                                  unasked     -> {"exited": pid, "status": wait status}
+
+Each kernel answers one message type of our own on its control channel, `cellvm_resume_request`: new environment, new
+random state, new session. See `resume` below.
+"""
+
+import importlib
+import json
+import os
+import random
+import selectors
+import signal
+import socket
+import ssl
+import sys
+import tempfile
+import time
+import traceback
+import uuid
+from typing import Any
+
+from ipykernel.ipkernel import IPythonKernel
+from ipykernel.kernelapp import IPKernelApp
+
+
+def reseed() -> None:
+    """Give every generator of this process that was seeded before a restore or a fork fresh randomness.
+
+    The string hash seed and the address layout can't be renewed: clones of one template share them.
+    """
+    random.seed()
+    if "numpy" in sys.modules:
+        import numpy
+
+        numpy.random.seed(list(os.urandom(32)))
+    ssl.RAND_add(os.urandom(64), 64.0)
+    tempfile._name_sequence = None  # type: ignore[attr-defined]  # its private generator keeps its seed otherwise
+
+
+def show_agg_figures() -> None:
+    """Display and close open figures after a cell that switched to the file-only backend (`matplotlib.use("Agg")`).
+
+    The inline backend does this for its own figures; scripts written for a terminal switch away from it and would
+    otherwise lose theirs.
+    """
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    if pyplot is None or sys.modules["matplotlib"].get_backend().lower() != "agg":
+        return
+    from IPython.display import display
+
+    for number in pyplot.get_fignums():
+        display(pyplot.figure(number))
+    pyplot.close("all")
+
+
+class SandboxKernel(IPythonKernel):
+    """IPython's kernel, which can also become another sandbox's."""
+
+    control_msg_types = [*IPythonKernel.control_msg_types, "cellvm_resume_request"]
+
+    def start(self) -> None:
+        super().start()
+        reseed()
+        if "matplotlib" in sys.modules:
+            # The nursery imported it before there was a shell to connect the inline backend to.
+            self.shell.run_line_magic("matplotlib", "inline")
+        self.shell.events.register("post_execute", show_agg_figures)
+
+    async def cellvm_resume_request(self, stream: Any, ident: Any, parent: Any) -> None:
+        """Renew what clones must not share, and take the sandbox's environment.
+
+        Content: `env`, the complete environment of the sandbox. The reply carries the new session id.
+        """
+        reseed()
+        os.environ.clear()
+        os.environ.update(parent["content"]["env"])
+        os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+        self.session.session = uuid.uuid4().hex
+        self.session.send(stream, "cellvm_resume_reply", {"session": self.session.session}, parent, ident=ident)
+
+
+def run_kernel(connection_file: str, env: dict[str, str]) -> None:
+    """Be a kernel until it is shut down."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(env["HOME"])
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("500")  # when memory runs out the user's kernel goes, not the nursery
+    app = IPKernelApp.instance(connection_file=connection_file, kernel_class=SandboxKernel, parent_handle=0)
+    app.initialize([])
+    app.start()
+
+
+def serve(channel: socket.socket) -> None:
+    """Answer the agent until it closes the channel, then end, with all kernels."""
+    wake_read, wake_write = os.pipe()
+    os.set_blocking(wake_write, False)
+    signal.set_wakeup_fd(wake_write)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    selector = selectors.DefaultSelector()
+    selector.register(channel, selectors.EVENT_READ)
+    selector.register(wake_read, selectors.EVENT_READ)
+    lines = channel.makefile("rwb", buffering=0)
+    children: set[int] = set()
+
+    def tell(**message: Any) -> None:
+        lines.write(json.dumps(message).encode() + b"\n")
+
+    while True:
+        for key, _ in selector.select():
+            if key.fd == wake_read:
+                os.read(wake_read, 512)
+                for pid in list(children):
+                    done, status = os.waitpid(pid, os.WNOHANG)
+                    if done:
+                        children.discard(pid)
+                        tell(exited=pid, status=status)
+                continue
+            line = lines.readline()
+            if not line:
+                for pid in children:
+                    os.killpg(pid, signal.SIGKILL)
+                return
+            request = json.loads(line)
+            if "warm" in request:
+                started = time.monotonic()
+                os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+                for module in request["warm"]:
+                    importlib.import_module(module)
+                tell(warmed=time.monotonic() - started)
+            else:
+                pid = os.fork()
+                if pid == 0:
+                    signal.set_wakeup_fd(-1)
+                    selector.close()
+                    channel.close()
+                    lines.close()
+                    try:
+                        run_kernel(request["fork"], request["env"])
+                    except BaseException:  # the child must end here, whatever happened: the loop is its parent's
+                        traceback.print_exc()
+                        os._exit(1)
+                    os._exit(0)
+                children.add(pid)
+                tell(pid=pid)
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))

@@ -1,0 +1,169 @@
+"""Running a program in the sandbox: its streams with credit, its end told once, its whole group killed in time."""
+
+import asyncio
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+
+from guest_agent import wire
+from guest_agent.channel import AgentError, Stream
+from guest_agent.wire import Exited, Spawn, Started
+
+READ_SIZE = 64 * 1024
+
+
+class Output:
+    """Moves one pipe of a program to a sub-channel, no faster than the gateway's credit."""
+
+    def __init__(self, stream: Stream, pipe: int, sub: int) -> None:
+        self._stream = stream
+        self._pipe = pipe
+        self._sub = sub
+        self._loop = asyncio.get_running_loop()
+        self._waiting = False
+        self.open = True
+        os.set_blocking(pipe, False)
+        self._loop.add_reader(pipe, self.move)
+
+    def move(self) -> bool:
+        """Send what there is and may be sent; True when the pipe is empty or at its end."""
+        while self.open:
+            room = self._stream.room
+            if room <= 0:
+                self._loop.remove_reader(self._pipe)
+                self._waiting = True
+                return False
+            try:
+                data = os.read(self._pipe, min(READ_SIZE, room))
+            except BlockingIOError:
+                return True
+            if not data:
+                self.close()
+            else:
+                self._stream.send_now(data, self._sub)
+        return True
+
+    def room_changed(self) -> None:
+        if self.open and self._waiting and self._stream.room > 0:
+            self._waiting = False
+            self._loop.add_reader(self._pipe, self.move)
+
+    async def drain(self) -> None:
+        """Send all that is in the pipe now (a background child may hold it open for ever), then close it."""
+        while not self.move() and not self._stream.cancelled.is_set():
+            await self._stream.wait_for_room()
+        self.close()
+
+    def close(self) -> None:
+        if self.open:
+            self.open = False
+            self._loop.remove_reader(self._pipe)
+            os.close(self._pipe)
+
+
+async def spawn(stream: Stream, request: Spawn, env: dict[str, str], uid: int | None) -> None:
+    """Run the program to its end. A CANCEL of the stream kills it.
+
+    Args:
+        env: the sandbox's environment; the request's own variables win over it.
+        uid: the user and group to run as; None for the agent's.
+
+    Raises:
+        AgentError: invalid (no such working directory, arguments too long) or cannot_run.
+    """
+    process = _start(request, {**env, **request.env}, uid)
+    stream.event(Started(pid=process.pid))
+    assert process.stdin and process.stdout and process.stderr
+    outputs = [
+        Output(stream, os.dup(process.stdout.fileno()), wire.STDOUT),
+        Output(stream, os.dup(process.stderr.fileno()), wire.STDERR),
+    ]
+    process.stdout.close()
+    process.stderr.close()
+    stream.on_credit = lambda: [output.room_changed() for output in outputs] and None
+    feeding = asyncio.ensure_future(_feed(stream, process))
+    exited = asyncio.ensure_future(_exit(process))
+    cancelled = asyncio.ensure_future(stream.cancelled.wait())
+    timed_out = False
+    try:
+        timeout = request.timeout_ms / 1000 or None
+        await asyncio.wait({exited, cancelled}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if not exited.done():
+            timed_out = not cancelled.done()
+            # The leader is not reaped yet, so its group still exists and has not been reused.
+            os.killpg(process.pid, signal.SIGKILL)
+        await exited
+        if timed_out:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for output in outputs:
+            await output.drain()
+    finally:
+        feeding.cancel()
+        cancelled.cancel()
+        for output in outputs:
+            output.close()
+    code = process.wait()
+    number = -code if code < 0 else 0
+    stream.reply(Exited(code=124 if timed_out else 128 + number if number else code, signal=number, timed_out=timed_out))
+
+
+def _start(request: Spawn, env: dict[str, str], uid: int | None) -> subprocess.Popen[bytes]:
+    if not os.path.isdir(request.cwd):
+        raise AgentError("invalid", f"working directory {request.cwd!r} does not exist")
+    try:
+        return subprocess.Popen(
+            request.argv,
+            env=env,
+            cwd=request.cwd,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            bufsize=0,
+            **({} if uid is None else {"user": uid, "group": uid, "extra_groups": []}),
+        )
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.E2BIG:
+            raise AgentError(
+                "invalid", "argument list too long: upload the text as a file, or send it as stdin"
+            ) from None
+        raise AgentError("cannot_run", f"could not run {request.argv[0]!r}: {error}") from error
+
+
+async def _feed(stream: Stream, process: subprocess.Popen[bytes]) -> None:
+    """Pass the gateway's DATA to the program's standard input, until END or until nobody reads."""
+    assert process.stdin
+    pipe = process.stdin.fileno()
+    os.set_blocking(pipe, False)
+    loop = asyncio.get_running_loop()
+    with process.stdin:
+        while data := await stream.receive():
+            view = memoryview(data)
+            while view:
+                try:
+                    view = view[os.write(pipe, view) :]
+                except BlockingIOError:
+                    writable = loop.create_future()
+                    loop.add_writer(pipe, lambda f=writable: f.done() or f.set_result(None))
+                    try:
+                        await writable
+                    finally:
+                        loop.remove_writer(pipe)
+                except BrokenPipeError:
+                    return
+
+
+async def _exit(process: subprocess.Popen[bytes]) -> None:
+    """Return when the program has ended; it is not reaped."""
+    loop = asyncio.get_running_loop()
+    pidfd = os.pidfd_open(process.pid)
+    ended = loop.create_future()
+    loop.add_reader(pidfd, lambda: ended.done() or ended.set_result(None))
+    try:
+        await ended
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)

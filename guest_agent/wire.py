@@ -1,0 +1,470 @@
+"""The contract between the gateway and the agent inside a sandbox. No I/O in here.
+
+One byte stream joins them (a virtio-serial port, or a socket for the unisolated driver). It carries frames:
+
+    offset  size  field
+    0       1     generation   the protocol's generation, GENERATION
+    1       1     type         a FrameType
+    2       2     flags        sub-channel in the low byte, MORE in the high one
+    4       4     stream       which conversation the frame belongs to
+    8       4     length       bytes of payload that follow
+
+all big-endian. The length is checked against the limit of its type before anything is read or allocated.
+
+A conversation is a *stream*. The gateway opens one with a REQUEST (a typed body) under a number it never uses
+again; the agent answers with one REPLY or FAILURE, and in between both may send DATA and END on its sub-channels.
+Numbers below FIRST_STREAM are fixed: kernel messages travel on KERNEL (bulk) and KERNEL_CONTROL (priority), and
+EVENTS carries what the agent says unasked.
+
+Bulk data flows with credit. A side may send DATA on a stream only while it holds credit for it, counted in payload
+bytes, granted by CREDIT frames of the reader (and INITIAL_CREDIT at the start), so a slow reader stops the writer
+and nobody's memory grows.
+
+Kernel messages are opaque: `pack_parts` joins the parts of one Jupyter message; they cross as DATA frames of at
+most CHUNK bytes, MORE set on all but the last. The host never sees the signing key and signs nothing.
+
+Evolution: fields are only added, and are optional; types are only added. Anything else raises GENERATION.
+`tests/unit/test_wire_snapshot.py` shows every change as a diff.
+"""
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import msgspec
+
+GENERATION = 1
+HEADER = struct.Struct(">BBHII")
+CHUNK = 256 * 1024
+"""Largest payload of a DATA frame that we send, in bytes: a control frame never waits behind more than this."""
+MAX_CONTROL = 1024 * 1024
+"""Largest typed body, in bytes (a REQUEST may carry environment variables and a long argument)."""
+MAX_DATA = 1024 * 1024
+"""Largest DATA payload that is accepted, in bytes."""
+MAX_MESSAGE = 256 * 1024 * 1024
+"""Largest kernel message after joining its chunks, in bytes."""
+MAX_PARTS = 65_536
+INITIAL_CREDIT = 1024 * 1024
+"""Bytes either side may send on a new stream before the first CREDIT frame."""
+
+EVENTS = 0
+KERNEL = 1
+KERNEL_CONTROL = 2
+FIRST_STREAM = 16
+
+MORE = 0x0100
+STDIN, STDOUT, STDERR = 0, 1, 2
+
+
+class FrameType(IntEnum):
+    REQUEST = 1
+    REPLY = 2
+    FAILURE = 3
+    DATA = 4
+    END = 5
+    CREDIT = 6
+    CANCEL = 7
+    EVENT = 8
+
+
+_LIMITS = {
+    FrameType.REQUEST: MAX_CONTROL,
+    FrameType.REPLY: MAX_CONTROL,
+    FrameType.FAILURE: 64 * 1024,
+    FrameType.DATA: MAX_DATA,
+    FrameType.END: 0,
+    FrameType.CREDIT: 4,
+    FrameType.CANCEL: 0,
+    FrameType.EVENT: 64 * 1024,
+}
+
+
+class FrameError(Exception):
+    """The peer broke the protocol. The stream of bytes can't be trusted any further: close the link."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One frame. `payload` is only valid until the next call to the decoder's `receive_data`."""
+
+    type: FrameType
+    stream: int
+    flags: int
+    payload: bytes
+
+    def __repr__(self) -> str:
+        shown = self.payload[:32].hex() + ("…" if len(self.payload) > 32 else "")
+        return f"<{self.type.name} stream={self.stream} flags={self.flags:#06x} {len(self.payload)} B {shown}>"
+
+
+class Decoder:
+    """Turns received bytes into frames: `receive_data`, then iterate `frames`.
+
+    A FrameError is final: later calls raise it again.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._error: FrameError | None = None
+
+    def receive_data(self, data: bytes | bytearray | memoryview) -> None:
+        """Take bytes as they came; any split is fine."""
+        self._buffer += data
+
+    def frames(self) -> Iterator[Frame]:
+        """Yield each complete frame.
+
+        Raises:
+            FrameError: wrong generation, unknown type, or a length over the type's limit.
+        """
+        if self._error is not None:
+            raise self._error
+        buffer, offset = self._buffer, 0
+        try:
+            while len(buffer) - offset >= HEADER.size:
+                generation, kind, flags, stream, length = HEADER.unpack_from(buffer, offset)
+                type_ = self._check(generation, kind, length)
+                end = offset + HEADER.size + length
+                if len(buffer) < end:
+                    break
+                payload = bytes(memoryview(buffer)[offset + HEADER.size : end])
+                offset = end
+                yield Frame(type_, stream, flags, payload)
+        finally:
+            del buffer[:offset]
+
+    def _check(self, generation: int, kind: int, length: int) -> FrameType:
+        if generation != GENERATION:
+            self._error = FrameError(f"generation {generation}, expected {GENERATION}")
+        elif kind not in _LIMITS:
+            self._error = FrameError(f"unknown frame type {kind}")
+        elif length > _LIMITS[FrameType(kind)]:
+            self._error = FrameError(f"{FrameType(kind).name} frame of {length} bytes, over its limit")
+        else:
+            return FrameType(kind)
+        raise self._error
+
+
+def header(type_: FrameType, stream: int, length: int, flags: int = 0) -> bytes:
+    """The 12 bytes that precede a payload of `length` bytes."""
+    return HEADER.pack(GENERATION, type_, flags, stream, length)
+
+
+# -- typed bodies ------------------------------------------------------------------------------------------------
+
+
+class Body(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Base of every typed body: a msgpack map whose `type` names the class."""
+
+
+class Resume(Body):
+    """Make a restored machine a sandbox of its own; acknowledged before any user byte passes.
+
+    `entropy` is 64 random bytes of the host, `wall_ns` its clock (ns since 1970). `env` is what every process sees.
+    """
+
+    nonce: bytes
+    entropy: bytes
+    wall_ns: int
+    sandbox_id: str
+    hostname: str
+    env: dict[str, str]
+
+
+class Resumed(Body):
+    """`sample` is fresh output of the guest's random number generator, `drift_ns` how far its clock was off."""
+
+    nonce: bytes
+    generation: int
+    drift_ns: int
+    sample: bytes
+
+
+class Warm(Body):
+    """Template building only: start the kernel, import `modules`, run `exercise`, leave no names behind."""
+
+    modules: list[str]
+    exercise: str
+
+
+class Flush(Body):
+    """Write all dirty pages to the disk (before a snapshot)."""
+
+
+class Ping(Body):
+    pass
+
+
+class Done(Body):
+    """The answer of a request that has nothing to tell."""
+
+
+class Spawn(Body):
+    """Run a program. Its output comes as DATA on STDOUT and STDERR, its input goes as DATA and END on STDIN.
+
+    `timeout_ms` kills the whole process group; 0 is no limit.
+    """
+
+    argv: list[str]
+    env: dict[str, str]
+    cwd: str
+    timeout_ms: int = 0
+
+
+class Started(Body):
+    """An EVENT on the stream of a Spawn: the program runs."""
+
+    pid: int
+
+
+class Exited(Body):
+    """`code` is the exit status, or 128 + `signal` when a signal ended it."""
+
+    code: int
+    signal: int = 0
+    timed_out: bool = False
+
+
+class Stat(Body):
+    path: str
+
+
+class Entry(Body):
+    """A file or directory. `mode` is the permission bits, `modified_ns` since 1970, `size` bytes."""
+
+    name: str
+    path: str
+    kind: str
+    size: int
+    mode: int
+    owner: str
+    group: str
+    modified_ns: int
+    target: str | None = None
+
+
+class ListDir(Body):
+    """One page of a directory, sorted by name, of the names after `after`."""
+
+    path: str
+    after: str = ""
+
+
+class Entries(Body):
+    entries: list[Entry]
+    more: bool = False
+
+
+class Read(Body):
+    """Send `length` bytes of a file from `offset` (negative length: to its end) as DATA, END, then the REPLY.
+
+    The first frame is an EVENT with the file's Entry.
+    """
+
+    path: str
+    offset: int = 0
+    length: int = -1
+
+
+class Write(Body):
+    """Take DATA up to END as the new content of a file; parents are made. The REPLY is its Entry."""
+
+    path: str
+
+
+class MakeDir(Body):
+    path: str
+
+
+class Move(Body):
+    source: str
+    destination: str
+
+
+class Delete(Body):
+    path: str
+
+
+class GetMetrics(Body):
+    pass
+
+
+class Metrics(Body):
+    """Readings of the guest: percent of all CPUs since the last reading, and bytes."""
+
+    ts: int
+    cpu_count: int
+    cpu_used_pct: float
+    mem_total: int
+    mem_used: int
+    mem_cache: int
+    disk_total: int
+    disk_used: int
+
+
+class Interrupt(Body):
+    """Interrupt the kernel (SIGINT)."""
+
+
+class Restart(Body):
+    """Kill the kernel and start a fresh one; answered when it is usable."""
+
+
+class KernelStatus(Body):
+    """An EVENT on EVENTS: the kernel changed state without being asked.
+
+    `state` is starting, idle, restarting or dead; `reason` a sentence for the user.
+    """
+
+    state: str
+    reason: str = ""
+    exit_code: int = 0
+    signal: int = 0
+
+
+class Failure(Body):
+    """Why a request could not be done: `code` is one of FAILURES, `message` a sentence for the user."""
+
+    code: str
+    message: str
+
+
+FAILURES = frozenset(
+    {
+        "not_found",
+        "is_directory",
+        "not_directory",
+        "not_regular",
+        "exists",
+        "permission_denied",
+        "no_space",
+        "invalid",
+        "cannot_run",
+        "kernel_unavailable",
+        "failed",
+    }
+)
+
+Request = (
+    Resume | Warm | Flush | Ping | Spawn | Stat | ListDir | Read | Write | MakeDir | Move | Delete | GetMetrics
+    | Interrupt | Restart
+)  # fmt: skip
+Reply = Resumed | Done | Exited | Entry | Entries | Metrics
+Event = Started | Entry | KernelStatus
+
+_encoder = msgspec.msgpack.Encoder()
+_decoders: dict[FrameType, msgspec.msgpack.Decoder[Any]] = {
+    FrameType.REQUEST: msgspec.msgpack.Decoder(Request),
+    FrameType.REPLY: msgspec.msgpack.Decoder(Reply),
+    FrameType.FAILURE: msgspec.msgpack.Decoder(Failure),
+    FrameType.EVENT: msgspec.msgpack.Decoder(Event),
+}
+
+
+def encode(type_: FrameType, stream: int, body: Body) -> bytes:
+    """A whole frame with a typed body.
+
+    Raises:
+        FrameError: the body is larger than its frame may be.
+    """
+    payload = _encoder.encode(body)
+    if len(payload) > _LIMITS[type_]:
+        raise FrameError(f"{type_.name} body of {len(payload)} bytes, over its limit")
+    return header(type_, stream, len(payload)) + payload
+
+
+def decode(frame: Frame) -> Any:
+    """The typed body of a REQUEST, REPLY, FAILURE or EVENT.
+
+    Raises:
+        FrameError: it is not what the type promises.
+    """
+    try:
+        return _decoders[frame.type].decode(frame.payload)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise FrameError(f"{frame.type.name} body: {error}") from error
+
+
+def credit(stream: int, amount: int) -> bytes:
+    """A CREDIT frame granting `amount` more bytes on `stream`."""
+    return header(FrameType.CREDIT, stream, 4) + amount.to_bytes(4, "big")
+
+
+# -- kernel messages ---------------------------------------------------------------------------------------------
+
+
+def pack_parts(parts: Sequence[bytes | memoryview]) -> list[bytes | memoryview]:
+    """The parts of one kernel message as buffers to send one after the other: a count, the lengths, the bytes.
+
+    The parts are the channel's name, then header, parent header, metadata, content, and any binary buffers.
+    """
+    lengths = [memoryview(part).nbytes for part in parts]
+    return [struct.pack(f">I{len(parts)}I", len(parts), *lengths), *parts]
+
+
+def unpack_parts(message: bytes | bytearray) -> list[memoryview]:
+    """The inverse of `pack_parts`, without copying.
+
+    Raises:
+        FrameError: counts and lengths do not add up, or there are fewer than the five parts of any message.
+    """
+    view = memoryview(message)
+    if len(view) < 4:
+        raise FrameError("kernel message without a part count")
+    (count,) = struct.unpack_from(">I", view)
+    if not 5 <= count <= MAX_PARTS or len(view) < 4 + 4 * count:
+        raise FrameError(f"kernel message with {count} parts")
+    lengths = struct.unpack_from(f">{count}I", view, 4)
+    start = 4 + 4 * count
+    if start + sum(lengths) != len(view):
+        raise FrameError("kernel message whose part lengths do not add up")
+    parts = []
+    for length in lengths:
+        parts.append(view[start : start + length])
+        start += length
+    return parts
+
+
+def chunk(stream: int, buffers: Sequence[bytes | memoryview]) -> Iterator[list[bytes | memoryview]]:
+    """Split one message into DATA frames of at most CHUNK bytes; each is a list of buffers to write in order."""
+    remaining = sum(memoryview(b).nbytes for b in buffers)
+    views = [memoryview(b).cast("B") for b in buffers if memoryview(b).nbytes]
+    while remaining:
+        size = min(remaining, CHUNK)
+        remaining -= size
+        frame: list[bytes | memoryview] = [header(FrameType.DATA, stream, size, MORE if remaining else 0)]
+        while size:
+            piece = views[0][:size]
+            frame.append(piece)
+            size -= len(piece)
+            if len(piece) == len(views[0]):
+                views.pop(0)
+            else:
+                views[0] = views[0][len(piece) :]
+        yield frame
+
+
+class MessageJoiner:
+    """Joins the chunks of kernel messages, one after the other, as they come on one stream."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._size = 0
+
+    def receive(self, frame: Frame) -> list[memoryview] | None:
+        """Take a DATA frame; the parts of the message when it was the last chunk, else None.
+
+        Raises:
+            FrameError: the message is over MAX_MESSAGE, or malformed.
+        """
+        self._pieces.append(frame.payload)
+        self._size += len(frame.payload)
+        if self._size > MAX_MESSAGE:
+            raise FrameError(f"kernel message over {MAX_MESSAGE} bytes")
+        if frame.flags & MORE:
+            return None
+        message = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces, self._size = [], 0
+        return unpack_parts(message)

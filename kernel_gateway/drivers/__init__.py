@@ -1,0 +1,68 @@
+"""What a driver is: something that turns a template into a running agent behind a socket.
+
+A driver knows nothing of sandboxes, HTTP or kernels. What only some can do is a Protocol of its own, and differences
+are data in Capabilities.
+"""
+
+import socket
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a user may rely on.
+
+    `isolation` names the boundary round a sandbox, `accelerator` how its processors run, `time_scale` how much slower
+    than the host they are, roughly: timeouts that wait for a guest are multiplied by it.
+    """
+
+    isolation: str
+    accelerator: str
+    time_scale: float
+
+
+class Vm(Protocol):
+    """One running machine with an agent in it."""
+
+    @property
+    def pid(self) -> int:
+        """The host process that is the machine."""
+
+    def open(self) -> socket.socket:
+        """The byte stream to the agent; called once."""
+
+    async def wait(self) -> str:
+        """Return when the machine has ended, with a sentence for logs; may be awaited many times."""
+
+    async def kill(self) -> None:
+        """End the machine now and release all it held. Idempotent; never raises."""
+
+
+@runtime_checkable
+class Stops(Protocol):
+    """A machine that can stand still without using a processor."""
+
+    async def stop(self) -> None:
+        """Stop all virtual processors."""
+
+    async def cont(self) -> None:
+        """Let them run on."""
+
+
+class VmDriver(Protocol):
+    """Starts machines from templates."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    async def start(self, template_id: str) -> Vm:
+        """A machine of its own whose agent runs and waits for the resume handshake.
+
+        Raises:
+            DriverError: it could not be started; nothing is left behind.
+        """
+
+
+class DriverError(Exception):
+    """A machine could not be started or controlled."""

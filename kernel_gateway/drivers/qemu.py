@@ -1,0 +1,247 @@
+"""Driver `qemu`: every sandbox is a microVM, restored from its template's snapshot.
+
+A machine's whole estate is inherited descriptors: socket pairs for the agent's channel, QMP and the console, a disk
+file without a name, and the template's sealed memory. So whatever happens to the server (kill -9 too), the kernel
+takes everything back: the parent-death signal ends QEMU, and nothing is left in any directory.
+
+Two ways to run one: `boot` starts the guest's kernel (only to make a template, and to probe KVM), `start` restores.
+"""
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernel_gateway.drivers import Capabilities, DriverError
+from kernel_gateway.drivers.qemu_argv import Descriptors, Machine, drop_privileges, qemu
+from kernel_gateway.drivers.qmp import Qmp
+from kernel_gateway.snapshot import Snapshot, copy_disk
+
+FIRST_UID = 1_879_048_192
+"""Machines run as users from here on, each as another; no account has such a number."""
+UIDS = 65_536
+CONSOLE_KEPT = 64 * 1024
+"""Bytes of console output kept for error messages."""
+START_TIMEOUT = 20.0
+"""Seconds QEMU may take to start and load its state."""
+TCG_TIME_SCALE = 4.0
+_CAPABILITIES = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """Open descriptors of what machines of a template boot from: readable, never written."""
+
+    kernel: int
+    initrd: int
+    root: int
+
+
+class QemuVm:
+    """One QEMU process. `stop` and `cont` make it a `Stops`."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], channel: socket.socket, qmp: socket.socket, console: socket.socket
+    ) -> None:
+        self._process = process
+        self._channel = channel
+        self._console = console
+        self._console_text = bytearray()
+        self._qmp_socket = qmp
+        self._qmp: Qmp | None = None
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[str] = self._loop.create_future()
+        self._pidfd = os.pidfd_open(process.pid)
+        self._loop.add_reader(self._pidfd, self._exited)
+        console.setblocking(False)
+        self._loop.add_reader(console, self._console_readable)
+
+    def __repr__(self) -> str:
+        return f"<QemuVm pid={self.pid} {'ended' if self._ended.done() else 'running'}>"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def console_text(self) -> str:
+        """The last CONSOLE_KEPT bytes the guest and QEMU printed, control characters shown as such."""
+        text = self._console_text.decode("utf-8", "replace")
+        return "".join(c if c.isprintable() or c == "\n" else "·" for c in text)
+
+    def open(self) -> socket.socket:
+        return self._channel
+
+    async def wait(self) -> str:
+        return await asyncio.shield(self._ended)
+
+    async def kill(self) -> None:
+        if not self._ended.done():
+            self._process.kill()
+            await self.wait()
+
+    async def stop(self) -> None:
+        await (await self.control()).execute("stop")
+
+    async def cont(self) -> None:
+        await (await self.control()).execute("cont")
+
+    async def control(self) -> Qmp:
+        """The machine's QMP connection."""
+        if self._qmp is None:
+            self._qmp = await Qmp.open(self._qmp_socket)
+        return self._qmp
+
+    def _exited(self) -> None:
+        code = self._process.wait()
+        self._console_readable()
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._loop.remove_reader(self._console)
+        self._console.close()
+        if self._qmp is not None:
+            self._qmp.close()
+        self._qmp_socket.close()
+        self._channel.close()
+        self._ended.set_result(f"killed by {signal.Signals(-code).name}" if code < 0 else f"QEMU exited with {code}")
+
+    def _console_readable(self) -> None:
+        try:
+            while data := self._console.recv(16 * 1024):
+                self._console_text += data
+                del self._console_text[:-CONSOLE_KEPT]
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        self._loop.remove_reader(self._console)
+
+
+@asynccontextmanager
+async def _whole_or_nothing(vm: QemuVm) -> AsyncIterator[None]:
+    """Kill the machine unless the block succeeds within START_TIMEOUT, also when it is cancelled."""
+    try:
+        async with asyncio.timeout(START_TIMEOUT):
+            yield
+    except (TimeoutError, DriverError) as error:
+        await vm.kill()
+        raise DriverError(f"the machine did not start: {error}\n{vm.console_text[-2000:]}") from error
+    except BaseException:
+        await vm.kill()
+        raise
+
+
+class Qemu:
+    """Runs QEMU processes. One per server; `start` needs snapshots, `boot` does not.
+
+    Args:
+        binary: the QEMU program.
+        accelerator: "kvm" or "tcg".
+        disk_dir: where disks without a name take their space.
+        as_root: whether machines can be given users of their own.
+    """
+
+    def __init__(self, binary: str, accelerator: str, disk_dir: Path, *, as_root: bool) -> None:
+        self._binary = binary
+        self._accelerator = accelerator
+        self._disk_dir = disk_dir
+        self._as_root = as_root
+        self._next_uid = 0
+        self._setpriv = shutil.which("setpriv") or "/usr/bin/setpriv"
+        self._templates: dict[str, tuple[Snapshot, Image, Machine]] = {}
+        hardware = accelerator == "kvm"
+        self.capabilities = Capabilities(
+            isolation="microvm",
+            accelerator=accelerator,
+            time_scale=1.0 if hardware else TCG_TIME_SCALE,
+        )
+
+    def offer(self, template_id: str, snapshot: Snapshot, image: Image, machine: Machine) -> None:
+        """From now on `start` knows this template."""
+        self._templates[template_id] = (snapshot, image, machine)
+
+    async def start(self, template_id: str) -> QemuVm:
+        """Restore a machine from its template's snapshot and let it run.
+
+        Raises:
+            DriverError: it could not be started; nothing is left behind.
+        """
+        snapshot, image, machine = self._templates[template_id]
+        with ExitStack() as opened:
+            disk = os.open(self._disk_dir, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            opened.callback(os.close, disk)
+            copy_disk(snapshot.disk, disk)
+            # Each reader needs a file position of its own: opened anew, not duplicated.
+            state = os.open(f"/proc/self/fd/{snapshot.state}", os.O_RDONLY | os.O_CLOEXEC)
+            opened.callback(os.close, state)
+            vm = self._spawn(machine, image, snapshot.memory, disk, state)
+        async with _whole_or_nothing(vm):
+            qmp = await vm.control()
+            await qmp.execute("migrate-set-capabilities", capabilities=_CAPABILITIES)
+            await qmp.execute("migrate-incoming", uri=f"fd:{state}")
+            await qmp.event("MIGRATION", status="completed")
+            await qmp.execute("cont")
+        return vm
+
+    async def boot(self, image: Image, machine: Machine, memory: int, disk: int) -> QemuVm:
+        """Start the guest's kernel on a shared memory file and a disk, both the caller's."""
+        vm = self._spawn(machine, image, memory, disk, None)
+        async with _whole_or_nothing(vm):
+            await vm.control()
+        return vm
+
+    async def save(self, vm: QemuVm, state: int) -> None:
+        """Stop a booted machine for good and write the state of its devices to a file."""
+        qmp = await vm.control()
+        await qmp.execute("migrate-set-capabilities", capabilities=_CAPABILITIES)
+        await qmp.execute("stop")
+        await qmp.pass_descriptor("state", state)
+        await qmp.execute("migrate", uri="fd:state")
+        await qmp.event("MIGRATION", status="completed")
+
+    def command(self, machine: Machine, fds: Descriptors, *, template: bool) -> list[str]:
+        """The command line, for manifests and tests."""
+        return qemu(self._binary, machine, fds, template=template)
+
+    def _spawn(self, machine: Machine, image: Image, memory: int, disk: int, state: int | None) -> QemuVm:
+        uid = FIRST_UID + self._next_uid if self._as_root else None
+        self._next_uid = (self._next_uid + 1) % UIDS
+        pairs = [socket.socketpair() for _ in range(3)]
+        ours, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        try:
+            channel, qmp, console = theirs
+            fds = Descriptors(
+                kernel=image.kernel,
+                initrd=image.initrd,
+                memory=memory,
+                root=image.root,
+                disk=disk,
+                channel=channel.fileno(),
+                qmp=qmp.fileno(),
+                console=console.fileno(),
+            )
+            argv = drop_privileges(self._setpriv, uid) + self.command(machine, fds, template=state is None)
+            # The parent-death signal is tied to the thread that spawns: this must be the main one.
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=console,
+                env={"PATH": os.defpath},
+                cwd="/",
+                pass_fds=fds.all() if state is None else (*fds.all(), state),
+            )
+        except BaseException:
+            for sock in ours:
+                sock.close()
+            raise
+        finally:
+            for sock in theirs:
+                sock.close()
+        return QemuVm(process, *ours)

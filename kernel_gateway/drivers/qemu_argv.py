@@ -1,0 +1,114 @@
+"""QEMU's command line, as a function of plain values. No I/O in here; `tests/unit/test_qemu_argv.py` shows the result.
+
+Everything the machine may touch reaches it as an inherited file descriptor: no path, no socket in a directory, nothing
+that another process could open. Why each choice:
+
+- `microvm` with `acpi=on`: Debian's kernels find virtio-mmio devices through ACPI only. `pit`, `pic` and `rtc` stay on:
+  without the TSC deadline timer (TCG) the guest would wait for ever.
+- RAM is a sealed memory file of the template, mapped privately (`share=off`): clones share its pages and can't change it.
+- disks are opened by the server; QEMU sees descriptors in fd sets.
+- no default devices, no monitor but QMP, full seccomp sandbox, no core dumps of guest memory, no page merging.
+"""
+
+from dataclasses import dataclass
+
+ROOT_SET, DISK_SET = 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What decides whether a snapshot fits: changing any of it means another snapshot.
+
+    `memory_mb` in MiB; `accelerator` is "kvm" or "tcg".
+    """
+
+    accelerator: str
+    vcpus: int
+    memory_mb: int
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptors:
+    """File descriptors that QEMU inherits."""
+
+    kernel: int
+    initrd: int
+    memory: int
+    root: int
+    disk: int
+    channel: int
+    qmp: int
+    console: int
+
+    def all(self) -> tuple[int, ...]:
+        return (
+            self.kernel, self.initrd, self.memory, self.root, self.disk, self.channel, self.qmp, self.console
+        )  # fmt: skip
+
+
+# quiet: the console is for the boot's failures. mitigations, init_on_alloc: inside one tenant's machine they cost much
+# and protect nobody. panic=-1 with -no-reboot: a panic ends QEMU, and the server sees it at once.
+KERNEL_COMMAND_LINE = (
+    "console=ttyS0 quiet panic=-1 mitigations=off init_on_alloc=0 transparent_hugepage=madvise "
+    "8250.nr_uarts=1 i8042.noaux random.trust_cpu=off"
+)
+
+
+def drop_privileges(setpriv: str, uid: int | None) -> list[str]:
+    """The prefix that makes the machine die with the server, own nothing, and run as `uid` (None: unchanged)."""
+    identity = [] if uid is None else [
+        f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all",
+    ]  # fmt: skip
+    # setpriv sets the death signal after the identity, which would clear it.
+    return [setpriv, *identity, "--no-new-privs", "--pdeathsig=KILL", "--"]
+
+
+def qemu(binary: str, machine: Machine, fds: Descriptors, *, template: bool) -> list[str]:
+    """QEMU's arguments.
+
+    Args:
+        template: boot and keep RAM in the shared memory file, to be snapshot; else wait for an incoming snapshot.
+    """
+    if machine.accelerator == "kvm":
+        accelerator = ["-accel", "kvm", "-cpu", "host,-svm,-vmx"]
+    else:
+        # The cache of translated code is private memory of each machine: bounded.
+        accelerator = ["-accel", "tcg,thread=multi,tb-size=256", "-cpu", "max,-svm,-vmx"]
+    return [
+        binary,
+        "-nodefaults",
+        "-no-user-config",
+        "-display", "none",
+        "-monitor", "none",
+        "-no-reboot",
+        "-machine", "microvm,acpi=on,pit=on,pic=on,rtc=on,isa-serial=on,mem-merge=off,dump-guest-core=off,"
+        "memory-backend=ram",
+        *accelerator,
+        "-smp", str(machine.vcpus),
+        "-m", f"{machine.memory_mb}M",
+        "-object", f"memory-backend-file,id=ram,size={machine.memory_mb}M,mem-path=/proc/self/fd/{fds.memory},"
+        f"share={'on' if template else 'off'},prealloc=off",
+        "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        "-kernel", f"/proc/self/fd/{fds.kernel}",
+        "-initrd", f"/proc/self/fd/{fds.initrd}",
+        "-append", KERNEL_COMMAND_LINE,
+        "-add-fd", f"fd={fds.root},set={ROOT_SET}",
+        "-add-fd", f"fd={fds.disk},set={DISK_SET}",
+        "-blockdev", f"driver=file,node-name=root-file,filename=/dev/fdset/{ROOT_SET},read-only=on,locking=off",
+        "-blockdev", "driver=raw,node-name=root,file=root-file,read-only=on",
+        "-device", "virtio-blk-device,drive=root",
+        "-blockdev", f"driver=file,node-name=disk-file,filename=/dev/fdset/{DISK_SET},discard=unmap,locking=off,"
+        "aio=threads,cache.direct=off,cache.no-flush=on",
+        "-blockdev", "driver=raw,node-name=disk,file=disk-file,discard=unmap",
+        "-device", "virtio-blk-device,drive=disk,werror=report,rerror=report,discard=on",
+        "-device", "virtio-serial-device,max_ports=2",
+        "-chardev", f"socket,id=channel,fd={fds.channel}",
+        "-device", "virtserialport,chardev=channel,name=cellvm",
+        "-object", "rng-random,id=rng,filename=/dev/urandom",
+        "-device", "virtio-rng-device,rng=rng",
+        "-chardev", f"socket,id=console,fd={fds.console}",
+        "-serial", "chardev:console",
+        "-chardev", f"socket,id=qmp,fd={fds.qmp}",
+        "-mon", "chardev=qmp,mode=control",
+        *([] if template else ["-S", "-incoming", "defer"]),
+    ]  # fmt: skip

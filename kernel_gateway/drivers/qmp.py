@@ -1,0 +1,102 @@
+"""A small QMP client: commands in order, events awaited by name.
+
+Source: https://www.qemu.org/docs/master/interop/qmp-spec.html
+"""
+
+import asyncio
+import json
+import socket
+from collections import deque
+from typing import Any
+
+from kernel_gateway.drivers import DriverError
+
+
+class Qmp:
+    """Controls one QEMU over a connected socket. Use `open`, then `execute`; `close` when done."""
+
+    def __init__(self, sock: socket.socket, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._socket = sock
+        self._reader = reader
+        self._writer = writer
+        self._answers: deque[asyncio.Future[Any]] = deque()
+        self._events: dict[str, list[Any]] = {}
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def open(cls, sock: socket.socket) -> "Qmp":
+        """Wait for QEMU's greeting and leave negotiation mode.
+
+        Raises:
+            DriverError: QEMU ended instead.
+        """
+        reader, writer = await asyncio.open_connection(sock=sock)
+        if not await reader.readline():
+            writer.close()
+            raise DriverError("QEMU ended before it could be controlled")
+        self = cls(sock, reader, writer)
+        self._task = asyncio.create_task(self._receive())
+        await self.execute("qmp_capabilities")
+        return self
+
+    async def execute(self, command: str, **arguments: Any) -> Any:
+        """Run a command and return its answer.
+
+        Raises:
+            DriverError: QEMU refused it or ended.
+        """
+        answer = asyncio.get_running_loop().create_future()
+        self._answers.append(answer)
+        self._writer.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+        return await answer
+
+    async def pass_descriptor(self, name: str, fd: int) -> None:
+        """Give QEMU an open file under a name (QEMU takes the file that came with the command)."""
+        await self._writer.drain()
+        answer = asyncio.get_running_loop().create_future()
+        self._answers.append(answer)
+        command = json.dumps({"execute": "getfd", "arguments": {"fdname": name}}).encode() + b"\n"
+        socket.send_fds(self._socket, [command], [fd])
+        await answer
+
+    async def event(self, name: str, **matching: Any) -> None:
+        """Return when an event of that name with those data has come, also one that came before.
+
+        Raises:
+            DriverError: QEMU ended first.
+        """
+        while not any(matching.items() <= data.items() for data in self._events.get(name, [])):
+            if self._task is None or self._task.done():
+                raise DriverError(f"QEMU ended while waiting for {name}")
+            self._changed.clear()
+            await self._changed.wait()
+
+    def close(self) -> None:
+        self._writer.close()
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _receive(self) -> None:
+        try:
+            while line := await self._reader.readline():
+                message = json.loads(line)
+                if "event" in message:
+                    self._events.setdefault(message["event"], []).append(message.get("data", {}))
+                    self._changed.set()
+                elif self._answers:
+                    answer = self._answers.popleft()
+                    if answer.done():
+                        continue
+                    if "error" in message:
+                        answer.set_exception(DriverError(f"QEMU: {message['error'].get('desc')}"))
+                    else:
+                        answer.set_result(message["return"])
+        except ConnectionError:
+            pass  # the same as its end: QEMU was killed
+        finally:
+            while self._answers:
+                answer = self._answers.popleft()
+                if not answer.done():
+                    answer.set_exception(DriverError("QEMU has ended"))
+            self._changed.set()

@@ -1,0 +1,78 @@
+"""What can go wrong, as facts. Which HTTP status each becomes is a table in `api/base.py`.
+
+CellvmError
+├── InvalidRequest         the request itself can't be right
+├── TooLarge               a body or file is over a limit
+├── Unauthorized           no key, or one that is not known
+├── NotFound               no such sandbox, template or file (also: somebody else's)
+├── Conflict               the sandbox is not in a state for this
+├── Unavailable            not offered yet, or not on this server
+├── HostFull               the server has no room for another sandbox
+├── Draining               the server is going down
+├── SandboxDied            the machine ended under the request
+├── GuestUnresponsive      the machine does not answer as it must; it was destroyed
+└── GuestFailure           the agent refused: no such file, disk full, program can't be run, …
+"""
+
+
+class CellvmError(Exception):
+    """Base of all. `code` is the stable word clients may rely on; the text says what to do."""
+
+    code = "internal"
+    hint: str | None = None
+    retry_after: int | None = None
+    """Seconds after which trying again makes sense; None if it does not by itself."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class InvalidRequest(CellvmError):
+    code = "invalid_request"
+
+
+class TooLarge(CellvmError):
+    code = "too_large"
+
+
+class Unauthorized(CellvmError):
+    code = "unauthorized"
+
+
+class NotFound(CellvmError):
+    code = "not_found"
+
+
+class Conflict(CellvmError):
+    code = "conflict"
+
+
+class Unavailable(CellvmError):
+    code = "not_implemented"
+
+
+class HostFull(CellvmError):
+    code = "host_full"
+    retry_after = 5
+
+
+class Draining(CellvmError):
+    code = "draining"
+    retry_after = 10
+
+
+class SandboxDied(CellvmError):
+    code = "sandbox_died"
+
+
+class GuestUnresponsive(CellvmError):
+    code = "guest_unresponsive"
+
+
+class GuestFailure(CellvmError):
+    """The agent refused; `code` is one of the wire's FAILURES."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code

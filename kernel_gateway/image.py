@@ -1,0 +1,238 @@
+"""Guest images: from Debian packages and pinned wheels to what a machine boots from.
+
+Built by mmdebstrap with `rootfs/customize.sh` as its hook, which works as root and, where user namespaces with subuids
+are set up, without. Each result lies in a directory named by the hash of all that went into it, made beside and
+renamed at the end: an interrupted build leaves nothing that looks finished, and downloaded wheels are kept.
+"""
+
+import gzip
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kernel_gateway.templates import Template, rootfs_dir
+
+SUITE = "bookworm"
+AGENT_PACKAGES = ("ipykernel", "msgspec", "pyzmq")
+"""Python packages of every guest: the agent and the kernel."""
+MODULES = (
+    "virtio_mmio", "virtio_blk", "virtio_console", "virtio_rng", "virtio_net", "ext4", "crc32c_generic", "erofs",
+    "overlay",
+)  # fmt: skip
+"""Kernel modules that the initramfs loads, with all they need."""
+WHEEL_PLATFORMS = tuple(f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 26, 24, 17, 12, 5)) + (
+    "manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64",
+)  # fmt: skip
+
+Progress = Callable[[str], None]
+
+
+class BuildError(Exception):
+    """A build step failed; the text says which, and what it printed last."""
+
+
+def content_hash(*parts: bytes | str | Path) -> str:
+    """Sixteen hex digits that change when any part does; a Path stands for the file's or folder's content."""
+    digest = hashlib.sha256()
+
+    def add(data: bytes) -> None:
+        digest.update(len(data).to_bytes(8, "big") + data)
+
+    for part in parts:
+        if isinstance(part, Path):
+            for file in sorted(part.rglob("*.py")) if part.is_dir() else [part]:
+                add(file.name.encode())
+                add(file.read_bytes())
+        else:
+            add(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def finished(directory: Path) -> Iterator[Path]:
+    """A new folder beside `directory` that takes its name when the block succeeds, and vanishes when it does not."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        work.chmod(0o755)
+        yield work
+        work.rename(directory)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def run(command: list[str], env: dict[str, str], step: Progress) -> None:
+    """Run a program, passing its lines `step: …` on.
+
+    Raises:
+        BuildError: it failed.
+    """
+    last: list[str] = []
+    with subprocess.Popen(
+        command, env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace", start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stdout
+        try:
+            for line in process.stdout:
+                if line.startswith("step: "):
+                    step(line.removeprefix("step: ").strip())
+                last = [*last[-20:], line.rstrip()]
+        except BaseException:
+            # Its own session, so that Ctrl-C reaches only us and the tool gets to clean up behind itself.
+            process.terminate()
+            process.wait()
+            raise
+    if process.returncode:
+        raise BuildError(f"{command[0]} failed with status {process.returncode}:\n" + "\n".join(last))
+
+
+def image_key(template: Template, ca_bundle: Path | None) -> str:
+    rootfs = rootfs_dir()
+    return content_hash(
+        rootfs / "debian.txt",
+        rootfs / "customize.sh",
+        rootfs / "requirements.lock",
+        ca_bundle.read_bytes() if ca_bundle else b"",
+        SUITE,
+        repr((AGENT_PACKAGES, template.debian, template.python)),
+    )
+
+
+def build_image(template: Template, cache: Path, ca_bundle: Path | None, step: Progress) -> Path:
+    """The folder with `root.erofs`, `boot/` and `packages`, built if the cache has it not.
+
+    Raises:
+        BuildError: a step failed.
+    """
+    directory = cache / "images" / image_key(template, ca_bundle)
+    if directory.is_dir():
+        return directory
+    rootfs = rootfs_dir()
+    step("download Python packages")
+    wheels = download_wheels(rootfs / "requirements.lock", cache, step)
+    step("Debian packages")
+    with finished(directory) as work:
+        packages = [line for line in (rootfs / "debian.txt").read_text().split("\n") if line and line[0] != "#"]
+        excluded = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("man", "locale", "doc", "info")]
+        run(
+            [
+                "mmdebstrap", "--variant=minbase", f"--include={','.join(packages + template.debian)}", *excluded,
+                f"--customize-hook={rootfs / 'customize.sh'}", "--format=null", SUITE,
+            ],
+            {
+                "OUT": str(work),
+                "WHEELS": str(wheels),
+                "PYTHON_PACKAGES": " ".join((*AGENT_PACKAGES, *template.python)),
+                "CA_BUNDLE": str(ca_bundle or ""),
+            },
+            step,
+        )  # fmt: skip
+    return directory
+
+
+def download_wheels(lock: Path, cache: Path, step: Progress) -> Path:
+    """The folder with every wheel of the lock file, hashes checked."""
+    directory = cache / "wheels" / content_hash(lock)
+    if directory.is_dir():
+        return directory
+    platforms = [word for platform in WHEEL_PLATFORMS for word in ("--platform", platform)]
+    with finished(directory) as work:
+        run(
+            [
+                sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes",
+                "--only-binary=:all:", "--python-version", "3.11", "--implementation", "cp", "--abi", "cp311",
+                "--abi", "abi3", "--abi", "none", *platforms, "--dest", str(work), "--requirement", str(lock),
+            ],
+            {},
+            step,
+        )  # fmt: skip
+    return directory
+
+
+# -- the initramfs
+
+
+def build_initrd(image: Path, cache: Path) -> Path:
+    """The first file system: busybox, the kernel modules, our init and the agent. A second's work, cached all the same."""
+    rootfs, agent = rootfs_dir(), Path(__file__).parent.parent / "guest_agent"
+    key = content_hash(image.name, agent, rootfs / "init", rootfs / "main", repr(MODULES))
+    path = cache / "initrd" / f"{key}.cpio.gz"
+    if path.exists():
+        return path
+    archive = Cpio()
+    archive.add("init", (rootfs / "init").read_bytes(), 0o755)
+    archive.add("main", (rootfs / "main").read_bytes(), 0o755)
+    archive.add("bin/busybox", (image / "boot/bin/busybox").read_bytes(), 0o755)
+    order = []
+    for module in modules_in_order(image / "boot/lib/modules"):
+        order.append(module.name)
+        archive.add(f"modules/{module.name}", module.read_bytes())
+    archive.add("modules/order", "".join(f"{name}\n" for name in order).encode())
+    for file in sorted(agent.glob("*.py")):
+        archive.add(f"agent/guest_agent/{file.name}", file.read_bytes())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_bytes(gzip.compress(archive.close(), 6, mtime=0))
+    part.rename(path)
+    return path
+
+
+def modules_in_order(directory: Path) -> list[Path]:
+    """Files of MODULES and of all they need, each after what it needs; built-in ones are left out."""
+    (version,) = directory.iterdir()
+    files = {file.name.split(".ko")[0].replace("-", "_"): file for file in version.rglob("*.ko")}
+    ordered: list[Path] = []
+
+    def add(name: str) -> None:
+        file = files.get(name.replace("-", "_"))
+        if file is not None and file not in ordered:
+            for needed in dependencies(file):
+                add(needed)
+            ordered.append(file)
+
+    for module in MODULES:
+        add(module)
+    return ordered
+
+
+def dependencies(module: Path) -> list[str]:
+    """What a kernel module says it needs (its `depends=` line)."""
+    data = module.read_bytes()
+    start = data.find(b"\0depends=")
+    names = data[start + 9 : data.find(b"\0", start + 1)].decode() if start >= 0 else ""
+    return [name for name in names.split(",") if name]
+
+
+class Cpio:
+    """Writes a "newc" archive, the format of an initramfs (kernel: Documentation/driver-api/early-userspace)."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._known: set[str] = set()
+
+    def add(self, name: str, content: bytes, mode: int = 0o644) -> None:
+        """A file, with the folders it lies in."""
+        for parent in reversed(Path(name).parents):
+            if str(parent) not in (".", *self._known):
+                self._known.add(str(parent))
+                self._entry(str(parent), b"", stat.S_IFDIR | 0o755)
+        self._entry(name, content, stat.S_IFREG | mode)
+
+    def close(self) -> bytes:
+        self._entry("TRAILER!!!", b"", 0)
+        return bytes(self._data)
+
+    def _entry(self, name: str, content: bytes, mode: int) -> None:
+        fields: Iterable[int] = (0, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(name) + 1, 0)
+        self._data += b"070701" + b"".join(b"%08X" % field for field in fields) + name.encode() + b"\0"
+        self._data += bytes(-len(self._data) % 4) + content
+        self._data += bytes(-len(self._data) % 4)

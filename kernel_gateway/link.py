@@ -1,0 +1,355 @@
+"""The gateway's end of the wire: an asyncio shell round `guest_agent.wire`, the only host module that imports it.
+
+The guest is hostile. Every number and length is checked by the decoder; ids are ours; a reply that nobody asked for is
+counted, and after STRIKES of them the link is closed. Reading stops while a consumer is behind, so a flood fills the
+guest's buffers, not ours; writing waits while the guest does not read, and a guest that reads nothing for
+WRITE_DEADLINE seconds is given up.
+"""
+
+import asyncio
+import itertools
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from guest_agent import wire
+from guest_agent.wire import Body, Failure, Frame, FrameType
+from kernel_gateway.errors import GuestFailure, GuestUnresponsive, SandboxDied
+
+STRIKES = 100
+EVENTS_PER_CONVERSATION = 4
+WRITE_BUFFER = 1024 * 1024
+WRITE_DEADLINE = 10.0
+"""Seconds the guest may leave our bytes unread, times the driver's time scale."""
+KERNEL_CREDIT = 4 * 1024 * 1024
+
+T = TypeVar("T", bound=Body)
+
+
+class Conversation:
+    """One stream: what was asked, and what came back so far."""
+
+    def __init__(self, link: "Link", number: int) -> None:
+        self._link = link
+        self._number = number
+        self._credit = wire.INITIAL_CREDIT
+        self._owed = 0
+        self._granted = wire.INITIAL_CREDIT
+        self._events = 0
+        self._arrived = asyncio.Event()
+        self._may_send = asyncio.Event()
+        self._items: deque[tuple[int, bytes] | Body] = deque()
+        self._end: Body | Exception | None = None
+
+    async def receive(self) -> tuple[int, bytes] | Body:
+        """The next thing from the guest, in order: DATA as (sub-channel, bytes), an event's body, at last the reply.
+
+        Raises:
+            GuestFailure: the guest answered that it can't be done.
+            SandboxDied, GuestUnresponsive: the link broke.
+        """
+        while not self._items:
+            if isinstance(self._end, Exception):
+                raise self._end
+            if self._end is not None:
+                return self._end
+            self._arrived.clear()
+            await self._arrived.wait()
+        item = self._items.popleft()
+        if isinstance(item, tuple):
+            self._owed += len(item[1])
+            if self._owed >= wire.CHUNK:
+                self._link.write(wire.credit(self._number, self._owed))
+                self._granted += self._owed
+                self._owed = 0
+        return item
+
+    async def reply(self) -> Any:
+        """Skip to the reply."""
+        while (item := await self.receive()) is not self._end:
+            pass
+        return item
+
+    async def send(self, data: bytes | memoryview, sub: int = wire.STDIN) -> None:
+        """Send DATA as the guest grants credit and reads."""
+        view = memoryview(data)
+        while view and self._end is None:
+            if self._credit <= 0:
+                self._may_send.clear()
+                await self._may_send.wait()
+                continue
+            piece = view[: min(self._credit, wire.CHUNK)]
+            self._credit -= len(piece)
+            await self._link.write_bulk([wire.header(FrameType.DATA, self._number, len(piece), sub), piece])
+            view = view[len(piece) :]
+
+    def end(self, sub: int = wire.STDIN) -> None:
+        """No more DATA follows on this sub-channel."""
+        self._link.write(wire.header(FrameType.END, self._number, 0, sub))
+
+    # -- called by the link
+
+    def received(self, frame: Frame) -> None:
+        if frame.type is FrameType.DATA:
+            self._granted -= len(frame.payload)
+            if self._granted < 0:
+                raise wire.FrameError("DATA beyond the credit granted")
+            self._items.append((frame.flags & 0xFF, frame.payload))
+        elif frame.type is FrameType.CREDIT:
+            self._credit += int.from_bytes(frame.payload, "big")
+            self._may_send.set()
+            return
+        elif frame.type is FrameType.EVENT:
+            self._events += 1
+            if self._events > EVENTS_PER_CONVERSATION:
+                raise wire.FrameError("too many events in one conversation")
+            self._items.append(wire.decode(frame))
+        elif frame.type is FrameType.REPLY:
+            self.close(wire.decode(frame))
+        elif frame.type is FrameType.FAILURE:
+            failure: Failure = wire.decode(frame)
+            self.close(GuestFailure(failure.code if failure.code in wire.FAILURES else "failed", failure.message))
+        self._arrived.set()
+
+    def close(self, end: Body | Exception) -> None:
+        if self._end is None:
+            self._end = end
+        self._arrived.set()
+        self._may_send.set()
+
+    @property
+    def is_open(self) -> bool:
+        return self._end is None
+
+
+class Link(asyncio.Protocol):
+    """The connection to one agent. Make it with `Link.open`.
+
+    Args:
+        time_scale: the driver's; multiplies deadlines.
+        on_kernel_message: called with the parts of each kernel message, the channel's name first.
+        on_event: called with each unasked event.
+    """
+
+    def __init__(
+        self,
+        time_scale: float,
+        on_kernel_message: Callable[[list[memoryview]], None],
+        on_event: Callable[[Body], None],
+    ) -> None:
+        self._time_scale = time_scale
+        self.on_kernel_message = on_kernel_message
+        self.on_event = on_event
+        self._decoder = wire.Decoder()
+        self._numbers = itertools.count(wire.FIRST_STREAM)
+        self._conversations: dict[int, Conversation] = {}
+        self._joiners = {wire.KERNEL: wire.MessageJoiner(), wire.KERNEL_CONTROL: wire.MessageJoiner()}
+        self._kernel_credit = {number: wire.INITIAL_CREDIT for number in self._joiners}
+        self._kernel_owed = dict.fromkeys(self._joiners, 0)
+        self._kernel_may_send = asyncio.Event()
+        self._kernel_sending = {number: asyncio.Lock() for number in self._joiners}
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._strikes = 0
+        self._deadline: asyncio.TimerHandle | None = None
+        self._transport: asyncio.Transport | None = None
+        self._loop = asyncio.get_running_loop()
+        self.closed: asyncio.Future[Exception] = self._loop.create_future()
+
+    @classmethod
+    async def open(
+        cls,
+        sock: socket.socket,
+        *,
+        time_scale: float = 1.0,
+        on_kernel_message: Callable[[list[memoryview]], None] = lambda parts: None,
+        on_event: Callable[[Body], None] = lambda body: None,
+    ) -> "Link":
+        """Take over a connected socket."""
+        _, link = await asyncio.get_running_loop().create_connection(
+            lambda: cls(time_scale, on_kernel_message, on_event), sock=sock
+        )
+        return link
+
+    # -- asking
+
+    @asynccontextmanager
+    async def ask(self, request: Body) -> AsyncIterator[Conversation]:
+        """Open a conversation; leaving the block before its reply cancels it in the guest.
+
+        Raises:
+            SandboxDied: the link is closed.
+        """
+        if self.closed.done():
+            raise self.closed.result()
+        number = next(self._numbers)
+        conversation = self._conversations[number] = Conversation(self, number)
+        self.write(wire.encode(FrameType.REQUEST, number, request))
+        try:
+            yield conversation
+        finally:
+            if conversation.is_open and not self.closed.done():
+                self.write(wire.header(FrameType.CANCEL, number, 0))
+                # The guest answers a cancelled request all the same; until then the number is taken.
+                conversation.close(GuestFailure("failed", "cancelled"))
+            else:
+                self._conversations.pop(number, None)
+
+    async def call(self, request: Body, reply_type: type[T], timeout: float = 30.0) -> T:
+        """Ask and await the reply.
+
+        Args:
+            timeout: seconds to wait, times the driver's time scale.
+
+        Raises:
+            GuestFailure: the guest answered that it can't be done.
+            GuestUnresponsive: no answer, or one of another type.
+            SandboxDied: the link broke.
+        """
+        try:
+            async with asyncio.timeout(timeout * self._time_scale), self.ask(request) as conversation:
+                reply = await conversation.reply()
+        except TimeoutError:
+            raise GuestUnresponsive(f"no answer to {type(request).__name__} in time") from None
+        if not isinstance(reply, reply_type):
+            raise GuestUnresponsive(f"answered {type(request).__name__} with {type(reply).__name__}")
+        return reply
+
+    async def resume(self, *, sandbox_id: str, hostname: str, env: dict[str, str], timeout: float = 10.0) -> bytes:
+        """The resume handshake: fresh entropy, the host's clock, an identity. Returns the guest's random sample.
+
+        Raises:
+            GuestUnresponsive, GuestFailure, SandboxDied: not acknowledged; the machine must not be used.
+        """
+        nonce = os.urandom(16)
+        resumed = await self.call(
+            wire.Resume(
+                nonce=nonce,
+                entropy=os.urandom(64),
+                wall_ns=time.time_ns(),
+                sandbox_id=sandbox_id,
+                hostname=hostname,
+                env=env,
+            ),
+            wire.Resumed,
+            timeout,
+        )
+        if resumed.nonce != nonce or resumed.generation != wire.GENERATION or len(resumed.sample) != 16:
+            raise GuestUnresponsive("the resume handshake was not acknowledged as it must be")
+        return resumed.sample
+
+    async def send_kernel_message(self, parts: list[bytes] | list[memoryview]) -> None:
+        """Send one kernel message, its channel's name first. Control messages have a lane of their own."""
+        number = wire.KERNEL_CONTROL if bytes(parts[0]) == b"control" else wire.KERNEL
+        async with self._kernel_sending[number]:
+            for frame in wire.chunk(number, wire.pack_parts(parts)):
+                size = sum(len(buffer) for buffer in frame[1:])
+                while self._kernel_credit[number] <= 0:
+                    self._raise_if_closed()
+                    self._kernel_may_send.clear()
+                    await self._kernel_may_send.wait()
+                self._kernel_credit[number] -= size
+                await self.write_bulk(frame)
+
+    # -- writing
+
+    def write(self, frame: bytes) -> None:
+        """Queue a small frame."""
+        if self._transport is not None and not self.closed.done():
+            self._transport.write(frame)
+
+    async def write_bulk(self, frame: list[bytes | memoryview]) -> None:
+        """Queue a large frame when the guest has read most of what came before."""
+        await self._writable.wait()
+        self._raise_if_closed()
+        assert self._transport is not None
+        self._transport.writelines(frame)
+
+    def _raise_if_closed(self) -> None:
+        if self.closed.done():
+            raise self.closed.result()
+
+    def pause_reading(self) -> None:
+        """Leave what the guest says in its own buffers until `resume_reading`."""
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._transport is not None:
+            self._transport.resume_reading()
+
+    def close(self, reason: Exception | None = None) -> None:
+        """End the link; everyone who waits on it gets `reason`."""
+        if not self.closed.done():
+            self.closed.set_result(reason or SandboxDied("the sandbox has ended"))
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+        for conversation in self._conversations.values():
+            conversation.close(self.closed.result())
+        self._writable.set()
+        self._kernel_may_send.set()
+
+    # -- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(high=WRITE_BUFFER)
+
+    def data_received(self, data: bytes) -> None:
+        self._decoder.receive_data(data)
+        try:
+            for frame in self._decoder.frames():
+                self._receive(frame)
+        except wire.FrameError as error:
+            self.close(GuestUnresponsive(f"the guest broke the protocol: {error}"))
+
+    def _receive(self, frame: Frame) -> None:
+        if frame.stream in self._joiners:
+            return self._kernel_frame(frame)
+        if frame.stream == wire.EVENTS and frame.type is FrameType.EVENT:
+            return self.on_event(wire.decode(frame))
+        conversation = self._conversations.get(frame.stream)
+        if conversation is None or frame.type in (FrameType.REQUEST, FrameType.CANCEL):
+            self._strikes += 1
+            if self._strikes >= STRIKES:
+                raise wire.FrameError(f"{STRIKES} frames that nobody asked for")
+            return
+        if conversation.is_open:
+            conversation.received(frame)
+        elif frame.type in (FrameType.REPLY, FrameType.FAILURE):
+            del self._conversations[frame.stream]
+
+    def _kernel_frame(self, frame: Frame) -> None:
+        if frame.type is FrameType.CREDIT:
+            self._kernel_credit[frame.stream] += int.from_bytes(frame.payload, "big")
+            self._kernel_may_send.set()
+        elif frame.type is FrameType.DATA:
+            parts = self._joiners[frame.stream].receive(frame)
+            self._kernel_owed[frame.stream] += len(frame.payload)
+            if self._kernel_owed[frame.stream] >= wire.CHUNK:
+                self.write(wire.credit(frame.stream, self._kernel_owed[frame.stream]))
+                self._kernel_owed[frame.stream] = 0
+            if parts is not None:
+                self.on_kernel_message(parts)
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+        self._deadline = self._loop.call_later(WRITE_DEADLINE * self._time_scale, self._write_overdue)
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+        if self._deadline is not None:
+            self._deadline.cancel()
+
+    def _write_overdue(self) -> None:
+        self.close(GuestUnresponsive("the guest has stopped reading"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.close()

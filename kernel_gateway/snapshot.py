@@ -1,0 +1,142 @@
+"""A template's snapshot: the state of a machine with a warm kernel, from which every sandbox starts.
+
+On disk, in a directory of its own:
+
+    manifest.json   what it was made with, and the SHA-256 and size of every other file
+    memory          the machine's RAM, sparse
+    state           the devices (about 100 KB)
+    disk            the writable disk at that moment, sparse
+
+Nothing of it is used before its hash was checked. RAM and device state are copied into sealed memory files while they
+are hashed: what was checked is what is mapped, nobody can change it, and all clones share its pages.
+"""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+BLOCK = 1024 * 1024
+FILES = ("memory", "state", "disk")
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+class SnapshotCorrupt(Exception):
+    """A file of a snapshot is missing or not what the manifest says."""
+
+
+class FileDigest(msgspec.Struct, frozen=True):
+    size: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What a snapshot was made with. `argv` is QEMU's command line with descriptors left out."""
+
+    template: str
+    qemu_version: str
+    argv: list[str]
+    image: str
+    files: dict[str, FileDigest]
+
+
+def extents(fd: int) -> Iterator[tuple[int, int]]:
+    """The parts of a sparse file that hold data, as (offset, length)."""
+    end = os.fstat(fd).st_size
+    offset = 0
+    while offset < end:
+        try:
+            offset = os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError:  # ENXIO: only a hole is left
+            return
+        hole = os.lseek(fd, offset, os.SEEK_HOLE)
+        yield offset, hole - offset
+        offset = hole
+
+
+def copy_sparse(source: int, target: int) -> FileDigest:
+    """Copy a sparse file's data at the same offsets, leaving out blocks of zeros; returns its digest.
+
+    The digest is over the size and every block that is not zero, with its offset, so holes cost nothing.
+    """
+    size = os.fstat(source).st_size
+    os.ftruncate(target, size)
+    digest = hashlib.sha256(size.to_bytes(8, "big"))
+    buffer = memoryview(bytearray(BLOCK))
+    zeros = bytes(BLOCK)
+    for offset, length in extents(source):
+        start = offset - offset % BLOCK
+        for at in range(start, offset + length, BLOCK):
+            count = os.preadv(source, [buffer], at)
+            piece = buffer[:count]
+            if piece != zeros[:count]:
+                digest.update(at.to_bytes(8, "big"))
+                digest.update(piece)
+                os.pwrite(target, piece, at)
+    return FileDigest(size=size, sha256=digest.hexdigest())
+
+
+def copy_disk(source: int, target: int) -> None:
+    """Copy a sparse file's data without looking at it, in the kernel where it can."""
+    os.ftruncate(target, os.fstat(source).st_size)
+    for offset, length in extents(source):
+        while length:
+            copied = os.copy_file_range(source, target, length, offset, offset)
+            if not copied:
+                raise OSError(f"file ended at {offset}")
+            offset, length = offset + copied, length - copied
+
+
+def memory_file(name: str, size: int = 0) -> int:
+    """A new anonymous file in memory, open for everybody who is given its descriptor."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
+    return fd
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A verified snapshot, ready to start machines from. The descriptors live as long as the server.
+
+    `memory`, `state` and `disk` are sealed memory files.
+    """
+
+    manifest: Manifest
+    memory: int
+    state: int
+    disk: int
+
+    @classmethod
+    def load(cls, directory: Path) -> "Snapshot":
+        """Check every file against the manifest and hold it in memory.
+
+        Raises:
+            SnapshotCorrupt: something is missing or differs; says what.
+        """
+        try:
+            manifest = msgspec.json.decode((directory / "manifest.json").read_bytes(), type=Manifest)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise SnapshotCorrupt(f"{directory}: {error}") from error
+        held = {name: cls._hold(directory / name, manifest) for name in FILES}
+        return cls(manifest, **held)
+
+    @staticmethod
+    def _hold(path: Path, manifest: Manifest) -> int:
+        try:
+            source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise SnapshotCorrupt(f"{path}: {error.strerror}") from error
+        try:
+            held = memory_file(path.name)
+            digest = copy_sparse(source, held)
+        finally:
+            os.close(source)
+        if digest != manifest.files.get(path.name):
+            os.close(held)
+            raise SnapshotCorrupt(f"{path}: its content is not what the manifest says")
+        fcntl.fcntl(held, fcntl.F_ADD_SEALS, _SEALS)
+        return held
