@@ -44,7 +44,7 @@ class Agent:
         self._env = self._base_env
         self._cpu_before = (0.0, 0.0)
         self.channel = Channel(fd, self.dispatch, lambda frame: self._kernel.data_received(frame))
-        self._kernel = Kernel(self.channel, runtime, uid)
+        self._kernel = Kernel(self.channel, runtime / "kernel", uid)
         self._kernel.env = self._env
 
     async def dispatch(self, stream: Stream, body: wire.Body) -> None:

@@ -198,12 +198,9 @@ class Kernel:
             await self.start_nursery([])
         self._disconnect()
         self._count += 1
-        directory = self._runtime / f"kernel-{self._count}"
+        directory = self._runtime / f"{self._count}"
         directory.mkdir(mode=0o700, parents=True)
         connection = Connection(directory)
-        if self._uid is not None:
-            os.chown(directory, self._uid, self._uid)
-            os.chown(connection.file, self._uid, self._uid)
         self._pid = (await self._ask_nursery(fork=str(connection.file), env=self.env))["pid"]
         try:
             async with asyncio.timeout(START_TIMEOUT):
@@ -216,8 +213,7 @@ class Kernel:
             connection.close()
             raise
         self._connection = connection
-        for name, sock in connection.sockets.items():
-            del name
+        for sock in connection.sockets.values():
             self._loop.add_reader(sock.fd, self._pump)
         self._pump()
 

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 from guest_agent import wire
 from guest_agent.channel import AgentError, Stream
@@ -74,6 +75,8 @@ async def spawn(stream: Stream, request: Spawn, env: dict[str, str], uid: int | 
         AgentError: invalid (no such working directory, arguments too long) or cannot_run.
     """
     process = _start(request, {**env, **request.env}, uid)
+    # The agent is the last to be killed when memory runs out; its children must not inherit that.
+    Path(f"/proc/{process.pid}/oom_score_adj").write_text("0")
     stream.event(Started(pid=process.pid))
     assert process.stdin and process.stdout and process.stderr
     outputs = [

@@ -207,8 +207,8 @@ def modules_in_order(directory: Path) -> list[Path]:
 def dependencies(module: Path) -> list[str]:
     """What a kernel module says it needs (its `depends=` line)."""
     data = module.read_bytes()
-    start = data.find(b"\0depends=")
-    names = data[start + 9 : data.find(b"\0", start + 1)].decode() if start >= 0 else ""
+    start = data.find(b"depends=")
+    names = data[start + 8 : data.find(b"\0", start)].decode() if start >= 0 else ""
     return [name for name in names.split(",") if name]
 
 

@@ -141,7 +141,7 @@ class Link(asyncio.Protocol):
         on_kernel_message: Callable[[list[memoryview]], None],
         on_event: Callable[[Body], None],
     ) -> None:
-        self._time_scale = time_scale
+        self.time_scale = time_scale
         self.on_kernel_message = on_kernel_message
         self.on_event = on_event
         self._decoder = wire.Decoder()
@@ -211,7 +211,7 @@ class Link(asyncio.Protocol):
             SandboxDied: the link broke.
         """
         try:
-            async with asyncio.timeout(timeout * self._time_scale), self.ask(request) as conversation:
+            async with asyncio.timeout(timeout * self.time_scale), self.ask(request) as conversation:
                 reply = await conversation.reply()
         except TimeoutError:
             raise GuestUnresponsive(f"no answer to {type(request).__name__} in time") from None
@@ -341,7 +341,7 @@ class Link(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._writable.clear()
-        self._deadline = self._loop.call_later(WRITE_DEADLINE * self._time_scale, self._write_overdue)
+        self._deadline = self._loop.call_later(WRITE_DEADLINE * self.time_scale, self._write_overdue)
 
     def resume_writing(self) -> None:
         self._writable.set()

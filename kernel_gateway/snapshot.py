@@ -81,11 +81,12 @@ def copy_sparse(source: int, target: int) -> FileDigest:
 
 
 def copy_disk(source: int, target: int) -> None:
-    """Copy a sparse file's data without looking at it, in the kernel where it can."""
+    """Copy a sparse file's data without looking at it."""
     os.ftruncate(target, os.fstat(source).st_size)
     for offset, length in extents(source):
+        os.lseek(target, offset, os.SEEK_SET)
         while length:
-            copied = os.copy_file_range(source, target, length, offset, offset)
+            copied = os.sendfile(target, source, offset, length)
             if not copied:
                 raise OSError(f"file ended at {offset}")
             offset, length = offset + copied, length - copied

@@ -8,6 +8,7 @@ Two ways to run one: `boot` starts the guest's kernel (only to make a template, 
 """
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -53,6 +54,7 @@ class QemuVm:
         self._channel = channel
         self._console = console
         self._console_text = bytearray()
+        self._spoken = asyncio.Event()
         self._qmp_socket = qmp
         self._qmp: Qmp | None = None
         self._loop = asyncio.get_running_loop()
@@ -77,6 +79,12 @@ class QemuVm:
 
     def open(self) -> socket.socket:
         return self._channel
+
+    async def has_spoken(self, timeout: float) -> bool:
+        """Whether anything is printed on the console within `timeout` seconds."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._spoken.wait(), timeout)
+        return self._spoken.is_set()
 
     async def wait(self) -> str:
         return await asyncio.shield(self._ended)
@@ -114,6 +122,7 @@ class QemuVm:
     def _console_readable(self) -> None:
         try:
             while data := self._console.recv(16 * 1024):
+                self._spoken.set()
                 self._console_text += data
                 del self._console_text[:-CONSOLE_KEPT]
         except BlockingIOError:

@@ -1,0 +1,188 @@
+"""From a template's recipe to its verified snapshot: image, initramfs, one boot, warm kernel, save.
+
+Everything is cached under a hash of what went into it, the QEMU version and the machine included, so the second start
+of a server only verifies.
+"""
+
+import asyncio
+import os
+import re
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from guest_agent import wire
+from kernel_gateway.drivers.qemu import Image, Qemu, QemuVm
+from kernel_gateway.drivers.qemu_argv import Descriptors, Machine
+from kernel_gateway.errors import CellvmError
+from kernel_gateway.image import BuildError, Progress, build_image, build_initrd, content_hash, finished
+from kernel_gateway.link import Link
+from kernel_gateway.snapshot import FILES, Manifest, Snapshot, SnapshotCorrupt, copy_sparse, memory_file
+from kernel_gateway.templates import Template
+
+BOOT_TIMEOUT = 20.0
+"""Seconds from QEMU's start to the agent's first answer, times the driver's time scale."""
+FIRST_WORD_TIMEOUT = 5.0
+"""Seconds until the guest's kernel must have printed something; it takes half a second."""
+BOOT_ATTEMPTS = 6
+WARM_TIMEOUT = 120.0
+KVM_PROBE_TIMEOUT = 15.0
+"""Seconds the real guest gets to boot on KVM before the verdict is no. On hardware it takes about two."""
+
+
+def qemu_version(binary: str) -> str:
+    """Such as "7.2.22".
+
+    Raises:
+        BuildError: the program can't be run.
+    """
+    try:
+        text = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"{binary} can't be run: {error}") from error
+    found = re.search(r"version (\S+)", text)
+    return found[1] if found else text.strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Builder:
+    """Builds what the driver `qemu` offers. `cache` holds all results; `ca_bundle` is copied into guests (or None)."""
+
+    cache: Path
+    binary: str
+    ca_bundle: Path | None
+
+    def image(self, template: Template, step: Progress) -> Path:
+        return build_image(template, self.cache, self.ca_bundle, step)
+
+    def open_image(self, directory: Path) -> Image:
+        """The files that machines of this image read, opened for the server's life."""
+        kernel = next((directory / "boot/boot").glob("vmlinuz-*"))
+        initrd = build_initrd(directory, self.cache)
+        return Image(*(os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in (kernel, initrd, directory / "root.erofs")))
+
+    async def ready(self, template: Template, driver: Qemu, step: Progress) -> None:
+        """Build what is missing, verify, and offer the template on the driver.
+
+        Raises:
+            BuildError: a step failed.
+        """
+        directory = await asyncio.to_thread(self.image, template, step)
+        image = self.open_image(directory)
+        machine = Machine(driver.capabilities.accelerator, template.vcpus, template.memory_mb)
+        version = qemu_version(self.binary)
+        argv = driver.command(machine, Descriptors(*range(8)), template=True)[1:]
+        key = content_hash(
+            template.id, directory.name, build_initrd(directory, self.cache), version, repr(argv), repr(template)
+        )
+        path = self.cache / "snapshots" / f"{template.id}-{key}"
+        if not path.is_dir():
+            manifest = Manifest(template=template.id, qemu_version=version, argv=argv, image=directory.name, files={})
+            with finished(path) as work:
+                await self._make(template, driver, image, machine, manifest, work, step)
+        step("verify snapshot")
+        try:
+            snapshot = await asyncio.to_thread(Snapshot.load, path)
+        except SnapshotCorrupt as error:
+            raise BuildError(f"{error}\nDelete {path} and build again.") from error
+        driver.offer(template.id, snapshot, image, machine)
+
+    async def _make(
+        self, template: Template, driver: Qemu, image: Image, machine: Machine, manifest: Manifest, work: Path,
+        step: Progress,
+    ) -> None:  # fmt: skip
+        step("boot the template")
+        memory = memory_file("template", machine.ram_mb * 1024 * 1024)
+        disk = self._format(work / "disk", template.disk_mb)
+        state = os.open(work / "state", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            vm = await self._boot(driver, image, machine, memory, disk)
+            try:
+                link = await Link.open(vm.open(), time_scale=driver.capabilities.time_scale)
+                await self._answering(link, vm, BOOT_TIMEOUT)
+                step("warm the kernel")
+                await link.call(
+                    wire.Warm(modules=template.warm, exercise=template.exercise), wire.Done, timeout=WARM_TIMEOUT
+                )
+                await link.call(wire.Flush(), wire.Done)
+                step("save the snapshot")
+                await driver.save(vm, state)
+                link.close()
+            except CellvmError as error:
+                raise BuildError(f"the template did not get ready: {error}\n{vm.console_text[-3000:]}") from error
+            finally:
+                await vm.kill()
+            with open(work / "memory", "w+b") as file:
+                await asyncio.to_thread(copy_sparse, memory, file.fileno())
+        finally:
+            for fd in (memory, disk, state):
+                os.close(fd)
+        digests = {name: await asyncio.to_thread(_digest, work / name) for name in FILES}
+        (work / "manifest.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(manifest, files=digests)))
+
+    async def _boot(self, driver: Qemu, image: Image, machine: Machine, memory: int, disk: int) -> QemuVm:
+        """Boot a machine that shows life. Under TCG about one kernel in eight hangs before its first message."""
+        for _ in range(BOOT_ATTEMPTS):
+            vm = await driver.boot(image, machine, memory, disk)
+            if await vm.has_spoken(FIRST_WORD_TIMEOUT):
+                return vm
+            await vm.kill()
+        raise BuildError(f"the guest's kernel printed nothing within {FIRST_WORD_TIMEOUT} s, {BOOT_ATTEMPTS} times")
+
+    def _format(self, path: Path, size_mb: int) -> int:
+        """A new sparse disk with an empty ext4. No journal: the disk does not outlive its machine's memory."""
+        with path.open("wb") as file:
+            file.truncate(size_mb * 1024 * 1024)
+        command = ["mkfs.ext4", "-q", "-F", "-O", "^has_journal", "-m", "0", "-E", "lazy_itable_init=1", str(path)]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise BuildError(f"mkfs.ext4 failed: {getattr(error, 'stderr', error)}") from error
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    async def _answering(self, link: Link, vm: QemuVm, timeout: float) -> None:
+        """Return when the agent answers; the guest drops what is sent before its port is open, so ask again."""
+        deadline = time.monotonic() + timeout * link.time_scale
+        while True:
+            try:
+                await link.call(wire.Ping(), wire.Done, timeout=0.5)
+                return
+            except CellvmError:
+                if link.closed.done() or time.monotonic() > deadline:
+                    raise
+
+    async def probe_kvm(self, template: Template, driver: Qemu, step: Progress) -> bool:
+        """Whether the real guest boots on this host's KVM. A `/dev/kvm` that opens proves nothing."""
+        step("try KVM with the real guest")
+        image = self.open_image(await asyncio.to_thread(self.image, template, step))
+        machine = Machine("kvm", template.vcpus, template.memory_mb)
+        memory = memory_file("probe", machine.ram_mb * 1024 * 1024)
+        path = self.cache / f"probe-{os.getpid()}"
+        try:
+            disk = self._format(path, template.disk_mb)
+            path.unlink()
+            vm = await driver.boot(image, machine, memory, disk)
+            try:
+                link = await Link.open(vm.open())
+                await self._answering(link, vm, KVM_PROBE_TIMEOUT)
+                link.close()
+            finally:
+                await vm.kill()
+        except Exception:
+            return False
+        finally:
+            os.close(memory)
+        return True
+
+
+def _digest(path: Path):  # type: ignore[no-untyped-def]
+    """Hash a file as `copy_sparse` does."""
+    with path.open("rb") as source:
+        sink = memory_file(path.name)
+        try:
+            return copy_sparse(source.fileno(), sink)
+        finally:
+            os.close(sink)
