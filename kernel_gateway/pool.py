@@ -1,0 +1,154 @@
+"""Machines on stock: restored, through the resume handshake, exercised once, standing still.
+
+A create takes one in a single step and pays neither for the restore nor for the first cell's cold caches. Refilling
+happens in the background, one machine at a time, so that it does not starve the sandboxes at work.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from dataclasses import dataclass
+
+from guest_agent import wire
+from kernel_gateway.drivers import DriverError, Stops, Vm, VmDriver
+from kernel_gateway.errors import CellvmError, GuestUnresponsive
+from kernel_gateway.kernel import Kernel
+from kernel_gateway.link import Link
+
+log = logging.getLogger(__name__)
+
+SAMPLES_KEPT = 10_000
+RETRY_AFTER_FAILURE = (1.0, 30.0)
+"""First and longest pause, in seconds, after a machine could not be prepared."""
+# Touch what a first cell touches, then forget it: `_` must be empty.
+EXERCISE = ("1 + 1", "get_ipython().displayhook.flush()")
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """A machine with an agent that has been through the resume handshake."""
+
+    vm: Vm
+    link: Link
+    kernel: Kernel
+
+    async def kill(self) -> None:
+        self.link.close()
+        await self.vm.kill()
+
+
+class Guests:
+    """Starts guests, and refuses one that is not distinct: a machine without fresh randomness must not be used."""
+
+    def __init__(self, driver: VmDriver) -> None:
+        self._driver = driver
+        self._samples: dict[bytes, None] = {}
+
+    async def start(self, template_id: str) -> Guest:
+        """A new guest, running.
+
+        Raises:
+            DriverError, CellvmError: it could not be started or did not acknowledge; nothing is left of it.
+        """
+        vm = await self._driver.start(template_id)
+        try:
+            link = await Link.open(vm.open(), time_scale=self._driver.capabilities.time_scale)
+            guest = Guest(vm, link, Kernel(link))
+            await self.resume(guest, sandbox_id="pool", hostname="sandbox", env={})
+        except BaseException:
+            await vm.kill()
+            raise
+        return guest
+
+    async def resume(self, guest: Guest, *, sandbox_id: str, hostname: str, env: dict[str, str]) -> None:
+        """The handshake, for guests from the pool and straight from a restore alike.
+
+        Raises:
+            CellvmError: not acknowledged as it must be; the caller destroys the guest.
+        """
+        sample = await guest.link.resume(sandbox_id=sandbox_id, hostname=hostname, env=env)
+        if sample in self._samples:
+            log.critical("a guest's random sample was seen before: template clones are not being reseeded")
+            raise GuestUnresponsive("the guest's randomness is not fresh")
+        self._samples[sample] = None
+        if len(self._samples) > SAMPLES_KEPT:
+            del self._samples[next(iter(self._samples))]
+
+
+class Pool:
+    """Keeps `size` guests of one template ready. Use `run` as a task."""
+
+    def __init__(self, guests: Guests, template_id: str, size: int) -> None:
+        self.template_id = template_id
+        self.size = size
+        self._guests = guests
+        self._ready: deque[Guest] = deque()
+        self._wanted = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<Pool {self.template_id} {self.ready}/{self.size} ready>"
+
+    @property
+    def ready(self) -> int:
+        return len(self._ready)
+
+    async def take(self) -> Guest | None:
+        """A guest, running, now the caller's; None when there is none on stock."""
+        while self._ready:
+            guest = self._ready.popleft()
+            self._wanted.set()
+            if not guest.link.closed.done():
+                try:
+                    if isinstance(guest.vm, Stops):
+                        await guest.vm.cont()
+                    return guest
+                except BaseException as error:
+                    await guest.kill()
+                    if not isinstance(error, DriverError):
+                        raise
+        return None
+
+    async def run(self) -> None:
+        """Refill until cancelled, then destroy what is on stock."""
+        pause = RETRY_AFTER_FAILURE[0]
+        try:
+            while True:
+                dead = [guest for guest in self._ready if guest.link.closed.done()]
+                for guest in dead:
+                    self._ready.remove(guest)
+                    await guest.kill()
+                if len(self._ready) >= self.size:
+                    self._wanted.clear()
+                    await self._wanted.wait()
+                    continue
+                try:
+                    self._add(await self._prepare())
+                    pause = RETRY_AFTER_FAILURE[0]
+                except (DriverError, CellvmError) as error:
+                    log.error("a machine for the pool could not be prepared: %s", error)
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, RETRY_AFTER_FAILURE[1])
+        finally:
+            while self._ready:
+                await self._ready.popleft().kill()
+
+    def _add(self, guest: Guest) -> None:
+        self._ready.append(guest)
+        guest.link.closed.add_done_callback(lambda _: self._wanted.set())
+
+    async def _prepare(self) -> Guest:
+        guest = await self._guests.start(self.template_id)
+        try:
+            for code in EXERCISE:
+                async for _ in guest.kernel.execute(code, timeout=30, quiet=True):
+                    pass
+            with contextlib.suppress(CellvmError):  # base images may lack it; then there is nothing to warm
+                async with guest.link.ask(wire.Spawn(argv=["true"], env={}, cwd="/")) as conversation:
+                    await conversation.reply()
+            if isinstance(guest.vm, Stops):
+                await guest.vm.stop()
+        except BaseException:
+            await guest.kill()
+            raise
+        return guest

@@ -1,0 +1,114 @@
+"""One sandbox: its state, its guest, its end. All changes of state go through `apply`."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from kernel_gateway.errors import Conflict, SandboxDied
+from kernel_gateway.lifecycle import Event, State, decide
+from kernel_gateway.pool import Guest
+from kernel_gateway.templates import Template
+
+log = logging.getLogger(__name__)
+
+
+class Sandbox:
+    """A sandbox of one owner.
+
+    `deadline` is on the monotonic clock, so that a step of the host's clock moves no lifetime; `ends_at` is what we
+    tell people.
+    """
+
+    def __init__(
+        self,
+        sandbox_id: str,
+        owner: str,
+        template: Template,
+        *,
+        timeout: int,
+        metadata: dict[str, str],
+        env: dict[str, str],
+        ended: Callable[["Sandbox", str], None],
+    ) -> None:
+        self.id = sandbox_id
+        self.owner = owner
+        self.template = template
+        self.metadata = metadata
+        self.env = env
+        self.started_at = datetime.now(UTC)
+        self.state = State.CREATING
+        self._ended = ended
+        self._guest: Guest | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._gone = asyncio.get_running_loop().create_future()
+        self.set_timeout(timeout)
+
+    def __repr__(self) -> str:
+        return f"<Sandbox {self.id} {self.state} of {self.template.id}>"
+
+    def set_timeout(self, seconds: float) -> None:
+        """Let it expire that many seconds from now."""
+        self.deadline = time.monotonic() + seconds
+
+    @property
+    def ends_at(self) -> datetime:
+        return datetime.fromtimestamp(time.time() + self.deadline - time.monotonic(), UTC)
+
+    @property
+    def guest(self) -> Guest:
+        """Its guest, for requests.
+
+        Raises:
+            Conflict: it is not running yet.
+            SandboxDied: it has ended.
+        """
+        if self.state is State.STOPPED:
+            raise SandboxDied("the sandbox has ended")
+        if self._guest is None:
+            raise Conflict("the sandbox is still being created")
+        return self._guest
+
+    def started(self, guest: Guest) -> None:
+        """It has a guest now; from here on its death is ours."""
+        self._guest = guest
+        self._watch = asyncio.create_task(self._watch_guest(guest))
+        self.apply(Event.STARTED)
+
+    async def _watch_guest(self, guest: Guest) -> None:
+        """Notice when the machine ends, or when it breaks the protocol and must."""
+        machine = asyncio.ensure_future(guest.vm.wait())
+        try:
+            await asyncio.wait({machine, guest.link.closed}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            machine.cancel()
+        reason = machine.result() if machine.done() and not machine.cancelled() else str(guest.link.closed.result())
+        log.warning("sandbox %s ended by itself: %.200r", self.id, reason)
+        self.apply(Event.DIED)
+
+    def apply(self, event: Event) -> None:
+        """Let something happen to it; the only place that changes the state.
+
+        Raises:
+            Conflict: a request that can't be granted now.
+        """
+        following = decide(self.state, event)
+        if following is None:
+            return
+        self.state = following
+        if following is State.STOPPED:
+            self._ended(self, event)
+            self._cleaning = asyncio.create_task(self._clean_up())
+
+    async def _clean_up(self) -> None:
+        """The one way out: whatever ended it, the guest is destroyed."""
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._guest is not None:
+            await self._guest.kill()
+        self._gone.set_result(None)
+
+    async def gone(self) -> None:
+        """Return when nothing of it is left."""
+        await asyncio.shield(self._gone)

@@ -1,0 +1,150 @@
+"""All sandboxes of the server: create, find, list, end. Every look-up is by owner and id."""
+
+import asyncio
+import contextlib
+import logging
+import re
+import secrets
+import string
+import time
+
+from kernel_gateway.drivers import DriverError
+from kernel_gateway.errors import CellvmError, Draining, HostFull, InvalidRequest, NotFound
+from kernel_gateway.lifecycle import Event, State
+from kernel_gateway.pool import Guest, Guests, Pool
+from kernel_gateway.sandbox import Sandbox
+from kernel_gateway.store import Store
+from kernel_gateway.templates import Template, Templates
+
+log = logging.getLogger(__name__)
+
+ID_ALPHABET = string.ascii_lowercase + string.digits
+LEGAL_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+START_ATTEMPTS = 2
+TICK = 0.25
+"""Seconds between looks at the lifetimes: sandboxes end within this of their deadline."""
+
+
+class Sandboxes:
+    """The collection. `maximum` counts sandboxes that exist or are being created; the pool is not counted."""
+
+    def __init__(
+        self, templates: Templates, guests: Guests, pools: dict[str, Pool], store: Store, *, maximum: int
+    ) -> None:
+        self.templates = templates
+        self.maximum = maximum
+        self.pools = pools
+        self._guests = guests
+        self._store = store
+        self._sandboxes: dict[str, Sandbox] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self.is_draining = False
+
+    def __repr__(self) -> str:
+        return f"<Sandboxes {len(self._sandboxes)}/{self.maximum}>"
+
+    def __len__(self) -> int:
+        return len(self._sandboxes)
+
+    def start(self) -> None:
+        """Begin to fill pools and to watch lifetimes."""
+        self._tasks = [asyncio.create_task(pool.run()) for pool in self.pools.values()]
+        self._tasks.append(asyncio.create_task(self._expire()))
+
+    async def close(self) -> None:
+        """End everything."""
+        self.is_draining = True
+        for task in self._tasks:
+            task.cancel()
+        ending = list(self._sandboxes.values())
+        for sandbox in ending:
+            sandbox.apply(Event.SERVER_STOPPED)
+        for sandbox in ending:
+            await sandbox.gone()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def create(
+        self, owner: str, template: Template, *, timeout: int, metadata: dict[str, str], env: dict[str, str]
+    ) -> Sandbox:
+        """A running sandbox.
+
+        Raises:
+            HostFull: there are `maximum` already, or no machine could be started.
+            Draining: the server is going down.
+        """
+        if self.is_draining:
+            raise Draining("the server is going down")
+        if len(self._sandboxes) >= self.maximum:
+            raise HostFull(f"all {self.maximum} sandboxes of this server are in use", hint="delete one, or wait")
+        sandbox_id = "sbx" + "".join(secrets.choice(ID_ALPHABET) for _ in range(20))
+        sandbox = Sandbox(
+            sandbox_id, owner, template, timeout=timeout, metadata=metadata, env=env, ended=self._forget
+        )
+        self._sandboxes[sandbox_id] = sandbox
+        self._store.sandbox_created(sandbox_id, owner, template.id)
+        try:
+            guest = await self._start_guest(sandbox)
+        except BaseException:
+            sandbox.apply(Event.START_FAILED)
+            raise
+        if sandbox.state is not State.CREATING:  # ended meanwhile
+            await guest.kill()
+            raise HostFull("the sandbox was ended while it was being created")
+        sandbox.set_timeout(timeout)
+        sandbox.started(guest)
+        return sandbox
+
+    async def _start_guest(self, sandbox: Sandbox) -> Guest:
+        """From the pool, else from a restore; a machine that fails the handshake is destroyed and another is tried."""
+        env = {**sandbox.env, "E2B_SANDBOX_ID": sandbox.id, "E2B_TEMPLATE_ID": sandbox.template.id}
+        pool = self.pools.get(sandbox.template.id)
+        for attempt in range(START_ATTEMPTS):
+            try:
+                guest = (await pool.take() if pool else None) or await self._guests.start(sandbox.template.id)
+                try:
+                    await self._guests.resume(guest, sandbox_id=sandbox.id, hostname=sandbox.id, env=env)
+                except BaseException:
+                    await guest.kill()
+                    raise
+                return guest
+            except (DriverError, CellvmError) as error:
+                log.error("sandbox %s: start %d failed: %.500s", sandbox.id, attempt + 1, error)
+        raise HostFull("no machine could be started for the sandbox", hint="the server's log says why")
+
+    def get(self, owner: str, sandbox_id: str) -> Sandbox:
+        """The owner's sandbox of that id.
+
+        Raises:
+            InvalidRequest: no sandbox can have such an id.
+            NotFound: none has it, or somebody else's.
+        """
+        if not LEGAL_ID.fullmatch(sandbox_id):
+            raise InvalidRequest("a sandbox id is made of letters and digits")
+        sandbox = self._sandboxes.get(sandbox_id)
+        if sandbox is not None and sandbox.owner == owner:
+            return sandbox
+        end = self._store.end_of(sandbox_id, owner)
+        raise NotFound("sandbox not found", hint=end and f"it ended {time.time() - end[0]:.0f} s ago: {end[1]}")
+
+    def list(self, owner: str) -> "list[Sandbox]":
+        """The owner's sandboxes, newest first."""
+        mine = [sandbox for sandbox in self._sandboxes.values() if sandbox.owner == owner]
+        return sorted(mine, key=lambda sandbox: sandbox.started_at, reverse=True)
+
+    async def kill(self, sandbox: Sandbox) -> None:
+        """End it; returns when its machine is gone."""
+        sandbox.apply(Event.KILL)
+        await sandbox.gone()
+
+    def _forget(self, sandbox: Sandbox, reason: str) -> None:
+        self._store.sandbox_ended(sandbox.id, reason)
+        self._sandboxes.pop(sandbox.id, None)
+
+    async def _expire(self) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            while True:
+                await asyncio.sleep(TICK)
+                now = time.monotonic()
+                for sandbox in list(self._sandboxes.values()):
+                    if sandbox.deadline <= now and sandbox.state is State.RUNNING:
+                        sandbox.apply(Event.EXPIRED)
