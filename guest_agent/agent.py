@@ -94,9 +94,15 @@ class Agent:
                 drift = resume.step_clock(request.wall_ns)
                 resume.identify(request.hostname, self._runtime / "boot_id")
         self._env = self._kernel.env = {**self._base_env, **request.env}
+        if not self._kernel.is_running:  # driver `unisolated` has no template in which it was started
+            await self._kernel.start()
         await self._kernel.resume()
         return wire.Resumed(
-            nonce=request.nonce, generation=wire.GENERATION, drift_ns=drift, sample=os.getrandom(16)
+            nonce=request.nonce,
+            generation=wire.GENERATION,
+            drift_ns=drift,
+            sample=os.getrandom(16),
+            home=self._home,
         )
 
     async def _warm(self, request: wire.Warm) -> None:

@@ -134,7 +134,7 @@ class Kernel:
         self._connection: Connection | None = None
         self._pid = 0
         self._count = 0
-        self._nursery: socket.socket | None = None
+        self._nursery: asyncio.StreamWriter | None = None
         self._nursery_process: subprocess.Popen[bytes] | None = None
         self._answers: deque[asyncio.Future[dict[str, Any]]] = deque()
         self._own: dict[str, asyncio.Future[dict[str, Any]]] = {}
@@ -161,9 +161,7 @@ class Kernel:
             **({} if self._uid is None else {"user": self._uid, "group": self._uid, "extra_groups": []}),
         )
         theirs.close()
-        ours.setblocking(False)
-        self._nursery = ours
-        reader, _ = await asyncio.open_connection(sock=ours)
+        reader, self._nursery = await asyncio.open_connection(sock=ours)
         self._watch = asyncio.ensure_future(self._watch_nursery(reader))
         await self._ask_nursery(warm=modules)
 
@@ -171,7 +169,7 @@ class Kernel:
         assert self._nursery is not None
         answer = self._loop.create_future()
         self._answers.append(answer)
-        self._nursery.send(json.dumps(request).encode() + b"\n")
+        self._nursery.write(json.dumps(request).encode() + b"\n")
         return await answer
 
     async def _watch_nursery(self, reader: asyncio.StreamReader) -> None:
@@ -187,6 +185,10 @@ class Kernel:
         self._say("dead", "the process that kernels are forked from has died")
 
     # -- life
+
+    @property
+    def is_running(self) -> bool:
+        return self._connection is not None
 
     async def start(self) -> None:
         """Fork a kernel and return when it answers and its output arrives."""

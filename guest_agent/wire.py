@@ -174,12 +174,16 @@ class Resume(Body):
 
 
 class Resumed(Body):
-    """`sample` is fresh output of the guest's random number generator, `drift_ns` how far its clock was off."""
+    """`sample` is fresh output of the guest's random number generator, `drift_ns` how far its clock was off.
+
+    `home` is the sandbox user's home, where relative paths start.
+    """
 
     nonce: bytes
     generation: int
     drift_ns: int
     sample: bytes
+    home: str
 
 
 class Warm(Body):

@@ -1,6 +1,6 @@
 """The life of a sandbox: one table, one function that reads it. Pure.
 
-    CREATING ──started──▶ RUNNING ──kill, expired, died, server_stopped──▶ STOPPED
+    CREATING ──started──▶ RUNNING ──kill, timeout, died, server_stopped──▶ STOPPED
         └────start_failed, kill──▶ STOPPED
 
 Requests may be refused with a reason for the user; facts may not: a machine that died has died. STOPPED is final.
@@ -22,7 +22,7 @@ class Event(StrEnum):
     STARTED = "started"
     START_FAILED = "start_failed"
     KILL = "kill"
-    EXPIRED = "expired"
+    EXPIRED = "timeout"
     DIED = "died"
     SERVER_STOPPED = "server_stopped"
 

@@ -219,8 +219,10 @@ class Link(asyncio.Protocol):
             raise GuestUnresponsive(f"answered {type(request).__name__} with {type(reply).__name__}")
         return reply
 
-    async def resume(self, *, sandbox_id: str, hostname: str, env: dict[str, str], timeout: float = 10.0) -> bytes:
-        """The resume handshake: fresh entropy, the host's clock, an identity. Returns the guest's random sample.
+    async def resume(
+        self, *, sandbox_id: str, hostname: str, env: dict[str, str], timeout: float = 10.0
+    ) -> wire.Resumed:
+        """The resume handshake: fresh entropy, the host's clock, an identity. Returns the acknowledgement.
 
         Raises:
             GuestUnresponsive, GuestFailure, SandboxDied: not acknowledged; the machine must not be used.
@@ -240,7 +242,7 @@ class Link(asyncio.Protocol):
         )
         if resumed.nonce != nonce or resumed.generation != wire.GENERATION or len(resumed.sample) != 16:
             raise GuestUnresponsive("the resume handshake was not acknowledged as it must be")
-        return resumed.sample
+        return resumed
 
     async def send_kernel_message(self, parts: list[bytes] | list[memoryview]) -> None:
         """Send one kernel message, its channel's name first. Control messages have a lane of their own."""

@@ -25,13 +25,14 @@ RETRY_AFTER_FAILURE = (1.0, 30.0)
 EXERCISE = ("1 + 1", "get_ipython().displayhook.flush()")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Guest:
-    """A machine with an agent that has been through the resume handshake."""
+    """A machine with an agent that has been through the resume handshake. `home` is where relative paths start."""
 
     vm: Vm
     link: Link
     kernel: Kernel
+    home: str = ""
 
     async def kill(self) -> None:
         self.link.close()
@@ -43,6 +44,7 @@ class Guests:
 
     def __init__(self, driver: VmDriver) -> None:
         self._driver = driver
+        self.capabilities = driver.capabilities
         self._samples: dict[bytes, None] = {}
 
     async def start(self, template_id: str) -> Guest:
@@ -67,7 +69,8 @@ class Guests:
         Raises:
             CellvmError: not acknowledged as it must be; the caller destroys the guest.
         """
-        sample = await guest.link.resume(sandbox_id=sandbox_id, hostname=hostname, env=env)
+        resumed = await guest.link.resume(sandbox_id=sandbox_id, hostname=hostname, env=env)
+        guest.home, sample = resumed.home, resumed.sample
         if sample in self._samples:
             log.critical("a guest's random sample was seen before: template clones are not being reseeded")
             raise GuestUnresponsive("the guest's randomness is not fresh")

@@ -34,6 +34,7 @@ class Sandboxes:
         self.templates = templates
         self.maximum = maximum
         self.pools = pools
+        self.capabilities = guests.capabilities
         self._guests = guests
         self._store = store
         self._sandboxes: dict[str, Sandbox] = {}

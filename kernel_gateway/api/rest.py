@@ -1,0 +1,737 @@
+"""The REST operations: parse (done by the route's types), one call, shape. Paths and shapes are SandBase's."""
+
+import asyncio
+import base64
+import binascii
+import mimetypes
+import posixpath
+import re
+from codecs import getincrementaldecoder
+from datetime import UTC, datetime
+from typing import Annotated, Any
+from urllib.parse import parse_qsl, quote, unquote
+
+import msgspec
+from msgspec import Meta, Struct
+from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
+
+from guest_agent import wire
+from kernel_gateway import __version__
+from kernel_gateway.api.base import Call, RangeNotSatisfiable
+from kernel_gateway.errors import CellvmError, GuestFailure, GuestUnresponsive, InvalidRequest, NotFound, Unavailable
+from kernel_gateway.jupyter.execution import Cell, Collector
+from kernel_gateway.pool import Guest
+from kernel_gateway.sandbox import Sandbox
+from kernel_gateway.templates import Template
+
+MAX_TIMEOUT = 3600
+OUTPUT_LIMIT = 8 * 1024 * 1024
+"""Bytes of each output stream of a command that its answer holds; the rest is read, counted and dropped."""
+INLINE_LIMIT = 1024 * 1024
+"""Largest file that is told inside JSON, in bytes."""
+MAX_ARGUMENT = 128 * 1024 - 1
+"""Longest single argument that Linux passes to a program, in bytes."""
+WATCHDOG = 5.0
+"""Seconds after its own timeout at which a command's silence means that the guest is broken."""
+
+Timeout = Annotated[int, Meta(ge=1, le=MAX_TIMEOUT, description="Seconds.")]
+Seconds = Annotated[float, Meta(gt=0, le=MAX_TIMEOUT, description="Seconds.")]
+Text = dict[str, str]
+
+
+# -- sandboxes
+
+
+class CreateSandbox(Struct):
+    """A new sandbox. `timeout` is its lifetime, `envVars` are seen by every process in it."""
+
+    templateID: str
+    timeout: Timeout = 300
+    metadata: Text = {}
+    envVars: Text = {}
+
+
+class SandboxModel(Struct, omit_defaults=True):
+    """A sandbox. `status` is SandBase's word for its state, `state` E2B's."""
+
+    sandboxID: str
+    templateID: str
+    clientID: str
+    status: str
+    state: str
+    startedAt: str
+    endAt: str
+    metadata: Text
+    cpuCount: int
+    memoryMB: int
+    diskSizeMB: int
+    envdVersion: str
+    alias: str | None = None
+
+
+class SandboxFilter(Struct):
+    """`metadata` is itself a query string, `key=value&…`, of what the sandbox's metadata must hold."""
+
+    status: str | None = None
+    metadata: str | None = None
+
+
+class SetTimeout(Struct):
+    timeout: Timeout
+
+
+class Connect(Struct):
+    timeout: Timeout | None = None
+
+
+class Refresh(Struct):
+    duration: Timeout = 60
+
+
+ENVD_VERSION = "0.1.0"
+"""What E2B's clients are told we can do: nothing of their in-guest protocol yet."""
+
+
+def check_env(env: Text) -> None:
+    """Refuse names and values that no process can have."""
+    for name, value in env.items():
+        if not name or "=" in name or "\0" in name + value:
+            raise InvalidRequest(f"environment variable {name[:100]!r}: names need no `=`, and nothing may hold a NUL")
+    check_text(*env, *env.values())
+
+
+def check_text(*texts: str) -> None:
+    """Refuse text that can't be UTF-8 (JSON allows lone surrogates)."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest("text with a lone surrogate can't be passed on") from None
+
+
+def rfc3339(moment: datetime) -> str:
+    return moment.isoformat().replace("+00:00", "Z")
+
+
+def model(sandbox: Sandbox) -> SandboxModel:
+    template = sandbox.template
+    return SandboxModel(
+        sandboxID=sandbox.id,
+        templateID=template.id,
+        clientID="CellVM",
+        status=sandbox.state,
+        state="running",
+        startedAt=rfc3339(sandbox.started_at),
+        endAt=rfc3339(sandbox.ends_at),
+        metadata=sandbox.metadata,
+        cpuCount=template.vcpus,
+        memoryMB=template.memory_mb,
+        diskSizeMB=template.disk_mb,
+        envdVersion=ENVD_VERSION,
+        alias=template.aliases[0] if template.aliases else None,
+    )
+
+
+async def create_sandbox(call: Call, body: CreateSandbox) -> SandboxModel:
+    """Create a sandbox; it is running when the answer comes."""
+    template = call.sandboxes.templates.find(body.templateID)
+    if template is None:
+        known = ", ".join(template.id for template in call.sandboxes.templates)
+        raise InvalidRequest(f"unknown template: {body.templateID[:100]}", hint=f"this server offers {known}")
+    check_env(body.envVars)
+    check_text(*body.metadata, *body.metadata.values())
+    return model(
+        await call.sandboxes.create(
+            call.owner, template, timeout=body.timeout, metadata=body.metadata, env=body.envVars
+        )
+    )
+
+
+async def list_sandboxes(call: Call) -> list[SandboxModel]:
+    """Your sandboxes, newest first."""
+    status = call.query.status
+    if status not in (None, "creating", "running", "paused", "stopped", "error"):
+        raise InvalidRequest(f"invalid status filter: {status[:100]}")
+    wanted = parse_metadata(call.query.metadata or "")
+    return [
+        model(sandbox)
+        for sandbox in call.sandboxes.list(call.owner)
+        if status in (None, sandbox.state) and wanted.items() <= sandbox.metadata.items()
+    ]
+
+
+def parse_metadata(text: str) -> Text:
+    # E2B's clients encode twice; decoding what was encoded once changes nothing unless it holds a per cent sign.
+    return {unquote(key): unquote(value) for key, value in parse_qsl(text, keep_blank_values=True)}
+
+
+async def get_sandbox(call: Call) -> SandboxModel:
+    """One sandbox."""
+    return model(call.sandbox)
+
+
+async def delete_sandbox(call: Call) -> None:
+    """Destroy a sandbox and everything in it."""
+    await call.sandboxes.kill(call.sandbox)
+
+
+async def connect(call: Call, body: Connect) -> SandboxModel:
+    """Extend a running sandbox's lifetime to at least `timeout` seconds from now; never shortens it."""
+    sandbox = call.sandbox
+    if body.timeout is not None:
+        before = sandbox.deadline
+        sandbox.set_timeout(body.timeout)
+        sandbox.deadline = max(before, sandbox.deadline)
+    return model(sandbox)
+
+
+async def set_timeout(call: Call, body: SetTimeout) -> None:
+    """Let the sandbox end that many seconds from now."""
+    call.sandbox.set_timeout(body.timeout)
+
+
+async def refresh(call: Call, body: Refresh) -> None:
+    """Keep the sandbox alive for at least `duration` seconds from now."""
+    await connect(call, Connect(timeout=body.duration))
+
+
+async def later(call: Call) -> None:
+    """Not offered yet."""
+    if "id" in call.path:
+        _ = call.sandbox  # an id that is not yours is 404 here too
+    raise Unavailable("this server does not offer pause, resume, events and webhooks yet")
+
+
+# -- commands
+
+
+class RunProcess(Struct):
+    """A command. `args` are passed as they are, no shell in between. `stdin` is what it reads."""
+
+    cmd: Annotated[str, Meta(min_length=1)]
+    args: list[str] = []
+    envVars: Text = {}
+    cwd: str = "~"
+    timeout: Seconds = 60.0
+    stdin: str | None = None
+
+
+class ProcessResult(Struct):
+    """How a command ended. `exitCode` is 128 + N after signal N, and 124 when `timedOut`.
+
+    Output that is not UTF-8 has U+FFFD in place of what can't be read. `truncated` tells the bytes left out per stream.
+    """
+
+    processID: str
+    stdout: str
+    stderr: str
+    exitCode: int
+    timedOut: bool = False
+    signal: int | None = None
+    truncated: dict[str, int] | None = None
+
+
+class Output:
+    """One stream of a command's output, decoded, up to OUTPUT_LIMIT bytes."""
+
+    def __init__(self) -> None:
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+        self._text: list[str] = []
+        self._room = OUTPUT_LIMIT
+        self.dropped = 0
+
+    def add(self, data: bytes) -> None:
+        kept = data[: self._room]
+        self._room -= len(kept)
+        self.dropped += len(data) - len(kept)
+        if kept:
+            self._text.append(self._decoder.decode(kept))
+
+    def text(self) -> str:
+        return "".join(self._text) + self._decoder.decode(b"", final=True)
+
+
+async def run_process(call: Call, body: RunProcess) -> ProcessResult:
+    """Run a command to its end and tell its output. A client that hangs up ends the command."""
+    argv = [body.cmd, *body.args]
+    check_env(body.envVars)
+    check_text(*argv, body.stdin or "")
+    for argument in argv:
+        if "\0" in argument:
+            raise InvalidRequest("a command's arguments can't hold a NUL")
+        if len(argument.encode()) > MAX_ARGUMENT:
+            raise InvalidRequest(
+                f"an argument may have at most {MAX_ARGUMENT} bytes",
+                hint="send long text as `stdin`, or upload it as a file",
+            )
+    guest = call.sandbox.guest
+    request = wire.Spawn(
+        argv=argv, env=body.envVars, cwd=resolve(guest, body.cwd), timeout_ms=max(1, round(body.timeout * 1000))
+    )
+    outputs = {wire.STDOUT: Output(), wire.STDERR: Output()}
+    pid = 0
+    async with guest.link.ask(request) as conversation:
+        feeding = asyncio.create_task(feed(conversation, (body.stdin or "").encode()))
+        try:
+            async with asyncio.timeout(body.timeout + WATCHDOG * guest.link.time_scale):
+                while not isinstance(item := await conversation.receive(), wire.Exited):
+                    if isinstance(item, tuple):
+                        outputs.get(item[0], outputs[wire.STDERR]).add(item[1])
+                    elif isinstance(item, wire.Started):
+                        pid = item.pid
+                    else:
+                        raise GuestUnresponsive("the guest answered a command with something else")
+        except TimeoutError:
+            error = GuestUnresponsive("the guest did not end a command at its timeout; the sandbox was destroyed")
+            guest.link.close(error)
+            raise error from None
+        finally:
+            feeding.cancel()
+    names = {"stdout": outputs[wire.STDOUT], "stderr": outputs[wire.STDERR]}
+    dropped = {name: output.dropped for name, output in names.items() if output.dropped}
+    return ProcessResult(
+        processID=str(pid),
+        stdout=names["stdout"].text(),
+        stderr=names["stderr"].text(),
+        exitCode=item.code,
+        timedOut=item.timed_out,
+        signal=item.signal or None,
+        truncated=dropped or None,
+    )
+
+
+async def feed(conversation: Any, data: bytes) -> None:
+    try:
+        await conversation.send(data)
+        conversation.end()
+    except CellvmError:
+        pass  # whoever awaits the reply hears of it
+
+
+# -- cells
+
+
+class Execute(Struct):
+    """A cell for the sandbox's persistent kernel."""
+
+    code: str
+    timeout: Seconds = 60.0
+
+
+async def execute(call: Call, body: Execute) -> Cell | None:
+    """Run a cell in the sandbox's kernel, where variables stay from call to call.
+
+    Answers when it is done, or with `Accept: application/x-ndjson` (or `text/event-stream`) as it goes: a JSON object a
+    line (an event), `{"type": "end"}` last. A client that hangs up interrupts the cell.
+    """
+    check_text(body.code)
+    kernel = call.sandbox.guest.kernel
+    events = kernel.execute(body.code, timeout=body.timeout)
+    http = call.http
+    accept = http.request.headers.get("Accept", "")
+    framing = next((kind for kind in ("application/x-ndjson", "text/event-stream") if kind in accept), None)
+    gone = asyncio.create_task(http.disconnected.wait())
+    collector = Collector()
+    try:
+        if framing:
+            http.set_header("Content-Type", framing)
+            http.set_header("Cache-Control", "no-store")
+            await http.flush()
+        while True:
+            following = asyncio.ensure_future(anext(events, None))
+            await asyncio.wait({following, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not following.done():
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)
+                raise asyncio.CancelledError
+            event = following.result()
+            if event is None:
+                break
+            if framing:
+                line = msgspec.json.encode(event)
+                http.write(line + b"\n" if framing == "application/x-ndjson" else b"data: " + line + b"\n\n")
+                await http.flush()
+            else:
+                collector.add(event)
+    finally:
+        gone.cancel()
+        await events.aclose()
+    if framing:
+        await http.finish()
+        return None
+    http.set_header("Content-Type", "application/json")
+    await http.finish(msgspec.json.encode(collector.cell()))
+    return None
+
+
+# -- files
+
+
+class PathQuery(Struct):
+    path: Annotated[str, Meta(min_length=1)]
+
+
+class DirQuery(Struct):
+    path: str = "~"
+
+
+class UploadQuery(Struct):
+    path: str | None = None
+
+
+class FileEntry(Struct, omit_defaults=True):
+    """A file or directory. `mode` is the permission bits, `modified` RFC 3339, `size` bytes."""
+
+    name: str
+    path: str
+    isDir: bool
+    type: str
+    size: int
+    mode: int
+    owner: str
+    group: str
+    modified: str
+    target: str | None = None
+
+
+class InlineFile(Struct):
+    """A small file's content, base64 encoded."""
+
+    path: str
+    content: str
+
+
+class MakeDir(Struct):
+    path: Annotated[str, Meta(min_length=1)]
+
+
+class Move(Struct):
+    source: Annotated[str, Meta(min_length=1)]
+    destination: Annotated[str, Meta(min_length=1)]
+
+
+def resolve(guest: Guest, path: str) -> str:
+    """An absolute path in the guest; `~` and relative paths mean the home directory. The guest resolves the rest."""
+    check_text(path)
+    if "\0" in path:
+        raise InvalidRequest("a path can't hold a NUL")
+    if path == "~" or path.startswith("~/"):
+        path = guest.home + path[1:]
+    return posixpath.join(guest.home, path)
+
+
+def file_entry(entry: wire.Entry) -> FileEntry:
+    modified = datetime.fromtimestamp(max(0, min(entry.modified_ns, 2**62)) / 1e9, UTC)
+    return FileEntry(
+        name=entry.name,
+        path=entry.path,
+        isDir=entry.kind == "dir",
+        type=entry.kind,
+        size=entry.size,
+        mode=entry.mode,
+        owner=entry.owner,
+        group=entry.group,
+        modified=rfc3339(modified),
+        target=entry.target,
+    )
+
+
+async def download(call: Call) -> None:
+    """A file's bytes, or with `Range` a part of them."""
+    guest, http = call.sandbox.guest, call.http
+    link, path = guest.link, resolve(guest, call.query.path)
+    span = re.fullmatch(r"bytes=(\d*)-(\d*)", http.request.headers.get("Range", ""))
+    offset, length = 0, -1
+    if span and any(span.groups()):
+        size = (await link.call(wire.Stat(path=path), wire.Entry)).size
+        first, last = span.groups()
+        offset = int(first) if first else max(size - int(last), 0)
+        length = (min(int(last), size - 1) if first and last else size - 1) - offset + 1
+        if length <= 0 or offset >= size:
+            http.set_header("Content-Range", f"bytes */{size}")
+            raise RangeNotSatisfiable(f"the file has {size} bytes")
+        http.set_status(206)
+        http.set_header("Content-Range", f"bytes {offset}-{offset + length - 1}/{size}")
+    async with link.ask(wire.Read(path=path, offset=offset, length=length)) as conversation:
+        entry = await conversation.receive()
+        if not isinstance(entry, wire.Entry):
+            raise GuestUnresponsive("the guest answered a read with something else")
+        name = posixpath.basename(path)
+        http.set_header("Content-Type", mimetypes.guess_type(name)[0] or "application/octet-stream")
+        http.set_header("Content-Disposition", f"attachment; filename*=UTF-8''{quote(name, safe='')}")
+        http.set_header("Content-Security-Policy", "sandbox")
+        http.set_header("Accept-Ranges", "bytes")
+        # Files of /proc say 0 and hold something: those go without a length.
+        left = length if length >= 0 else entry.size
+        if left or not path.startswith(("/proc/", "/sys/")):
+            http.set_header("Content-Length", str(left))
+        else:
+            left = -1
+        while isinstance(item := await conversation.receive(), tuple):
+            data = item[1] if left < 0 else item[1][:left]
+            left -= len(data) if left > 0 else 0
+            http.write(data)
+            await http.flush()
+        if left > 0:
+            raise CellvmError("the file shrank while it was being read")
+        await http.finish()
+
+
+async def upload(call: Call) -> list[FileEntry]:
+    """Store files: multipart with one part `file` per file, and `path` for a single one (as a field or in the query).
+
+    A part's file name is its path when no `path` is given. A file is there as a whole or not at all.
+    """
+    guest, http = call.sandbox.guest, call.http
+    kind, options = parse_options_header(http.request.headers.get("Content-Type", ""))
+    if kind != "multipart/form-data" or not options.get("boundary"):
+        raise InvalidRequest("an upload is multipart/form-data with a part named `file`")
+    upload = Upload(guest, call.query.path)
+    try:
+        with PushMultipartParser(options["boundary"], max_segment_size=1 << 60) as parser:
+            async for chunk in http.body_chunks():
+                for event in parser.parse(chunk):
+                    await upload.receive(event)
+            for event in parser.parse(b""):
+                await upload.receive(event)
+    except MultipartError as error:
+        raise InvalidRequest(f"the multipart body is malformed: {error}") from None
+    finally:
+        await upload.close()
+    if not upload.entries:
+        raise InvalidRequest("the upload has no part named `file`")
+    return [file_entry(entry) for entry in upload.entries]
+
+
+class Upload:
+    """Passes the parts of a multipart body on to the guest as they come."""
+
+    def __init__(self, guest: Guest, path: str | None) -> None:
+        self._guest = guest
+        self._path = path
+        self._field = bytearray()
+        self._segment: MultipartSegment | None = None
+        self._asking: Any = None
+        self._conversation: Any = None
+        self.entries: list[wire.Entry] = []
+
+    async def receive(self, event: Any) -> None:
+        """A part's head, some of its bytes, or None at its end."""
+        if isinstance(event, MultipartSegment):
+            self._segment = event
+            if event.name == "file":
+                await self._open(event)
+            elif event.name != "path":
+                raise InvalidRequest(f"unknown part {event.name[:100]!r}; an upload has `file` and `path`")
+        elif event and self._conversation is not None:
+            await self._conversation.send(event)
+        elif event:
+            self._field += event
+            if len(self._field) > 4096:
+                raise InvalidRequest("`path` may have at most 4096 bytes")
+        elif self._conversation is not None:
+            self._conversation.end()
+            self.entries.append(await self._conversation.reply())
+            await self.close()
+        else:
+            try:
+                self._path = self._field.decode()
+            except UnicodeDecodeError:
+                raise InvalidRequest("`path` is not UTF-8") from None
+            self._field.clear()
+
+    async def _open(self, segment: MultipartSegment) -> None:
+        path = self._path or segment.filename
+        if not path:
+            raise InvalidRequest("where to? send `path` before `file`, or a file name that is a path")
+        target = resolve(self._guest, path)
+        if path.endswith("/"):
+            raise InvalidRequest(f"{path[:200]!r} is a directory; the path names the file itself")
+        self._path = None
+        self._asking = self._guest.link.ask(wire.Write(path=target))
+        self._conversation = await self._asking.__aenter__()
+
+    async def close(self) -> None:
+        """End the conversation; one that did not finish is cancelled, and the guest keeps the old content."""
+        if self._asking is not None:
+            asking, self._asking, self._conversation = self._asking, None, None
+            await asking.__aexit__(None, None, None)
+
+
+async def read_inline(call: Call) -> InlineFile:
+    """A small file's content inside JSON."""
+    guest = call.sandbox.guest
+    path = resolve(guest, call.query.path)
+    content = bytearray()
+    async with guest.link.ask(wire.Read(path=path)) as conversation:
+        await conversation.receive()
+        while isinstance(item := await conversation.receive(), tuple):
+            content += item[1]
+            if len(content) > INLINE_LIMIT:
+                raise InvalidRequest(
+                    f"{call.query.path[:200]}: too large for JSON (over {INLINE_LIMIT} bytes)",
+                    hint="download it with GET …/files?path=",
+                )
+    return InlineFile(path=path, content=base64.b64encode(content).decode())
+
+
+async def write_inline(call: Call, body: InlineFile) -> FileEntry:
+    """Write a file from JSON; parents are made as needed."""
+    try:
+        content = base64.b64decode(body.content, validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidRequest("`content` is not base64") from None
+    if not body.path:
+        raise InvalidRequest("`path` is empty")
+    guest = call.sandbox.guest
+    async with guest.link.ask(wire.Write(path=resolve(guest, body.path))) as conversation:
+        await conversation.send(content)
+        conversation.end()
+        return file_entry(await conversation.reply())
+
+
+async def delete_file(call: Call) -> None:
+    """Delete a file, or a directory with all it holds."""
+    guest = call.sandbox.guest
+    await guest.link.call(wire.Delete(path=resolve(guest, call.query.path)), wire.Done)
+
+
+async def list_dir(call: Call) -> list[FileEntry]:
+    """What a directory holds, sorted by name."""
+    guest = call.sandbox.guest
+    path = resolve(guest, call.query.path)
+    entries: list[wire.Entry] = []
+    while True:
+        after = entries[-1].name if entries else ""
+        page = await guest.link.call(wire.ListDir(path=path, after=after), wire.Entries)
+        entries += page.entries
+        if not page.more or not page.entries:
+            return [file_entry(entry) for entry in entries]
+
+
+async def stat(call: Call) -> FileEntry:
+    """What lies at a path."""
+    guest = call.sandbox.guest
+    return file_entry(await guest.link.call(wire.Stat(path=resolve(guest, call.query.path)), wire.Entry))
+
+
+async def make_dir(call: Call, body: MakeDir) -> FileEntry:
+    """Make a directory, with its parents."""
+    guest = call.sandbox.guest
+    return file_entry(await guest.link.call(wire.MakeDir(path=resolve(guest, body.path)), wire.Entry))
+
+
+async def move(call: Call, body: Move) -> FileEntry:
+    """Rename or move; the destination's parents are made."""
+    guest = call.sandbox.guest
+    request = wire.Move(source=resolve(guest, body.source), destination=resolve(guest, body.destination))
+    return file_entry(await guest.link.call(request, wire.Entry))
+
+
+# -- the rest
+
+
+class MetricsModel(Struct):
+    """Readings from inside: percent of all processors since the last reading, bytes, MiB where the name says so."""
+
+    ts: int
+    cpu_count: int
+    cpu_used_pct: float
+    mem_total: int
+    mem_used: int
+    mem_cache: int
+    mem_total_mib: int
+    mem_used_mib: int
+    disk_total: int
+    disk_used: int
+
+
+async def metrics(call: Call) -> MetricsModel:
+    """What the sandbox uses, as it says itself."""
+    found = await call.sandbox.guest.link.call(wire.GetMetrics(), wire.Metrics)
+    values = {name: getattr(found, name) for name in found.__struct_fields__}
+    return MetricsModel(**values, mem_total_mib=found.mem_total >> 20, mem_used_mib=found.mem_used >> 20)
+
+
+async def sandbox_health(call: Call) -> None:
+    """Whether the sandbox answers: 204, else 502."""
+    await call.sandbox.guest.link.call(wire.Ping(), wire.Done, timeout=5)
+
+
+async def envs(call: Call) -> Text:
+    """The variables that a process in the sandbox sees."""
+    result = await run_process(call, RunProcess(cmd="env", args=["-0"], timeout=30))
+    if result.exitCode:
+        raise GuestFailure("failed", f"env: {result.stderr[:500]}")
+    return dict(pair.split("=", 1) for pair in result.stdout.split("\0") if "=" in pair)
+
+
+class TemplateModel(Struct):
+    """A template."""
+
+    templateID: str
+    aliases: list[str]
+    description: str
+    cpuCount: int
+    memoryMB: int
+    diskSizeMB: int
+    public: bool = True
+
+
+def template_model(template: Template) -> TemplateModel:
+    return TemplateModel(
+        templateID=template.id,
+        aliases=template.aliases,
+        description=template.description,
+        cpuCount=template.vcpus,
+        memoryMB=template.memory_mb,
+        diskSizeMB=template.disk_mb,
+    )
+
+
+async def list_templates(call: Call) -> list[TemplateModel]:
+    """The templates this server offers."""
+    return [template_model(template) for template in call.sandboxes.templates]
+
+
+async def get_template(call: Call) -> TemplateModel:
+    """One template, by id or alias."""
+    template = call.sandboxes.templates.find(call.path["template"])
+    if template is None:
+        raise NotFound("template not found")
+    return template_model(template)
+
+
+class PoolModel(Struct):
+    template: str
+    ready: int
+    size: int
+
+
+class Health(Struct):
+    """Whether the server takes sandboxes, and what stands between them and the host."""
+
+    ready: bool
+    version: str
+    isolation: str
+    accelerator: str
+    sandboxes: int
+    maxSandboxes: int
+    pool: list[PoolModel]
+
+
+async def health(call: Call) -> Health:
+    """The server's own health; needs no key."""
+    sandboxes = call.sandboxes
+    capabilities = sandboxes.capabilities
+    if sandboxes.is_draining:
+        call.http.set_status(503)
+    return Health(
+        ready=not sandboxes.is_draining,
+        version=__version__,
+        isolation=capabilities.isolation,
+        accelerator=capabilities.accelerator,
+        sandboxes=len(sandboxes),
+        maxSandboxes=sandboxes.maximum,
+        pool=[PoolModel(pool.template_id, pool.ready, pool.size) for pool in sandboxes.pools.values()],
+    )

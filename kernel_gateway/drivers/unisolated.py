@@ -1,0 +1,87 @@
+"""Driver `unisolated`: the agent as a plain process of the server's user. For development and fast tests only.
+
+There is NO boundary: code in a sandbox can do whatever the server can. It is used only when asked for by name.
+"""
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from kernel_gateway.drivers import Capabilities
+
+
+class UnisolatedVm:
+    """An agent process in a session of its own, with a temporary home."""
+
+    def __init__(self, process: subprocess.Popen[bytes], channel: socket.socket, directory: Path) -> None:
+        self._process = process
+        self._channel = channel
+        self._directory = directory
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[str] = self._loop.create_future()
+        self._pidfd = os.pidfd_open(process.pid)
+        self._loop.add_reader(self._pidfd, self._exited)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def open(self) -> socket.socket:
+        return self._channel
+
+    async def wait(self) -> str:
+        return await asyncio.shield(self._ended)
+
+    async def kill(self) -> None:
+        if not self._ended.done():
+            self._process.send_signal(signal.SIGKILL)
+            await self.wait()
+
+    def _exited(self) -> None:
+        code = self._process.wait()
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._channel.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self._ended.set_result(f"the agent ended with {code}")
+
+
+class Unisolated:
+    """Starts agents. `argv` replaces the agent's command (a fake guest in tests); it gets `--fd`, `--home`, `--runtime`."""
+
+    capabilities = Capabilities(isolation="none", accelerator="native", time_scale=1.0)
+
+    def __init__(self, directory: Path, argv: list[str] | None = None) -> None:
+        self._directory = directory
+        self._argv = argv or [sys.executable, "-m", "guest_agent"]
+
+    async def start(self, template_id: str) -> UnisolatedVm:
+        """A new agent; the template only matters to drivers that have images."""
+        directory = Path(tempfile.mkdtemp(prefix="agent-", dir=self._directory))
+        home = directory / "home"
+        home.mkdir()
+        ours, theirs = socket.socketpair()
+        try:
+            process = subprocess.Popen(
+                [
+                    "setpriv", "--pdeathsig=KILL", "--", *self._argv, "--fd", str(theirs.fileno()), "--home", str(home),
+                    "--runtime", str(directory),
+                ],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent)},
+                start_new_session=True,
+            )  # fmt: skip
+        except BaseException:
+            ours.close()
+            shutil.rmtree(directory)
+            raise
+        finally:
+            theirs.close()
+        return UnisolatedVm(process, ours, directory)

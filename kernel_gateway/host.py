@@ -1,0 +1,137 @@
+"""What this host can do: the programs we need, whether KVM is real, and `cellvm doctor`."""
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernel_gateway.build import Builder, qemu_version
+from kernel_gateway.drivers.qemu import Qemu
+from kernel_gateway.image import BuildError, Progress, content_hash, run
+from kernel_gateway.settings import Settings
+from kernel_gateway.templates import Template
+
+PROGRAMS = {
+    "qemu-system-x86_64": "qemu-system-x86",
+    "mmdebstrap": "mmdebstrap",
+    "mkfs.erofs": "erofs-utils",
+    "mkfs.ext4": "e2fsprogs",
+    "setpriv": "util-linux",
+}
+"""Programs that building and running need, and the Debian package of each."""
+NEEDED_DISK = 6 * 1024**3
+"""Free bytes in the cache directory that a first build needs."""
+
+
+def missing_packages(qemu: str) -> list[str]:
+    """Debian packages whose programs are not there."""
+    programs = {(qemu if name.startswith("qemu") else name): package for name, package in PROGRAMS.items()}
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+    return [package for program, package in programs.items() if shutil.which(program, path=path) is None]
+
+
+def install_packages(qemu: str, step: Progress) -> None:
+    """Install what is missing with apt, as root; sources are used as they are, never edited.
+
+    Raises:
+        BuildError: not root, or apt failed; says what to run.
+    """
+    packages = missing_packages(qemu)
+    if not packages:
+        return
+    command = ["apt-get", "install", "--yes", "--no-install-recommends", *packages]
+    if os.geteuid() or not shutil.which("apt-get"):
+        raise BuildError(f"missing: {', '.join(packages)}. As root, run:\n  {' '.join(command)}")
+    step(f"install {', '.join(packages)}")
+    quiet = {"DEBIAN_FRONTEND": "noninteractive"}
+    run(["apt-get", "update"], quiet, step)
+    run(command, quiet, step)
+
+
+async def kvm_verdict(builder: Builder, template: Template, disks: Path, step: Progress) -> bool:
+    """Whether to use KVM: found out once per host and QEMU by booting the real guest, then remembered."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return False
+    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
+    key = content_hash(cpu, os.uname().release, qemu_version(builder.binary))
+    path = builder.cache / "kvm" / key
+    if not path.exists():
+        driver = Qemu(builder.binary, "kvm", disks, as_root=os.geteuid() == 0)
+        verdict = await builder.probe_kvm(template, driver, step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("yes" if verdict else "no")
+    return path.read_text() == "yes"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at. `level` is ok, warn or fail; `meaning` says what it means for you and what to do."""
+
+    level: str
+    what: str
+    meaning: str
+
+
+def examine(settings: Settings, kvm: bool | None) -> Iterator[Finding]:
+    """Look at everything a server needs. `kvm` is the boot probe's verdict, None when it could not be made."""
+    missing = missing_packages(settings.qemu)
+    if missing:
+        command = f"apt-get install --no-install-recommends {' '.join(missing)}"
+        yield Finding("fail", f"missing packages: {', '.join(missing)}", f"run `{command}` as root, or `make serve` does")
+    else:
+        yield Finding("ok", f"QEMU {qemu_version(settings.qemu)} and the build tools are there", "")
+    yield _kvm_finding(kvm)
+    if os.geteuid() == 0:
+        yield Finding("ok", "root", "each machine runs as an unprivileged user of its own")
+    else:
+        yield Finding("warn", "not root", "all machines run as you: one that broke out could reach the others")
+    yield from _space(settings)
+    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(memory["MemAvailable"].split()[0]) // 1024
+    level = "ok" if available > 4096 else "warn"
+    yield Finding(level, f"{available} MiB of memory available", "a template holds about 0.7 GB, each sandbox 0.1 GB and up")
+    if not Path("/proc/self/fd").is_dir():
+        yield Finding("fail", "/proc is not mounted", "machines get their files through /proc/self/fd")
+    yield _port(settings)
+
+
+def _kvm_finding(kvm: bool | None) -> Finding:
+    slow = "sandboxes run emulated (TCG): correct, 5 to 20 times slower, and not a security boundary by QEMU's word"
+    if kvm:
+        return Finding("ok", "KVM: the real guest boots on it", "sandboxes are hardware-isolated and run at full speed")
+    if not Path("/dev/kvm").exists():
+        modules = "kvm_intel or kvm_amd is not loaded, or the host forbids nested virtualization"
+        return Finding("warn", f"no /dev/kvm: {modules}", slow)
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return Finding("warn", "/dev/kvm may not be opened", f"{slow}; join the group `kvm`")
+    if kvm is None:
+        return Finding("warn", "/dev/kvm is there; not tried, because a guest image can't be built yet", slow)
+    return Finding("warn", "/dev/kvm opens, but the real guest does not boot on it", slow)
+
+
+def _space(settings: Settings) -> Iterator[Finding]:
+    for path in (settings.cache_path, settings.data_path):
+        while not path.exists():
+            path = path.parent
+        free = shutil.disk_usage(path).free
+        level = "ok" if free > NEEDED_DISK else "fail"
+        meaning = "" if level == "ok" else f"a first build needs {NEEDED_DISK >> 30} GiB; choose another directory"
+        yield Finding(level, f"{free >> 30} GiB free at {path}", meaning)
+    try:
+        os.close(os.open(settings.data_path if settings.data_path.exists() else "/tmp", os.O_TMPFILE | os.O_RDWR))
+    except OSError as error:
+        yield Finding("fail", f"no nameless files in {settings.data_path}: {error.strerror}", "choose another --data-dir")
+
+
+def _port(settings: Settings) -> Finding:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((settings.host, settings.port))
+        except OSError as error:
+            return Finding("warn", f"{settings.host}:{settings.port}: {error.strerror}", "choose another --port")
+    return Finding("ok", f"{settings.host}:{settings.port} is free", "")
+
+

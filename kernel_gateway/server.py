@@ -1,0 +1,170 @@
+"""`cellvm serve`: settings → driver → pool → sandboxes → app. The one place that knows all parts."""
+
+import asyncio
+import fcntl
+import logging
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
+
+from kernel_gateway.api.app import application
+from kernel_gateway.build import Builder, qemu_version
+from kernel_gateway.drivers import VmDriver
+from kernel_gateway.drivers.qemu import Qemu
+from kernel_gateway.drivers.unisolated import Unisolated
+from kernel_gateway.host import kvm_verdict
+from kernel_gateway.image import Progress
+from kernel_gateway.pool import Guests, Pool
+from kernel_gateway.sandboxes import Sandboxes
+from kernel_gateway.settings import Settings, SettingsError
+from kernel_gateway.store import Store, new_key
+from kernel_gateway.templates import Templates, rootfs_dir
+
+log = logging.getLogger(__name__)
+
+IDLE_TIMEOUT = 660
+"""Seconds an idle connection is kept; E2B's clients keep theirs for 600."""
+MAX_HEADER = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server: where it listens, and a key if one was made at this start."""
+
+    url: str
+    new_key: str | None
+    sandboxes: Sandboxes
+    driver: VmDriver
+
+
+def load_templates(settings: Settings) -> Templates:
+    """The templates that the settings name.
+
+    Raises:
+        SettingsError: there is no such template, or a file is malformed.
+    """
+    directory = Path(settings.template_dir) if settings.template_dir else rootfs_dir() / "templates"
+    only = [name.strip() for name in settings.templates.split(",") if name.strip()] or None
+    try:
+        return Templates.load(directory, only)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
+def builder(settings: Settings) -> Builder:
+    cache = settings.cache_path
+    cache.mkdir(parents=True, exist_ok=True)
+    return Builder(cache, settings.qemu, settings.ca_path)
+
+
+async def make_driver(settings: Settings, templates: Templates, progress: Progress) -> VmDriver:
+    """The driver that the settings ask for, with every template built, verified and offered.
+
+    Raises:
+        BuildError: a template could not be built.
+    """
+    disks = settings.data_path / "disks"
+    disks.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if settings.isolation == "unisolated":
+        log.warning("ISOLATION IS OFF: code in a sandbox can do whatever this server can. For development only.")
+        return Unisolated(disks)
+    building = builder(settings)
+    accelerator = settings.isolation.removeprefix("qemu-")
+    if accelerator == "auto":
+        verdict = await kvm_verdict(building, next(iter(templates)), disks, progress)
+        accelerator = "kvm" if verdict else "tcg"
+    driver = Qemu(settings.qemu, accelerator, disks, as_root=os.geteuid() == 0)
+    for template in templates:
+        await building.ready(template, driver, lambda step, of=template.id: progress(f"{of}: {step}"))
+    if accelerator == "tcg":
+        log.warning(
+            "no usable KVM: sandboxes run emulated (TCG, QEMU %s). That is correct but slow, and QEMU does not call it "
+            "a security boundary; `cellvm doctor` says more",
+            qemu_version(settings.qemu),
+        )
+    return driver
+
+
+def claim(data: Path) -> int:
+    """Hold the data directory for this process.
+
+    Raises:
+        SettingsError: another server has it.
+    """
+    data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = os.open(data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise SettingsError(f"another server uses {data}; stop it, or choose another --data-dir") from None
+    return lock
+
+
+@asynccontextmanager
+async def running(settings: Settings, progress: Progress) -> AsyncIterator[Server]:
+    """A server for the time of the block.
+
+    Raises:
+        SettingsError: a setting can't be used here (port taken, data directory in use, unknown template).
+        BuildError: a template could not be built.
+    """
+    templates = load_templates(settings)
+    lock = claim(settings.data_path)
+    try:
+        sockets = bind_sockets(settings.port, settings.host)
+    except OSError as error:
+        os.close(lock)
+        raise SettingsError(f"can't listen on {settings.host}:{settings.port}: {error.strerror}") from error
+    store = Store(settings.data_path / "cellvm.db")
+    try:
+        left = store.end_all("host_restart")
+        if left:
+            log.warning("%d sandboxes ended with the server before this one", left)
+        made = None
+        if settings.api_key:
+            store.add_key(settings.api_key, "CELLVM_API_KEY")
+        elif not store.keys():
+            made = new_key()
+            store.add_key(made, "first start")
+        driver = await make_driver(settings, templates, progress)
+        guests = Guests(driver)
+        first = templates.find("code_interpreter") or next(iter(templates))
+        pools = {first.id: Pool(guests, first.id, settings.pool_size)} if settings.pool_size else {}
+        sandboxes = Sandboxes(templates, guests, pools, store, maximum=settings.max_sandboxes)
+        app = application(sandboxes, store)
+        http = HTTPServer(
+            app,
+            max_body_size=1 << 50,  # each route has its own limit; uploads have the sandbox's disk
+            max_header_size=MAX_HEADER,
+            idle_connection_timeout=IDLE_TIMEOUT,
+        )
+        http.add_sockets(sockets)
+        sandboxes.start()
+        host, port = sockets[0].getsockname()[:2]
+        try:
+            yield Server(f"http://{f'[{host}]' if ':' in host else host}:{port}", made, sandboxes, driver)
+        finally:
+            sandboxes.is_draining = True
+            http.stop()
+            await drain(app.settings["requests"], settings.shutdown_timeout)
+            await sandboxes.close()
+            await http.close_all_connections()
+    finally:
+        for sock in sockets:
+            sock.close()
+        store.close()
+        os.close(lock)
+
+
+async def drain(requests: set[object], timeout: float) -> None:
+    """Let requests that are being answered finish, within `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while requests and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)

@@ -1,0 +1,105 @@
+"""Settings: each field's flag, environment variable, default and meaning in one place."""
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+ISOLATIONS = ("auto", "qemu-kvm", "qemu-tcg", "unisolated")
+
+
+def _xdg(name: str, fallback: str) -> str:
+    return os.path.join(os.environ.get(name) or os.path.join(Path.home(), fallback), "cellvm")
+
+
+def setting(default: Any, doc: str, **kind: Any) -> Any:
+    return field(default=default, metadata={"doc": doc, **kind})
+
+
+class SettingsError(Exception):
+    """A setting has a value it can't have; the text names the setting and its flag."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All settings of `cellvm serve`. A flag wins over its environment variable, `CELLVM_` and the name in capitals."""
+
+    host: str = setting("127.0.0.1", "Address to listen on.")
+    port: int = setting(8888, "Port to listen on; 0 picks a free one.", low=0, high=65535)
+    data_dir: str = setting("", "Where keys, the journal and the sandboxes' disks are. Default: ~/.local/share/cellvm.")
+    cache_dir: str = setting("", "Where images and snapshots are kept. Default: ~/.cache/cellvm.")
+    api_key: str = setting("", "A key to accept besides those made by `cellvm keys`.", secret=True)
+    templates: str = setting("", "Templates to offer, separated by commas. Default: all there are.")
+    template_dir: str = setting("", "Folder of template files. Default: those that come with CellVM.")
+    pool_size: int = setting(3, "Machines kept ready for the first template (code_interpreter).", low=0, high=1000)
+    max_sandboxes: int = setting(20, "Sandboxes there may be at once; beyond, creates answer 503.", low=1, high=10000)
+    isolation: str = setting("auto", "auto, qemu-kvm, qemu-tcg, or unisolated (no boundary at all).", choices=ISOLATIONS)
+    qemu: str = setting("qemu-system-x86_64", "The QEMU program.")
+    ca_bundle: str = setting(
+        "/etc/ssl/certs/ca-certificates.crt", "CA certificates copied into guests; empty keeps Debian's own."
+    )
+    shutdown_timeout: int = setting(10, "Seconds that running requests get when the server is stopped.", low=0, high=600)
+    log_level: str = setting("info", "debug, info, warning or error.", choices=("debug", "info", "warning", "error"))
+
+    @property
+    def data_path(self) -> Path:
+        return Path(self.data_dir or _xdg("XDG_DATA_HOME", ".local/share"))
+
+    @property
+    def cache_path(self) -> Path:
+        return Path(self.cache_dir or _xdg("XDG_CACHE_HOME", ".cache"))
+
+    @property
+    def ca_path(self) -> Path | None:
+        path = Path(self.ca_bundle)
+        return path if self.ca_bundle and path.is_file() else None
+
+    @classmethod
+    def add_flags(cls, parser: argparse.ArgumentParser) -> None:
+        """One flag for every setting."""
+        for each in fields(cls):
+            parser.add_argument(flag(each), metavar="VALUE", dest=each.name, help=f"{help_text(each)}")
+
+    @classmethod
+    def load(cls, given: Mapping[str, str | None], environment: Mapping[str, str]) -> "Settings":
+        """Flags over environment over defaults.
+
+        Raises:
+            SettingsError: a value is not what the setting takes.
+        """
+        values: dict[str, Any] = {}
+        for each in fields(cls):
+            text = given.get(each.name)
+            source = flag(each)
+            if text is None:
+                text, source = environment.get(variable(each)), variable(each)
+            if text is not None:
+                values[each.name] = _parse(each, text, source)
+        return cls(**values)
+
+
+def _parse(each: "Field[Any]", text: str, source: str) -> Any:
+    kind = each.metadata
+    if each.type is int or each.type == "int":
+        if not text.lstrip("-").isdigit() or not kind["low"] <= int(text) <= kind["high"]:
+            raise SettingsError(f"{source} takes a number from {kind['low']} to {kind['high']}, not {text!r}")
+        return int(text)
+    if "choices" in kind and text not in kind["choices"]:
+        raise SettingsError(f"{source} takes one of {', '.join(kind['choices'])}, not {text!r}")
+    return text
+
+
+def flag(each: "Field[Any]") -> str:
+    return "--" + each.name.replace("_", "-")
+
+
+def variable(each: "Field[Any]") -> str:
+    return "CELLVM_" + each.name.upper()
+
+
+def help_text(each: "Field[Any]") -> str:
+    """What a setting does, its default, and its variable."""
+    default = "" if each.default == "" else f" Default: {each.default}."
+    return f"{each.metadata['doc']}{default} [{variable(each)}]"
