@@ -6,12 +6,11 @@ import time
 from pathlib import Path
 
 from guest_agent import files, process, resume, wire
-from guest_agent.channel import Channel, Stream
+from guest_agent.channel import AgentError, Channel, Stream
 from guest_agent.kernel import Kernel
 
-# Touches the paths that a first cell takes (parse, run, display, publish), then forgets what `_` held.
-EXERCISE = "1 + 1"
-FORGET = "get_ipython().displayhook.flush()"
+# Touch the paths that first cells take (parse, run, display, publish; format a traceback), then forget what `_` held.
+EXERCISES = ("1 + 1", "1 / 0", "1 / 0", "get_ipython().displayhook.flush()")
 
 
 class Agent:
@@ -109,11 +108,12 @@ class Agent:
         await self._kernel.start_nursery(request.modules)
         await self._kernel.start()
         # In a namespace of its own, so that the user's stays empty; twice, so that caches of caches are full.
-        if request.exercise:
-            for _ in range(2):
-                await self._kernel.execute(f"exec({request.exercise!r}, {{}})")
-        await self._kernel.execute(EXERCISE)
-        await self._kernel.execute(FORGET)
+        for _ in range(2):
+            reply = await self._kernel.execute(f"exec({request.exercise!r}, {{}})")
+            if reply["status"] != "ok":
+                raise AgentError("failed", "\n".join(["the template's exercise failed:", *reply["traceback"]]))
+        for code in EXERCISES:
+            await self._kernel.execute(code)
 
     def _metrics(self) -> wire.Metrics:
         fields = [float(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]

@@ -140,6 +140,7 @@ class Kernel:
         self._own: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._starting = asyncio.Lock()
         self._expected_exit = 0
+        self._resumes: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self.env: dict[str, str] = {}
         self._bulk = Lane(channel.kernel)
         self._control = Lane(channel.kernel_control)
@@ -203,17 +204,21 @@ class Kernel:
         directory = self._runtime / f"{self._count}"
         directory.mkdir(mode=0o700, parents=True)
         connection = Connection(directory)
+        joined: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = self._loop.create_future()
+        server = await asyncio.start_unix_server(lambda *ends: joined.set_result(ends), directory / "resume")
         self._pid = (await self._ask_nursery(fork=str(connection.file), env=self.env))["pid"]
         try:
             async with asyncio.timeout(START_TIMEOUT):
                 await self._nudge(connection)
-        except TimeoutError:
+                self._resumes = await joined
+        except BaseException as error:
             connection.close()
             self._kill()
-            raise AgentError("kernel_unavailable", f"the kernel did not start within {START_TIMEOUT} s") from None
-        except AgentError:
-            connection.close()
+            if isinstance(error, TimeoutError):
+                raise AgentError("kernel_unavailable", f"the kernel did not start within {START_TIMEOUT} s") from None
             raise
+        finally:
+            server.close()
         self._connection = connection
         for sock in connection.sockets.values():
             self._loop.add_reader(sock.fd, self._pump)
@@ -243,8 +248,11 @@ class Kernel:
                 self._loop.remove_reader(sock.fd)
             self._connection.close()
             self._connection = None
-            self._bulk.reset()
-            self._control.reset()
+        if self._resumes is not None:
+            self._resumes[1].close()
+            self._resumes = None
+        self._bulk.reset()
+        self._control.reset()
         for waiting in self._own.values():
             waiting.set_exception(AgentError("kernel_unavailable", "the kernel has ended"))
         self._own.clear()
@@ -328,7 +336,7 @@ class Kernel:
         parts = connection.receive(name)
         if parts is None:
             return False
-        if parts and not (name in ("control", "shell") and self._is_own(parts)):
+        if parts and not (name == "shell" and self._is_own(parts)):
             lane.put(name, parts)
             lane.flush()
         return True
@@ -343,27 +351,22 @@ class Kernel:
             waiting.set_result(json.loads(parts[3]))
         return waiting is not None
 
-    async def ask(self, channel: str, kind: str, content: dict[str, Any]) -> dict[str, Any]:
-        """Send a request of the agent's own to the kernel and return the reply's content."""
+    async def execute(self, code: str) -> dict[str, Any]:
+        """Run `code` outside the user's history; returns the content of the reply."""
         if self._connection is None:
             raise AgentError("kernel_unavailable", "the kernel is not running")
-        msg_id, parts = message(kind, content)
+        content = {"code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}
+        msg_id, parts = message("execute_request", content)
         answer = self._own[msg_id] = self._loop.create_future()
-        self._connection.send(channel, parts)
+        self._connection.send("shell", parts)
         self._pump()
         return await answer
 
-    async def execute(self, code: str) -> None:
-        """Run `code` outside the user's history.
-
-        Raises:
-            AgentError: it ended in an error.
-        """
-        content = {"code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}
-        reply = await self.ask("shell", "execute_request", content)
-        if reply["status"] != "ok":
-            raise AgentError("failed", "\n".join(reply.get("traceback", [str(reply)])))
-
     async def resume(self) -> None:
         """Make the kernel's random state, session and environment the sandbox's own."""
-        await self.ask("control", "cellvm_resume_request", {"env": self.env})
+        if self._resumes is None:
+            raise AgentError("kernel_unavailable", "the kernel is not running")
+        reader, writer = self._resumes
+        writer.write(json.dumps(self.env).encode() + b"\n")
+        if not await reader.readline():
+            raise AgentError("kernel_unavailable", "the kernel ended while it was being resumed")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 from pathlib import Path
 
-from guest_agent import wire
+from guest_agent import resume, wire
 from guest_agent.channel import AgentError, Stream
 from guest_agent.wire import Exited, Spawn, Started
 
@@ -75,8 +75,10 @@ async def spawn(stream: Stream, request: Spawn, env: dict[str, str], uid: int | 
         AgentError: invalid (no such working directory, arguments too long) or cannot_run.
     """
     process = _start(request, {**env, **request.env}, uid)
-    # The agent is the last to be killed when memory runs out; its children must not inherit that.
-    Path(f"/proc/{process.pid}/oom_score_adj").write_text("0")
+    if uid is not None:
+        # The agent is the last to be killed when memory runs out; its children must not inherit that.
+        with resume.as_root(uid):
+            Path(f"/proc/{process.pid}/oom_score_adj").write_text("0")
     stream.event(Started(pid=process.pid))
     assert process.stdin and process.stdout and process.stderr
     outputs = [
@@ -110,7 +112,9 @@ async def spawn(stream: Stream, request: Spawn, env: dict[str, str], uid: int | 
             output.close()
     code = process.wait()
     number = -code if code < 0 else 0
-    stream.reply(Exited(code=124 if timed_out else 128 + number if number else code, signal=number, timed_out=timed_out))
+    stream.reply(
+        Exited(code=124 if timed_out else 128 + number if number else code, signal=number, timed_out=timed_out)
+    )
 
 
 def _start(request: Spawn, env: dict[str, str], uid: int | None) -> subprocess.Popen[bytes]:

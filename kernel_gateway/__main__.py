@@ -191,7 +191,9 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name == "run":
             command.add_argument("file", type=Path, help="the Python file")
-            command.add_argument("--get", action="append", default=[], metavar="PATH", help="fetch this file afterwards")
+            command.add_argument(
+                "--get", action="append", default=[], metavar="PATH", help="fetch this file afterwards"
+            )
             command.add_argument("--template", default="code_interpreter", help="default: code_interpreter")
         if name == "keys":
             command.add_argument("action", choices=("add", "list", "remove"))

@@ -62,7 +62,9 @@ class Builder:
         """The files that machines of this image read, opened for the server's life."""
         kernel = next((directory / "boot/boot").glob("vmlinuz-*"))
         initrd = build_initrd(directory, self.cache)
-        return Image(*(os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in (kernel, initrd, directory / "root.erofs")))
+        return Image(
+            *(os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in (kernel, initrd, directory / "root.erofs"))
+        )
 
     async def ready(self, template: Template, driver: Qemu, step: Progress) -> None:
         """Build what is missing, verify, and offer the template on the driver.

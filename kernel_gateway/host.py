@@ -79,7 +79,9 @@ def examine(settings: Settings, kvm: bool | None) -> Iterator[Finding]:
     missing = missing_packages(settings.qemu)
     if missing:
         command = f"apt-get install --no-install-recommends {' '.join(missing)}"
-        yield Finding("fail", f"missing packages: {', '.join(missing)}", f"run `{command}` as root, or `make serve` does")
+        yield Finding(
+            "fail", f"missing packages: {', '.join(missing)}", f"run `{command}` as root, or `make serve` does"
+        )
     else:
         yield Finding("ok", f"QEMU {qemu_version(settings.qemu)} and the build tools are there", "")
     yield _kvm_finding(kvm)
@@ -91,7 +93,9 @@ def examine(settings: Settings, kvm: bool | None) -> Iterator[Finding]:
     memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(memory["MemAvailable"].split()[0]) // 1024
     level = "ok" if available > 4096 else "warn"
-    yield Finding(level, f"{available} MiB of memory available", "a template holds about 0.7 GB, each sandbox 0.1 GB and up")
+    yield Finding(
+        level, f"{available} MiB of memory available", "a template holds about 0.7 GB, each sandbox 0.1 GB and up"
+    )
     if not Path("/proc/self/fd").is_dir():
         yield Finding("fail", "/proc is not mounted", "machines get their files through /proc/self/fd")
     yield _port(settings)
@@ -122,7 +126,9 @@ def _space(settings: Settings) -> Iterator[Finding]:
     try:
         os.close(os.open(settings.data_path if settings.data_path.exists() else "/tmp", os.O_TMPFILE | os.O_RDWR))
     except OSError as error:
-        yield Finding("fail", f"no nameless files in {settings.data_path}: {error.strerror}", "choose another --data-dir")
+        yield Finding(
+            "fail", f"no nameless files in {settings.data_path}: {error.strerror}", "choose another --data-dir"
+        )
 
 
 def _port(settings: Settings) -> Finding:
@@ -133,5 +139,3 @@ def _port(settings: Settings) -> Finding:
         except OSError as error:
             return Finding("warn", f"{settings.host}:{settings.port}: {error.strerror}", "choose another --port")
     return Finding("ok", f"{settings.host}:{settings.port} is free", "")
-
-

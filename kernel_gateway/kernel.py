@@ -83,7 +83,9 @@ class Kernel:
         if event.state in ("restarting", "dead"):
             self._lose_cells(event.reason[:500])
 
-    async def execute(self, code: str, *, timeout: float | None = None, quiet: bool = False) -> AsyncIterator[StreamEvent]:
+    async def execute(
+        self, code: str, *, timeout: float | None = None, quiet: bool = False
+    ) -> AsyncIterator[StreamEvent]:
         """Run a cell and yield what comes of it, "end" last.
 
         At `timeout` seconds the cell is interrupted, so that variables survive; one that does not end then has its

@@ -5,8 +5,8 @@ happens in the background, one machine at a time, so that it does not starve the
 """
 
 import asyncio
-import contextlib
 import logging
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 SAMPLES_KEPT = 10_000
 RETRY_AFTER_FAILURE = (1.0, 30.0)
 """First and longest pause, in seconds, after a machine could not be prepared."""
+QUIET = 1.0
+"""Seconds without a create after which a stock that is not empty is refilled."""
 # Touch what a first cell touches, then forget it: `_` must be empty.
 EXERCISE = ("1 + 1", "get_ipython().displayhook.flush()")
 
@@ -88,6 +90,7 @@ class Pool:
         self._guests = guests
         self._ready: deque[Guest] = deque()
         self._wanted = asyncio.Event()
+        self._last_taken = -QUIET
 
     def __repr__(self) -> str:
         return f"<Pool {self.template_id} {self.ready}/{self.size} ready>"
@@ -100,6 +103,7 @@ class Pool:
         """A guest, running, now the caller's; None when there is none on stock."""
         while self._ready:
             guest = self._ready.popleft()
+            self._last_taken = time.monotonic()
             self._wanted.set()
             if not guest.link.closed.done():
                 try:
@@ -125,6 +129,9 @@ class Pool:
                     self._wanted.clear()
                     await self._wanted.wait()
                     continue
+                # While sandboxes are being asked for, the processors are theirs, unless the stock is out.
+                while self._ready and (left := self._last_taken + QUIET - time.monotonic()) > 0:
+                    await asyncio.sleep(left)
                 try:
                     self._add(await self._prepare())
                     pause = RETRY_AFTER_FAILURE[0]
@@ -146,9 +153,9 @@ class Pool:
             for code in EXERCISE:
                 async for _ in guest.kernel.execute(code, timeout=30, quiet=True):
                     pass
-            with contextlib.suppress(CellvmError):  # base images may lack it; then there is nothing to warm
-                async with guest.link.ask(wire.Spawn(argv=["true"], env={}, cwd="/")) as conversation:
-                    await conversation.reply()
+            async with guest.link.ask(wire.Spawn(argv=["true"], env={}, cwd="/")) as conversation:
+                await conversation.reply()
+            await self._guests.resume(guest, sandbox_id="pool", hostname="sandbox", env={})
             if isinstance(guest.vm, Stops):
                 await guest.vm.stop()
         except BaseException:

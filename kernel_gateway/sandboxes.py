@@ -78,9 +78,7 @@ class Sandboxes:
         if len(self._sandboxes) >= self.maximum:
             raise HostFull(f"all {self.maximum} sandboxes of this server are in use", hint="delete one, or wait")
         sandbox_id = "sbx" + "".join(secrets.choice(ID_ALPHABET) for _ in range(20))
-        sandbox = Sandbox(
-            sandbox_id, owner, template, timeout=timeout, metadata=metadata, env=env, ended=self._forget
-        )
+        sandbox = Sandbox(sandbox_id, owner, template, timeout=timeout, metadata=metadata, env=env, ended=self._forget)
         self._sandboxes[sandbox_id] = sandbox
         self._store.sandbox_created(sandbox_id, owner, template.id)
         try:

@@ -35,12 +35,16 @@ class Settings:
     template_dir: str = setting("", "Folder of template files. Default: those that come with CellVM.")
     pool_size: int = setting(3, "Machines kept ready for the first template (code_interpreter).", low=0, high=1000)
     max_sandboxes: int = setting(20, "Sandboxes there may be at once; beyond, creates answer 503.", low=1, high=10000)
-    isolation: str = setting("auto", "auto, qemu-kvm, qemu-tcg, or unisolated (no boundary at all).", choices=ISOLATIONS)
+    isolation: str = setting(
+        "auto", "auto, qemu-kvm, qemu-tcg, or unisolated (no boundary at all).", choices=ISOLATIONS
+    )
     qemu: str = setting("qemu-system-x86_64", "The QEMU program.")
     ca_bundle: str = setting(
         "/etc/ssl/certs/ca-certificates.crt", "CA certificates copied into guests; empty keeps Debian's own."
     )
-    shutdown_timeout: int = setting(10, "Seconds that running requests get when the server is stopped.", low=0, high=600)
+    shutdown_timeout: int = setting(
+        10, "Seconds that running requests get when the server is stopped.", low=0, high=600
+    )
     log_level: str = setting("info", "debug, info, warning or error.", choices=("debug", "info", "warning", "error"))
 
     @property

@@ -91,6 +91,4 @@ def application(sandboxes: Sandboxes, store: Store) -> Application:
 def log_request(handler: Endpoint) -> None:
     """One line a request; never the query, which may hold what is not ours to tell."""
     request = handler.request
-    log.info(
-        "%s %s %s %d ms", request.method, request.path, handler.get_status(), round(request.request_time() * 1000)
-    )
+    log.info("%s %s %s %d ms", request.method, request.path, handler.get_status(), round(request.request_time() * 1000))

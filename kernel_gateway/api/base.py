@@ -178,7 +178,12 @@ class Endpoint(RequestHandler):
             names = [unquote(str(argument)) for argument in self.path_args]
             owner = "" if route.public else self._authenticate()
             self.call = Call(
-                self._sandboxes, self._store, owner, dict(zip(route.names, names, strict=True)), self._query(route), self
+                self._sandboxes,
+                self._store,
+                owner,
+                dict(zip(route.names, names, strict=True)),
+                self._query(route),
+                self,
             )
             if not route.upload:
                 self.request.connection.set_body_timeout(JSON_BODY_TIMEOUT)
