@@ -46,7 +46,7 @@ class Agent:
         self._kernel = Kernel(self.channel, runtime / "kernel", uid)
         self._kernel.env = self._env
 
-    async def dispatch(self, stream: Stream, body: wire.Body) -> None:
+    async def dispatch(self, stream: Stream, body: wire.Body) -> None:  # noqa: C901  one line for each request
         """Answer one request on its stream."""
         match body:
             case wire.Spawn():

@@ -172,6 +172,9 @@ class Channel:
                     frame = self._bulk.popleft()
                     self._bulk_size -= sum(len(buffer) for buffer in frame)
                 else:
+                    if self._writing:
+                        self._writing = False
+                        self._loop.remove_writer(self._fd)
                     break
                 self._current.append(memoryview(b"".join(frame)))
             try:
@@ -180,15 +183,13 @@ class Channel:
                 if not self._writing:
                     self._writing = True
                     self._loop.add_writer(self._fd, self._write)
-                return self._tell_room(had_room)
+                break
             except OSError as error:
-                return self._close(error)
+                self._close(error)
+                break
             rest = self._current.popleft()[written:]
             if rest:
                 self._current.appendleft(rest)
-        if self._writing:
-            self._writing = False
-            self._loop.remove_writer(self._fd)
         self._tell_room(had_room)
 
     def _tell_room(self, had_room: bool) -> None:
@@ -221,12 +222,12 @@ class Channel:
             task = asyncio.ensure_future(self._answer(stream, wire.decode(frame)))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-            return
-        if frame.stream in (wire.KERNEL, wire.KERNEL_CONTROL) and frame.type is FrameType.DATA:
-            return self._kernel_data(frame)
-        target = self.streams.get(frame.stream)
-        if target is None:
-            return  # its conversation has ended already
+        elif frame.stream in (wire.KERNEL, wire.KERNEL_CONTROL) and frame.type is FrameType.DATA:
+            self._kernel_data(frame)
+        elif (target := self.streams.get(frame.stream)) is not None:  # else its conversation has ended already
+            self._receive_in(target, frame)
+
+    def _receive_in(self, target: Stream, frame: Frame) -> None:
         if frame.type is FrameType.DATA:
             target.data_received(frame.payload)
         elif frame.type is FrameType.END:
@@ -241,7 +242,7 @@ class Channel:
             await self._dispatch(stream, body)
         except AgentError as error:
             stream.fail(error.code, str(error))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever it was, the gateway gets an answer
             stream.fail("failed", f"{type(error).__name__}: {error}")
         finally:
             del self.streams[stream.number]

@@ -117,7 +117,7 @@ class Lane:
         return True
 
     def reset(self) -> None:
-        """Forget the rest of a message (its kernel is gone), finishing the frame sequence so that the next one joins."""
+        """Forget the rest of a message whose kernel is gone, and end its frames so that the next one joins."""
         if self._pending is not None and self._next is not None:
             self.stream.channel.send_bulk([wire.header(wire.FrameType.DATA, self.stream.number, 0, 0)])
         self._pending = self._next = None
@@ -159,7 +159,9 @@ class Kernel:
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            **({} if self._uid is None else {"user": self._uid, "group": self._uid, "extra_groups": []}),
+            user=self._uid,
+            group=self._uid,
+            extra_groups=None if self._uid is None else [],
         )
         theirs.close()
         reader, self._nursery = await asyncio.open_connection(sock=ours)
@@ -168,7 +170,7 @@ class Kernel:
 
     async def _ask_nursery(self, **request: Any) -> dict[str, Any]:
         assert self._nursery is not None
-        answer = self._loop.create_future()
+        answer: asyncio.Future[dict[str, Any]] = self._loop.create_future()
         self._answers.append(answer)
         self._nursery.write(json.dumps(request).encode() + b"\n")
         return await answer
@@ -221,7 +223,7 @@ class Kernel:
             server.close()
         self._connection = connection
         for sock in connection.sockets.values():
-            self._loop.add_reader(sock.fd, self._pump)
+            self._loop.add_reader(int(sock.fd), self._pump)
         self._pump()
 
     async def _nudge(self, connection: Connection) -> None:
@@ -245,7 +247,7 @@ class Kernel:
     def _disconnect(self) -> None:
         if self._connection is not None:
             for sock in self._connection.sockets.values():
-                self._loop.remove_reader(sock.fd)
+                self._loop.remove_reader(int(sock.fd))
             self._connection.close()
             self._connection = None
         if self._resumes is not None:
@@ -357,7 +359,8 @@ class Kernel:
             raise AgentError("kernel_unavailable", "the kernel is not running")
         content = {"code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}
         msg_id, parts = message("execute_request", content)
-        answer = self._own[msg_id] = self._loop.create_future()
+        answer: asyncio.Future[dict[str, Any]] = self._loop.create_future()
+        self._own[msg_id] = answer
         self._connection.send("shell", parts)
         self._pump()
         return await answer

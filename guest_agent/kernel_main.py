@@ -62,7 +62,7 @@ def show_agg_figures() -> None:
     from IPython.display import display
 
     for number in pyplot.get_fignums():
-        display(pyplot.figure(number))
+        display(pyplot.figure(number))  # type: ignore[no-untyped-call]
     pyplot.close("all")
 
 
@@ -70,10 +70,11 @@ class SandboxKernel(IPythonKernel):
     """IPython's kernel with figures inline, whatever was imported before it started."""
 
     def start(self) -> None:
-        super().start()
+        """Start, and connect what the nursery imported before there was a shell."""
+        super().start()  # type: ignore[no-untyped-call]
         reseed()
+        assert self.shell is not None
         if "matplotlib" in sys.modules:
-            # The nursery imported it before there was a shell to connect the inline backend to.
             self.shell.run_line_magic("matplotlib", "inline")
         self.shell.events.register("post_execute", show_agg_figures)
 
@@ -100,11 +101,11 @@ def run_kernel(connection_file: str, env: dict[str, str]) -> None:
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("500")  # when memory runs out the user's kernel goes, not the nursery
     app = IPKernelApp.instance(connection_file=connection_file, kernel_class=SandboxKernel, parent_handle=0)
-    app.initialize([])
+    app.initialize([])  # type: ignore[no-untyped-call]
     channel = socket.socket(socket.AF_UNIX)
     channel.connect(os.path.join(os.path.dirname(connection_file), "resume"))
     threading.Thread(target=await_resumes, args=(channel, app.session), daemon=True, name="resume").start()
-    app.start()
+    app.start()  # type: ignore[no-untyped-call]
 
 
 def serve(channel: socket.socket) -> None:
@@ -154,7 +155,7 @@ def serve(channel: socket.socket) -> None:
                     lines.close()
                     try:
                         run_kernel(request["fork"], request["env"])
-                    except BaseException:  # the child must end here, whatever happened: the loop is its parent's
+                    except BaseException:  # noqa: BLE001  the child ends here, whatever it was: the loop is its parent's
                         traceback.print_exc()
                         os._exit(1)
                     os._exit(0)

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 from guest_agent import resume, wire
@@ -80,14 +81,20 @@ async def spawn(stream: Stream, request: Spawn, env: dict[str, str], uid: int | 
         with resume.as_root(uid):
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("0")
     stream.event(Started(pid=process.pid))
-    assert process.stdin and process.stdout and process.stderr
+    assert process.stdout is not None
+    assert process.stderr is not None
     outputs = [
         Output(stream, os.dup(process.stdout.fileno()), wire.STDOUT),
         Output(stream, os.dup(process.stderr.fileno()), wire.STDERR),
     ]
     process.stdout.close()
     process.stderr.close()
-    stream.on_credit = lambda: [output.room_changed() for output in outputs] and None
+
+    def room_changed() -> None:
+        for output in outputs:
+            output.room_changed()
+
+    stream.on_credit = room_changed
     feeding = asyncio.ensure_future(_feed(stream, process))
     exited = asyncio.ensure_future(_exit(process))
     cancelled = asyncio.ensure_future(stream.cancelled.wait())
@@ -130,7 +137,9 @@ def _start(request: Spawn, env: dict[str, str], uid: int | None) -> subprocess.P
             stderr=subprocess.PIPE,
             start_new_session=True,
             bufsize=0,
-            **({} if uid is None else {"user": uid, "group": uid, "extra_groups": []}),
+            user=uid,
+            group=uid,
+            extra_groups=None if uid is None else [],
         )
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno == errno.E2BIG:
@@ -153,12 +162,7 @@ async def _feed(stream: Stream, process: subprocess.Popen[bytes]) -> None:
                 try:
                     view = view[os.write(pipe, view) :]
                 except BlockingIOError:
-                    writable = loop.create_future()
-                    loop.add_writer(pipe, lambda f=writable: f.done() or f.set_result(None))
-                    try:
-                        await writable
-                    finally:
-                        loop.remove_writer(pipe)
+                    await _ready(loop.add_writer, loop.remove_writer, pipe)
                 except BrokenPipeError:
                     return
 
@@ -167,10 +171,17 @@ async def _exit(process: subprocess.Popen[bytes]) -> None:
     """Return when the program has ended; it is not reaped."""
     loop = asyncio.get_running_loop()
     pidfd = os.pidfd_open(process.pid)
-    ended = loop.create_future()
-    loop.add_reader(pidfd, lambda: ended.done() or ended.set_result(None))
     try:
-        await ended
+        await _ready(loop.add_reader, loop.remove_reader, pidfd)
     finally:
-        loop.remove_reader(pidfd)
         os.close(pidfd)
+
+
+async def _ready(add: Callable[[int, Callable[[], None]], None], remove: Callable[[int], bool], fd: int) -> None:
+    """Return when the loop says so about the descriptor."""
+    ready = asyncio.Event()
+    add(fd, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        remove(fd)

@@ -155,7 +155,7 @@ def header(type_: FrameType, stream: int, length: int, flags: int = 0) -> bytes:
 # -- typed bodies ------------------------------------------------------------------------------------------------
 
 
-class Body(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+class Body(msgspec.Struct, tag=True, kw_only=True):
     """Base of every typed body: a msgpack map whose `type` names the class."""
 
 

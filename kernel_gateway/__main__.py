@@ -168,7 +168,7 @@ def keys(settings: Settings, action: str, name: str) -> int:
         store.add_key(key, name)
         print(key)
     elif action == "list":
-        for owner, label, created in store.keys():
+        for owner, label, created in store.list_keys():
             print(f"{owner}  {time.strftime('%Y-%m-%d %H:%M', time.localtime(created))}  {label}")
     elif not store.remove_key(name):
         console.print(f"no key with id {name!r}; `cellvm keys list` shows them")

@@ -15,12 +15,13 @@ from pathlib import Path
 import msgspec
 
 from guest_agent import wire
+from kernel_gateway.drivers import DriverError
 from kernel_gateway.drivers.qemu import Image, Qemu, QemuVm
 from kernel_gateway.drivers.qemu_argv import Descriptors, Machine
 from kernel_gateway.errors import CellvmError
 from kernel_gateway.image import BuildError, Progress, build_image, build_initrd, content_hash, finished
 from kernel_gateway.link import Link
-from kernel_gateway.snapshot import FILES, Manifest, Snapshot, SnapshotCorrupt, copy_sparse, memory_file
+from kernel_gateway.snapshot import FILES, FileDigest, Manifest, Snapshot, SnapshotCorrupt, copy_sparse, memory_file
 from kernel_gateway.templates import Template
 
 BOOT_TIMEOUT = 20.0
@@ -72,7 +73,11 @@ class Builder:
         Raises:
             BuildError: a step failed.
         """
-        directory = await asyncio.to_thread(self.image, template, step)
+
+        def told(text: str) -> None:
+            step(f"{template.id}: {text}")
+
+        directory = await asyncio.to_thread(self.image, template, told)
         image = self.open_image(directory)
         machine = Machine(driver.capabilities.accelerator, template.vcpus, template.memory_mb)
         version = qemu_version(self.binary)
@@ -84,8 +89,8 @@ class Builder:
         if not path.is_dir():
             manifest = Manifest(template=template.id, qemu_version=version, argv=argv, image=directory.name, files={})
             with finished(path) as work:
-                await self._make(template, driver, image, machine, manifest, work, step)
-        step("verify snapshot")
+                await self._make(template, driver, image, machine, manifest, work, told)
+        told("verify snapshot")
         try:
             snapshot = await asyncio.to_thread(Snapshot.load, path)
         except SnapshotCorrupt as error:
@@ -173,14 +178,14 @@ class Builder:
                 link.close()
             finally:
                 await vm.kill()
-        except Exception:
+        except (BuildError, CellvmError, DriverError):
             return False
         finally:
             os.close(memory)
         return True
 
 
-def _digest(path: Path):  # type: ignore[no-untyped-def]
+def _digest(path: Path) -> FileDigest:
     """Hash a file as `copy_sparse` does."""
     with path.open("rb") as source:
         sink = memory_file(path.name)

@@ -124,11 +124,9 @@ def _space(settings: Settings) -> Iterator[Finding]:
         meaning = "" if level == "ok" else f"a first build needs {NEEDED_DISK >> 30} GiB; choose another directory"
         yield Finding(level, f"{free >> 30} GiB free at {path}", meaning)
     try:
-        os.close(os.open(settings.data_path if settings.data_path.exists() else "/tmp", os.O_TMPFILE | os.O_RDWR))
+        os.close(os.open(path, os.O_TMPFILE | os.O_RDWR))
     except OSError as error:
-        yield Finding(
-            "fail", f"no nameless files in {settings.data_path}: {error.strerror}", "choose another --data-dir"
-        )
+        yield Finding("fail", f"no nameless files in {path}: {error.strerror}", "choose another --data-dir")
 
 
 def _port(settings: Settings) -> Finding:

@@ -27,7 +27,8 @@ MODULES = (
     "overlay",
 )  # fmt: skip
 """Kernel modules that the initramfs loads, with all they need."""
-WHEEL_PLATFORMS = tuple(f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 26, 24, 17, 12, 5)) + (
+WHEEL_PLATFORMS = (
+    *(f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 26, 24, 17, 12, 5)),
     "manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64",
 )  # fmt: skip
 
@@ -162,7 +163,7 @@ def download_wheels(lock: Path, cache: Path, step: Progress) -> Path:
 
 
 def build_initrd(image: Path, cache: Path) -> Path:
-    """The first file system: busybox, the kernel modules, our init and the agent. A second's work, cached all the same."""
+    """The first file system: busybox, the kernel modules, our init and the agent."""
     rootfs, agent = rootfs_dir(), Path(__file__).parent.parent / "guest_agent"
     key = content_hash(image.name, agent, rootfs / "init", rootfs / "main", repr(MODULES))
     path = cache / "initrd" / f"{key}.cpio.gz"

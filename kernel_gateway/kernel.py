@@ -4,7 +4,7 @@ import asyncio
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from guest_agent import wire
 from kernel_gateway.errors import CellvmError, GuestFailure
@@ -15,7 +15,7 @@ from kernel_gateway.link import Link
 HIGH_WATER = 4 * 1024 * 1024
 """Bytes of messages waiting for a reader at which the guest is made to wait."""
 INTERRUPT_GRACE = 0.75
-"""Seconds a cell gets to end after an interrupt before its kernel is killed. The reply comes within 1 s of the limit."""
+"""Seconds a cell gets to end after an interrupt before its kernel is killed: the reply comes within a second."""
 
 
 class Inbox:
@@ -85,7 +85,7 @@ class Kernel:
 
     async def execute(
         self, code: str, *, timeout: float | None = None, quiet: bool = False
-    ) -> AsyncIterator[StreamEvent]:
+    ) -> AsyncGenerator[StreamEvent, None]:
         """Run a cell and yield what comes of it, "end" last.
 
         At `timeout` seconds the cell is interrupted, so that variables survive; one that does not end then has its
@@ -125,7 +125,9 @@ class Kernel:
                 if not execution.is_done and not self._link.closed.done():
                     await self._interrupt()
 
-    async def _follow(self, execution: Execution, inbox: Inbox, timeout: float | None) -> AsyncIterator[StreamEvent]:
+    async def _follow(
+        self, execution: Execution, inbox: Inbox, timeout: float | None
+    ) -> AsyncGenerator[StreamEvent, None]:
         deadline = None if timeout is None else time.monotonic() + timeout
         interrupted = False
         while not execution.is_done:

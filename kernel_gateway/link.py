@@ -148,7 +148,7 @@ class Link(asyncio.Protocol):
         self._numbers = itertools.count(wire.FIRST_STREAM)
         self._conversations: dict[int, Conversation] = {}
         self._joiners = {wire.KERNEL: wire.MessageJoiner(), wire.KERNEL_CONTROL: wire.MessageJoiner()}
-        self._kernel_credit = {number: wire.INITIAL_CREDIT for number in self._joiners}
+        self._kernel_credit = dict.fromkeys(self._joiners, wire.INITIAL_CREDIT)
         self._kernel_owed = dict.fromkeys(self._joiners, 0)
         self._kernel_may_send = asyncio.Event()
         self._kernel_sending = {number: asyncio.Lock() for number in self._joiners}
@@ -314,16 +314,19 @@ class Link(asyncio.Protocol):
 
     def _receive(self, frame: Frame) -> None:
         if frame.stream in self._joiners:
-            return self._kernel_frame(frame)
-        if frame.stream == wire.EVENTS and frame.type is FrameType.EVENT:
-            return self.on_event(wire.decode(frame))
+            self._kernel_frame(frame)
+        elif frame.stream == wire.EVENTS and frame.type is FrameType.EVENT:
+            self.on_event(wire.decode(frame))
+        else:
+            self._conversation_frame(frame)
+
+    def _conversation_frame(self, frame: Frame) -> None:
         conversation = self._conversations.get(frame.stream)
         if conversation is None or frame.type in (FrameType.REQUEST, FrameType.CANCEL):
             self._strikes += 1
             if self._strikes >= STRIKES:
                 raise wire.FrameError(f"{STRIKES} frames that nobody asked for")
-            return
-        if conversation.is_open:
+        elif conversation.is_open:
             conversation.received(frame)
         elif frame.type in (FrameType.REPLY, FrameType.FAILURE):
             del self._conversations[frame.stream]

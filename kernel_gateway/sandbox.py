@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import Any
 
 from kernel_gateway.errors import Conflict, SandboxDied
 from kernel_gateway.lifecycle import Event, State, decide
@@ -79,11 +80,12 @@ class Sandbox:
     async def _watch_guest(self, guest: Guest) -> None:
         """Notice when the machine ends, or when it breaks the protocol and must."""
         machine = asyncio.ensure_future(guest.vm.wait())
+        waiting: set[asyncio.Future[Any]] = {machine, guest.link.closed}
         try:
-            await asyncio.wait({machine, guest.link.closed}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         finally:
             machine.cancel()
-        reason = machine.result() if machine.done() and not machine.cancelled() else str(guest.link.closed.result())
+        reason = str(guest.link.closed.result()) if guest.link.closed.done() else machine.result()
         log.warning("sandbox %s ended by itself: %.200r", self.id, reason)
         self.apply(Event.DIED)
 

@@ -81,7 +81,7 @@ async def make_driver(settings: Settings, templates: Templates, progress: Progre
         accelerator = "kvm" if verdict else "tcg"
     driver = Qemu(settings.qemu, accelerator, disks, as_root=os.geteuid() == 0)
     for template in templates:
-        await building.ready(template, driver, lambda step, of=template.id: progress(f"{of}: {step}"))
+        await building.ready(template, driver, progress)
     if accelerator == "tcg":
         log.warning(
             "no usable KVM: sandboxes run emulated (TCG, QEMU %s). That is correct but slow, and QEMU does not call it "
@@ -130,7 +130,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
         made = None
         if settings.api_key:
             store.add_key(settings.api_key, "CELLVM_API_KEY")
-        elif not store.keys():
+        elif not store.list_keys():
             made = new_key()
             store.add_key(made, "first start")
         driver = await make_driver(settings, templates, progress)

@@ -59,7 +59,7 @@ class Store:
         row = self._db.execute("SELECT owner FROM keys WHERE hash = ?", (_hash(key),)).fetchone()
         return row[0] if row else None
 
-    def keys(self) -> list[tuple[str, str, float]]:
+    def list_keys(self) -> list[tuple[str, str, float]]:
         """Owner id, name and time of creation of every key."""
         return self._db.execute("SELECT owner, name, created FROM keys ORDER BY created").fetchall()
 
@@ -80,10 +80,11 @@ class Store:
 
     def end_of(self, sandbox_id: str, owner: str) -> tuple[float, str] | None:
         """When and why a sandbox of that owner ended."""
-        return self._db.execute(
+        row: tuple[float, str] | None = self._db.execute(
             "SELECT ended, reason FROM sandboxes WHERE id = ? AND owner = ? AND ended IS NOT NULL",
             (sandbox_id, owner),
         ).fetchone()
+        return row
 
     def end_all(self, reason: str) -> int:
         """Close the entries a server before us left open; returns how many."""

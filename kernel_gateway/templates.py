@@ -1,6 +1,7 @@
-"""Templates: what a sandbox is made of, read from the small files in `rootfs/templates/`. Adding one is adding a file."""
+"""Templates: what a sandbox is made of, read from small files (`rootfs/templates/`). Adding one is adding a file."""
 
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -61,5 +62,5 @@ class Templates:
         """The template of that id or alias."""
         return self._by_id.get(self._ids.get(name, ""))
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Template]:
         return iter(self._by_id.values())

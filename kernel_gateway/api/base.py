@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import msgspec
+from tornado.http1connection import HTTP1Connection
 from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
@@ -186,14 +187,20 @@ class Endpoint(RequestHandler):
                 self,
             )
             if not route.upload:
-                self.request.connection.set_body_timeout(JSON_BODY_TIMEOUT)
+                self._connection.set_body_timeout(JSON_BODY_TIMEOUT)
                 if int(self.request.headers.get("Content-Length", 0)) > JSON_LIMIT:
                     raise self._too_large()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  `_fail` logs what it does not know
             self._fail(error)
             return
         if route.upload:
             self._task = asyncio.create_task(self._run())
+
+    @property
+    def _connection(self) -> HTTP1Connection:
+        connection = self.request.connection
+        assert isinstance(connection, HTTP1Connection)
+        return connection
 
     def _authenticate(self) -> str:
         key = key_of(self.request.headers)
@@ -256,7 +263,7 @@ class Endpoint(RequestHandler):
             await self._chunks.put(None)
             await self._task
 
-    get = post = put = patch = delete = head = options = _handle  # type: ignore[assignment]
+    get = post = put = patch = delete = head = options = _handle
 
     async def _run(self) -> None:
         route = self._route
@@ -276,7 +283,7 @@ class Endpoint(RequestHandler):
                 await self.finish()
         except (StreamClosedError, asyncio.CancelledError):
             pass  # the client has gone: nobody is left to tell
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             self._fail(error)
             if self._task is not None:
                 await self._drop_upload()
@@ -292,7 +299,7 @@ class Endpoint(RequestHandler):
             error = CellvmError("the server failed; its log says why")
         if self._headers_written:
             # Too late for a status: cut the answer off, so that nobody takes it for whole.
-            self.request.connection.stream.close()  # type: ignore[attr-defined]
+            self._connection.stream.close()
             return
         status = STATUS[error.code]
         self.set_status(status)
@@ -314,7 +321,7 @@ class Endpoint(RequestHandler):
         return None
 
     def log_exception(self, *args: Any) -> None:
-        log.error("request failed", exc_info=args)  # type: ignore[arg-type]
+        log.error("request failed", exc_info=args)
 
 
 class Missing(Endpoint):

@@ -221,36 +221,34 @@ class Qemu:
     def _spawn(self, machine: Machine, image: Image, memory: int, disk: int, state: int | None) -> QemuVm:
         uid = FIRST_UID + self._next_uid if self._as_root else None
         self._next_uid = (self._next_uid + 1) % UIDS
-        pairs = [socket.socketpair() for _ in range(3)]
-        ours, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        (channel, its_channel), (qmp, its_qmp), (console, its_console) = (socket.socketpair() for _ in range(3))
         try:
-            channel, qmp, console = theirs
             fds = Descriptors(
                 kernel=image.kernel,
                 initrd=image.initrd,
                 memory=memory,
                 root=image.root,
                 disk=disk,
-                channel=channel.fileno(),
-                qmp=qmp.fileno(),
-                console=console.fileno(),
+                channel=its_channel.fileno(),
+                qmp=its_qmp.fileno(),
+                console=its_console.fileno(),
             )
             argv = drop_privileges(self._setpriv, uid) + self.command(machine, fds, template=state is None)
             # The parent-death signal is tied to the thread that spawns: this must be the main one.
             process = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
-                stdout=console,
-                stderr=console,
+                stdout=its_console.fileno(),
+                stderr=its_console.fileno(),
                 env={"PATH": os.defpath},
                 cwd="/",
                 pass_fds=fds.all() if state is None else (*fds.all(), state),
             )
         except BaseException:
-            for sock in ours:
+            for sock in (channel, qmp, console):
                 sock.close()
             raise
         finally:
-            for sock in theirs:
+            for sock in (its_channel, its_qmp, its_console):
                 sock.close()
-        return QemuVm(process, *ours)
+        return QemuVm(process, channel, qmp, console)

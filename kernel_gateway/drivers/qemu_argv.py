@@ -5,7 +5,7 @@ that another process could open. Why each choice:
 
 - `microvm` with `acpi=on`: Debian's kernels find virtio-mmio devices through ACPI only. `pit`, `pic` and `rtc` stay on:
   without the TSC deadline timer (TCG) the guest would wait for ever.
-- RAM is a sealed memory file of the template, mapped privately (`share=off`): clones share its pages and can't change it.
+- RAM is the template's sealed memory file, mapped privately (`share=off`): clones share its pages, none can change it.
 - disks are opened by the server; QEMU sees descriptors in fd sets.
 - no default devices, no monitor but QMP, full seccomp sandbox, no core dumps of guest memory, no page merging.
 """
@@ -54,9 +54,10 @@ class Descriptors:
         )  # fmt: skip
 
 
-# loglevel: the console is for the boot's failures, and its first line shows that there is life. mitigations, init_on_alloc: inside one tenant's machine they cost much
-# and protect nobody. tsc: emulated processors share one counter, which Linux does not know; without it the guest's clock
-# and timers go in steps of 4 ms. panic=-1 with -no-reboot: a panic ends QEMU, and the server sees it at once.
+# loglevel: the console is for the boot's failures, and its first line shows that there is life. mitigations,
+# init_on_alloc: inside one tenant's machine they cost much and protect nobody. tsc: emulated processors share one
+# counter, which Linux does not know; without it the guest's clock and timers go in steps of 4 ms. panic=-1 with
+# -no-reboot: a panic ends QEMU, and the server sees it at once.
 KERNEL_COMMAND_LINE = (
     "console=ttyS0 loglevel=6 panic=-1 mitigations=off init_on_alloc=0 transparent_hugepage=madvise "
     "8250.nr_uarts=1 i8042.noaux random.trust_cpu=off tsc=reliable"
@@ -81,8 +82,8 @@ def qemu(binary: str, machine: Machine, fds: Descriptors, *, template: bool) -> 
     if machine.accelerator == "kvm":
         accelerator = ["-accel", "kvm", "-cpu", "host,-svm,-vmx"]
     else:
-        # The cache of translated code is private memory of each machine: bounded. Taking features away from `max` is not
-        # safe: with `-svm` on 7.2.22 the guest's first static program aborts.
+        # The cache of translated code is private memory of each machine: bounded. Taking features away from `max` is
+        # not safe: with `-svm` on 7.2.22 the guest's first static program aborts.
         accelerator = ["-accel", "tcg,thread=multi,tb-size=256", "-cpu", "max"]
     return [
         binary,

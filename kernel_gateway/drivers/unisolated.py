@@ -53,7 +53,7 @@ class UnisolatedVm:
 
 
 class Unisolated:
-    """Starts agents. `argv` replaces the agent's command (a fake guest in tests); it gets `--fd`, `--home`, `--runtime`."""
+    """Starts agents. `argv` replaces the agent's command; it gets `--fd`, `--home` and `--runtime`."""
 
     capabilities = Capabilities(isolation="none", accelerator="native", time_scale=1.0)
 

@@ -1,7 +1,7 @@
 """The messages of one cell, turned into what a REST client wants. Pure: messages in, events out.
 
 An execution is over when both its reply (shell) and its `idle` (iopub) have come; their order is not fixed. Text is
-kept up to `text_limit` characters per stream and results up to `result_limit` bytes; what is beyond is counted and told.
+kept up to `text_limit` characters per stream and results up to `result_limit` bytes; the rest is counted and told.
 """
 
 from collections.abc import Sequence
