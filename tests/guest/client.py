@@ -1,0 +1,180 @@
+"""What the tests on real machines share: a server as users start it, and a thin client for what it offers."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import requests
+
+KEY = "e2b_" + "7" * 40
+CELLVM = Path(sys.executable).with_name("cellvm")
+START_LIMIT = 600
+"""Seconds until a server must be ready; it may have to build its templates first."""
+SLOWNESS = {"kvm": 1.0, "tcg": 2.0}
+"""How much longer an emulated guest may take where a promise allows for it."""
+
+
+class Server:
+    """A `cellvm serve` process with its data directory."""
+
+    def __init__(self, data: Path, *, pool_size: int, max_sandboxes: int) -> None:
+        assert shutil.which("qemu-system-x86_64"), "these tests need QEMU: run `cellvm doctor`"
+        self.data = data
+        self.log = data.with_name(f"{data.name}.log")
+        flags = {"--port": 0, "--data-dir": data, "--pool-size": pool_size, "--max-sandboxes": max_sandboxes}
+        command = [str(CELLVM), "serve", *(str(part) for flag in flags.items() for part in flag)]
+        self.pool_size = pool_size
+        started = time.monotonic()
+        with self.log.open("ab") as log:
+            offset = log.tell()
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "CELLVM_API_KEY": KEY}
+            )
+        self.pid = self.process.pid
+        self.http = requests.Session()
+        self.http.headers["Authorization"] = f"Bearer {KEY}"
+        try:
+            found = until(lambda: self._ready_line(offset), START_LIMIT, every=0.02)
+        except BaseException:
+            self.close()
+            raise
+        self.url = found[1]
+        self.start_time = time.monotonic() - started
+        self.scale = SLOWNESS[self.get("/health").json()["accelerator"]]
+
+    def _ready_line(self, offset: int) -> re.Match[str] | None:
+        text = self.log.read_bytes()[offset:].decode()
+        assert self.process.poll() is None, f"the server ended: {text[-3000:]}"
+        return re.search(r"^CellVM .* is ready at (http://\S+)", text, re.MULTILINE)
+
+    def close(self) -> None:
+        """Stop it, by force if need be; idempotent."""
+        self.http.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    def request(self, method: str, path: str, **kwargs: Any) -> requests.Response:
+        return self.http.request(method, self.url + path, timeout=kwargs.pop("timeout", 120), **kwargs)
+
+    def get(self, path: str, **kwargs: Any) -> requests.Response:
+        return self.request("GET", path, **kwargs)
+
+    def post(self, path: str, **kwargs: Any) -> requests.Response:
+        return self.request("POST", path, **kwargs)
+
+    @contextmanager
+    def sandbox(self, template: str = "code_interpreter", **fields: Any) -> Iterator["Sandbox"]:
+        """A sandbox for the time of the block."""
+        answer = self.post("/sandboxes", json={"templateID": template, "timeout": 3600, **fields})
+        assert answer.status_code == 201, answer.text
+        sandbox = Sandbox(self, answer.json())
+        try:
+            yield sandbox
+        finally:
+            if self.process.poll() is None:
+                self.request("DELETE", f"/sandboxes/{sandbox.id}")
+
+    def machines(self) -> set[int]:
+        """Process ids of its QEMUs."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return {int(pid) for pid in children if comm(int(pid)).startswith("qemu")}
+
+    def pool_ready(self) -> bool:
+        """Whether the warm pool is full."""
+        return self.get("/health").json()["pool"][0]["ready"] == self.pool_size
+
+    def memory(self, field: str) -> int:
+        """A reading of the server process in bytes: VmRSS, or VmHWM for its peak."""
+        text = Path(f"/proc/{self.pid}/status").read_text()
+        return int(re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)[1]) * 1024
+
+    @contextmanager
+    def memory_grows_at_most(self, limit: int) -> Iterator[None]:
+        """The server's memory must not peak higher than this many bytes above where it is now."""
+        Path(f"/proc/{self.pid}/clear_refs").write_text("5")  # forget the peak so far
+        before = self.memory("VmRSS")
+        yield
+        assert self.memory("VmHWM") - before <= limit
+
+
+class Sandbox:
+    """One sandbox, seen through REST."""
+
+    def __init__(self, server: Server, model: dict[str, Any]) -> None:
+        self.server = server
+        self.model = model
+        self.id: str = model["sandboxID"]
+        self.scale = server.scale
+
+    def request(self, method: str, path: str, **kwargs: Any) -> requests.Response:
+        return self.server.request(method, f"/sandboxes/{self.id}{path}", **kwargs)
+
+    def get(self, path: str, **kwargs: Any) -> requests.Response:
+        return self.request("GET", path, **kwargs)
+
+    def post(self, path: str, **kwargs: Any) -> requests.Response:
+        return self.request("POST", path, **kwargs)
+
+    def run(self, cmd: str, *args: str, **fields: Any) -> dict[str, Any]:
+        """A command's result."""
+        answer = self.post("/processes", json={"cmd": cmd, "args": args, **fields})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def shell(self, script: str, **fields: Any) -> str:
+        """What a bash script prints; it must succeed."""
+        result = self.run("bash", "-c", script, **fields)
+        assert result["exitCode"] == 0, result
+        return result["stdout"]
+
+    def execute(self, code: str, **fields: Any) -> dict[str, Any]:
+        """What becomes of a cell."""
+        answer = self.post("/execute", json={"code": code, **fields})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def value(self, code: str, **fields: Any) -> Any:
+        """The value of a cell's last expression, through JSON."""
+        lines = code.strip().split("\n")
+        lines[-1] = f"print(__import__('json').dumps({lines[-1]}))"
+        cell = self.execute("\n".join(lines), **fields)
+        assert cell["error"] is None, "\n".join(cell["error"]["traceback"]) or cell["error"]
+        return json.loads(cell["stdout"].splitlines()[-1])
+
+    def upload(self, path: str, content: Any) -> requests.Response:
+        return self.post("/files", data={"path": path}, files={"file": ("name", content)})
+
+    def download(self, path: str, **kwargs: Any) -> requests.Response:
+        return self.get("/files", params={"path": path}, **kwargs)
+
+
+def until(done: Callable[[], Any], limit: float, *, every: float = 0.01) -> Any:
+    """Wait until `done` answers something true; that is returned."""
+    deadline = time.monotonic() + limit
+    while not (found := done()):
+        assert time.monotonic() < deadline, f"still not after {limit} s"
+        time.sleep(every)
+    return found
+
+
+def comm(pid: int) -> str:
+    """A process's name; empty when there is no such process, or only its entry is left."""
+    try:
+        name, state = re.search(r"\((.*)\) (\S)", Path(f"/proc/{pid}/stat").read_text(), re.DOTALL).groups()
+    except OSError:
+        return ""
+    return "" if state in "ZX" else name
