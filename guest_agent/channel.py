@@ -6,6 +6,7 @@ answer waits for one chunk at most, however much output is under way.
 """
 
 import asyncio
+import io
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -14,8 +15,6 @@ from guest_agent import wire
 from guest_agent.wire import Body, Failure, Frame, FrameType
 
 BULK_LIMIT = 1024 * 1024
-READ_SIZE = 64 * 1024
-READS_PER_WAKE = 256
 
 Buffers = list[bytes | memoryview]
 
@@ -127,6 +126,7 @@ class Channel:
         kernel_data: Callable[[Frame], None],
     ) -> None:
         self._fd = fd
+        self._raw = io.FileIO(fd, "rb", closefd=False)
         self._dispatch = dispatch
         self._kernel_data = kernel_data
         self._decoder = wire.Decoder()
@@ -142,7 +142,6 @@ class Channel:
         self.streams = {s.number: s for s in (self.kernel, self.kernel_control, self.events)}
         self._loop = asyncio.get_running_loop()
         self.closed: asyncio.Future[None] = self._loop.create_future()
-        self._input = memoryview(bytearray(READ_SIZE))
         os.set_blocking(fd, False)
         self._loop.add_reader(fd, self._readable)
 
@@ -200,16 +199,19 @@ class Channel:
     # -- in
 
     def _readable(self) -> None:
-        for _ in range(READS_PER_WAKE):
-            try:
-                count = os.readv(self._fd, [self._input])
-            except BlockingIOError:
-                break
-            except OSError as error:
-                return self._close(error)
-            if count == 0:
-                return self._close(None)
-            self._decoder.receive_data(self._input[:count])
+        # A virtio port gives a page a read. `readall` loops over them in C until none is left, and what may be under
+        # way to us is bounded by the credit we have granted.
+        try:
+            data = self._raw.readall()
+        except OSError as error:
+            self._close(error)
+            return
+        if data is None:
+            return
+        if not data:
+            self._close(None)
+            return
+        self._decoder.receive_data(data)
         try:
             for frame in self._decoder.frames():
                 self._receive(frame)

@@ -54,7 +54,7 @@ class QemuVm:
         self._channel = channel
         self._console = console
         self._console_text = bytearray()
-        self._spoken = asyncio.Event()
+        self._printed = asyncio.Event()
         self._qmp_socket = qmp
         self._qmp: Qmp | None = None
         self._loop = asyncio.get_running_loop()
@@ -80,11 +80,14 @@ class QemuVm:
     def open(self) -> socket.socket:
         return self._channel
 
-    async def has_spoken(self, timeout: float) -> bool:
-        """Whether anything is printed on the console within `timeout` seconds."""
+    async def has_printed(self, text: bytes, timeout: float) -> bool:
+        """Whether the console shows `text` within `timeout` seconds."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._spoken.wait(), timeout)
-        return self._spoken.is_set()
+            async with asyncio.timeout(timeout):
+                while text not in self._console_text:
+                    self._printed.clear()
+                    await self._printed.wait()
+        return text in self._console_text
 
     async def wait(self) -> str:
         return await asyncio.shield(self._ended)
@@ -122,7 +125,7 @@ class QemuVm:
     def _console_readable(self) -> None:
         try:
             while data := self._console.recv(16 * 1024):
-                self._spoken.set()
+                self._printed.set()
                 self._console_text += data
                 del self._console_text[:-CONSOLE_KEPT]
         except BlockingIOError:

@@ -54,12 +54,12 @@ class Descriptors:
         )  # fmt: skip
 
 
-# loglevel: the console is for the boot's failures, and its first line shows that there is life. mitigations,
+# loglevel: the console tells how far a boot came. mitigations,
 # init_on_alloc: inside one tenant's machine they cost much and protect nobody. tsc: emulated processors share one
 # counter, which Linux does not know; without it the guest's clock and timers go in steps of 4 ms. panic=-1 with
 # -no-reboot: a panic ends QEMU, and the server sees it at once.
 KERNEL_COMMAND_LINE = (
-    "console=ttyS0 loglevel=6 panic=-1 mitigations=off init_on_alloc=0 transparent_hugepage=madvise "
+    "console=ttyS0 loglevel=7 panic=-1 mitigations=off init_on_alloc=0 transparent_hugepage=madvise "
     "8250.nr_uarts=1 i8042.noaux random.trust_cpu=off tsc=reliable"
 )
 
@@ -84,7 +84,7 @@ def qemu(binary: str, machine: Machine, fds: Descriptors, *, template: bool) -> 
     else:
         # The cache of translated code is private memory of each machine: bounded. Taking features away from `max` is
         # not safe: with `-svm` on 7.2.22 the guest's first static program aborts.
-        accelerator = ["-accel", "tcg,thread=multi,tb-size=256", "-cpu", "max"]
+        accelerator = ["-accel", "tcg,thread=multi,tb-size=256", "-cpu", "max,-erms,-fsrm"]
     return [
         binary,
         "-nodefaults",
