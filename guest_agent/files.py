@@ -15,8 +15,8 @@ from guest_agent import wire
 from guest_agent.channel import AgentError, Stream
 from guest_agent.wire import Entries, Entry, ListDir, Move, Read, Write
 
-PAGE = 1000
-"""Entries of a directory told at once."""
+PAGE = 200_000
+"""Roughly the characters of a directory's entries that are told at once: far below what a frame may hold."""
 
 _FAILURES = {
     errno.ENOENT: "not_found",
@@ -41,7 +41,7 @@ def errors(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         code = _FAILURES.get(error.errno or 0, "failed")
-        raise AgentError(code, f"{path}: {os.strerror(error.errno) if error.errno else error}") from error
+        raise AgentError(code, f"{_text(path)}: {os.strerror(error.errno) if error.errno else error}") from error
 
 
 @lru_cache(64)
@@ -64,6 +64,11 @@ def _kind(mode: int) -> str:
     return "dir" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
 
 
+def _text(name: str) -> str:
+    """A name as text: bytes that are not UTF-8 become U+FFFD."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
 def entry(path: str) -> Entry:
     """What lies at `path`; for a symbolic link what it leads to, or the link itself when that is missing."""
     with errors(path):
@@ -74,31 +79,36 @@ def entry(path: str) -> Entry:
             target = os.path.realpath(path)
             found = os.stat(path) if os.path.exists(path) else own
     return Entry(
-        name=os.path.basename(os.path.normpath(path)) or "/",
-        path=path,
+        name=_text(os.path.basename(os.path.normpath(path))) or "/",
+        path=_text(path),
         kind=_kind(found.st_mode),
         size=found.st_size,
         mode=stat.S_IMODE(found.st_mode),
         owner=_owner(found.st_uid),
         group=_group(found.st_gid),
         modified_ns=found.st_mtime_ns,
-        target=target,
+        target=target and _text(target),
     )
 
 
 def list_dir(request: ListDir) -> Entries:
     """One page of a directory."""
     with errors(request.path):
-        names = sorted(os.listdir(request.path))
-    start = bisect_right(names, request.after) if request.after else 0
-    entries = []
-    for name in names[start : start + PAGE]:
+        names = sorted(os.listdir(request.path), key=_text)
+    start = bisect_right(names, request.after, key=_text) if request.after else 0
+    entries: list[Entry] = []
+    size = 0
+    for name in names[start:]:
+        if size > PAGE:
+            return Entries(entries=entries, more=True)
         try:
             entries.append(entry(os.path.join(request.path, name)))
         except AgentError as error:
             if error.code != "not_found":  # deleted since the listing
                 raise
-    return Entries(entries=entries, more=start + PAGE < len(names))
+        else:
+            size += 200 + sum(len(text or "") for text in (entries[-1].name, entries[-1].path, entries[-1].target))
+    return Entries(entries=entries)
 
 
 async def read(stream: Stream, request: Read) -> None:

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -52,27 +52,30 @@ def steps() -> Iterator[Callable[[str], None]]:
 
 async def serve(settings: Settings) -> None:
     """Run a server until SIGTERM or Ctrl-C; the second one does not wait."""
-    stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+    main_task = asyncio.current_task()
+    assert main_task is not None
+    stopping = asyncio.Event()
+    started = False
 
     def stop() -> None:
         if stopping.is_set():
             os._exit(1)  # machines and disks go with the process
         stopping.set()
+        if not started:
+            main_task.cancel()
 
-    with steps() as step:
-        if settings.isolation != "unisolated":
-            await asyncio.to_thread(install_packages, settings.qemu, step)
-        context = running(settings, step)
-        server = await context.__aenter__()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
-    try:
+    async with AsyncExitStack() as stack:
+        with steps() as step:
+            if settings.isolation != "unisolated":
+                await install_packages(settings.qemu, step)
+            server = await stack.enter_async_context(running(settings, step))
+        started = True
         greet(server)
         await stopping.wait()
         console.print("stopping …")
-    finally:
-        await context.__aexit__(None, None, None)
 
 
 def greet(server: Server) -> None:
@@ -92,8 +95,11 @@ def greet(server: Server) -> None:
 
 async def build(settings: Settings) -> None:
     """Build every template, so that `serve` only verifies."""
+    if settings.isolation == "unisolated":
+        console.print("the driver `unisolated` has nothing to build")
+        return
     with steps() as step:
-        await asyncio.to_thread(install_packages, settings.qemu, step)
+        await install_packages(settings.qemu, step)
         await make_driver(settings, load_templates(settings), step)
     console.print("all templates are built")
 
@@ -127,7 +133,7 @@ async def run_file(settings: Settings, file: Path, get: list[str], template_id: 
         raise SettingsError(f"no template {template_id!r}")
     with steps() as step:
         if settings.isolation != "unisolated":
-            await asyncio.to_thread(install_packages, settings.qemu, step)
+            await install_packages(settings.qemu, step)
         driver = await make_driver(settings, templates, step)
     guest = await Guests(driver).start(template.id)
     figures = failed = 0
@@ -225,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     except (SettingsError, BuildError, DriverError, CellvmError, OSError) as error:
         console.print(f"cellvm: {error}", markup=False)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         console.print("interrupted")
         return 130
     return 0

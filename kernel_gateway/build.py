@@ -57,8 +57,8 @@ class Builder:
     binary: str
     ca_bundle: Path | None
 
-    def image(self, template: Template, step: Progress) -> Path:
-        return build_image(template, self.cache, self.ca_bundle, step)
+    async def image(self, template: Template, step: Progress) -> Path:
+        return await build_image(template, self.cache, self.ca_bundle, step)
 
     def open_image(self, directory: Path) -> Image:
         """The files that machines of this image read, opened for the server's life."""
@@ -78,7 +78,7 @@ class Builder:
         def told(text: str) -> None:
             step(f"{template.id}: {text}")
 
-        directory = await asyncio.to_thread(self.image, template, told)
+        directory = await self.image(template, told)
         image = self.open_image(directory)
         machine = Machine(driver.capabilities.accelerator, template.vcpus, template.memory_mb)
         version = qemu_version(self.binary)
@@ -169,7 +169,7 @@ class Builder:
     async def probe_kvm(self, template: Template, driver: Qemu, step: Progress) -> bool:
         """Whether the real guest boots on this host's KVM. A `/dev/kvm` that opens proves nothing."""
         step("try KVM with the real guest")
-        image = self.open_image(await asyncio.to_thread(self.image, template, step))
+        image = self.open_image(await self.image(template, step))
         machine = Machine("kvm", template.vcpus, template.memory_mb)
         memory = memory_file("probe", machine.ram_mb * 1024 * 1024)
         path = self.cache / f"probe-{os.getpid()}"

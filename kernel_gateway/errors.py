@@ -10,7 +10,7 @@ CellvmError
 ├── HostFull               the server has no room for another sandbox
 ├── Draining               the server is going down
 ├── SandboxDied            the machine ended under the request
-├── GuestUnresponsive      the machine does not answer as it must; it was destroyed
+├── GuestUnresponsive      the machine does not answer as it must
 └── GuestFailure           the agent refused: no such file, disk full, program can't be run, …
 """
 

@@ -32,7 +32,7 @@ def missing_packages(qemu: str) -> list[str]:
     return [package for program, package in programs.items() if shutil.which(program, path=path) is None]
 
 
-def install_packages(qemu: str, step: Progress) -> None:
+async def install_packages(qemu: str, step: Progress) -> None:
     """Install what is missing with apt, as root; sources are used as they are, never edited.
 
     Raises:
@@ -46,8 +46,8 @@ def install_packages(qemu: str, step: Progress) -> None:
         raise BuildError(f"missing: {', '.join(packages)}. As root, run:\n  {' '.join(command)}")
     step(f"install {', '.join(packages)}")
     quiet = {"DEBIAN_FRONTEND": "noninteractive"}
-    run(["apt-get", "update"], quiet, step)
-    run(command, quiet, step)
+    await run(["apt-get", "update"], quiet, step)
+    await run(command, quiet, step)
 
 
 async def kvm_verdict(builder: Builder, template: Template, disks: Path, step: Progress) -> bool:

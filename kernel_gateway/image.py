@@ -5,6 +5,7 @@ are set up, without. Each result lies in a directory named by the hash of all th
 renamed at the end: an interrupted build leaves nothing that looks finished, and downloaded wheels are kept.
 """
 
+import asyncio
 import gzip
 import hashlib
 import os
@@ -70,29 +71,30 @@ def finished(directory: Path) -> Iterator[Path]:
         raise
 
 
-def run(command: list[str], env: dict[str, str], step: Progress) -> None:
-    """Run a program, passing its lines `step: …` on.
+async def run(command: list[str], env: dict[str, str], step: Progress) -> None:
+    """Run a program, passing its lines `step: …` on. Cancelling ends it, and waits until it has cleaned up.
 
     Raises:
         BuildError: it failed.
     """
     last: list[str] = []
-    with subprocess.Popen(
-        command, env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", start_new_session=True,
-    ) as process:  # fmt: skip
-        assert process.stdout
-        try:
-            for line in process.stdout:
-                if line.startswith("step: "):
-                    step(line.removeprefix("step: ").strip())
-                last = [*last[-20:], line.rstrip()]
-        except BaseException:
-            # Its own session, so that Ctrl-C reaches only us and the tool gets to clean up behind itself.
-            process.terminate()
-            process.wait()
-            raise
-    if process.returncode:
+    process = await asyncio.create_subprocess_exec(
+        *command, env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        async for data in process.stdout:
+            line = data.decode("utf-8", "replace").rstrip()
+            if line.startswith("step: "):
+                step(line.removeprefix("step: "))
+            last = [*last[-20:], line]
+    except BaseException:
+        # In a session of its own, so that Ctrl-C reaches only us: the tool is told once, and cleans up behind itself.
+        process.terminate()
+        await process.wait()
+        raise
+    if await process.wait():
         raise BuildError(f"{command[0]} failed with status {process.returncode}:\n" + "\n".join(last))
 
 
@@ -108,7 +110,7 @@ def image_key(template: Template, ca_bundle: Path | None) -> str:
     )
 
 
-def build_image(template: Template, cache: Path, ca_bundle: Path | None, step: Progress) -> Path:
+async def build_image(template: Template, cache: Path, ca_bundle: Path | None, step: Progress) -> Path:
     """The folder with `root.erofs`, `boot/` and `packages`, built if the cache has it not.
 
     Raises:
@@ -119,12 +121,12 @@ def build_image(template: Template, cache: Path, ca_bundle: Path | None, step: P
         return directory
     rootfs = rootfs_dir()
     step("download Python packages")
-    wheels = download_wheels(rootfs / "requirements.lock", cache, step)
+    wheels = await download_wheels(rootfs / "requirements.lock", cache, step)
     step("Debian packages")
     with finished(directory) as work:
         packages = [line for line in (rootfs / "debian.txt").read_text().split("\n") if line and line[0] != "#"]
         excluded = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("man", "locale", "doc", "info")]
-        run(
+        await run(
             [
                 "mmdebstrap", "--variant=minbase", f"--include={','.join(packages + template.debian)}", *excluded,
                 f"--customize-hook={rootfs / 'customize.sh'}", "--format=null", SUITE,
@@ -140,14 +142,14 @@ def build_image(template: Template, cache: Path, ca_bundle: Path | None, step: P
     return directory
 
 
-def download_wheels(lock: Path, cache: Path, step: Progress) -> Path:
+async def download_wheels(lock: Path, cache: Path, step: Progress) -> Path:
     """The folder with every wheel of the lock file, hashes checked."""
     directory = cache / "wheels" / content_hash(lock)
     if directory.is_dir():
         return directory
     platforms = [word for platform in WHEEL_PLATFORMS for word in ("--platform", platform)]
     with finished(directory) as work:
-        run(
+        await run(
             [
                 sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes",
                 "--only-binary=:all:", "--python-version", "3.11", "--implementation", "cp", "--abi", "cp311",

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from guest_agent import wire
 from guest_agent.wire import Body, Failure, Frame, FrameType
-from kernel_gateway.errors import GuestFailure, GuestUnresponsive, SandboxDied
+from kernel_gateway.errors import GuestFailure, GuestUnresponsive, SandboxDied, TooLarge
 
 STRIKES = 100
 EVENTS_PER_CONVERSATION = 4
@@ -183,12 +183,20 @@ class Link(asyncio.Protocol):
 
         Raises:
             SandboxDied: the link is closed.
+            TooLarge: the request does not fit into a frame.
         """
         if self.closed.done():
             raise self.closed.result()
         number = next(self._numbers)
+        try:
+            frame = wire.encode(FrameType.REQUEST, number, request)
+        except wire.FrameError:
+            raise TooLarge(
+                f"a request to the sandbox may have at most {wire.MAX_CONTROL} bytes",
+                hint="upload long text as a file, or send it as `stdin`",
+            ) from None
         conversation = self._conversations[number] = Conversation(self, number)
-        self.write(wire.encode(FrameType.REQUEST, number, request))
+        self.write(frame)
         try:
             yield conversation
         finally:

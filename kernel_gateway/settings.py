@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -87,7 +88,7 @@ class Settings:
 def _parse(each: "Field[Any]", text: str, source: str) -> Any:
     kind = each.metadata
     if each.type is int or each.type == "int":
-        if not text.lstrip("-").isdigit() or not kind["low"] <= int(text) <= kind["high"]:
+        if not re.fullmatch(r"-?[0-9]{1,9}", text) or not kind["low"] <= int(text) <= kind["high"]:
             raise SettingsError(f"{source} takes a number from {kind['low']} to {kind['high']}, not {text!r}")
         return int(text)
     if "choices" in kind and text not in kind["choices"]:

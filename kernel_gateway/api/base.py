@@ -11,12 +11,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import unquote
 
 import msgspec
 from tornado.http1connection import HTTP1Connection
 from tornado.iostream import StreamClosedError
-from tornado.web import HTTPError, RequestHandler, stream_request_body
+from tornado.web import RequestHandler, stream_request_body
 
 from kernel_gateway.errors import CellvmError, InvalidRequest, NotFound, TooLarge, Unauthorized
 from kernel_gateway.sandbox import Sandbox
@@ -166,7 +165,6 @@ class Endpoint(RequestHandler):
         self._chunks: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=4)
         self._task: asyncio.Task[None] | None = None
         self._status_sent = False
-        self.disconnected = asyncio.Event()
 
     async def prepare(self) -> None:
         """Settle everything that the head of the request decides, before any of the body is read."""
@@ -174,9 +172,10 @@ class Endpoint(RequestHandler):
         try:
             route = self._routes.get(self.request.method or "")
             if route is None:
+                self.set_header("Allow", ", ".join(sorted(self._routes)))
                 raise MethodNotAllowed(f"{self.request.path} offers {', '.join(sorted(self._routes))}")
             self._route = route
-            names = [unquote(str(argument)) for argument in self.path_args]
+            names = [str(argument) for argument in self.path_args]
             owner = "" if route.public else self._authenticate()
             self.call = Call(
                 self._sandboxes,
@@ -216,9 +215,10 @@ class Endpoint(RequestHandler):
     def _query(self, route: Route) -> Any:
         if route.query is None:
             return None
+        # Not by get_query_argument: it strips, and turns control characters into blanks.
         try:
-            given = {name: self.get_query_argument(name) for name in self.request.query_arguments}
-        except HTTPError:
+            given = {name: values[-1].decode() for name, values in self.request.query_arguments.items()}
+        except UnicodeDecodeError:
             raise InvalidRequest("the query is not UTF-8") from None
         try:
             return msgspec.convert(given, route.query, strict=False)
@@ -231,7 +231,7 @@ class Endpoint(RequestHandler):
     async def data_received(self, chunk: bytes) -> None:
         if self._finished:
             return  # refused already: what still comes is read and dropped
-        if self._task is not None:
+        if self._route.upload:
             await self._chunks.put(chunk)
         elif len(self._body) + len(chunk) > JSON_LIMIT:
             self._body.clear()
@@ -248,8 +248,8 @@ class Endpoint(RequestHandler):
         self.application.settings["requests"].discard(self)
 
     def on_connection_close(self) -> None:
+        """The client hung up: stop what it asked for."""
         self.application.settings["requests"].discard(self)
-        self.disconnected.set()
         if self._task is not None:
             self._task.cancel()
 
@@ -258,10 +258,10 @@ class Endpoint(RequestHandler):
         if self._finished:
             return
         if self._task is None:
-            await self._run()
+            self._task = asyncio.create_task(self._run())
         else:
             await self._chunks.put(None)
-            await self._task
+        await self._task
 
     get = post = put = patch = delete = head = options = _handle
 
@@ -285,7 +285,7 @@ class Endpoint(RequestHandler):
             pass  # the client has gone: nobody is left to tell
         except Exception as error:  # noqa: BLE001
             self._fail(error)
-            if self._task is not None:
+            if route.upload:
                 await self._drop_upload()
 
     async def _drop_upload(self) -> None:
@@ -306,11 +306,18 @@ class Endpoint(RequestHandler):
         if error.retry_after is not None:
             self.set_header("Retry-After", str(error.retry_after))
         self.set_header("Content-Type", "application/json")
-        for name in ("Content-Length", "Content-Range", "Content-Disposition"):
-            self.clear_header(name)
+        self.clear_header("Content-Length")
+        self.clear_header("Content-Disposition")
         body = ErrorBody(
             status, str(error), error.code, error.hint, "unknown" if error.code in OUTCOME_UNKNOWN else None
         )
+        self.finish(msgspec.json.encode(body))
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """Errors that Tornado finds itself: a malformed path, a method it does not know."""
+        known = {400: "invalid_request", 405: "method_not_allowed"}
+        body = ErrorBody(status_code, reason(status_code), known.get(status_code, "internal"))
+        self.set_header("Content-Type", "application/json")
         self.finish(msgspec.json.encode(body))
 
     def set_default_headers(self) -> None:

@@ -7,6 +7,8 @@ import mimetypes
 import posixpath
 import re
 from codecs import getincrementaldecoder
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Annotated, Any
 from urllib.parse import parse_qsl, quote, unquote
@@ -17,9 +19,9 @@ from multipart import MultipartError, MultipartSegment, PushMultipartParser, par
 
 from guest_agent import wire
 from kernel_gateway import __version__
-from kernel_gateway.api.base import Call, RangeNotSatisfiable
+from kernel_gateway.api.base import Call, Endpoint, RangeNotSatisfiable
 from kernel_gateway.errors import CellvmError, GuestFailure, GuestUnresponsive, InvalidRequest, NotFound, Unavailable
-from kernel_gateway.jupyter.execution import Cell, Collector
+from kernel_gateway.jupyter.execution import CellError, Collector, StreamEvent
 from kernel_gateway.pool import Guest
 from kernel_gateway.sandbox import Sandbox
 from kernel_gateway.templates import Template
@@ -94,6 +96,8 @@ ENVD_VERSION = "0.1.0"
 
 def check_env(env: Text) -> None:
     """Refuse names and values that no process can have."""
+    if sum(len(name) + len(value) for name, value in env.items()) > MAX_ARGUMENT:
+        raise InvalidRequest(f"environment variables may have at most {MAX_ARGUMENT} characters in all")
     for name, value in env.items():
         if not name or "=" in name or "\0" in name + value:
             raise InvalidRequest(f"environment variable {name[:100]!r}: names need no `=`, and nothing may hold a NUL")
@@ -318,7 +322,7 @@ class Execute(Struct):
     timeout: Seconds = 60.0
 
 
-async def execute(call: Call, body: Execute) -> Cell | None:
+async def execute(call: Call, body: Execute) -> None:
     """Run a cell in the sandbox's kernel, where variables stay from call to call.
 
     Answers when it is done, or with `Accept: application/x-ndjson` (or `text/event-stream`) as it goes: a JSON object a
@@ -330,38 +334,35 @@ async def execute(call: Call, body: Execute) -> Cell | None:
     http = call.http
     accept = http.request.headers.get("Accept", "")
     framing = next((kind for kind in ("application/x-ndjson", "text/event-stream") if kind in accept), None)
-    gone = asyncio.create_task(http.disconnected.wait())
-    collector = Collector()
-    try:
+    async with aclosing(events):
         if framing:
-            http.set_header("Content-Type", framing)
-            http.set_header("Cache-Control", "no-store")
-            await http.flush()
-        while True:
-            following = asyncio.ensure_future(anext(events, None))
-            await asyncio.wait({following, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not following.done():
-                following.cancel()
-                await asyncio.gather(following, return_exceptions=True)
-                raise asyncio.CancelledError
-            event = following.result()
-            if event is None:
-                break
-            if framing:
-                line = msgspec.json.encode(event)
-                http.write(line + b"\n" if framing == "application/x-ndjson" else b"data: " + line + b"\n\n")
-                await http.flush()
-            else:
-                collector.add(event)
-    finally:
-        gone.cancel()
-        await events.aclose()
-    if framing:
-        await http.finish()
-        return None
+            await stream(http, framing, events)
+            return
+        collector = Collector()
+        async for event in events:
+            collector.add(event)
     http.set_header("Content-Type", "application/json")
     await http.finish(msgspec.json.encode(collector.cell()))
-    return None
+
+
+async def stream(http: Endpoint, framing: str, events: AsyncIterator[StreamEvent]) -> None:
+    """Send events as they come; a sandbox that ends under them is told as the last error."""
+
+    async def send(event: StreamEvent) -> None:
+        line = msgspec.json.encode(event)
+        http.write(line + b"\n" if framing == "application/x-ndjson" else b"data: " + line + b"\n\n")
+        await http.flush()
+
+    http.set_header("Content-Type", framing)
+    http.set_header("Cache-Control", "no-store")
+    await http.flush()
+    try:
+        async for event in events:
+            await send(event)
+    except CellvmError as error:
+        await send(StreamEvent("error", error=CellError(type(error).__name__, str(error), code=error.code)))
+        await send(StreamEvent("end"))
+    await http.finish()
 
 
 # -- files
@@ -534,6 +535,8 @@ class Upload:
             self.entries.append(await self._conversation.reply())
             await self.close()
         else:
+            if self.entries:
+                raise InvalidRequest("send `path` before `file`: the file has been stored under its own name")
             try:
                 self._path = self._field.decode()
             except UnicodeDecodeError:
