@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -33,13 +32,13 @@ def box(server: Server) -> Iterator[Sandbox]:
 
 
 @pytest.fixture
-def start_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Starts servers of the test's own, by default on one data directory."""
+def start_server(server: Server, tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Starts servers of the test's own on one data directory. Asking for `server` means that all templates are built."""
     with ExitStack() as started:
 
-        def start(*, pool_size: int = 1, max_sandboxes: int = 2, **kwargs: Any) -> Server:
-            server = Server(tmp_path / "data", pool_size=pool_size, max_sandboxes=max_sandboxes, **kwargs)
-            started.callback(server.close)
-            return server
+        def start(*, pool_size: int = 1, max_sandboxes: int = 2) -> Server:
+            own = Server(tmp_path / "data", pool_size=pool_size, max_sandboxes=max_sandboxes)
+            started.callback(own.close)
+            return own
 
         yield start
