@@ -33,7 +33,7 @@ def box(server: Server) -> Iterator[Sandbox]:
 
 @pytest.fixture
 def start_server(server: Server, tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Starts servers of the test's own on one data directory. Asking for `server` means that all templates are built."""
+    """Starts servers of the test's own on one data directory; with `server` before it all templates are built."""
     with ExitStack() as started:
 
         def start(*, pool_size: int = 1, max_sandboxes: int = 2) -> Server:
