@@ -1,0 +1,302 @@
+"""`make bench`: what users wait for, measured through the public API on the machine at hand.
+
+Every line has a floor or a peer from the same run: an empty request for what is latency, the same server without
+isolation for what runs code, a plain loopback HTTP copy for what moves bytes. Raw samples go to
+`bench-results/<time>.json`.
+"""
+
+import argparse
+import contextlib
+import http.server
+import json
+import os
+import platform
+import secrets
+import signal
+import socketserver
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import requests
+
+MEGABYTE = 1_000_000
+TRANSFER = 64 * 1024 * 1024
+PANDAS_CELL = "import pandas as pd; pd.DataFrame({'x': range(1000)}).describe()"
+
+
+class Bench:
+    """Collects samples; times in ms unless the name says otherwise."""
+
+    def __init__(self) -> None:
+        self.samples: dict[str, list[float]] = {}
+
+    def time(self, name: str, call: Callable[[], requests.Response], expect: int = 200) -> requests.Response:
+        started = time.perf_counter()
+        response = call()
+        self.add(name, (time.perf_counter() - started) * 1000)
+        if response.status_code != expect:
+            raise SystemExit(f"{name}: HTTP {response.status_code} {response.text[:500]}")
+        return response
+
+    def add(self, name: str, value: float) -> None:
+        self.samples.setdefault(name, []).append(value)
+
+    def p50(self, name: str) -> float:
+        return statistics.median(self.samples[name])
+
+    def line(self, name: str, unit: str, target: str, floor: str | None) -> str:
+        values = sorted(self.samples[name])
+        beside = f"{self.p50(name) / self.p50(floor):8.2f} x {floor}" if floor else ""
+        return (
+            f"{name:34} {self.p50(name):9.1f} {values[0]:9.1f} {values[-1]:9.1f} {unit:5} n={len(values):<3}"
+            f" {target:22} {beside}"
+        )
+
+
+class Server:
+    """A server of its own, through its command line."""
+
+    def __init__(self, *flags: str) -> None:
+        self._data = tempfile.TemporaryDirectory(prefix="cellvm-bench-")
+        key = "e2b_" + secrets.token_hex(20)
+        self.session = requests.Session()
+        self.session.headers["Authorization"] = f"Bearer {key}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "kernel_gateway", "serve", "--port", "0", "--data-dir", self._data.name, *flags],
+            env={**os.environ, "CELLVM_API_KEY": key, "CELLVM_LOG_LEVEL": "error"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if " is ready at " in line:
+                self.url = line.split(" is ready at ")[1].split()[0]
+                return
+        raise SystemExit("the server did not start")
+
+    def close(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(30)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self._data.cleanup()
+
+    def health(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.session.get(f"{self.url}/health", timeout=10).json()
+        return found
+
+    def await_pool(self, size: int) -> None:
+        while (ready := self.health()["pool"][0]["ready"]) < size:
+            print(f"\r  filling the pool: {ready}/{size}  ", end="", file=sys.stderr, flush=True)
+            time.sleep(0.5)
+        print("\r" + " " * 40 + "\r", end="", file=sys.stderr, flush=True)
+
+    def create(self) -> requests.Response:
+        return self.session.post(f"{self.url}/sandboxes", json={"templateID": "code_interpreter"}, timeout=60)
+
+    def delete(self, sandbox: str) -> None:
+        self.session.delete(f"{self.url}/sandboxes/{sandbox}", timeout=60)
+
+    def execute(self, sandbox: str, code: str) -> requests.Response:
+        return self.session.post(f"{self.url}/sandboxes/{sandbox}/execute", json={"code": code}, timeout=120)
+
+    def process_of(self, sandbox: str, command: str) -> requests.Response:
+        return self.session.post(f"{self.url}/sandboxes/{sandbox}/processes", json={"cmd": command}, timeout=120)
+
+
+def measure_cells(bench: Bench, server: Server, prefix: str, rounds: int) -> None:
+    """First and later cells and a command, each round in a fresh sandbox."""
+    for _ in range(rounds):
+        server.await_pool(1)
+        sandbox = server.create().json()["sandboxID"]
+        bench.time(f"{prefix}first 1+1", lambda s=sandbox: server.execute(s, "1+1"))  # type: ignore[misc]
+        for _ in range(5):
+            bench.time(f"{prefix}second 1+1", lambda s=sandbox: server.execute(s, "1+1"))  # type: ignore[misc]
+            bench.time(f"{prefix}/processes true", lambda s=sandbox: server.process_of(s, "true"))  # type: ignore[misc]
+        server.delete(sandbox)
+
+
+def measure_creates(bench: Bench, server: Server, count: int) -> None:
+    """Creates one after the other from a full pool, and the floor beside them."""
+    server.await_pool(count)
+    made = []
+    for _ in range(count):
+        bench.time("empty request (GET /health)", lambda: server.session.get(f"{server.url}/health", timeout=10))
+        made.append(bench.time("create, warm pool", server.create, 201).json()["sandboxID"])
+    for sandbox in made:
+        server.delete(sandbox)
+
+
+def measure_transfers(bench: Bench, server: Server) -> None:
+    """64 MiB up and down, and the same over a plain loopback HTTP server."""
+    data = secrets.token_bytes(TRANSFER)
+    sandbox = server.create().json()["sandboxID"]
+    url = f"{server.url}/sandboxes/{sandbox}/files"
+
+    def rate(name: str, started: float) -> None:
+        bench.add(name, TRANSFER / MEGABYTE / (time.perf_counter() - started))
+
+    with plain_server() as plain:
+        for _ in range(3):
+            started = time.perf_counter()
+            server.session.post(url, data={"path": "blob"}, files={"file": data}, timeout=300).raise_for_status()
+            rate("upload 64 MiB", started)
+            started = time.perf_counter()
+            if server.session.get(url, params={"path": "blob"}, timeout=300).content != data:
+                raise SystemExit("the download differs from the upload")
+            rate("download 64 MiB", started)
+            started = time.perf_counter()
+            requests.post(plain, files={"file": data}, timeout=300).raise_for_status()
+            rate("plain HTTP up", started)
+            started = time.perf_counter()
+            requests.get(plain, timeout=300).raise_for_status()
+            rate("plain HTTP down", started)
+    server.delete(sandbox)
+
+
+@contextlib.contextmanager
+def plain_server() -> Iterator[str]:
+    """What the standard library does with the same bytes."""
+    body = bytes(TRANSFER)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer(body)
+
+        def do_POST(self) -> None:
+            left = int(self.headers["Content-Length"])
+            while left:
+                left -= len(self.rfile.read(min(left, 65536)))
+            self._answer(b"")
+
+        def _answer(self, content: bytes) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as plain:
+        thread = threading.Thread(target=plain.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{plain.server_address[1]}/"
+        plain.shutdown()
+        thread.join()
+
+
+def measure_memory(bench: Bench, server: Server) -> None:
+    """What one more sandbox costs after a pandas cell, from the kernel's own accounting of its machine."""
+    made = [server.create().json()["sandboxID"] for _ in range(3)]
+    for sandbox in made:
+        server.execute(sandbox, PANDAS_CELL)
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    for pid in children:
+        found = {}
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+            name, value = line.split(":")
+            found[name] = int(value.split()[0]) / 1024
+        bench.add("private memory per sandbox", found["Private_Dirty"] + found["Private_Clean"])
+        bench.add("PSS per sandbox", found["Pss"])
+    for sandbox in made:
+        server.delete(sandbox)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--creates", type=int, default=20, help="sequential creates (default 20)")
+    options = parser.parse_args()
+    bench = Bench()
+
+    server = Server("--pool-size", str(options.creates), "--max-sandboxes", "40", "--templates", "code_interpreter")
+    health = server.health()
+    try:
+        print("creates from the pool …", file=sys.stderr)
+        measure_creates(bench, server, options.creates)
+    finally:
+        server.close()
+
+    server = Server("--pool-size", "0", "--max-sandboxes", "40", "--templates", "code_interpreter")
+    try:
+        print("creates without a pool …", file=sys.stderr)
+        for _ in range(10):
+            sandbox = bench.time("create, empty pool", server.create, 201).json()["sandboxID"]
+            server.delete(sandbox)
+        with ThreadPoolExecutor(8) as threads:
+            started = time.perf_counter()
+            answers = list(threads.map(lambda _: server.create(), range(8)))
+            bench.add("8 creates at once, empty pool", (time.perf_counter() - started) * 1000)
+        for answer in answers:
+            server.delete(answer.json()["sandboxID"])
+        print("files …", file=sys.stderr)
+        measure_transfers(bench, server)
+        print("memory …", file=sys.stderr)
+        measure_memory(bench, server)
+    finally:
+        server.close()
+
+    server = Server("--pool-size", "8", "--max-sandboxes", "40", "--templates", "code_interpreter")
+    try:
+        server.await_pool(8)
+        with ThreadPoolExecutor(8) as threads:
+            started = time.perf_counter()
+            answers = list(threads.map(lambda _: server.create(), range(8)))
+            bench.add("8 creates at once, pool of 8", (time.perf_counter() - started) * 1000)
+        for answer in answers:
+            server.delete(answer.json()["sandboxID"])
+        print("cells …", file=sys.stderr)
+        server.await_pool(8)
+        measure_cells(bench, server, "", 6)
+    finally:
+        server.close()
+
+    server = Server("--isolation", "unisolated", "--pool-size", "2")
+    try:
+        measure_cells(bench, server, "unisolated ", 3)
+    finally:
+        server.close()
+
+    report(bench, health)
+
+
+def report(bench: Bench, health: dict[str, Any]) -> None:
+    """Print the table and keep the samples."""
+    cpu = next(
+        (line.split(":")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?"
+    )
+    machine = f"{os.cpu_count()} x{cpu}, {health['isolation']} on {health['accelerator']}, Linux {platform.release()}"
+    print(f"\n{machine}, load {os.getloadavg()[0]:.1f}\n{'':34} {'p50':>9} {'min':>9} {'max':>9}")
+    floor = "empty request (GET /health)"
+    rows = [
+        (floor, "ms", "", None),
+        ("create, warm pool", "ms", "target <= 25", floor),
+        ("create, empty pool", "ms", "target <= 400", floor),
+        ("8 creates at once, pool of 8", "ms", "", "create, warm pool"),
+        ("8 creates at once, empty pool", "ms", "", "create, empty pool"),
+        ("first 1+1", "ms", "", "unisolated first 1+1"),
+        ("second 1+1", "ms", "", "unisolated second 1+1"),
+        ("/processes true", "ms", "", "unisolated /processes true"),
+        ("upload 64 MiB", "MB/s", "target >= 80", "plain HTTP up"),
+        ("download 64 MiB", "MB/s", "target >= 80", "plain HTTP down"),
+        ("private memory per sandbox", "MiB", "", None),
+        ("PSS per sandbox", "MiB", "", None),
+    ]
+    for row in rows:
+        print(bench.line(*row))
+    results = Path("bench-results")
+    results.mkdir(exist_ok=True)
+    path = results / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
+    path.write_text(json.dumps({"machine": machine, "health": health, "samples": bench.samples}, indent=1))
+    print(f"raw samples: {path}")
+
+
+main()
