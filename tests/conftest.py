@@ -1,0 +1,78 @@
+"""Fixtures of the fast tests: a service over the fake driver, and a check after each test that nothing was left."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes import Service, serving
+
+FAST = {Path(__file__).parent / name for name in ("unit", "api", "contract")}
+
+
+def open_files() -> dict[int, str]:
+    """Descriptors of this process and what they are."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:
+            pass  # the one that lists the directory
+    return found
+
+
+def children() -> set[int]:
+    """Child processes of this process, zombies included."""
+    found = set()
+    for task in os.listdir("/proc/self/task"):
+        found |= {int(pid) for pid in Path(f"/proc/self/task/{task}/children").read_text().split()}
+    return found
+
+
+def temporary(directory: Path) -> list[str]:
+    """Leftovers in a data directory: agents' homes and disks of machines."""
+    return [str(path) for path in directory.rglob("*") if path.name.startswith(("agent-", "disk-"))]
+
+
+@pytest.fixture(autouse=True)
+async def leaks(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[None]:
+    """Fail a test that leaves descriptors, processes, tasks or temporary files behind."""
+    if FAST.isdisjoint(request.path.parents):
+        yield
+        return
+    files, processes, tasks = open_files(), children(), asyncio.all_tasks()
+    yield
+    left: dict[str, object] = {}
+    for _ in range(100):
+        left = {
+            "files": {fd: name for fd, name in open_files().items() if files.get(fd) != name},
+            "processes": children() - processes,
+            "tasks": {repr(task)[:300] for task in asyncio.all_tasks() - tasks - {asyncio.current_task()}},
+            "temporary": temporary(tmp_path),
+        }
+        if not any(left.values()):
+            return
+        await asyncio.sleep(0.02)
+    pytest.fail(f"left behind: { {name: what for name, what in left.items() if what} }")
+
+
+@pytest.fixture
+async def service(tmp_path: Path) -> AsyncIterator[Service]:
+    """Four sandboxes at most, no pool."""
+    async with serving(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+async def pooled(tmp_path: Path) -> AsyncIterator[Service]:
+    """Four sandboxes at most, one machine on stock."""
+    async with serving(tmp_path, pool_size=1) as running:
+        yield running
+
+
+@pytest.fixture
+async def box(service: Service) -> str:
+    """A running sandbox of `service`."""
+    return await service.create()

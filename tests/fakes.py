@@ -1,0 +1,788 @@
+"""A driver whose machines are scripted guests in this process, speaking the real codec over a socketpair.
+
+A healthy fake guest answers everything the agent answers: the handshake, a handful of programs, files in memory, and a
+kernel that understands a few lines of Python. What a test breaks, it breaks through a Script: replace the handler of one
+request, spoil the handshake, or make the machine stall, flood, talk garbage or die.
+"""
+
+import ast
+import asyncio
+import json
+import operator
+import os
+import posixpath
+import re
+import socket
+import time
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from tornado.httpclient import AsyncHTTPClient, HTTPResponse
+from tornado.httpserver import HTTPServer
+from tornado.testing import bind_unused_port
+
+from guest_agent import wire
+from guest_agent.wire import Body, FrameType
+from kernel_gateway.api.app import application
+from kernel_gateway.drivers import Capabilities, DriverError
+from kernel_gateway.pool import Guests, Pool
+from kernel_gateway.sandboxes import Sandboxes
+from kernel_gateway.store import Store
+from kernel_gateway.templates import Template, Templates
+
+HOME = "/home/user"
+PAGE = 100
+PIECE = b"flood! " * 9362  # just under 64 KiB
+TEMPLATES = [
+    Template(id="code_interpreter", description="for tests", vcpus=2, memory_mb=2048, disk_mb=10240, aliases=["ci-v1"]),
+    Template(id="base", description="for tests, too", vcpus=1, memory_mb=512, disk_mb=1024),
+]
+
+
+class Refused(Exception):
+    """The fake agent can't do it: becomes a FAILURE."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+Handler = Callable[["Stream", Any], Awaitable[None]]
+
+
+@dataclass
+class Script:
+    """What is wrong with a machine. By default nothing.
+
+    `sample` makes a handshake's random sample, `resumed` may change the acknowledgement before it is sent,
+    `handlers` replace what is done for a request, `start_error` is raised instead of starting.
+    """
+
+    sample: Callable[[], bytes] = lambda: os.urandom(16)
+    resumed: Callable[[wire.Resumed], wire.Resumed | None] = lambda reply: reply
+    handlers: dict[type[Body], Handler] = field(default_factory=dict)
+    start_error: Exception | None = None
+    start_delay: float = 0.0
+
+
+class Stream:
+    """The guest's side of one conversation: sends with credit, receives DATA."""
+
+    def __init__(self, guest: "FakeGuest", number: int) -> None:
+        self.guest = guest
+        self.number = number
+        self.credit = wire.INITIAL_CREDIT
+        self.changed = asyncio.Event()
+        self.incoming: asyncio.Queue[bytes | None] = asyncio.Queue()
+
+    async def reply(self, body: Body) -> None:
+        await self.guest.send(wire.encode(FrameType.REPLY, self.number, body))
+
+    async def event(self, body: Body) -> None:
+        await self.guest.send(wire.encode(FrameType.EVENT, self.number, body))
+
+    async def fail(self, code: str, message: str) -> None:
+        body = wire.Failure(code=code, message=message)
+        await self.guest.send(wire.encode(FrameType.FAILURE, self.number, body))
+
+    async def data(self, data: bytes, sub: int = 0) -> None:
+        """Send DATA, waiting for credit like an honest agent."""
+        view = memoryview(data)
+        while view:
+            await self.wait_for_credit()
+            piece = view[: min(self.credit, wire.CHUNK)]
+            self.credit -= len(piece)
+            await self.guest.send(wire.header(FrameType.DATA, self.number, len(piece), sub) + piece)
+            view = view[len(piece) :]
+
+    async def wait_for_credit(self) -> None:
+        while self.credit <= 0:
+            self.changed.clear()
+            await self.changed.wait()
+
+    async def end(self, sub: int = 0) -> None:
+        await self.guest.send(wire.header(FrameType.END, self.number, 0, sub))
+
+    async def received(self) -> bytes | None:
+        data = await self.incoming.get()
+        if data:
+            await self.guest.send(wire.credit(self.number, len(data)))
+        return data
+
+
+class FakeGuest:
+    """An agent in memory. `send` writes bytes as they are, so a test may send any nonsense with it."""
+
+    def __init__(self, sock: socket.socket, script: Script, die: Callable[[str], None]) -> None:
+        self.script = script
+        self.die = die
+        self.env: dict[str, str] = {}
+        self.requests: list[Body] = []
+        self.files: dict[str, bytes | None] = dict.fromkeys(("/", "/home", HOME, "/tmp"))
+        self.bytes_read = 0
+        self._sock = sock
+        self._sending = asyncio.Lock()
+        self._reads = asyncio.Event()
+        self._reads.set()
+        self._streams: dict[int, Stream] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self.kernel = FakeKernel(self)
+
+    # -- what a test may do to it
+
+    def stall(self) -> None:
+        """Read nothing any more."""
+        self._reads.clear()
+
+    def go_on(self) -> None:
+        self._reads.set()
+
+    async def send(self, data: bytes) -> None:
+        async with self._sending:
+            await asyncio.get_running_loop().sock_sendall(self._sock, data)
+
+    def cut(self) -> None:
+        """End the byte stream though the machine lives on."""
+        self._sock.shutdown(socket.SHUT_RDWR)
+
+    # -- the agent
+
+    async def run(self) -> None:
+        """Serve until the other end is gone."""
+        decoder, loop = wire.Decoder(), asyncio.get_running_loop()
+        try:
+            while True:
+                await self._reads.wait()
+                data = await loop.sock_recv(self._sock, 256 * 1024)
+                if not data:
+                    return
+                self.bytes_read += len(data)
+                decoder.receive_data(data)
+                for frame in decoder.frames():
+                    await self._receive(frame)
+        except OSError:
+            pass  # killed: the sockets are closed under us
+        finally:
+            await self.kernel.close()
+            await cancel(*self._tasks.values())
+
+    async def _receive(self, frame: wire.Frame) -> None:
+        if frame.type is FrameType.REQUEST:
+            stream = self._streams[frame.stream] = Stream(self, frame.stream)
+            body = wire.decode(frame)
+            self.requests.append(body)
+            self._tasks[frame.stream] = asyncio.create_task(self._answer(stream, body))
+        elif frame.stream in (wire.KERNEL, wire.KERNEL_CONTROL):
+            await self.kernel.frame_received(frame)
+        elif frame.type is FrameType.CANCEL and frame.stream in self._tasks:
+            self._tasks[frame.stream].cancel()
+        elif (known := self._streams.get(frame.stream)) is not None:
+            if frame.type is FrameType.CREDIT:
+                known.credit += int.from_bytes(frame.payload, "big")
+                known.changed.set()
+            elif frame.type in (FrameType.DATA, FrameType.END):
+                known.incoming.put_nowait(frame.payload or None)
+
+    async def _answer(self, stream: Stream, body: Body) -> None:
+        try:
+            handler = self.script.handlers.get(type(body)) or getattr(self, "_do_" + type(body).__name__.lower())
+            await handler(stream, body)
+        except Refused as error:
+            await stream.fail(error.code, str(error))
+        except asyncio.CancelledError:
+            with suppress(OSError):
+                await stream.fail("failed", "cancelled")
+            raise
+        except OSError:
+            pass  # killed
+        finally:
+            del self._streams[stream.number], self._tasks[stream.number]
+
+    async def _do_ping(self, stream: Stream, body: wire.Ping) -> None:
+        await stream.reply(wire.Done())
+
+    async def _do_flush(self, stream: Stream, body: wire.Flush) -> None:
+        await stream.reply(wire.Done())
+
+    async def _do_resume(self, stream: Stream, body: wire.Resume) -> None:
+        self.env = {"HOME": HOME, "E2B_SANDBOX": "true", **body.env}
+        reply = self.script.resumed(
+            wire.Resumed(
+                nonce=body.nonce, generation=wire.GENERATION, drift_ns=0, sample=self.script.sample(), home=HOME
+            )
+        )
+        if reply is not None:
+            await stream.reply(reply)
+
+    async def _do_getmetrics(self, stream: Stream, body: wire.GetMetrics) -> None:
+        await stream.reply(
+            wire.Metrics(
+                ts=int(time.time()),
+                cpu_count=2,
+                cpu_used_pct=1.5,
+                mem_total=2 << 30,
+                mem_used=1 << 29,
+                mem_cache=1 << 20,
+                disk_total=10 << 30,
+                disk_used=1 << 20,
+            )
+        )
+
+    async def _do_interrupt(self, stream: Stream, body: wire.Interrupt) -> None:
+        self.kernel.interrupt()
+        await stream.reply(wire.Done())
+
+    async def _do_restart(self, stream: Stream, body: wire.Restart) -> None:
+        await self.kernel.restart()
+        await stream.reply(wire.Done())
+
+    # -- programs
+
+    async def _do_spawn(self, stream: Stream, body: wire.Spawn) -> None:
+        if self.files.get(posixpath.normpath(body.cwd), b"") is not None:
+            raise Refused("invalid", f"working directory {body.cwd!r} does not exist")
+        program = PROGRAMS.get(body.argv[0])
+        if program is None:
+            raise Refused("cannot_run", f"could not run {body.argv[0]!r}")
+        await stream.event(wire.Started(pid=4711))
+        try:
+            async with asyncio.timeout(body.timeout_ms / 1000 or None):
+                code = await program(stream, body)
+        except TimeoutError:
+            await stream.reply(wire.Exited(code=124, signal=9, timed_out=True))
+        else:
+            await stream.reply(wire.Exited(code=code if code >= 0 else 128 - code, signal=max(-code, 0)))
+
+    # -- files
+
+    def _entry(self, path: str) -> wire.Entry:
+        path = posixpath.normpath(path)
+        parent = posixpath.dirname(path)
+        if path not in self.files:
+            code = "not_directory" if self.files.get(parent) is not None else "not_found"
+            raise Refused(code, f"{path}: no such file or directory")
+        content = self.files[path]
+        return wire.Entry(
+            name=posixpath.basename(path) or "/",
+            path=path,
+            kind="dir" if content is None else "file",
+            size=len(content or b""),
+            mode=0o755 if content is None else 0o644,
+            owner="user",
+            group="user",
+            modified_ns=time.time_ns(),
+        )
+
+    def _make_dirs(self, path: str) -> None:
+        while path not in self.files:
+            self.files[path] = None
+            path = posixpath.dirname(path)
+        if self.files[path] is not None:
+            raise Refused("exists", f"{path}: exists")
+
+    async def _do_stat(self, stream: Stream, body: wire.Stat) -> None:
+        await stream.reply(self._entry(body.path))
+
+    async def _do_listdir(self, stream: Stream, body: wire.ListDir) -> None:
+        path = posixpath.normpath(body.path)
+        if self._entry(path).kind != "dir":
+            raise Refused("not_directory", f"{path}: is not a directory")
+        names = sorted(posixpath.basename(p) for p in self.files if p != "/" and posixpath.dirname(p) == path)
+        start = bisect_right(names, body.after) if body.after else 0
+        page = [self._entry(posixpath.join(path, name)) for name in names[start : start + PAGE]]
+        await stream.reply(wire.Entries(entries=page, more=start + PAGE < len(names)))
+
+    async def _do_read(self, stream: Stream, body: wire.Read) -> None:
+        entry = self._entry(body.path)
+        content = self.files[entry.path]
+        if content is None:
+            raise Refused("is_directory", f"{entry.path}: is a directory")
+        await stream.event(entry)
+        await stream.data(content[body.offset : None if body.length < 0 else body.offset + body.length])
+        await stream.end()
+        await stream.reply(wire.Done())
+
+    async def _do_write(self, stream: Stream, body: wire.Write) -> None:
+        path = posixpath.normpath(body.path)
+        if self.files.get(path, b"") is None:
+            raise Refused("is_directory", f"{path}: is a directory")
+        self._make_dirs(posixpath.dirname(path))
+        pieces = []
+        while (data := await stream.received()) is not None:
+            pieces.append(data)
+        self.files[path] = b"".join(pieces)
+        await stream.reply(self._entry(path))
+
+    async def _do_makedir(self, stream: Stream, body: wire.MakeDir) -> None:
+        path = posixpath.normpath(body.path)
+        self._make_dirs(path)
+        await stream.reply(self._entry(path))
+
+    async def _do_move(self, stream: Stream, body: wire.Move) -> None:
+        source, destination = posixpath.normpath(body.source), posixpath.normpath(body.destination)
+        self._entry(source)
+        if self.files.get(destination, b"") is None:
+            raise Refused("is_directory", f"{destination}: is a directory")
+        self._make_dirs(posixpath.dirname(destination))
+        for path in [p for p in self.files if p == source or p.startswith(source + "/")]:
+            self.files[destination + path[len(source) :]] = self.files.pop(path)
+        await stream.reply(self._entry(destination))
+
+    async def _do_delete(self, stream: Stream, body: wire.Delete) -> None:
+        gone = self._entry(body.path).path
+        for path in [p for p in self.files if p == gone or p.startswith(gone + "/")]:
+            del self.files[path]
+        await stream.reply(wire.Done())
+
+
+# -- programs: each gets its stream and request and returns its exit status, -N for signal N
+
+
+async def _true(stream: Stream, body: wire.Spawn) -> int:
+    return 0
+
+
+async def _false(stream: Stream, body: wire.Spawn) -> int:
+    return 1
+
+
+async def _echo(stream: Stream, body: wire.Spawn) -> int:
+    await stream.data(" ".join(body.argv[1:]).encode() + b"\n", wire.STDOUT)
+    return 0
+
+
+async def _cat(stream: Stream, body: wire.Spawn) -> int:
+    while data := await stream.received():
+        await stream.data(data, wire.STDOUT)
+    return 0
+
+
+async def _env(stream: Stream, body: wire.Spawn) -> int:
+    end = "\0" if "-0" in body.argv else "\n"
+    variables = {**stream.guest.env, **body.env}
+    await stream.data("".join(f"{k}={v}{end}" for k, v in variables.items()).encode(), wire.STDOUT)
+    return 0
+
+
+async def _sleep(stream: Stream, body: wire.Spawn) -> int:
+    await asyncio.sleep(float(body.argv[1]))
+    return 0
+
+
+async def _flood(stream: Stream, body: wire.Spawn) -> int:
+    """Print that many megabytes."""
+    for _ in range(int(body.argv[1]) * 16):
+        await stream.data(PIECE, wire.STDOUT)
+    return 0
+
+
+async def _binary(stream: Stream, body: wire.Spawn) -> int:
+    """Print the bytes of the hex argument."""
+    await stream.data(bytes.fromhex(body.argv[1]), wire.STDOUT)
+    return 0
+
+
+async def _die(stream: Stream, body: wire.Spawn) -> int:
+    """Take the machine down."""
+    stream.guest.die("killed by a test")
+    await asyncio.sleep(60)
+    return 0
+
+
+async def _sh(stream: Stream, body: wire.Spawn) -> int:
+    """The few scripts that tests use."""
+    script = body.argv[2]
+    if found := re.fullmatch(r"exit (\d+)", script):
+        return int(found[1])
+    if found := re.fullmatch(r"kill -(\d+) \$\$", script):
+        return -int(found[1])
+    if found := re.fullmatch(r"echo (\w+)( >&2)?(?:; sleep (\d+))?", script):
+        await stream.data(found[1].encode() + b"\n", wire.STDERR if found[2] else wire.STDOUT)
+        await asyncio.sleep(float(found[3] or 0))
+        return 0
+    await stream.data(b"sh: not in the fake's repertoire\n", wire.STDERR)
+    return 2
+
+
+PROGRAMS: dict[str, Callable[[Stream, wire.Spawn], Awaitable[int]]] = {
+    "true": _true, "false": _false, "echo": _echo, "cat": _cat, "env": _env, "sleep": _sleep, "flood": _flood,
+    "binary": _binary, "die": _die, "sh": _sh,
+}  # fmt: skip
+
+
+# -- the kernel
+
+
+class FakeKernel:
+    """Runs cells of a small part of Python: names, + - * /, print, display, sleep, os._exit, flood(megabytes)."""
+
+    def __init__(self, guest: FakeGuest) -> None:
+        self._guest = guest
+        self._stream = Stream(guest, wire.KERNEL)
+        self._joiners = {wire.KERNEL: wire.MessageJoiner(), wire.KERNEL_CONTROL: wire.MessageJoiner()}
+        self._sending = asyncio.Lock()
+        self._cells: asyncio.Queue[list[memoryview]] = asyncio.Queue()
+        self._task = asyncio.create_task(self._run())
+        self._cell: asyncio.Task[None] | None = None
+        self._names: dict[str, Any] = {}
+        self._count = 0
+        self.ignores_interrupts = False
+
+    async def frame_received(self, frame: wire.Frame) -> None:
+        if frame.type is FrameType.CREDIT:
+            self._stream.credit += int.from_bytes(frame.payload, "big")
+            self._stream.changed.set()
+            return
+        parts = self._joiners[frame.stream].receive(frame)
+        await self._guest.send(wire.credit(frame.stream, len(frame.payload)))
+        if parts is not None:
+            self._cells.put_nowait(parts)
+
+    def interrupt(self) -> None:
+        if self._cell is not None and not self.ignores_interrupts:
+            self._cell.cancel()
+
+    async def restart(self) -> None:
+        await self.close()
+        self._names, self._count = {}, 0
+        self._task = asyncio.create_task(self._run())
+        await self._say("idle", "restarted")
+
+    async def close(self) -> None:
+        await cancel(self._cell, self._task)
+
+    async def _say(self, state: str, reason: str) -> None:
+        status = wire.KernelStatus(state=state, reason=reason)
+        await self._guest.send(wire.encode(FrameType.EVENT, wire.EVENTS, status))
+
+    async def publish(self, channel: str, kind: str, parent: bytes | memoryview, content: dict[str, Any]) -> None:
+        """Send one kernel message, within credit."""
+        head = json.dumps({"msg_id": os.urandom(8).hex(), "msg_type": kind, "session": "fake"}).encode()
+        parts = [channel.encode(), head, bytes(parent), b"{}", json.dumps(content).encode()]
+        async with self._sending:
+            for frame in wire.chunk(wire.KERNEL, wire.pack_parts(parts)):
+                await self._stream.wait_for_credit()
+                self._stream.credit -= sum(len(buffer) for buffer in frame[1:])
+                await self._guest.send(b"".join(frame))
+
+    async def _run(self) -> None:
+        while True:
+            parts = await self._cells.get()
+            if json.loads(bytes(parts[1])).get("msg_type") != "execute_request":
+                continue
+            self._cell = asyncio.create_task(self._execute(parts[1], json.loads(bytes(parts[4]))))
+            # Not awaited itself: a cancelled cell must not look like our own end.
+            await asyncio.wait([self._cell])
+
+    async def _execute(self, parent: memoryview, request: dict[str, Any]) -> None:
+        self._count += bool(request["store_history"])
+        count = {"execution_count": self._count}
+        await self.publish("iopub", "status", parent, {"execution_state": "busy"})
+        await self.publish("iopub", "execute_input", parent, {"code": request["code"], **count})
+        status = "ok"
+        try:
+            await self._interpret(request["code"], parent)
+        except asyncio.CancelledError:
+            if asyncio.current_task() is not self._cell or self._task.done():
+                raise
+            status = await self._error(parent, "KeyboardInterrupt", "")
+        except OSError:
+            return  # the machine was killed
+        except Exception as error:  # noqa: BLE001  whatever the cell raised
+            status = await self._error(parent, type(error).__name__, str(error))
+        await self.publish("shell", "execute_reply", parent, {"status": status, **count})
+        await self.publish("iopub", "status", parent, {"execution_state": "idle"})
+
+    async def _error(self, parent: memoryview, name: str, value: str) -> str:
+        content = {"ename": name, "evalue": value, "traceback": [f"{name}: {value}"]}
+        await self.publish("iopub", "error", parent, content)
+        return "error"
+
+    async def _interpret(self, code: str, parent: memoryview) -> None:
+        for statement in ast.parse(code).body:
+            match statement:
+                case ast.Import() | ast.ImportFrom():
+                    pass
+                case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                    self._names[name] = await self._value(value, parent)
+                case ast.Expr(value=value):
+                    found = await self._value(value, parent)
+                    if found is not None:
+                        data = {"data": {"text/plain": repr(found)}, "metadata": {}, "execution_count": self._count}
+                        await self.publish("iopub", "execute_result", parent, data)
+                case _:
+                    raise NotImplementedError(ast.unparse(statement))
+
+    async def _value(self, node: ast.expr, parent: memoryview) -> Any:
+        match node:
+            case ast.Constant(value=value):
+                return value
+            case ast.Name(id=name):
+                if name not in self._names:
+                    raise NameError(f"name {name!r} is not defined")
+                return self._names[name]
+            case ast.Dict(keys=keys, values=values):
+                pairs = zip(keys, values, strict=True)
+                return {await self._value(k, parent): await self._value(v, parent) for k, v in pairs if k}
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+                return OPERATORS[type(op)](await self._value(left, parent), await self._value(right, parent))
+            case ast.Call(func=func, args=args):
+                return await self._call(ast.unparse(func), [await self._value(a, parent) for a in args], parent)
+        raise NotImplementedError(ast.unparse(node))
+
+    async def _call(self, name: str, args: list[Any], parent: memoryview) -> Any:
+        match name:
+            case "print":
+                text = " ".join(map(str, args)) + "\n"
+                await self.publish("iopub", "stream", parent, {"name": "stdout", "text": text})
+            case "display":
+                await self.publish("iopub", "display_data", parent, {"data": args[0], "metadata": {}})
+            case "time.sleep":
+                await self._sleep(args[0])
+            case "os._exit":
+                await self._say("restarting", f"the kernel exited with status {args[0]}")
+                self._names = {}
+                await self._say("idle", "restarted")
+                await asyncio.sleep(0.05)
+            case "flood":
+                for _ in range(args[0] * 16):
+                    await self.publish("iopub", "stream", parent, {"name": "stdout", "text": PIECE.decode()})
+            case "die":
+                self._guest.die("killed by a test")
+                await asyncio.sleep(60)
+            case _:
+                raise NameError(f"name {name!r} is not defined")
+
+    async def _sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+
+
+OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+}  # fmt: skip
+
+
+# -- the driver
+
+
+class FakeVm:
+    """One machine. `die` ends it as if by itself."""
+
+    def __init__(self, script: Script) -> None:
+        self.is_stopped = False
+        self._ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        self._theirs = theirs
+        self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.guest = FakeGuest(theirs, script, self.die)
+        self._task = asyncio.create_task(self.guest.run())
+
+    @property
+    def is_alive(self) -> bool:
+        return not self._ended.done()
+
+    @property
+    def pid(self) -> int:
+        return 0
+
+    def open(self) -> socket.socket:
+        return self._ours
+
+    async def wait(self) -> str:
+        return await asyncio.shield(self._ended)
+
+    def die(self, reason: str) -> None:
+        if not self._ended.done():
+            self._ended.set_result(reason)
+            self._task.cancel()
+            self._task.add_done_callback(lambda _: self._theirs.close())
+            # What a dead process does to its sockets.
+            with suppress(OSError):
+                self._theirs.shutdown(socket.SHUT_RDWR)
+
+    async def kill(self) -> None:
+        self.die("killed")
+        with suppress(asyncio.CancelledError):
+            await asyncio.shield(asyncio.gather(self._task, return_exceptions=True))
+        self._ours.close()
+
+
+class StoppableFakeVm(FakeVm):
+    """A machine that can stand still, as QEMU's can."""
+
+    async def stop(self) -> None:
+        self.is_stopped = True
+
+    async def cont(self) -> None:
+        if not self.is_alive:
+            raise DriverError("the machine has ended")
+        self.is_stopped = False
+
+
+class FakeDriver:
+    """Starts fake machines by `script`, which holds for those started from then on; `machines` are all there were."""
+
+    def __init__(self, *, time_scale: float = 1.0, stops: bool = True) -> None:
+        self.capabilities = Capabilities(isolation="none", accelerator="fake", time_scale=time_scale)
+        self.script = Script()
+        self.machines: list[FakeVm] = []
+        self._kind = StoppableFakeVm if stops else FakeVm
+
+    @property
+    def alive(self) -> list[FakeVm]:
+        return [vm for vm in self.machines if vm.is_alive]
+
+    async def start(self, template_id: str) -> FakeVm:
+        script = self.script
+        await asyncio.sleep(script.start_delay)
+        if script.start_error is not None:
+            raise script.start_error
+        vm = self._kind(script)
+        self.machines.append(vm)
+        return vm
+
+
+async def cancel(*tasks: asyncio.Task[Any] | None) -> None:
+    """Cancel tasks and wait until they have ended, whatever they raise."""
+    others = [task for task in tasks if task is not None and task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
+# -- the real application over it
+
+
+class Service:
+    """The real Tornado application on a port of its own, and a client for it."""
+
+    def __init__(self, url: str, sandboxes: Sandboxes, store: Store, driver: Any) -> None:
+        self.url = url
+        self.port = int(url.rsplit(":", 1)[1])
+        self.sandboxes = sandboxes
+        self.store = store
+        self.driver = driver
+        self.key = "e2b_" + "a" * 40
+        self.other_key = "sk-sb-somebody-else"
+        self.owner = store.add_key(self.key, "tests")
+        store.add_key(self.other_key, "others")
+        self._client = AsyncHTTPClient(force_instance=True, max_clients=400, max_body_size=1 << 30)
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        json: Any = None,
+        *,
+        body: bytes | None = None,
+        key: str | None = "",
+        headers: dict[str, str] | None = None,
+        timeout: float = 30.0,
+        **options: Any,
+    ) -> HTTPResponse:
+        """One request; `json` is encoded, `body` sent as it is. The key is `self.key` unless given (None: none)."""
+        sent = dict(headers or {})
+        if key is not None:
+            sent["Authorization"] = f"Bearer {key or self.key}"
+        if json is not None:
+            body = msgspec.json.encode(json)
+        if body is None and method in ("POST", "PUT", "PATCH") and "body_producer" not in options:
+            body = b""
+        return await self._client.fetch(
+            self.url + path,
+            method=method,
+            body=body,
+            headers=sent,
+            raise_error=False,
+            request_timeout=timeout,
+            allow_nonstandard_methods=True,
+            **options,
+        )
+
+    async def create(self, **fields: Any) -> str:
+        """A running sandbox's id."""
+        answer = await self.call("POST", "/sandboxes", {"templateID": "code_interpreter", **fields})
+        assert answer.code == 201, answer.body
+        return str(json.loads(answer.body)["sandboxID"])
+
+    async def run(self, sandbox_id: str, cmd: str, *args: str, **fields: Any) -> Any:
+        """The result of a command."""
+        answer = await self.call("POST", f"/sandboxes/{sandbox_id}/processes", {"cmd": cmd, "args": args, **fields})
+        assert answer.code == 200, answer.body
+        return json.loads(answer.body)
+
+    async def execute(self, sandbox_id: str, code: str, **fields: Any) -> Any:
+        """The outcome of a cell."""
+        answer = await self.call("POST", f"/sandboxes/{sandbox_id}/execute", {"code": code, **fields})
+        assert answer.code == 200, answer.body
+        return json.loads(answer.body)
+
+    def guest(self, sandbox_id: str) -> FakeGuest:
+        """The fake behind a sandbox."""
+        vm = self.sandboxes.get(self.owner, sandbox_id).guest.vm
+        assert isinstance(vm, FakeVm)
+        return vm.guest
+
+    def close(self) -> None:
+        self._client.close()
+
+
+@asynccontextmanager
+async def serving(
+    directory: Path, driver: Any = None, *, max_sandboxes: int = 4, pool_size: int = 0, store: str = "cellvm.db"
+) -> AsyncIterator[Service]:
+    """A service for the time of the block; afterwards all of it is gone."""
+    driver = driver or FakeDriver()
+    db = Store(directory / store)
+    guests = Guests(driver)
+    pools = {"code_interpreter": Pool(guests, "code_interpreter", pool_size)} if pool_size else {}
+    sandboxes = Sandboxes(Templates(TEMPLATES), guests, pools, db, maximum=max_sandboxes)
+    http = HTTPServer(application(sandboxes, db), max_body_size=1 << 50, max_header_size=64 * 1024)
+    sock, port = bind_unused_port()
+    http.add_sockets([sock])
+    sandboxes.start()
+    service = Service(f"http://127.0.0.1:{port}", sandboxes, db, driver)
+    try:
+        yield service
+    finally:
+        service.close()
+        http.stop()
+        await sandboxes.close()
+        await http.close_all_connections()
+        db.close()
+
+
+def resident() -> int:
+    """Memory of this process in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def own_frame(kind: FrameType, stream: int, payload: bytes = b"", flags: int = 0) -> bytes:
+    """A frame with whatever payload."""
+    return wire.header(kind, stream, len(payload), flags) + payload
+
+
+async def eventually(check: Callable[[], Any], timeout: float = 5.0) -> None:
+    """Return when the check holds; fail when it does not within `timeout` seconds."""
+    end = time.monotonic() + timeout
+    while not check():
+        assert time.monotonic() < end, "did not come true in time"
+        await asyncio.sleep(0.01)
+
+
+def error_of(answer: HTTPResponse) -> dict[str, Any]:
+    """The body of an error, checked against its schema."""
+    body = json.loads(answer.body)
+    assert set(body) <= {"code", "message", "error", "hint", "outcome"}, body
+    assert body["code"] == answer.code
+    assert isinstance(body["message"], str)
+    assert body["message"]
+    assert re.fullmatch(r"[a-z_]+", body["error"])
+    return dict(body)

@@ -1,0 +1,72 @@
+"""The life of a sandbox: the table, and what holds for every walk through it."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernel_gateway.errors import Conflict
+from kernel_gateway.lifecycle import REQUESTS, TRANSITIONS, Event, State, decide
+
+C, R, S = State.CREATING, State.RUNNING, State.STOPPED
+EXPECTED: dict[tuple[State, Event], State | None] = {
+    (C, Event.STARTED): R,
+    (C, Event.START_FAILED): S,
+    (C, Event.KILL): S,
+    (C, Event.EXPIRED): None,
+    (C, Event.DIED): S,
+    (C, Event.SERVER_STOPPED): S,
+    (R, Event.STARTED): None,
+    (R, Event.START_FAILED): None,
+    (R, Event.KILL): S,
+    (R, Event.EXPIRED): S,
+    (R, Event.DIED): S,
+    (R, Event.SERVER_STOPPED): S,
+    **{(S, event): None for event in Event},
+}
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("event", Event)
+def test_every_state_and_event(state: State, event: Event) -> None:
+    """Each of the cells of the table, written out a second time."""
+    assert decide(state, event) == EXPECTED[state, event]
+
+
+def test_the_table_covers_every_state() -> None:
+    """No state is missing from the table, and each can be reached."""
+    assert set(TRANSITIONS) == set(State)
+    assert {target for row in TRANSITIONS.values() for target in row.values()} | {C} == set(State)
+
+
+@pytest.mark.parametrize("event", Event)
+def test_stopped_is_final(event: Event) -> None:
+    """Whatever happens to a stopped sandbox, it stays stopped, and nobody is told off for asking again."""
+    assert decide(S, event) is None
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("event", sorted(set(Event) - REQUESTS))
+def test_facts_are_never_refused(state: State, event: Event) -> None:
+    """A fact is taken in every state: `decide` answers, it does not raise."""
+    assert decide(state, event) in (None, *State)
+
+
+def test_a_request_that_a_state_refuses_is_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request without a transition is refused with a reason that names the state."""
+    monkeypatch.delitem(TRANSITIONS[C], Event.KILL)
+    with pytest.raises(Conflict, match="creating"):
+        decide(C, Event.KILL)
+    assert decide(S, Event.KILL) is None
+
+
+@given(st.lists(st.sampled_from(Event), max_size=30))
+def test_any_sequence_of_events(events: list[Event]) -> None:
+    """However events come, the sandbox ends at most once, and then for good."""
+    state, ends = C, 0
+    for event in events:
+        following = decide(state, event)
+        assert state is not S or following is None
+        ends += following is S
+        state = following or state
+    assert ends <= 1
+    assert (state is S) == (ends == 1)
