@@ -43,20 +43,29 @@ class Stream:
         self._incoming: deque[bytes | None] = deque()
         self._arrived = asyncio.Event()
         self._owed = 0
+        self._has_sent_data = False
         self._may_send = asyncio.Event()
 
     def reply(self, body: Body) -> None:
-        self.channel.send(wire.encode(FrameType.REPLY, self.number, body))
+        self._send(wire.encode(FrameType.REPLY, self.number, body))
 
     def event(self, body: Body) -> None:
-        self.channel.send(wire.encode(FrameType.EVENT, self.number, body))
+        self._send(wire.encode(FrameType.EVENT, self.number, body))
 
     def fail(self, code: str, message: str) -> None:
-        self.channel.send(wire.encode(FrameType.FAILURE, self.number, Failure(code=code, message=message[:8000])))
+        self._send(wire.encode(FrameType.FAILURE, self.number, Failure(code=code, message=message[:8000])))
+
+    def _send(self, frame: bytes) -> None:
+        """Urgent, unless that would overtake this stream's own DATA."""
+        if self._has_sent_data:
+            self.channel.send_bulk([frame])
+        else:
+            self.channel.send(frame)
 
     def send_now(self, data: bytes, flags: int = 0) -> None:
         """Queue DATA of at most CHUNK bytes; the caller has checked that there is `room`."""
         self.credit -= len(data)
+        self._has_sent_data = True
         self.channel.send_bulk([wire.header(FrameType.DATA, self.number, len(data), flags), data])
 
     @property

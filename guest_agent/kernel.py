@@ -103,6 +103,8 @@ class Lane:
         self._next: list[bytes | memoryview] | None = None
 
     def put(self, channel: str, parts: list[bytes]) -> None:
+        if sum(len(part) for part in parts) > wire.MAX_MESSAGE - 1024 * 1024:
+            parts = shortened(parts)
         self._pending = wire.chunk(self.stream.number, wire.pack_parts([channel.encode(), *parts]))
         self._next = next(self._pending)
 
@@ -116,11 +118,18 @@ class Lane:
             self._next = next(self._pending, None)
         return True
 
-    def reset(self) -> None:
-        """Forget the rest of a message whose kernel is gone, and end its frames so that the next one joins."""
-        if self._pending is not None and self._next is not None:
-            self.stream.channel.send_bulk([wire.header(wire.FrameType.DATA, self.stream.number, 0, 0)])
-        self._pending = self._next = None
+
+def shortened(parts: list[bytes]) -> list[bytes]:
+    """A message that is too large for the wire, its content replaced by a notice that says so."""
+    size = sum(len(part) for part in parts)
+    notice = f"[{size} bytes of output left out: one message may have at most {wire.MAX_MESSAGE} bytes]"
+    kind = json.loads(parts[0]).get("msg_type")
+    content: dict[str, Any] = {"data": {"text/plain": notice}, "metadata": {}, "execution_count": None}
+    if kind == "stream":
+        content = {"name": "stderr", "text": notice + "\n"}
+    elif kind in ("error", "execute_reply"):
+        content = {"status": "error", "ename": "OutputTooLarge", "evalue": notice, "traceback": []}
+    return [*parts[:3], json.dumps(content).encode()]
 
 
 class Kernel:
@@ -253,8 +262,6 @@ class Kernel:
         if self._resumes is not None:
             self._resumes[1].close()
             self._resumes = None
-        self._bulk.reset()
-        self._control.reset()
         for waiting in self._own.values():
             waiting.set_exception(AgentError("kernel_unavailable", "the kernel has ended"))
         self._own.clear()

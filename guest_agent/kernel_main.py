@@ -102,6 +102,8 @@ def run_kernel(connection_file: str, env: dict[str, str]) -> None:
         file.write("500")  # when memory runs out the user's kernel goes, not the nursery
     app = IPKernelApp.instance(connection_file=connection_file, kernel_class=SandboxKernel, parent_handle=0)
     app.initialize([])  # type: ignore[no-untyped-call]
+    # A reader that is behind must not cost output: what waits is the sandbox's own memory.
+    app.iopub_thread.socket.sndhwm = 0
     channel = socket.socket(socket.AF_UNIX)
     channel.connect(os.path.join(os.path.dirname(connection_file), "resume"))
     threading.Thread(target=await_resumes, args=(channel, app.session), daemon=True, name="resume").start()

@@ -21,7 +21,7 @@ bytes, granted by CREDIT frames of the reader (and INITIAL_CREDIT at the start),
 and nobody's memory grows.
 
 Kernel messages are opaque: `pack_parts` joins the parts of one Jupyter message; they cross as DATA frames of at
-most CHUNK bytes, MORE set on all but the last. The host never sees the signing key and signs nothing.
+most CHUNK bytes, MORE set on all but the last, which alone may be shorter. The host never sees the signing key and signs nothing.
 
 Evolution: fields are only added, and are optional; types are only added. Anything else raises GENERATION.
 `tests/unit/test_wire_snapshot.py` shows every change as a diff.
@@ -43,8 +43,8 @@ MAX_CONTROL = 1024 * 1024
 """Largest typed body, in bytes (a REQUEST may carry environment variables and a long argument)."""
 MAX_DATA = 1024 * 1024
 """Largest DATA payload that is accepted, in bytes."""
-MAX_MESSAGE = 256 * 1024 * 1024
-"""Largest kernel message after joining its chunks, in bytes."""
+MAX_MESSAGE = 64 * 1024 * 1024
+"""Largest kernel message after joining its chunks, in bytes; the agent puts a notice in place of a larger one."""
 MAX_PARTS = 65_536
 INITIAL_CREDIT = 1024 * 1024
 """Bytes either side may send on a new stream before the first CREDIT frame."""
@@ -463,6 +463,8 @@ class MessageJoiner:
         Raises:
             FrameError: the message is over MAX_MESSAGE, or malformed.
         """
+        if frame.flags & MORE and len(frame.payload) != CHUNK:
+            raise FrameError(f"a chunk of {len(frame.payload)} bytes that is not the last")
         self._pieces.append(frame.payload)
         self._size += len(frame.payload)
         if self._size > MAX_MESSAGE:

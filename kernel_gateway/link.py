@@ -22,6 +22,8 @@ from kernel_gateway.errors import GuestFailure, GuestUnresponsive, SandboxDied, 
 
 STRIKES = 100
 EVENTS_PER_CONVERSATION = 4
+SMALL = 2048
+"""Pieces of DATA below this many bytes are joined while they wait."""
 WRITE_BUFFER = 1024 * 1024
 WRITE_DEADLINE = 10.0
 """Seconds the guest may leave our bytes unread, times the driver's time scale."""
@@ -98,7 +100,7 @@ class Conversation:
             self._granted -= len(frame.payload)
             if self._granted < 0:
                 raise wire.FrameError("DATA beyond the credit granted")
-            self._items.append((frame.flags & 0xFF, frame.payload))
+            self._add_data(frame.flags & 0xFF, frame.payload)
         elif frame.type is FrameType.CREDIT:
             self._credit += int.from_bytes(frame.payload, "big")
             self._may_send.set()
@@ -114,6 +116,14 @@ class Conversation:
             failure: Failure = wire.decode(frame)
             self.close(GuestFailure(failure.code if failure.code in wire.FAILURES else "failed", failure.message))
         self._arrived.set()
+
+    def _add_data(self, sub: int, payload: bytes) -> None:
+        """Keep DATA, small pieces joined: what they cost to keep must not be a multiple of the credit."""
+        last = self._items[-1] if self._items else None
+        if isinstance(last, tuple) and last[0] == sub and len(last[1]) < SMALL:
+            self._items[-1] = (sub, last[1] + payload)
+        elif payload:
+            self._items.append((sub, payload))
 
     def close(self, end: Body | Exception) -> None:
         if self._end is None:
