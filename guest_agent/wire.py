@@ -21,7 +21,8 @@ bytes, granted by CREDIT frames of the reader (and INITIAL_CREDIT at the start),
 and nobody's memory grows.
 
 Kernel messages are opaque: `pack_parts` joins the parts of one Jupyter message; they cross as DATA frames of at
-most CHUNK bytes, MORE set on all but the last, which alone may be shorter. The host never sees the signing key and signs nothing.
+most CHUNK bytes, MORE set on all but the last, which alone may be shorter. The host never sees the signing
+key and signs nothing.
 
 Evolution: fields are only added, and are optional; types are only added. Anything else raises GENERATION.
 `tests/unit/test_wire_snapshot.py` shows every change as a diff.

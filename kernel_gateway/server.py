@@ -75,6 +75,33 @@ async def make_driver(settings: Settings, templates: Templates, progress: Progre
         log.warning("ISOLATION IS OFF: code in a sandbox can do whatever this server can. For development only.")
         return Unisolated(disks)
     building = builder(settings)
+    async with only_builder(settings.cache_path, progress):
+        return await _qemu(settings, templates, building, disks, progress)
+
+
+@asynccontextmanager
+async def only_builder(cache: Path, progress: Progress) -> AsyncIterator[None]:
+    """Wait until nobody else builds in the cache: what is being built there is most likely what we need."""
+    lock = os.open(cache / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        waiting = False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waiting:
+                    progress(f"wait for another build in {cache}")
+                waiting = True
+                await asyncio.sleep(0.5)
+        yield
+    finally:
+        os.close(lock)
+
+
+async def _qemu(
+    settings: Settings, templates: Templates, building: Builder, disks: Path, progress: Progress
+) -> VmDriver:
     accelerator = settings.isolation.removeprefix("qemu-")
     if accelerator == "auto":
         verdict = await kvm_verdict(building, next(iter(templates)), disks, progress)
