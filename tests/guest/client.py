@@ -108,7 +108,8 @@ class Server:
         Path(f"/proc/{self.pid}/clear_refs").write_text("5")  # forget the peak so far
         before = self.memory("VmRSS")
         yield
-        assert self.memory("VmHWM") - before <= limit
+        grown = self.memory("VmHWM") - before
+        assert grown <= limit, f"{grown >> 20} MiB"
 
 
 class Sandbox:
