@@ -5,9 +5,13 @@ import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.fakes import Service, serving
+
+hypothesis.settings.register_profile("cellvm", deadline=None, database=None, print_blob=True)
+hypothesis.settings.load_profile("cellvm")
 
 FAST = {Path(__file__).parent / name for name in ("unit", "api", "contract")}
 

@@ -1,8 +1,8 @@
 """A driver whose machines are scripted guests in this process, speaking the real codec over a socketpair.
 
-A healthy fake guest answers everything the agent answers: the handshake, a handful of programs, files in memory, and a
-kernel that understands a few lines of Python. What a test breaks, it breaks through a Script: replace the handler of one
-request, spoil the handshake, or make the machine stall, flood, talk garbage or die.
+A healthy fake guest answers everything the agent answers: the handshake, a handful of programs, files in memory, and
+a kernel that understands a few lines of Python. What a test breaks, it breaks through a Script (replace the handler of
+one request, spoil the handshake), or by making the guest stall, flood, talk garbage or die.
 """
 
 import ast

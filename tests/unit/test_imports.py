@@ -1,0 +1,136 @@
+"""Imports point one way. Read from the source, so that nothing has to be loaded."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+USERS_OF_THE_WIRE = {"link", "kernel", "pool", "build", "api.rest", "__main__"}
+"""The only modules of the gateway that may import guest_agent.wire."""
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in ("guest_agent", "kernel_gateway"):
+        for path in (ROOT / package).rglob("*.py"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            found[name] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> set[str]:
+    """All that a module imports, as full names; `from a import b` counts as a.b when that is a module of ours."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in MODULES else str(node.module))
+    return found
+
+
+def outside(name: str) -> set[str]:
+    """Top-level names that are neither ours nor the standard library's."""
+    tops = {each.split(".")[0] for each in imports(name)}
+    return tops - set(sys.stdlib_module_names) - {"guest_agent", "kernel_gateway"}
+
+
+def ours(name: str) -> set[str]:
+    return {each for each in imports(name) if each.startswith(("guest_agent", "kernel_gateway"))}
+
+
+def below(prefix: str) -> list[str]:
+    return sorted(name for name in MODULES if name == prefix or name.startswith(prefix + "."))
+
+
+def test_the_reader_of_imports_reads() -> None:
+    """The test's own eyes: known imports are seen."""
+    assert "guest_agent.wire" in ours("kernel_gateway.link")
+    assert "kernel_gateway.jupyter.message" in ours("kernel_gateway.jupyter.execution")
+    assert outside("kernel_gateway.api.base") == {"msgspec", "tornado"}
+
+
+def test_the_wire_stands_alone() -> None:
+    """The protocol needs the standard library and msgspec, nothing of ours."""
+    assert ours("guest_agent.wire") == set()
+    assert outside("guest_agent.wire") == {"msgspec"}
+
+
+@pytest.mark.parametrize("name", below("guest_agent"))
+def test_the_agent_never_imports_the_gateway(name: str) -> None:
+    """What runs in the guest comes without the gateway."""
+    assert not {each for each in imports(name) if each.startswith("kernel_gateway")}
+
+
+@pytest.mark.parametrize(
+    "name", ["kernel_gateway.errors", "kernel_gateway.lifecycle", *below("kernel_gateway.jupyter")]
+)
+def test_the_core_is_pure(name: str) -> None:
+    """Errors, lifecycle and kernel messages know no technology, only each other, downwards."""
+    assert outside(name) <= {"msgspec"}
+    allowed = {
+        "kernel_gateway.lifecycle": {"kernel_gateway.errors"},
+        "kernel_gateway.jupyter.execution": {"kernel_gateway.jupyter", "kernel_gateway.jupyter.message"},
+    }
+    assert ours(name) <= allowed.get(name, set())
+    assert not imports(name) & {"asyncio", "socket", "subprocess", "os", "time"}
+
+
+@pytest.mark.parametrize("name", below("kernel_gateway.drivers"))
+def test_drivers_know_nothing_above_them(name: str) -> None:
+    """A driver knows snapshots and other driver modules; no sandboxes, no HTTP, no kernel."""
+    allowed = ("kernel_gateway.drivers", "kernel_gateway.snapshot")
+    assert all(each.startswith(allowed) for each in ours(name)), ours(name)
+
+
+@pytest.mark.parametrize("name", below("kernel_gateway.api"))
+def test_the_api_knows_no_driver(name: str) -> None:
+    """HTTP does not care what a machine is."""
+    assert not {each for each in ours(name) if each.startswith("kernel_gateway.drivers")}
+
+
+def test_only_some_speak_the_wire() -> None:
+    """The modules of the gateway that know the protocol are these and no others, and they import nothing else of it."""
+    users = {
+        name.removeprefix("kernel_gateway."): {each for each in ours(name) if each.startswith("guest_agent")}
+        for name in below("kernel_gateway")
+    }
+    assert {name for name, used in users.items() if used} == USERS_OF_THE_WIRE
+    assert all(users[name] == {"guest_agent.wire"} for name in USERS_OF_THE_WIRE)
+
+
+def test_tornado_stays_at_the_edge() -> None:
+    """Only the API and the composition root import the web server."""
+    users = {name for name in below("kernel_gateway") if "tornado" in outside(name)}
+    assert users <= {*below("kernel_gateway.api"), "kernel_gateway.server"}
+
+
+def test_only_the_root_imports_the_root() -> None:
+    """Nothing but the command line imports the server."""
+    users = {name for name in MODULES if "kernel_gateway.server" in imports(name)}
+    assert users == {"kernel_gateway.__main__"}
+
+
+def test_no_circles() -> None:
+    """No module imports itself through others."""
+    graph = {name: ours(name) & set(MODULES) for name in MODULES}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " → ".join((*path, name))
+        if name not in done:
+            for each in graph[name]:
+                visit(each, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+    assert done == set(MODULES)

@@ -1,0 +1,90 @@
+"""QEMU's command line: compared with a file, and the parts that the boundary rests on asserted one by one."""
+
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+
+from kernel_gateway.drivers.qemu_argv import Descriptors, Machine, drop_privileges, qemu
+
+SNAPSHOT = Path(__file__).parent / "qemu_argv.txt"
+FDS = Descriptors(kernel=10, initrd=11, memory=12, root=13, disk=14, channel=15, qmp=16, console=17)
+BLESS = f"BLESS=1 python -m pytest tests/unit/{Path(__file__).name}"
+CASES = [(accelerator, template) for accelerator in ("tcg", "kvm") for template in (True, False)]
+
+
+def argv(accelerator: str, template: bool) -> list[str]:
+    return qemu("qemu-system-x86_64", Machine(accelerator, 2, 2048), FDS, template=template)
+
+
+def render(command: list[str]) -> str:
+    """One option a line."""
+    text = ""
+    for word in command:
+        text += ("\n    " if word.startswith("-") else " " if text else "") + word
+    return text
+
+
+def options(command: list[str], name: str) -> list[str]:
+    return [value for option, value in itertools.pairwise(command) if option == name]
+
+
+def test_the_whole_command_line() -> None:
+    """Every argument, for both accelerators, booting a template and restoring."""
+    found = "".join(
+        f"{accelerator}, {'template' if template else 'restore'}\n{render(argv(accelerator, template))}\n\n"
+        for accelerator, template in CASES
+    )
+    found += "privileges\n" + render(drop_privileges("setpriv", 4242)) + "\n"
+    if os.environ.get("BLESS"):
+        SNAPSHOT.write_text(found)
+    assert found == SNAPSHOT.read_text(), f"the command line has changed; if that is meant: {BLESS}"
+
+
+@pytest.mark.parametrize(("accelerator", "template"), CASES)
+def test_the_boundary(accelerator: str, template: bool) -> None:
+    """Full seccomp sandbox, no default devices, no network, no monitor but QMP, nothing opened by path."""
+    command = argv(accelerator, template)
+    assert options(command, "-sandbox") == [
+        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+    ]
+    assert {"-nodefaults", "-no-user-config", "-no-reboot"} <= set(command)
+    assert options(command, "-monitor") == options(command, "-display") == ["none"]
+    assert not {"-net", "-netdev", "-nic", "-vnc", "-usb", "-virtfs", "-fsdev", "-daemonize"} & set(command)
+    assert not [word for word in command if "net-device" in word or "vhost" in word or "9p" in word]
+    paths = [part for word in command for part in word.split(",") if "/" in part]
+    allowed = ("/proc/self/fd/", "/dev/fdset/", "/dev/urandom")
+    assert paths
+    assert all(path.split("=")[-1].startswith(allowed) for path in paths), paths
+
+
+@pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
+def test_a_restored_machine_can_not_change_the_template(accelerator: str) -> None:
+    """RAM is mapped privately and the root read-only; only the template's own boot writes the memory file."""
+    (ram,) = [value for value in options(argv(accelerator, False), "-object") if "id=ram" in value]
+    assert "share=off" in ram.split(",")
+    (ram,) = [value for value in options(argv(accelerator, True), "-object") if "id=ram" in value]
+    assert "share=on" in ram.split(",")
+    roots = [value for value in options(argv(accelerator, False), "-blockdev") if "node-name=root" in value]
+    assert len(roots) == 2
+    assert all("read-only=on" in value for value in roots)
+
+
+@pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
+def test_only_a_restored_machine_waits(accelerator: str) -> None:
+    """A restore is the same machine as the template's, but for where RAM goes, and waits for its state."""
+    template, restored = argv(accelerator, True), argv(accelerator, False)
+    assert restored[-3:] == ["-S", "-incoming", "defer"]
+    different = [(a, b) for a, b in zip(template, restored[:-3], strict=True) if a != b]
+    assert len(different) == 1
+    assert different[0][0].replace("share=on", "share=off") == different[0][1]
+
+
+def test_privileges_are_dropped_before_qemu_starts() -> None:
+    """As root it becomes a user without groups or capabilities; always it may gain none and dies with the server."""
+    prefix = drop_privileges("setpriv", 4242)
+    assert {"--reuid=4242", "--regid=4242", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"} <= set(prefix)
+    assert not [word for word in drop_privileges("setpriv", None) if "uid" in word]
+    for uid in (4242, None):
+        assert drop_privileges("setpriv", uid)[-3:] == ["--no-new-privs", "--pdeathsig=KILL", "--"]

@@ -1,0 +1,86 @@
+"""Settings: where a value comes from, what is refused, and that help and documentation know every one."""
+
+import argparse
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from kernel_gateway.settings import Settings, SettingsError, flag, variable
+
+DOCS = Path(__file__).parents[2] / "docs"
+NAMES = [each.name for each in fields(Settings)]
+
+
+def load(flags: dict[str, str] | None = None, **environment: str) -> Settings:
+    return Settings.load(flags or {}, {f"CELLVM_{name}": value for name, value in environment.items()})
+
+
+def test_a_flag_wins_over_its_variable_and_that_over_the_default() -> None:
+    """The order of sources, also for a number and for an empty text."""
+    assert load().port == 8888
+    assert load(PORT="9000").port == 9000
+    assert load({"port": "9001"}, PORT="9000").port == 9001
+    assert load({"ca_bundle": ""}, CA_BUNDLE="/x").ca_bundle == ""
+    assert load(CA_BUNDLE="").ca_path is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", "65536"), ("port", "-1"), ("port", "eighty"), ("port", ""), ("port", "8_0"), ("port", "1e3"),
+        ("port", "9" * 5000), ("port", "٣"), ("port", " 80"), ("pool_size", "-1"), ("pool_size", "1001"),
+        ("max_sandboxes", "0"), ("max_sandboxes", "10001"), ("isolation", "docker"), ("isolation", ""), ("log_level", "loud"),
+        ("shutdown_timeout", "601"), ("shutdown_timeout", "1.5"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_refused_by_name(name: str, value: str) -> None:
+    """The message names the flag, or the variable when the value came from there."""
+    with pytest.raises(SettingsError, match=re.escape("--" + name.replace("_", "-"))):
+        Settings.load({name: value}, {})
+    with pytest.raises(SettingsError, match=f"CELLVM_{name.upper()}"):
+        Settings.load({}, {f"CELLVM_{name.upper()}": value})
+
+
+def test_limits_are_allowed_themselves() -> None:
+    """The smallest and the largest number of a range are in it."""
+    assert load(PORT="0", MAX_SANDBOXES="1", POOL_SIZE="0").port == 0
+    assert load(PORT="65535", MAX_SANDBOXES="10000", POOL_SIZE="1000").pool_size == 1000
+
+
+def test_every_setting_is_in_help() -> None:
+    """`--help` lists each setting's flag, variable and meaning."""
+    parser = argparse.ArgumentParser(prog="cellvm serve")
+    Settings.add_flags(parser)
+    text = " ".join(parser.format_help().split())
+    for each in fields(Settings):
+        assert f"{flag(each)} VALUE" in text
+        assert f"[{variable(each)}]" in text
+        assert each.metadata["doc"].split()[0] in text
+
+
+def test_every_flag_is_parsed_to_its_setting() -> None:
+    """What a flag gives arrives in the setting of that name."""
+    parser = argparse.ArgumentParser()
+    Settings.add_flags(parser)
+    given = vars(parser.parse_args(["--max-sandboxes", "7", "--data-dir=/d", "--isolation", "unisolated"]))
+    assert set(given) == set(NAMES)
+    settings = Settings.load(given, {"CELLVM_MAX_SANDBOXES": "9"})
+    assert (settings.max_sandboxes, settings.data_dir, settings.isolation) == (7, "/d", "unisolated")
+
+
+def test_every_setting_is_in_the_documentation() -> None:
+    """The table of docs/settings.md has a row for each setting, with its variable, and no other rows."""
+    rows = re.findall(r"^\| `(--[a-z-]+)` \| `(\w+)` \|", (DOCS / "settings.md").read_text(), re.MULTILINE)
+    assert rows == [(flag(each), variable(each)) for each in fields(Settings)]
+
+
+def test_where_things_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data and cache follow the XDG variables, and the settings win over them."""
+    monkeypatch.setenv("XDG_DATA_HOME", "/xdg/data")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg/cache")
+    assert (load().data_path, load().cache_path) == (Path("/xdg/data/cellvm"), Path("/xdg/cache/cellvm"))
+    assert load(DATA_DIR="/mine").data_path == Path("/mine")
+    monkeypatch.delenv("XDG_DATA_HOME")
+    assert load().data_path == Path.home() / ".local/share/cellvm"
