@@ -85,6 +85,26 @@ def test_unknown_sandbox(server: Server) -> None:
     check_error(server.post(f"/sandboxes/sbx{'0' * 20}/processes", json={"cmd": "true"}), 404, "sandbox not found")
 
 
+REFUSALS = {
+    "no such path": ("GET", "/nowhere", {}, 404),
+    "no key": ("GET", "/sandboxes", {"headers": {"Authorization": ""}}, 401),
+    "wrong method": ("PUT", "/sandboxes", {}, 405),
+    "wrong query": ("GET", "/sandboxes/BOX/files?path=", {}, 400),
+    "wrong body": ("POST", "/sandboxes", {"json": {}}, 400),
+    "no such file": ("GET", "/sandboxes/BOX/files?path=/no", {}, 404),
+    "refused upload": ("POST", "/sandboxes/BOX/files", {"files": {"file": ("/etc/x", "x" * 100_000)}}, 403),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_keep_the_connection(server: Server, box: Sandbox, case: str) -> None:
+    """A refused request does not spoil its connection: the next one on it is answered."""
+    method, path, fields, status = REFUSALS[case]
+    for _ in range(20):
+        assert server.request(method, path.replace("BOX", box.id), **fields).status_code == status
+        assert server.get("/health").status_code == 200
+
+
 # -- large bodies
 
 HUGE = 2 << 30
@@ -261,7 +281,7 @@ def test_cell_fails(box: Sandbox, code: str, name: str) -> None:
 
 
 def test_cell_prints_odd_text(box: Sandbox) -> None:
-    """Text that can't be UTF-8 (a file name that is none, say) is printed with marks in place of what can't be shown."""
+    """Text that can't be UTF-8 (a file name that is none, say) is printed with marks for what can't be shown."""
     cell = box.execute("print('before \\udcff \\ud800 after')")
     assert re.fullmatch("before [?\ufffd]+ [?\ufffd]+ after\n", cell["stdout"])
     assert cell["stderr"] == ""
@@ -516,4 +536,6 @@ def test_still_healthy(server: Server, box: Sandbox) -> None:
     """After all of this the sandbox answers, its kernel too, and the server has logged no failure of its own."""
     assert box.get("/health").status_code == 204
     assert box.value("1 + 1") == 2
-    assert "Traceback" not in server.log.read_text()
+    log = server.log.read_text()
+    assert "Traceback" not in log
+    assert " ERROR " not in log
