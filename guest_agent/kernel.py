@@ -54,7 +54,10 @@ class Connection:
     def _connect(self, name: str, number: int, identity: bytes) -> zmq.Socket[bytes]:
         sock = self._context.socket(zmq.SUB if name == "iopub" else zmq.DEALER)
         sock.linger = 0
-        sock.rcvhwm = sock.sndhwm = 0  # bounded by the gateway's credit instead: a limit here would drop messages
+        # A limit on sending would drop messages. On receiving, what waits for a slow reader must wait in the kernel's
+        # memory, not in ours: when memory runs out it is the kernel that goes.
+        sock.sndhwm = 0
+        sock.rcvhwm = 64
         if name == "iopub":
             sock.subscribe(b"")
         else:

@@ -16,6 +16,7 @@ with its new session id. A thread waits for it: the way over the control channel
 in the path of every create.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -166,4 +167,5 @@ def serve(channel: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    with contextlib.suppress(BrokenPipeError):  # the agent has gone, and with it everybody who could ask for a kernel
+        serve(socket.socket(fileno=int(sys.argv[1])))

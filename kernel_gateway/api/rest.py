@@ -6,9 +6,10 @@ import binascii
 import mimetypes
 import posixpath
 import re
+import secrets
 from codecs import getincrementaldecoder
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any
 from urllib.parse import parse_qsl, quote, unquote
@@ -479,9 +480,9 @@ async def download(call: Call) -> None:
 
 
 async def upload(call: Call) -> list[FileEntry]:
-    """Store files: multipart with one part `file` per file, and `path` for a single one (as a field or in the query).
+    """Store files: multipart with a part `file` for each, beside it its `path` (for one file also in the query).
 
-    A part's file name is its path when no `path` is given. A file is there as a whole or not at all.
+    A `path` names the `file` that follows, or the last one; without, a file's own name is its path. A file is there as a whole or not at all.
     """
     guest, http = call.sandbox.guest, call.http
     kind, options = parse_options_header(http.request.headers.get("Content-Type", ""))
@@ -495,23 +496,26 @@ async def upload(call: Call) -> list[FileEntry]:
                     await upload.receive(event)
             for event in parser.parse(b""):
                 await upload.receive(event)
+        await upload.finish()
     except MultipartError as error:
         raise InvalidRequest(f"the multipart body is malformed: {error}") from None
     finally:
         await upload.close()
-    if not upload.entries:
-        raise InvalidRequest("the upload has no part named `file`")
     return [file_entry(entry) for entry in upload.entries]
 
 
 class Upload:
-    """Passes the parts of a multipart body on to the guest as they come."""
+    """Passes the parts of a multipart body on to the guest as they come.
+
+    A `path` names the next `file`, or the last one when none follows. So a file that comes without waits under a name of
+    its own until the end tells its path: nothing else is overwritten meanwhile.
+    """
 
     def __init__(self, guest: Guest, path: str | None) -> None:
         self._guest = guest
         self._path = path
         self._field = bytearray()
-        self._segment: MultipartSegment | None = None
+        self._waiting: tuple[str, str] | None = None
         self._asking: Any = None
         self._conversation: Any = None
         self.entries: list[wire.Entry] = []
@@ -519,9 +523,9 @@ class Upload:
     async def receive(self, event: Any) -> None:
         """A part's head, some of its bytes, or None at its end."""
         if isinstance(event, MultipartSegment):
-            self._segment = event
             if event.name == "file":
-                await self._open(event)
+                await self._settle(None)
+                await self._open(event.filename or "")
             elif event.name != "path":
                 raise InvalidRequest(f"unknown part {event.name[:100]!r}; an upload has `file` and `path`")
         elif event and self._conversation is not None:
@@ -533,32 +537,57 @@ class Upload:
         elif self._conversation is not None:
             self._conversation.end()
             self.entries.append(await self._conversation.reply())
-            await self.close()
+            await self._hang_up()
         else:
-            if self.entries:
-                raise InvalidRequest("send `path` before `file`: the file has been stored under its own name")
             try:
                 self._path = self._field.decode()
             except UnicodeDecodeError:
                 raise InvalidRequest("`path` is not UTF-8") from None
             self._field.clear()
 
-    async def _open(self, segment: MultipartSegment) -> None:
-        path = self._path or segment.filename
-        if not path:
-            raise InvalidRequest("where to? send `path` before `file`, or a file name that is a path")
-        target = resolve(self._guest, path)
+    def _target(self, path: str) -> str:
         if path.endswith("/"):
             raise InvalidRequest(f"{path[:200]!r} is a directory; the path names the file itself")
+        return resolve(self._guest, path)
+
+    async def _open(self, name: str) -> None:
+        if self._path:
+            target = self._target(self._path)
+        else:
+            target = resolve(self._guest, f".{secrets.token_hex(8)}.upload")
+            self._waiting = (target, name)
         self._path = None
         self._asking = self._guest.link.ask(wire.Write(path=target))
         self._conversation = await self._asking.__aenter__()
 
-    async def close(self) -> None:
-        """End the conversation; one that did not finish is cancelled, and the guest keeps the old content."""
+    async def _settle(self, path: str | None) -> None:
+        """Give the file that waits its path, or its own name."""
+        if self._waiting is None:
+            return
+        source, name = self._waiting
+        if not (path or name):
+            raise InvalidRequest("where to? send `path`, or a file name that is a path")
+        request = wire.Move(source=source, destination=self._target(path or name))
+        self.entries[-1] = await self._guest.link.call(request, wire.Entry)
+        self._waiting = None
+
+    async def finish(self) -> None:
+        """The body is complete."""
+        if not self.entries:
+            raise InvalidRequest("the upload has no part named `file`")
+        await self._settle(self._path)
+
+    async def _hang_up(self) -> None:
         if self._asking is not None:
             asking, self._asking, self._conversation = self._asking, None, None
             await asking.__aexit__(None, None, None)
+
+    async def close(self) -> None:
+        """Leave nothing half done: an unfinished file is cancelled, and one that waits for its path deleted."""
+        await self._hang_up()
+        if self._waiting is not None:
+            with suppress(GuestFailure):  # not_found: it never came to be
+                await self._guest.link.call(wire.Delete(path=self._waiting[0]), wire.Done)
 
 
 async def read_inline(call: Call) -> InlineFile:
