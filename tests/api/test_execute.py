@@ -1,0 +1,218 @@
+"""Cells over HTTP: results, state, errors, timeouts, streams."""
+
+import asyncio
+import json
+import time
+
+import pytest
+
+from guest_agent import wire
+from tests.fakes import Service, error_of, eventually, resident
+
+FLOOD_200 = "flood(200)"
+
+
+async def events_of(
+    service: Service, box: str, code: str, accept: str = "application/x-ndjson", **body: object
+) -> list:
+    answer = await service.call("POST", f"/sandboxes/{box}/execute", {"code": code, **body}, headers={"Accept": accept})
+    assert answer.code == 200
+    assert answer.headers["Content-Type"] == accept
+    if accept == "text/event-stream":
+        blocks = answer.body.decode().split("\n\n")
+        assert blocks.pop() == ""
+        assert all(block.startswith("data: ") for block in blocks)
+        return [json.loads(block.removeprefix("data: ")) for block in blocks]
+    return [json.loads(line) for line in answer.body.splitlines()]
+
+
+async def test_a_cell(service: Service, box: str) -> None:
+    """Results, text and the count come back, and state stays from call to call."""
+    cell = await service.execute(box, 'x = 41\nprint("hello")\ndisplay({"text/html": "<b>"})\nx + 1')
+    assert cell == {
+        "results": [
+            {"type": "display", "data": {"text/html": "<b>"}, "metadata": {}},
+            {"type": "result", "data": {"text/plain": "42"}, "metadata": {}},
+        ],
+        "stdout": "hello\n",
+        "stderr": "",
+        "error": None,
+        "executionCount": 1,
+        "truncated": None,
+    }
+    cell = await service.execute(box, "x")
+    assert (cell["results"][0]["data"], cell["executionCount"]) == ({"text/plain": "41"}, 2)
+
+
+async def test_code_that_raises_is_no_error(service: Service, box: str) -> None:
+    """An exception is 200 with its name, text and traceback; the kernel goes on."""
+    cell = await service.execute(box, "1 / 0")
+    assert cell["error"]["name"] == "ZeroDivisionError"
+    assert cell["error"]["traceback"]
+    assert cell["error"]["code"] is None
+    assert (await service.execute(box, "7"))["results"][0]["data"] == {"text/plain": "7"}
+
+
+async def test_cells_take_turns(service: Service, box: str) -> None:
+    """Cells that come at once run one after the other, in order."""
+    cells = await asyncio.gather(*(service.execute(box, f"print({n}); time.sleep(0.02)") for n in range(8)))
+    assert sorted(int(cell["stdout"]) for cell in cells) == list(range(8))
+    assert sorted(cell["executionCount"] for cell in cells) == list(range(1, 9))
+
+
+async def test_a_timeout_interrupts_and_keeps_state(service: Service, box: str) -> None:
+    """At its timeout a cell is interrupted within a second, and variables survive."""
+    await service.execute(box, "x = 5")
+    begun = time.monotonic()
+    cell = await service.execute(box, "time.sleep(60)", timeout=0.3)
+    assert 0.3 <= time.monotonic() - begun < 1.3
+    assert cell["error"]["code"] == "exec_timeout"
+    assert cell["error"]["stateKept"] is True
+    assert (await service.execute(box, "x"))["results"][0]["data"] == {"text/plain": "5"}
+
+
+async def test_a_cell_that_ignores_interrupts_loses_its_kernel(service: Service, box: str) -> None:
+    """One that does not stop has its kernel replaced, within a second of the timeout, and is told so."""
+    await service.execute(box, "x = 5")
+    service.guest(box).kernel.ignores_interrupts = True
+    begun = time.monotonic()
+    cell = await service.execute(box, "time.sleep(60)", timeout=0.2)
+    assert time.monotonic() - begun < 1.3
+    assert cell["error"]["code"] == "exec_timeout"
+    assert cell["error"]["stateKept"] is False
+    assert (await service.execute(box, "x"))["error"]["name"] == "NameError"
+
+
+async def test_a_kernel_that_ends(service: Service, box: str) -> None:
+    """A kernel that exits is a cell error kernel_restarted; the next cell runs in a new one."""
+    cell = await service.execute(box, "import os; os._exit(3)")
+    assert cell["error"]["code"] == "kernel_restarted"
+    assert "3" in cell["error"]["value"]
+    assert (await service.execute(box, "2"))["results"][0]["data"] == {"text/plain": "2"}
+
+
+async def test_a_restart_that_fails(service: Service, box: str) -> None:
+    """A kernel that can't be started again is 502 kernel_unavailable; commands still work."""
+    guest = service.guest(box)
+
+    async def refuse(stream: object, body: wire.Restart) -> None:
+        await stream.fail("kernel_unavailable", "no")  # type: ignore[attr-defined]
+
+    guest.script.handlers[wire.Restart] = refuse
+    dead = wire.KernelStatus(state="dead", reason="gone")
+    await guest.send(wire.encode(wire.FrameType.EVENT, wire.EVENTS, dead))
+    answer = await service.call("POST", f"/sandboxes/{box}/execute", {"code": "1"})
+    assert (answer.code, error_of(answer)["error"]) == (502, "kernel_unavailable")
+    assert (await service.run(box, "true"))["exitCode"] == 0
+    del guest.script.handlers[wire.Restart]
+    assert (await service.execute(box, "1"))["error"] is None
+
+
+@pytest.mark.parametrize("accept", ["application/x-ndjson", "text/event-stream"])
+async def test_the_same_as_a_stream(service: Service, box: str, accept: str) -> None:
+    """On request events come one by one, `end` last."""
+    events = await events_of(service, box, 'print("a")\n1 / 0', accept)
+    assert [event["type"] for event in events] == ["started", "stdout", "error", "end"]
+    assert events[0] == {"type": "started", "executionCount": 1}
+    assert events[1] == {"type": "stdout", "text": "a\n"}
+    assert events[2]["error"]["name"] == "ZeroDivisionError"
+
+
+async def test_a_stream_is_live(service: Service, box: str) -> None:
+    """The first line arrives while the cell still runs."""
+    seen: list[tuple[float, bytes]] = []
+    begun = time.monotonic()
+    await service.call(
+        "POST",
+        f"/sandboxes/{box}/execute",
+        {"code": 'print("first"); time.sleep(0.6); print("last")'},
+        headers={"Accept": "application/x-ndjson"},
+        streaming_callback=lambda data: seen.append((time.monotonic() - begun, data)),
+    )
+    first = next(at for at, data in seen if b"first" in data)
+    last = next(at for at, data in seen if b"last" in data)
+    assert first < 0.4
+    assert last - first > 0.4
+
+
+async def test_a_stream_whose_sandbox_dies(service: Service, box: str) -> None:
+    """A stream under which the machine ends says so, or ends without `end`; it is never taken for whole."""
+    events = await events_of(service, box, 'print("a"); die()')
+    assert events[1]["text"] == "a\n"
+    assert events[-2]["type"] == "error"
+    assert events[-2]["error"]["code"] == "sandbox_died"
+
+
+async def test_output_beyond_the_limit(service: Service, box: str) -> None:
+    """R8: of 200 MB text the first 8 Mi characters are kept, the rest is counted; memory grows by 48 MiB at most."""
+    await service.execute(box, "flood(20)")
+    before = resident()
+    cell = await service.execute(box, FLOOD_200, timeout=60)
+    assert len(cell["stdout"]) == 8 << 20
+    assert cell["truncated"]["stdout"] == len("flood! ") * 9362 * 16 * 200 - (8 << 20)
+    assert resident() - before <= 48 << 20
+
+
+async def test_r8_a_slow_reader_of_a_stream(service: Service, box: str) -> None:
+    """A client that does not read stops the guest, not the server: memory stays; others are served meanwhile."""
+    before = resident()
+    reader, writer = await asyncio.open_connection("127.0.0.1", service.port, limit=65536)
+    body = b'{"code": "%s", "timeout": 60}' % FLOOD_200.encode()
+    head = (
+        f"POST /sandboxes/{box}/execute HTTP/1.1\r\nHost: x\r\nX-API-Key: {service.key}\r\n"
+        f"Accept: application/x-ndjson\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    writer.write(head.encode() + body)
+    assert b"200" in await reader.readline()
+    peak = 0
+    other = await service.create()
+    for _ in range(20):
+        begun = time.monotonic()
+        await service.run(other, "true")
+        assert time.monotonic() - begun < 0.5
+        peak = max(peak, resident())
+        await asyncio.sleep(0.02)
+    assert peak - before <= 32 << 20
+    # It reads on, and everything comes, in order.
+    total = 0
+    while data := await reader.read(1 << 20):
+        total += data.count(b"flood! ")
+        if b'{"type":"end"' in data:
+            break
+        peak = max(peak, resident())
+    # A few may be cut in two by our reads.
+    assert 9362 * 16 * 200 * 0.99 < total <= 9362 * 16 * 200
+    assert peak - before <= 32 << 20
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_a_client_that_hangs_up_interrupts_its_cell(service: Service, box: str) -> None:
+    """Closing the connection interrupts the cell; the next one runs at once."""
+    guest = service.guest(box)
+    _, writer = await asyncio.open_connection("127.0.0.1", service.port)
+    body = b'{"code": "time.sleep(60)"}'
+    head = f"POST /sandboxes/{box}/execute HTTP/1.1\r\nHost: x\r\nX-API-Key: {service.key}\r\nContent-Length: "
+    writer.write(head.encode() + b"%d\r\n\r\n%s" % (len(body), body))
+    await eventually(lambda: guest.kernel._cell is not None)
+    await asyncio.sleep(0.05)
+    writer.close()
+    await eventually(lambda: any(isinstance(request, wire.Interrupt) for request in guest.requests))
+    begun = time.monotonic()
+    await service.execute(box, "1")
+    assert time.monotonic() - begun < 1
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"code": 1}, {"code": "1", "timeout": 0}, {"code": "1", "timeout": 3601}, {"code": None}]
+)
+async def test_refused(service: Service, box: str, body: dict[str, object]) -> None:
+    """A cell without code, or with a timeout out of range, is 400."""
+    answer = await service.call("POST", f"/sandboxes/{box}/execute", body)
+    assert (answer.code, error_of(answer)["error"]) == (400, "invalid_request")
+
+
+async def test_large_results(service: Service, box: str) -> None:
+    """A display of 20 MB arrives whole."""
+    cell = await service.execute(box, 'display({"text/plain": "x" * 20000000})')
+    assert len(cell["results"][0]["data"]["text/plain"]) == 20_000_000
