@@ -30,6 +30,7 @@ _FAILURES = {
     errno.EDQUOT: "no_space",
     errno.ENAMETOOLONG: "invalid",
     errno.ELOOP: "invalid",
+    errno.ENXIO: "not_regular",
     errno.EINVAL: "invalid",
 }
 
@@ -143,6 +144,14 @@ async def read(stream: Stream, request: Read) -> None:
         os.close(fd)
 
 
+def _make_parents(path: str) -> None:
+    parent = os.path.dirname(path) or "/"
+    try:
+        os.makedirs(parent, exist_ok=True)
+    except FileExistsError:
+        raise AgentError("not_directory", f"{_text(parent)}: is not a directory") from None
+
+
 async def write(stream: Stream, request: Write) -> None:
     """Take a file's new content. The old content stays until all of the new is there."""
     path = request.path
@@ -153,7 +162,7 @@ async def write(stream: Stream, request: Write) -> None:
         mode = stat.S_IMODE(os.stat(real).st_mode) if os.path.exists(real) else 0o644
         if os.path.exists(real) and not os.path.isfile(real):
             raise AgentError("not_regular", f"{path}: is not a regular file")
-        os.makedirs(os.path.dirname(real), exist_ok=True)
+        _make_parents(real)
         part = os.path.join(os.path.dirname(real), f".{os.urandom(6).hex()}.part")
         fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
@@ -188,7 +197,7 @@ def move(request: Move) -> Entry:
     with errors(request.destination):
         if os.path.isdir(request.destination) and not os.path.isdir(request.source):
             raise AgentError("is_directory", f"{request.destination}: is a directory")
-        os.makedirs(os.path.dirname(request.destination) or "/", exist_ok=True)
+        _make_parents(request.destination)
         shutil.move(request.source, request.destination)
     return entry(request.destination)
 

@@ -35,6 +35,10 @@ from typing import Any
 
 from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelapp import IPKernelApp
+from jupyter_client.jsonutil import json_default
+from jupyter_client.session import Session, json_packer
+
+TEXT_PIECE = 1024 * 1024
 
 
 def reseed() -> None:
@@ -65,6 +69,34 @@ def show_agg_figures() -> None:
     for number in pyplot.get_fignums():
         display(pyplot.figure(number))  # type: ignore[no-untyped-call]
     pyplot.close("all")
+
+
+def pack(message: Any) -> bytes:
+    """JSON as UTF-8. What can't be UTF-8 (a lone surrogate, as in a file name of other bytes) becomes `?`.
+
+    Jupyter's own packer sends bytes that no reader takes, or fails, and the message is lost.
+    """
+    try:
+        text = json.dumps(message, default=json_default, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError):
+        text = json_packer(message).decode("utf-8", "replace")  # cleans what JSON has no form for, as Jupyter does
+    return text.encode("utf-8", "replace")
+
+
+class SandboxSession(Session):
+    """Jupyter's session, with printed text in messages of at most TEXT_PIECE characters.
+
+    ipykernel puts all that was printed within 0.2 s into one message: 200 MB of it would pass every reader's limits.
+    """
+
+    def send(self, stream: Any, msg_or_type: Any, content: Any = None, *args: Any, **options: Any) -> Any:
+        if msg_or_type == "stream" and content and len(content.get("text", "")) > TEXT_PIECE:
+            text = content["text"]
+            for start in range(0, len(text), TEXT_PIECE):
+                piece = {**content, "text": text[start : start + TEXT_PIECE]}
+                sent = super().send(stream, msg_or_type, piece, *args, **options)
+            return sent
+        return super().send(stream, msg_or_type, content, *args, **options)
 
 
 class SandboxKernel(IPythonKernel):
@@ -101,7 +133,11 @@ def run_kernel(connection_file: str, env: dict[str, str]) -> None:
     os.chdir(env["HOME"])
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("500")  # when memory runs out the user's kernel goes, not the nursery
-    app = IPKernelApp.instance(connection_file=connection_file, kernel_class=SandboxKernel, parent_handle=0)
+    session = SandboxSession()
+    session.pack = pack
+    app = IPKernelApp.instance(
+        connection_file=connection_file, kernel_class=SandboxKernel, session=session, parent_handle=0
+    )
     app.initialize([])  # type: ignore[no-untyped-call]
     # A reader that is behind must not cost output: what waits is the sandbox's own memory.
     app.iopub_thread.socket.sndhwm = 0

@@ -1,7 +1,8 @@
 """Guest images: from Debian packages and pinned wheels to what a machine boots from.
 
-Built by mmdebstrap with `rootfs/customize.sh` as its hook, as root. Each result lies in a directory named by the hash of
-all that went into it, made beside and renamed at the end: an interrupted build leaves nothing that looks finished, and downloaded wheels are kept.
+Built by mmdebstrap with `rootfs/customize.sh` as its hook, as root. Each result lies in a directory named by the hash
+of all that went into it, made beside and renamed at the end: an interrupted build leaves nothing that looks finished,
+and downloaded wheels are kept.
 """
 
 import asyncio

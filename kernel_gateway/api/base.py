@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 JSON_LIMIT = 4 * 1024 * 1024
 """Largest JSON body in bytes."""
+DROPPED_UPLOAD = 16 * 1024 * 1024
+"""Bytes of a refused upload that are read before the connection is closed."""
 JSON_BODY_TIMEOUT = 60.0
 """Seconds a client may take to send a JSON body."""
 
@@ -164,7 +166,7 @@ class Endpoint(RequestHandler):
         self._body = bytearray()
         self._chunks: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=4)
         self._task: asyncio.Task[None] | None = None
-        self._status_sent = False
+        self._refused: Exception | None = None
 
     async def prepare(self) -> None:
         """Settle everything that the head of the request decides, before any of the body is read."""
@@ -187,13 +189,27 @@ class Endpoint(RequestHandler):
             )
             if not route.upload:
                 self._connection.set_body_timeout(JSON_BODY_TIMEOUT)
-                if int(self.request.headers.get("Content-Length", 0)) > JSON_LIMIT:
+                if self._announced > JSON_LIMIT:
                     raise self._too_large()
         except Exception as error:  # noqa: BLE001  `_fail` logs what it does not know
-            self._fail(error)
+            self._refuse(error)
             return
         if route.upload:
             self._task = asyncio.create_task(self._run())
+
+    def _refuse(self, error: Exception) -> None:
+        """Answer with an error: once the body has been read if it is small, so that the connection can be kept."""
+        if self._announced > JSON_LIMIT:
+            self.set_header("Connection", "close")
+            self._fail(error)
+        else:
+            self._refused = error
+
+    @property
+    def _announced(self) -> int:
+        """How long the body says it is; Tornado refuses what is not a number."""
+        length = self.request.headers.get("Content-Length", "0")
+        return int(length) if re.fullmatch("[0-9]{1,18}", length) else 0
 
     @property
     def _connection(self) -> HTTP1Connection:
@@ -231,11 +247,12 @@ class Endpoint(RequestHandler):
     async def data_received(self, chunk: bytes) -> None:
         if self._finished:
             return  # refused already: what still comes is read and dropped
-        if self._route.upload:
+        if self._task is not None:
             await self._chunks.put(chunk)
         elif len(self._body) + len(chunk) > JSON_LIMIT:
             self._body.clear()
-            self._fail(self._too_large())
+            self.set_header("Connection", "close")
+            self._fail(self._refused or self._too_large())
         else:
             self._body += chunk
 
@@ -257,6 +274,9 @@ class Endpoint(RequestHandler):
         """Called by Tornado once the whole body has arrived."""
         if self._finished:
             return
+        if self._refused is not None:
+            self._fail(self._refused)
+            return
         if self._task is None:
             self._task = asyncio.create_task(self._run())
         else:
@@ -273,7 +293,8 @@ class Endpoint(RequestHandler):
             else:
                 result = await route.operation(self.call)
             if route.produces is None:
-                self.set_status(route.status)
+                if self.get_status() == 200:
+                    self.set_status(route.status)
                 if route.answer is not None:
                     self.set_header("Content-Type", "application/json")
                     self.write(msgspec.json.encode(result))
@@ -284,14 +305,18 @@ class Endpoint(RequestHandler):
         except (StreamClosedError, asyncio.CancelledError):
             pass  # the client has gone: nobody is left to tell
         except Exception as error:  # noqa: BLE001
-            self._fail(error)
             if route.upload:
                 await self._drop_upload()
+            self._fail(error)
 
     async def _drop_upload(self) -> None:
-        """Read on to the end of a refused upload, so that the client gets to read the answer."""
-        while await self._chunks.get() is not None:
-            pass
+        """Read on in a refused upload, so that a client which sends everything first gets to read the answer."""
+        dropped = 0
+        while (chunk := await self._chunks.get()) is not None:
+            dropped += len(chunk)
+            if dropped > DROPPED_UPLOAD:
+                self.set_header("Connection", "close")
+                return
 
     def _fail(self, error: Exception) -> None:
         if not isinstance(error, CellvmError):
@@ -335,7 +360,8 @@ class Missing(Endpoint):
     """Any path that no route has."""
 
     async def prepare(self) -> None:
-        self._fail(NotFound("there is no such path", hint="GET /openapi.json lists what there is"))
+        self.application.settings["requests"].add(self)
+        self._refuse(NotFound("there is no such path", hint="GET /openapi.json lists what there is"))
 
 
 def reason(status: int) -> str:

@@ -1,6 +1,7 @@
 """The OpenAPI 3.1 document, made from the route table: what it says is what the server does."""
 
 import inspect
+import re
 from typing import Any
 
 import msgspec
@@ -47,7 +48,7 @@ def document(routes: list[Route]) -> dict[str, Any]:
 def _operation(route: Route, schema_of: dict[str, Any], components: dict[str, Any]) -> dict[str, Any]:
     text = inspect.getdoc(route.operation) or ""
     described: dict[str, Any] = {
-        "operationId": f"{route.operation.__name__}{'_' + route.path.rsplit('/', 1)[-1].strip('{}')}",
+        "operationId": "_".join([route.method.lower(), *re.findall(r"\w+", route.path)]),
         "summary": text.split("\n")[0],
         "description": text,
         "parameters": [

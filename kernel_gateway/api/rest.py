@@ -482,7 +482,8 @@ async def download(call: Call) -> None:
 async def upload(call: Call) -> list[FileEntry]:
     """Store files: multipart with a part `file` for each, beside it its `path` (for one file also in the query).
 
-    A `path` names the `file` that follows, or the last one; without, a file's own name is its path. A file is there as a whole or not at all.
+    A `path` names the `file` that follows, or the last one; without, a file's own name is its path. A file is there as
+    a whole or not at all.
     """
     guest, http = call.sandbox.guest, call.http
     kind, options = parse_options_header(http.request.headers.get("Content-Type", ""))
@@ -507,8 +508,8 @@ async def upload(call: Call) -> list[FileEntry]:
 class Upload:
     """Passes the parts of a multipart body on to the guest as they come.
 
-    A `path` names the next `file`, or the last one when none follows. So a file that comes without waits under a name of
-    its own until the end tells its path: nothing else is overwritten meanwhile.
+    A `path` names the next `file`, or the last one when none follows. So a file that comes without waits under a
+    made-up name until its path is known: nothing else is overwritten meanwhile.
     """
 
     def __init__(self, guest: Guest, path: str | None) -> None:

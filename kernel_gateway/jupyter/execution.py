@@ -71,6 +71,8 @@ class Execution:
 
     def __init__(self) -> None:
         self._replied = self._idle = False
+        self._has_failed = False
+        self._error: CellError | None = None
         self.count: int | None = None
 
     @property
@@ -100,6 +102,8 @@ class Execution:
                         )
                     )
             case "error":
+                self._error = None
+                self._has_failed = True
                 events.append(StreamEvent("error", error=cell_error(content)))
             case "execute_input":
                 self.count = number(content.get("execution_count"))
@@ -111,7 +115,11 @@ class Execution:
                 self.count = number(content.get("execution_count")) or self.count
                 if content.get("status") == "aborted":
                     events.append(StreamEvent("error", error=CellError("Aborted", "an earlier cell failed")))
+                elif content.get("status") == "error" and not self._has_failed:
+                    self._error = cell_error(content)
         if self.is_done:
+            if self._error is not None:  # published by nobody
+                events.append(StreamEvent("error", error=self._error))
             events.append(StreamEvent("end", executionCount=self.count))
         return events
 
