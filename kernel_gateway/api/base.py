@@ -7,7 +7,7 @@ and makes the OpenAPI document, so the two can't differ.
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -167,6 +167,7 @@ class Endpoint(RequestHandler):
         self._chunks: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=4)
         self._task: asyncio.Task[None] | None = None
         self._refused: Exception | None = None
+        self._has_whole_body = False
 
     async def prepare(self) -> None:
         """Settle everything that the head of the request decides, before any of the body is read."""
@@ -256,10 +257,14 @@ class Endpoint(RequestHandler):
         else:
             self._body += chunk
 
-    async def body_chunks(self) -> Any:
+    async def body_chunks(self) -> AsyncIterator[bytes]:
         """The body of an upload, as it arrives."""
-        while (chunk := await self._chunks.get()) is not None:
-            yield chunk
+        while not self._has_whole_body:
+            chunk = await self._chunks.get()
+            if chunk is None:
+                self._has_whole_body = True
+            else:
+                yield chunk
 
     def on_finish(self) -> None:
         self.application.settings["requests"].discard(self)
@@ -312,7 +317,7 @@ class Endpoint(RequestHandler):
     async def _drop_upload(self) -> None:
         """Read on in a refused upload, so that a client which sends everything first gets to read the answer."""
         dropped = 0
-        while (chunk := await self._chunks.get()) is not None:
+        async for chunk in self.body_chunks():
             dropped += len(chunk)
             if dropped > DROPPED_UPLOAD:
                 self.set_header("Connection", "close")
