@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 JSON_LIMIT = 4 * 1024 * 1024
 """Largest JSON body in bytes."""
-DROPPED_UPLOAD = 16 * 1024 * 1024
-"""Bytes of a refused upload that are read before the connection is closed."""
+DROPPED_BODY = 4 * 1024 * 1024 * 1024
+"""Bytes of a refused body that are read and dropped before the connection is closed."""
 JSON_BODY_TIMEOUT = 60.0
 """Seconds a client may take to send a JSON body."""
 
@@ -166,8 +166,9 @@ class Endpoint(RequestHandler):
         self._body = bytearray()
         self._chunks: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=4)
         self._task: asyncio.Task[None] | None = None
-        self._refused: Exception | None = None
         self._has_whole_body = False
+        self._is_answered = False
+        self._dropped = 0
 
     async def prepare(self) -> None:
         """Settle everything that the head of the request decides, before any of the body is read."""
@@ -193,18 +194,10 @@ class Endpoint(RequestHandler):
                 if self._announced > JSON_LIMIT:
                     raise self._too_large()
         except Exception as error:  # noqa: BLE001  `_fail` logs what it does not know
-            self._refuse(error)
+            await self._fail(error)
             return
         if route.upload:
             self._task = asyncio.create_task(self._run())
-
-    def _refuse(self, error: Exception) -> None:
-        """Answer with an error: once the body has been read if it is small, so that the connection can be kept."""
-        if self._announced > JSON_LIMIT:
-            self.set_header("Connection", "close")
-            self._fail(error)
-        else:
-            self._refused = error
 
     @property
     def _announced(self) -> int:
@@ -246,47 +239,45 @@ class Endpoint(RequestHandler):
         return TooLarge(f"a JSON body may have at most {JSON_LIMIT} bytes", hint="upload large content as a file")
 
     async def data_received(self, chunk: bytes) -> None:
-        if self._finished:
-            return  # refused already: what still comes is read and dropped
-        if self._task is not None:
+        if self._is_answered:
+            # Refused, and said so; read on all the same, for many clients listen only when they have sent everything.
+            self._dropped += len(chunk)
+            if self._dropped > DROPPED_BODY:
+                self._connection.stream.close()
+        elif self._task is not None:
             await self._chunks.put(chunk)
         elif len(self._body) + len(chunk) > JSON_LIMIT:
             self._body.clear()
-            self.set_header("Connection", "close")
-            self._fail(self._refused or self._too_large())
+            await self._fail(self._too_large())
         else:
             self._body += chunk
 
     async def body_chunks(self) -> AsyncIterator[bytes]:
         """The body of an upload, as it arrives."""
-        while not self._has_whole_body:
-            chunk = await self._chunks.get()
-            if chunk is None:
-                self._has_whole_body = True
-            else:
-                yield chunk
+        while (chunk := await self._chunks.get()) is not None:
+            yield chunk
 
     def on_finish(self) -> None:
         self.application.settings["requests"].discard(self)
 
     def on_connection_close(self) -> None:
         """The client hung up: stop what it asked for."""
+        super().on_connection_close()
         self.application.settings["requests"].discard(self)
         if self._task is not None:
             self._task.cancel()
 
     async def _handle(self, *_: str) -> None:
         """Called by Tornado once the whole body has arrived."""
-        if self._finished:
-            return
-        if self._refused is not None:
-            self._fail(self._refused)
-            return
-        if self._task is None:
+        self._has_whole_body = True
+        if self._task is None and not self._is_answered:
             self._task = asyncio.create_task(self._run())
-        else:
+        elif self._task is not None and not self._task.done():
             await self._chunks.put(None)
-        await self._task
+        if self._task is not None:
+            await self._task
+        if self._is_answered:
+            self.finish()
 
     get = post = put = patch = delete = head = options = _handle
 
@@ -310,20 +301,10 @@ class Endpoint(RequestHandler):
         except (StreamClosedError, asyncio.CancelledError):
             pass  # the client has gone: nobody is left to tell
         except Exception as error:  # noqa: BLE001
-            if route.upload:
-                await self._drop_upload()
-            self._fail(error)
+            await self._fail(error)
 
-    async def _drop_upload(self) -> None:
-        """Read on in a refused upload, so that a client which sends everything first gets to read the answer."""
-        dropped = 0
-        async for chunk in self.body_chunks():
-            dropped += len(chunk)
-            if dropped > DROPPED_UPLOAD:
-                self.set_header("Connection", "close")
-                return
-
-    def _fail(self, error: Exception) -> None:
+    async def _fail(self, error: Exception) -> None:
+        """Answer with an error, at once; the request is finished when its whole body has been read."""
         if not isinstance(error, CellvmError):
             log.error("%s %s failed", self.request.method, self.request.path, exc_info=error)
             error = CellvmError("the server failed; its log says why")
@@ -335,13 +316,17 @@ class Endpoint(RequestHandler):
         self.set_status(status)
         if error.retry_after is not None:
             self.set_header("Retry-After", str(error.retry_after))
-        self.set_header("Content-Type", "application/json")
-        self.clear_header("Content-Length")
         self.clear_header("Content-Disposition")
-        body = ErrorBody(
-            status, str(error), error.code, error.hint, "unknown" if error.code in OUTCOME_UNKNOWN else None
-        )
-        self.finish(msgspec.json.encode(body))
+        outcome = "unknown" if error.code in OUTCOME_UNKNOWN else None
+        body = msgspec.json.encode(ErrorBody(status, str(error), error.code, error.hint, outcome))
+        self.set_header("Content-Type", "application/json")
+        self.set_header("Content-Length", str(len(body)))
+        self._write_buffer.clear()
+        self.write(body)
+        self._is_answered = True
+        while not self._chunks.empty():
+            self._chunks.get_nowait()  # whoever waits to add more finds that it is not wanted
+        await self.flush()
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Errors that Tornado finds itself: a malformed path, a method it does not know."""
@@ -366,7 +351,7 @@ class Missing(Endpoint):
 
     async def prepare(self) -> None:
         self.application.settings["requests"].add(self)
-        self._refuse(NotFound("there is no such path", hint="GET /openapi.json lists what there is"))
+        await self._fail(NotFound("there is no such path", hint="GET /openapi.json lists what there is"))
 
 
 def reason(status: int) -> str:
