@@ -263,7 +263,7 @@ def test_cell_with_a_huge_result(server: Server, box: Sandbox) -> None:
         cell = box.execute("from IPython.display import HTML\nHTML('x' * 100_000_000)", timeout=100)
     kept = sum(len(result["data"].get("text/html", "")) for result in cell["results"])
     assert kept < 100_000_000
-    assert cell["truncated"] is not None or cell["error"] is not None or "MiB" in cell["stderr"]
+    assert cell["truncated"] is not None or "left out" in str(cell["results"])
     assert box.value("1 + 1") == 2
 
 
