@@ -18,6 +18,7 @@ PROGRAMS = {
     "mmdebstrap": "mmdebstrap",
     "mkfs.erofs": "erofs-utils",
     "mkfs.ext4": "e2fsprogs",
+    "mount": "mount",
     "setpriv": "util-linux",
 }
 """Programs that building and running need, and the Debian package of each."""
