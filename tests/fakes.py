@@ -157,8 +157,8 @@ class FakeGuest:
         decoder, loop = wire.Decoder(), asyncio.get_running_loop()
         try:
             while True:
-                await self._reads.wait()
                 data = await loop.sock_recv(self._sock, 256 * 1024)
+                await self._reads.wait()
                 if not data:
                     return
                 self.bytes_read += len(data)
