@@ -154,13 +154,13 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
         left = store.end_all("host_restart")
         if left:
             log.warning("%d sandboxes ended with the server before this one", left)
-        made = None
+        driver = await make_driver(settings, templates, progress)
+        made = None  # only now: a key that was made before a failed start would never be shown
         if settings.api_key:
             store.add_key(settings.api_key, "CELLVM_API_KEY")
         elif not store.list_keys():
             made = new_key()
             store.add_key(made, "first start")
-        driver = await make_driver(settings, templates, progress)
         guests = Guests(driver)
         first = templates.find("code_interpreter") or next(iter(templates))
         pools = {first.id: Pool(guests, first.id, settings.pool_size)} if settings.pool_size else {}

@@ -1,8 +1,10 @@
 """Fixtures of the fast tests: a service over the fake driver, and a check after each test that nothing was left."""
 
 import asyncio
+import gc
+import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -40,8 +42,33 @@ def temporary(directory: Path) -> list[str]:
     return [str(path) for path in directory.rglob("*") if path.name.startswith(("agent-", "disk-"))]
 
 
+class Tracebacks(logging.Handler):
+    """Collects records that show a traceback, and what asyncio complains of when nobody else does."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info or (record.name == "asyncio" and record.levelno >= logging.ERROR):
+            self.found.append(logging.Formatter().format(record))
+
+
 @pytest.fixture(autouse=True)
-async def leaks(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[None]:
+def tracebacks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves a traceback in the log, or an exception that nobody has looked at."""
+    handler = Tracebacks()
+    logging.getLogger().addHandler(handler)
+    yield
+    if not FAST.isdisjoint(request.path.parents):
+        gc.collect()
+    logging.getLogger().removeHandler(handler)
+    if not FAST.isdisjoint(request.path.parents) and handler.found:
+        pytest.fail("in the log: " + "\n".join(handler.found))
+
+
+@pytest.fixture(autouse=True)
+async def leaks(request: pytest.FixtureRequest, tmp_path: Path, tracebacks: None) -> AsyncIterator[None]:
     """Fail a test that leaves descriptors, processes, tasks or temporary files behind."""
     if FAST.isdisjoint(request.path.parents):
         yield
