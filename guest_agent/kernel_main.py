@@ -90,12 +90,14 @@ class SandboxSession(Session):
     """
 
     def send(self, stream: Any, msg_or_type: Any, content: Any = None, *args: Any, **options: Any) -> Any:
-        if msg_or_type == "stream" and content and len(content.get("text", "")) > TEXT_PIECE:
-            text = content["text"]
-            for start in range(0, len(text), TEXT_PIECE):
-                piece = {**content, "text": text[start : start + TEXT_PIECE]}
-                sent = super().send(stream, msg_or_type, piece, *args, **options)
-            return sent
+        # ipykernel's output streams hand over a finished message, not a type and its content.
+        is_text = isinstance(msg_or_type, dict) and msg_or_type["msg_type"] == "stream"
+        if is_text and len(msg_or_type["content"]["text"]) > TEXT_PIECE:
+            whole, parent = msg_or_type["content"], msg_or_type["parent_header"]
+            *firsts, last = [whole["text"][at : at + TEXT_PIECE] for at in range(0, len(whole["text"]), TEXT_PIECE)]
+            for text in firsts:
+                super().send(stream, self.msg("stream", {**whole, "text": text}, parent=parent), *args, **options)
+            msg_or_type = self.msg("stream", {**whole, "text": last}, parent=parent)
         return super().send(stream, msg_or_type, content, *args, **options)
 
 
