@@ -61,7 +61,7 @@ def tracebacks(request: pytest.FixtureRequest) -> Iterator[None]:
     logging.getLogger().addHandler(handler)
     yield
     if not FAST.isdisjoint(request.path.parents):
-        gc.collect()
+        gc.collect(1)
     logging.getLogger().removeHandler(handler)
     if not FAST.isdisjoint(request.path.parents) and handler.found:
         pytest.fail("in the log: " + "\n".join(handler.found))

@@ -431,6 +431,7 @@ class FakeKernel:
         self._cell: asyncio.Task[None] | None = None
         self._names: dict[str, Any] = {}
         self._count = 0
+        self._restarting = self._closing = False
         self.ignores_interrupts = False
 
     async def frame_received(self, frame: wire.Frame) -> None:
@@ -448,12 +449,16 @@ class FakeKernel:
             self._cell.cancel()
 
     async def restart(self) -> None:
-        await self.close()
+        self._restarting = True
+        await cancel(self._cell)
+        self._restarting = False
+        while not self._cells.empty():
+            self._cells.get_nowait()
         self._names, self._count = {}, 0
-        self._task = asyncio.create_task(self._run())
         await self._say("idle", "restarted")
 
     async def close(self) -> None:
+        self._closing = True
         await cancel(self._cell, self._task)
 
     async def _say(self, state: str, reason: str) -> None:
@@ -488,7 +493,7 @@ class FakeKernel:
         try:
             await self._interpret(request["code"], parent)
         except asyncio.CancelledError:
-            if asyncio.current_task() is not self._cell or self._task.done():
+            if self._restarting or self._closing:
                 raise
             status = await self._error(parent, "KeyboardInterrupt", "")
         except OSError:

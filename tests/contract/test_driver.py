@@ -1,0 +1,497 @@
+"""One suite for every driver that needs no machine: what the gateway may rely on, of the fake and of the real agent.
+
+The real agent runs as a plain process (driver `unisolated`), with a real IPython kernel.
+"""
+
+import asyncio
+import dataclasses
+import json
+import os
+import random
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guest_agent import wire
+from kernel_gateway.drivers import VmDriver
+from kernel_gateway.drivers.unisolated import Unisolated
+from kernel_gateway.errors import GuestFailure, GuestUnresponsive, SandboxDied
+from kernel_gateway.jupyter.execution import Cell, Collector
+from kernel_gateway.link import Link
+from kernel_gateway.pool import Guest, Guests
+from tests.fakes import FakeDriver, eventually
+
+REAL = "unisolated"
+
+
+def driver_of(kind: str, directory: Path) -> VmDriver:
+    return Unisolated(directory) if kind == REAL else FakeDriver()
+
+
+@pytest.fixture(params=["fake", REAL])
+async def driver(request: pytest.FixtureRequest, tmp_path: Path) -> VmDriver:
+    """Each driver in turn."""
+    return driver_of(request.param, tmp_path)
+
+
+@pytest.fixture
+async def guest(shared: Guest) -> Guest:
+    """The shared guest, whose home is an empty directory of the test's own."""
+    home = f"{shared.home}/{os.urandom(4).hex()}"
+    await shared.link.call(wire.MakeDir(path=home), wire.Entry)
+    return dataclasses.replace(shared, home=home)
+
+
+@pytest.fixture(scope="module", params=["fake", REAL])
+async def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Guest]:
+    """One guest for all tests that leave it alive: a kernel takes half a second to start."""
+    driver = driver_of(request.param, tmp_path_factory.mktemp("agents"))
+    guest = await Guests(driver).start("base")
+    yield guest
+    await guest.kill()
+
+
+async def spawn(guest: Guest, *argv: str, stdin: bytes = b"", **fields: Any) -> tuple[wire.Exited, bytes, bytes]:
+    """Run a program to its end: how it ended, and its output."""
+    request = wire.Spawn(argv=list(argv), **{"env": {}, "cwd": guest.home, **fields})
+    out = {wire.STDOUT: b"", wire.STDERR: b""}
+    async with guest.link.ask(request) as conversation:
+
+        async def feed() -> None:
+            await conversation.send(stdin)
+            conversation.end()
+
+        feeding = asyncio.create_task(feed())
+        assert isinstance(await conversation.receive(), wire.Started)
+        while not isinstance(item := await conversation.receive(), wire.Exited):
+            assert isinstance(item, tuple)
+            out[item[0]] += item[1]
+        feeding.cancel()
+    return item, out[wire.STDOUT], out[wire.STDERR]
+
+
+async def execute(guest: Guest, code: str, timeout: float | None = 30) -> Cell:
+    collector = Collector()
+    async for event in guest.kernel.execute(code, timeout=timeout):
+        collector.add(event)
+    return collector.cell()
+
+
+async def value(guest: Guest, code: str) -> str:
+    """The text of a cell's value."""
+    cell = await execute(guest, code)
+    assert cell.error is None, cell.error
+    return str(cell.results[-1].data["text/plain"])
+
+
+async def write(guest: Guest, path: str, content: bytes) -> wire.Entry:
+    async with guest.link.ask(wire.Write(path=path)) as conversation:
+        await conversation.send(content)
+        conversation.end()
+        entry = await conversation.reply()
+    assert isinstance(entry, wire.Entry)
+    return entry
+
+
+async def read(guest: Guest, path: str, **part: int) -> bytes:
+    content = b""
+    async with guest.link.ask(wire.Read(path=path, **part)) as conversation:
+        assert isinstance(await conversation.receive(), wire.Entry)
+        while isinstance(item := await conversation.receive(), tuple):
+            content += item[1]
+    assert item == wire.Done()
+    return content
+
+
+async def refused(guest: Guest, request: wire.Body) -> str:
+    """The code that a request fails with."""
+    with pytest.raises(GuestFailure) as caught:
+        await guest.link.call(request, wire.Body)
+    return caught.value.code
+
+
+# -- a machine's life
+
+
+async def test_start_wait_kill(driver: VmDriver) -> None:
+    """A machine runs until it is killed; `wait` may be awaited often, before and after; `kill` is idempotent."""
+    vm = await driver.start("base")
+    waiting = [asyncio.create_task(vm.wait()) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    assert not any(task.done() for task in waiting)
+    waiting[0].cancel()  # one who no longer waits is nothing to the others
+    await asyncio.gather(vm.kill(), vm.kill())
+    reason = await waiting[1]
+    assert reason
+    await vm.kill()
+    assert await vm.wait() == reason
+
+
+async def test_two_machines_are_distinct(driver: VmDriver) -> None:
+    """Each has a channel, a home and randomness of its own."""
+    first, second = await asyncio.gather(*(Guests(driver).start("base") for _ in range(2)))
+    try:
+        await write(first, f"{first.home}/mine", b"1")
+        assert await refused(second, wire.Stat(path=f"{second.home}/mine")) == "not_found"
+    finally:
+        await first.kill()
+        await second.kill()
+
+
+async def test_the_link_tells_the_end_of_the_machine(driver: VmDriver) -> None:
+    """When a machine is killed its link closes, and what waits on it is told."""
+    guest = await Guests(driver).start("base")
+    waiting = asyncio.create_task(spawn(guest, "sleep", "60"))
+    await asyncio.sleep(0.1)
+    await guest.vm.kill()
+    with pytest.raises(SandboxDied):
+        await asyncio.wait_for(waiting, 2)
+    with pytest.raises(SandboxDied):
+        await guest.link.call(wire.Ping(), wire.Done)
+    guest.link.close()
+
+
+async def test_resume(driver: VmDriver) -> None:
+    """The handshake tells nonce, generation, a fresh sample and the home; it can be done again."""
+    vm = await driver.start("base")
+    link = await Link.open(vm.open())
+    try:
+        replies = [await link.resume(sandbox_id=f"sbx{n}", hostname="h", env={"N": str(n)}) for n in range(2)]
+        assert {reply.generation for reply in replies} == {wire.GENERATION}
+        assert len({reply.nonce for reply in replies}) == len({reply.sample for reply in replies}) == 2
+        assert all(len(reply.sample) == 16 for reply in replies)
+        assert replies[0].home == replies[1].home
+        assert replies[0].home.startswith("/")
+        entry = await link.call(wire.Stat(path=replies[0].home), wire.Entry)
+        assert entry.kind == "dir"
+    finally:
+        link.close()
+        await vm.kill()
+
+
+async def test_requests_before_the_handshake_do_no_harm(driver: VmDriver) -> None:
+    """A ping is answered though nobody has resumed the machine."""
+    vm = await driver.start("base")
+    link = await Link.open(vm.open())
+    assert await link.call(wire.Ping(), wire.Done) == wire.Done()
+    link.close()
+    await vm.kill()
+
+
+# -- programs
+
+
+async def test_a_program(guest: Guest) -> None:
+    """Output on both streams, and every way to end."""
+    assert await spawn(guest, "echo", "a b") == (wire.Exited(code=0), b"a b\n", b"")
+    assert await spawn(guest, "sh", "-c", "echo oops >&2") == (wire.Exited(code=0), b"", b"oops\n")
+    assert (await spawn(guest, "sh", "-c", "exit 7"))[0] == wire.Exited(code=7)
+    assert (await spawn(guest, "sh", "-c", "kill -15 $$"))[0] == wire.Exited(code=143, signal=15)
+
+
+async def test_standard_input(guest: Guest) -> None:
+    """Megabytes go in and come out as they were; without input a program reads its end at once."""
+    content = random.Random(1).randbytes(3_000_000)
+    assert await spawn(guest, "cat", stdin=content) == (wire.Exited(code=0), content, b"")
+    assert (await spawn(guest, "cat"))[1] == b""
+
+
+async def test_input_that_nobody_reads(guest: Guest) -> None:
+    """A program that ends without reading its input ends all the same, and the link goes on."""
+    assert (await spawn(guest, "true", stdin=bytes(5_000_000)))[0] == wire.Exited(code=0)
+    assert await guest.link.call(wire.Ping(), wire.Done) == wire.Done()
+
+
+async def test_environment(guest: Guest) -> None:
+    """The sandbox's variables are there, and the request's win."""
+    await guest.link.resume(sandbox_id="s", hostname="h", env={"A": "1", "B": "1", "LONG": "x" * 100_000})
+    out = (await spawn(guest, "env", "-0", env={"B": "2"}))[1].decode()
+    found = dict(pair.split("=", 1) for pair in out.split("\0") if pair)
+    assert (found["A"], found["B"], found["E2B_SANDBOX"]) == ("1", "2", "true")
+    assert guest.home.startswith(found["HOME"] + "/")
+    assert found["LONG"] == "x" * 100_000
+
+
+async def test_a_timeout(guest: Guest) -> None:
+    """At its timeout a program is killed; what it had printed is there."""
+    begun = time.monotonic()
+    end, out, _ = await spawn(guest, "sh", "-c", "echo begun; sleep 30", timeout_ms=300)
+    assert 0.3 <= time.monotonic() - begun < 1.3
+    assert (end.code, end.timed_out, out) == (124, True, b"begun\n")
+
+
+async def test_what_can_not_be_run(guest: Guest) -> None:
+    """No such program, no such directory: refused by name, and nothing has started."""
+    assert await refused(guest, wire.Spawn(argv=["frobnicate"], env={}, cwd=guest.home)) == "cannot_run"
+    assert await refused(guest, wire.Spawn(argv=["true"], env={}, cwd="/no/such")) == "invalid"
+
+
+async def test_leaving_a_conversation_cancels(guest: Guest) -> None:
+    """A program whose reader leaves is ended; the link is as good as before."""
+    async with guest.link.ask(wire.Spawn(argv=["sleep", "60"], env={}, cwd=guest.home)) as conversation:
+        await conversation.receive()
+    assert (await spawn(guest, "echo", "next"))[1] == b"next\n"
+    await eventually(lambda: not guest.link._conversations)
+
+
+# -- files
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 300_001, 10_000_000])
+async def test_files_round_trip(guest: Guest, size: int) -> None:
+    """A file of any size is read as it was written, whole and in parts; parents are made."""
+    content = random.Random(size).randbytes(size)
+    path = f"{guest.home}/a/b/ü {size}.bin"
+    entry = await write(guest, path, content)
+    assert (entry.name, entry.path, entry.kind, entry.size) == (f"ü {size}.bin", path, "file", size)
+    assert await read(guest, path) == content
+    assert await read(guest, path, offset=1, length=10) == content[1:11]
+    assert await read(guest, path, offset=size) == b""
+    assert (await write(guest, path, b"new")).size == 3
+    assert await read(guest, path) == b"new"
+
+
+async def test_a_write_that_is_cut_short_changes_nothing(guest: Guest) -> None:
+    """Leaving in the middle of a write leaves the old content, and nothing beside it."""
+    path = f"{guest.home}/f"
+    await write(guest, path, b"old")
+    async with guest.link.ask(wire.Write(path=path)) as conversation:
+        await conversation.send(bytes(500_000))
+    await guest.link.call(wire.Ping(), wire.Done)
+    assert await read(guest, path) == b"old"
+
+    async def names() -> list[str]:
+        listed = await guest.link.call(wire.ListDir(path=guest.home), wire.Entries)
+        return [entry.name for entry in listed.entries]
+
+    for _ in range(100):
+        if await names() == ["f"]:
+            break
+        await asyncio.sleep(0.02)
+    assert await names() == ["f"]
+
+
+async def test_directories(guest: Guest) -> None:
+    """Make, list, move and delete, with what lies below."""
+    home = guest.home
+    made = await guest.link.call(wire.MakeDir(path=f"{home}/d/e"), wire.Entry)
+    assert (made.kind, made.path) == ("dir", f"{home}/d/e")
+    assert await guest.link.call(wire.MakeDir(path=f"{home}/d/e"), wire.Entry)
+    await write(guest, f"{home}/d/f", b"1")
+    listed = await guest.link.call(wire.ListDir(path=f"{home}/d"), wire.Entries)
+    assert [(entry.name, entry.kind) for entry in listed.entries] == [("e", "dir"), ("f", "file")]
+    moved = await guest.link.call(wire.Move(source=f"{home}/d", destination=f"{home}/x/y"), wire.Entry)
+    assert moved.path == f"{home}/x/y"
+    assert await read(guest, f"{home}/x/y/f") == b"1"
+    assert await refused(guest, wire.Stat(path=f"{home}/d")) == "not_found"
+    await guest.link.call(wire.Delete(path=f"{home}/x"), wire.Done)
+    assert await refused(guest, wire.Stat(path=f"{home}/x")) == "not_found"
+
+
+async def test_a_directory_in_pages(guest: Guest) -> None:
+    """A long directory comes in pages that together hold each name once, sorted."""
+    names = sorted(f"{'x' * 200}{number}" for number in range(500))
+    for name in names:
+        await write(guest, f"{guest.home}/{name}", b"")
+    found: list[str] = []
+    pages = 0
+    more = True
+    while more:
+        page = await guest.link.call(wire.ListDir(path=guest.home, after=found[-1] if found else ""), wire.Entries)
+        found += [entry.name for entry in page.entries]
+        more, pages = page.more, pages + 1
+    assert found == names
+    assert pages > 1
+
+
+async def test_files_refused(guest: Guest) -> None:
+    """What can't be done is told by a word of the wire."""
+    home = guest.home
+    await write(guest, f"{home}/f", b"1")
+    assert await refused(guest, wire.Read(path=f"{home}/none")) == "not_found"
+    assert await refused(guest, wire.Read(path=home)) == "is_directory"
+    assert await refused(guest, wire.Read(path=f"{home}/f/x")) == "not_directory"
+    assert await refused(guest, wire.Write(path=home)) == "is_directory"
+    assert await refused(guest, wire.ListDir(path=f"{home}/f")) == "not_directory"
+    assert await refused(guest, wire.ListDir(path=f"{home}/none")) == "not_found"
+    assert await refused(guest, wire.Delete(path=f"{home}/none")) == "not_found"
+    assert await refused(guest, wire.Move(source=f"{home}/none", destination=f"{home}/x")) == "not_found"
+    assert await refused(guest, wire.MakeDir(path=f"{home}/f")) == "exists"
+
+
+async def test_metrics(guest: Guest) -> None:
+    """Readings are plausible."""
+    found = await guest.link.call(wire.GetMetrics(), wire.Metrics)
+    assert found.cpu_count >= 1
+    assert 0 < found.mem_used < found.mem_total
+    assert 0 < found.disk_used < found.disk_total
+    assert abs(found.ts - time.time()) < 5
+
+
+# -- the kernel
+
+
+async def test_cells_keep_their_state(guest: Guest) -> None:
+    """Values, text, errors and the count; what one cell sets the next one knows."""
+    cell = await execute(guest, "x = 41\nprint('hello')\nx + 1")
+    assert (cell.stdout, cell.results[0].data["text/plain"], cell.error) == ("hello\n", "42", None)
+    count = cell.executionCount
+    assert count is not None
+    failed = await execute(guest, "x / 0")
+    assert failed.error is not None
+    assert (failed.error.name, failed.error.value) == ("ZeroDivisionError", "division by zero")
+    assert failed.error.traceback
+    again = await execute(guest, "x")
+    assert (again.results[0].data["text/plain"], again.executionCount) == ("41", count + 2)
+
+
+async def test_interrupt(guest: Guest) -> None:
+    """A cell over its timeout is interrupted in time, and variables survive."""
+    await execute(guest, "y = 5")
+    begun = time.monotonic()
+    cell = await execute(guest, "import time; time.sleep(60)", timeout=0.3)
+    assert 0.3 <= time.monotonic() - begun < 1.3
+    assert cell.error is not None
+    assert (cell.error.code, cell.error.stateKept) == ("exec_timeout", True)
+    assert await value(guest, "y") == "5"
+
+
+async def test_restart(guest: Guest) -> None:
+    """After a restart the kernel is fresh and works at once."""
+    await execute(guest, "z = 1")
+    await guest.kernel.restart()
+    cell = await execute(guest, "z")
+    assert cell.error is not None
+    assert cell.error.name == "NameError"
+    assert cell.executionCount == 1
+
+
+async def test_a_kernel_that_dies(guest: Guest) -> None:
+    """The cell is told, the next one runs in a new kernel, files and programs are not concerned."""
+    await write(guest, f"{guest.home}/kept", b"1")
+    cell = await execute(guest, "import os; os._exit(3)")
+    assert cell.error is not None
+    assert (cell.error.code, cell.error.stateKept) == ("kernel_restarted", False)
+    assert "3" in cell.error.value
+    assert await value(guest, "6 * 7") == "42"
+    assert await read(guest, f"{guest.home}/kept") == b"1"
+
+
+async def test_20_mb_arrive_intact(guest: Guest) -> None:
+    """A display of 20 MB crosses in chunks and is what it was."""
+    cell = await execute(
+        guest, "from IPython.display import display; display({'text/plain': 'ab' * 10000000}, raw=True)"
+    )
+    assert cell.error is None
+    assert cell.results[0].data["text/plain"] == "ab" * 10_000_000
+
+
+async def test_control_passes_a_flood(guest: Guest) -> None:
+    """While tens of megabytes wait to be read, a ping is answered at once."""
+    content = bytes(30_000_000)
+    await write(guest, f"{guest.home}/big", content)
+    async with guest.link.ask(wire.Read(path=f"{guest.home}/big")) as conversation:
+        assert isinstance(await conversation.receive(), wire.Entry)
+        slowest = 0.0
+        total = 0
+        while isinstance(item := await conversation.receive(), tuple):
+            total += len(item[1])
+            if total % (1 << 20) < wire.CHUNK:
+                begun = time.monotonic()
+                await guest.link.call(wire.Ping(), wire.Done)
+                slowest = max(slowest, time.monotonic() - begun)
+    assert total == len(content)
+    assert slowest < 0.5
+
+
+async def test_many_conversations_at_once(guest: Guest) -> None:
+    """Programs, files and a cell side by side do not mix."""
+    contents = {f"{guest.home}/{n}": random.Random(n).randbytes(200_000) for n in range(10)}
+    cell = asyncio.create_task(value(guest, "1 + 1"))
+    await asyncio.gather(*(write(guest, path, content) for path, content in contents.items()))
+    echoes, reads = await asyncio.gather(
+        asyncio.gather(*(spawn(guest, "echo", str(n)) for n in range(10))),
+        asyncio.gather(*(read(guest, path) for path in contents)),
+    )
+    assert [out for _, out, _ in echoes] == [f"{n}\n".encode() for n in range(10)]
+    assert reads == list(contents.values())
+    assert await cell == "2"
+
+
+# -- the real agent alone
+
+
+@pytest.fixture
+async def real(tmp_path: Path) -> AsyncIterator[Guest]:
+    """A real agent of the test's own."""
+    guest = await Guests(Unisolated(tmp_path)).start("base")
+    yield guest
+    await guest.kill()
+
+
+async def test_a_timeout_ends_the_whole_group(real: Guest) -> None:
+    """The children of a command die with it at its timeout, and so do those of one whose reader leaves."""
+    script = "sleep 60 & echo $!; wait"
+    _, out, _ = await spawn(real, "sh", "-c", script, timeout_ms=300)
+    await eventually(lambda: not is_running(int(out)))
+    async with real.link.ask(wire.Spawn(argv=["sh", "-c", script], env={}, cwd=real.home)) as conversation:
+        assert isinstance(await conversation.receive(), wire.Started)
+        item = await conversation.receive()
+        assert isinstance(item, tuple)
+        assert is_running(int(item[1]))
+    await eventually(lambda: not is_running(int(item[1])))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def test_killing_the_agent_leaves_no_process(real: Guest) -> None:
+    """The kernel and its parent go with the agent."""
+    pid = int(await value(real, "import os; os.getpid()"))
+    parent = int(await value(real, "os.getppid()"))
+    assert is_running(pid)
+    await real.kill()
+    await eventually(lambda: not is_running(pid) and not is_running(parent))
+
+
+async def test_the_agent_survives_nonsense_without_answering(tmp_path: Path) -> None:
+    """Bytes that are no frames end the agent's channel; nothing hangs."""
+    vm = await Unisolated(tmp_path).start("base")
+    sock = vm.open()
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_sendall(sock, os.urandom(5000))
+    assert await asyncio.wait_for(vm.wait(), 10)
+    await vm.kill()
+
+
+async def test_kernel_messages_hold_no_key(real: Guest, tmp_path: Path) -> None:
+    """What crosses has no signature, and the kernel's key stays inside."""
+    seen: list[bytes] = []
+    inner = real.link.on_kernel_message
+
+    def tap(parts: list[memoryview]) -> None:
+        seen.extend(bytes(part) for part in parts)
+        inner(parts)
+
+    real.link.on_kernel_message = tap
+    assert (await execute(real, "print(1)")).stdout == "1\n"
+    headers = [json.loads(part) for part in seen if part.startswith(b'{"msg_id"')]
+    assert {header["msg_type"] for header in headers} >= {"status", "execute_input", "stream", "execute_reply"}
+    (file,) = tmp_path.rglob("connection.json")
+    key = json.loads(file.read_text())["key"].encode()
+    assert len(key) >= 32
+    assert key not in b"".join(seen)
+    assert b"<IDS|MSG>" not in seen
+
+
+async def test_an_answer_of_another_type_is_refused(guest: Guest) -> None:
+    """`call` checks the type of what comes back."""
+    with pytest.raises(GuestUnresponsive, match="answered Ping with Done"):
+        await guest.link.call(wire.Ping(), wire.Metrics)
