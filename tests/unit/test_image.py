@@ -1,0 +1,152 @@
+"""Pieces of the image builder that need no build: the archive, hashes, kernel modules, templates."""
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from kernel_gateway import image
+from kernel_gateway.image import Cpio, content_hash, dependencies, finished, modules_in_order
+from kernel_gateway.templates import Templates, rootfs_dir
+
+
+def parse(archive: bytes) -> dict[str, tuple[int, bytes]]:
+    """A newc archive read by hand: name → (mode, content)."""
+    found: dict[str, tuple[int, bytes]] = {}
+    at = 0
+    while True:
+        assert at % 4 == 0
+        assert archive[at : at + 6] == b"070701"
+        fields = [int(archive[at + 6 + 8 * n : at + 14 + 8 * n], 16) for n in range(13)]
+        mode, size, name_size = fields[1], fields[6], fields[11]
+        name = archive[at + 110 : at + 110 + name_size]
+        assert name.endswith(b"\0")
+        start = at + 110 + name_size
+        start += -start % 4
+        if name == b"TRAILER!!!\0":
+            assert start == len(archive)
+            return found
+        assert name[:-1].decode() not in found, "twice"
+        assert fields[2:4] == [0, 0], "owned by root"
+        found[name[:-1].decode()] = (mode, archive[start : start + size])
+        at = start + size + -size % 4
+
+
+def test_the_archive_reads_back() -> None:
+    """Files of every length modulo four, with the folders they lie in, once each and before them."""
+    archive = Cpio()
+    contents = {"init": b"#!x", "a/b/c1": b"", "a/b/c2": b"1", "a/d": b"22", "module/" + "x" * 99: b"333" * 1000}
+    for name, content in contents.items():
+        archive.add(name, content, 0o755 if name == "init" else 0o644)
+    found = parse(archive.close())
+    assert {name: content for name, (mode, content) in found.items() if stat.S_ISREG(mode)} == contents
+    assert [name for name, (mode, _) in found.items() if stat.S_ISDIR(mode)] == ["a", "a/b", "module"]
+    order = list(found)
+    assert order.index("a") < order.index("a/b") < order.index("a/b/c1")
+    assert stat.S_IMODE(found["init"][0]) == 0o755
+    assert stat.S_IMODE(found["a/d"][0]) == 0o644
+
+
+def test_the_same_content_is_the_same_archive() -> None:
+    """No time and no counter goes in: the result can be cached by what went into it."""
+    archives = []
+    for _ in range(2):
+        archive = Cpio()
+        archive.add("a/b", b"1")
+        archives.append(archive.close())
+    assert archives[0] == archives[1]
+
+
+def test_a_hash_sees_every_part(tmp_path: Path) -> None:
+    """Another text, order, split, file content or file name is another hash."""
+    (tmp_path / "a.py").write_text("1")
+    (tmp_path / "b.py").write_text("1")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/x.py").write_text("1")
+    hashes = [
+        content_hash("ab"),
+        content_hash("a", "b"),
+        content_hash("b", "a"),
+        content_hash("", "ab"),
+        content_hash(tmp_path / "a.py"),
+        content_hash(tmp_path / "b.py"),
+        content_hash(tmp_path / "folder"),
+    ]
+    (tmp_path / "folder/x.py").write_text("2")
+    hashes.append(content_hash(tmp_path / "folder"))
+    assert len(set(hashes)) == len(hashes)
+    assert content_hash("ab") == content_hash(b"ab") == hashes[0]
+
+
+def test_a_folder_appears_when_it_is_finished(tmp_path: Path) -> None:
+    """A build that fails leaves nothing that looks finished; one that succeeds is there as a whole."""
+    target = tmp_path / "images/key"
+
+    def fail() -> None:
+        with finished(target) as work:
+            (work / "half").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list(target.parent.iterdir()) == []
+    with finished(target) as work:
+        assert not target.exists()
+        (work / "whole").write_text("x")
+    assert [path.name for path in target.parent.iterdir()] == ["key"]
+    assert (target / "whole").exists()
+
+
+async def test_running_a_tool() -> None:
+    """Its steps are passed on, its failure tells what it printed last, cancelling ends it."""
+    steps: list[str] = []
+    await image.run(["sh", "-c", 'echo "step: one"; echo noise; echo "step: $X"'], {"X": "two"}, steps.append)
+    assert steps == ["one", "two"]
+    with pytest.raises(image.BuildError, match=r"sh failed with status 3:\n.*broken"):
+        await image.run(["sh", "-c", "echo broken >&2; exit 3"], {}, steps.append)
+
+
+def module(path: Path, name: str, *needs: str) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    text = f"\x7fELF\0license=GPL\0depends={','.join(needs)}\0name={name}\0"
+    (path / f"{name}.ko").write_bytes(text.encode())
+
+
+def test_modules_come_after_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every module follows its dependencies, once; built-in ones are left out."""
+    kernel = tmp_path / "6.1.0"
+    module(kernel / "fs", "ext4", "mbcache", "jbd2", "crc16")
+    module(kernel / "fs", "jbd2", "crc16")
+    module(kernel / "lib", "crc16")
+    module(kernel / "fs", "mbcache")
+    module(kernel / "drivers", "virtio-blk", "virtio")
+    monkeypatch.setattr(image, "MODULES", ("virtio_blk", "ext4", "built_in", "jbd2"))
+    names = [path.stem for path in modules_in_order(tmp_path)]
+    assert names == ["virtio-blk", "mbcache", "crc16", "jbd2", "ext4"]
+    assert dependencies(kernel / "fs/ext4.ko") == ["mbcache", "jbd2", "crc16"]
+    assert dependencies(kernel / "lib/crc16.ko") == []
+
+
+def test_the_templates_that_come_with_it() -> None:
+    """Both documented templates are there with the documented size and alias."""
+    templates = Templates.load(rootfs_dir() / "templates")
+    assert {template.id for template in templates} >= {"code_interpreter", "base"}
+    found = templates.find("code-interpreter-v1")
+    assert found is templates.find("code_interpreter")
+    assert found is not None
+    assert (found.vcpus, found.memory_mb, found.disk_mb) == (2, 2048, 10240)
+    assert templates.find("nope") is None
+    assert templates.find("") is None
+
+
+def test_a_template_file_that_is_wrong_is_named(tmp_path: Path) -> None:
+    """Unknown fields, missing ones and bad TOML are refused with the file's name; so is an id that no file has."""
+    good = 'id="a"\ndescription="d"\nvcpus=1\nmemory_mb=1\ndisk_mb=1\n'
+    for text in ("id=", 'id="a"', good + 'made_up="x"', good.replace("vcpus=1", 'vcpus="1"')):
+        (tmp_path / "mine.toml").write_text(text)
+        with pytest.raises(ValueError, match=r"mine\.toml"):
+            Templates.load(tmp_path)
+    (tmp_path / "mine.toml").write_text(good)
+    assert [template.id for template in Templates.load(tmp_path, ["a"])] == ["a"]
+    with pytest.raises(ValueError, match="no template 'b'; there are a"):
+        Templates.load(tmp_path, ["b"])
