@@ -82,7 +82,7 @@ def test_a_snapshot_is_loaded_as_it_was(saved: Path) -> None:
 
 
 def test_what_was_checked_can_not_be_changed(saved: Path) -> None:
-    """The memory files are sealed: no write, no growth, no other seals; later changes of the files are nothing to them."""
+    """The memory files are sealed: no write, no growth, no other seals; later changes of the files do not count."""
     snapshot = Snapshot.load(saved)
     try:
         before = os.pread(snapshot.memory, 1000, 0)
