@@ -87,15 +87,20 @@ class Agent:
 
     async def _resume(self, request: wire.Resume) -> wire.Resumed:
         drift = 0
-        if self._uid is not None:
-            with resume.as_root(self._uid):
-                resume.add_entropy(request.entropy)
-                drift = resume.step_clock(request.wall_ns)
-                resume.identify(request.hostname, self._runtime / "boot_id")
         self._env = self._kernel.env = {**self._base_env, **request.env}
         if not self._kernel.is_running:  # driver `unisolated` has no template in which it was started
             await self._kernel.start()
-        await self._kernel.resume()
+        if self._uid is not None:
+            with resume.as_root(self._uid):
+                resume.add_entropy(request.entropy)
+        # The kernel draws on that entropy; meanwhile, on the other processor, the rest.
+        resuming = asyncio.create_task(self._kernel.resume())
+        await asyncio.sleep(0)
+        if self._uid is not None:
+            with resume.as_root(self._uid):
+                drift = resume.step_clock(request.wall_ns)
+                resume.identify(request.hostname, self._runtime / "boot_id")
+        await resuming
         return wire.Resumed(
             nonce=request.nonce,
             generation=wire.GENERATION,

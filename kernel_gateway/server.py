@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 IDLE_TIMEOUT = 660
 """Seconds an idle connection is kept; E2B's clients keep theirs for 600."""
 MAX_HEADER = 64 * 1024
+CHUNK = 256 * 1024
+"""Bytes of an upload that are passed on at once: a frame of the wire holds as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +173,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
             max_body_size=1 << 50,  # each route has its own limit; uploads have the sandbox's disk
             max_header_size=MAX_HEADER,
             idle_connection_timeout=IDLE_TIMEOUT,
+            chunk_size=CHUNK,
         )
         http.add_sockets(sockets)
         sandboxes.start()

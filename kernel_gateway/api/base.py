@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from tornado.http1connection import HTTP1Connection
 from tornado.iostream import StreamClosedError
-from tornado.web import RequestHandler, stream_request_body
+from tornado.web import HTTPError, RequestHandler, stream_request_body
 
 from kernel_gateway.errors import CellvmError, InvalidRequest, NotFound, TooLarge, Unauthorized
 from kernel_gateway.sandbox import Sandbox
@@ -342,8 +342,9 @@ class Endpoint(RequestHandler):
     def compute_etag(self) -> None:
         return None
 
-    def log_exception(self, *args: Any) -> None:
-        log.error("request failed", exc_info=args)
+    def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
+        if not isinstance(value, HTTPError):  # what Tornado refuses is the client's doing
+            log.error("request failed", exc_info=(typ, value, tb))
 
 
 class Missing(Endpoint):

@@ -445,7 +445,7 @@ async def download(call: Call) -> None:
     span = re.fullmatch(r"bytes=(\d*)-(\d*)", http.request.headers.get("Range", ""))
     offset, length = 0, -1
     if span and any(span.groups()):
-        size = (await link.call(wire.Stat(path=path), wire.Entry)).size
+        size = max((await link.call(wire.Stat(path=path), wire.Entry)).size, 0)
         first, last = span.groups()
         offset = int(first) if first else max(size - int(last), 0)
         length = (min(int(last), size - 1) if first and last else size - 1) - offset + 1
@@ -456,8 +456,8 @@ async def download(call: Call) -> None:
         http.set_header("Content-Range", f"bytes {offset}-{offset + length - 1}/{size}")
     async with link.ask(wire.Read(path=path, offset=offset, length=length)) as conversation:
         entry = await conversation.receive()
-        if not isinstance(entry, wire.Entry):
-            raise GuestUnresponsive("the guest answered a read with something else")
+        if not isinstance(entry, wire.Entry) or entry.size < 0:
+            raise GuestUnresponsive("the guest answered a read with something that is not a file")
         name = posixpath.basename(path)
         http.set_header("Content-Type", mimetypes.guess_type(name)[0] or "application/octet-stream")
         http.set_header("Content-Disposition", f"attachment; filename*=UTF-8''{quote(name, safe='')}")
