@@ -1,0 +1,209 @@
+"""The whole server in this process, over real agents (driver `unisolated`): start, work, stop, and leave nothing."""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tornado.httpclient import AsyncHTTPClient, HTTPResponse
+
+from kernel_gateway.__main__ import main
+from kernel_gateway.server import Server, running
+from kernel_gateway.settings import Settings, SettingsError
+from tests.fakes import error_of, eventually
+
+KEY = "sk-sb-tests"
+
+
+def settings(directory: Path, **fields: Any) -> Settings:
+    return Settings(
+        **{
+            "port": 0,
+            "data_dir": str(directory / "data"),
+            "cache_dir": str(directory / "cache"),
+            "isolation": "unisolated",
+            "pool_size": 1,
+            "api_key": KEY,
+            **fields,
+        }
+    )
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[AsyncHTTPClient]:
+    """A client of the test's own."""
+    client = AsyncHTTPClient(force_instance=True)
+    yield client
+    client.close()
+
+
+async def call(
+    client: AsyncHTTPClient, server: Server, method: str, path: str, body: object = None, key: str = KEY
+) -> HTTPResponse:
+    return await client.fetch(
+        server.url + path,
+        method=method,
+        body=json.dumps(body) if body is not None else None,
+        headers={"X-API-Key": key},
+        raise_error=False,
+        allow_nonstandard_methods=True,
+    )
+
+
+async def test_a_server_from_start_to_end(
+    tmp_path: Path, client: AsyncHTTPClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It starts, warns that there is no isolation, answers, runs commands and cells, and leaves nothing."""
+    with caplog.at_level(logging.INFO):
+        async with running(settings(tmp_path), lambda text: None) as server:
+            assert "ISOLATION IS OFF" in caplog.text
+            health = json.loads((await call(client, server, "GET", "/health", key="")).body)
+            assert (health["ready"], health["isolation"], health["accelerator"]) == (True, "none", "native")
+            (pool,) = server.sandboxes.pools.values()
+            await eventually(lambda: pool.ready == 1, 20)
+            answer = await call(client, server, "POST", "/sandboxes", {"templateID": "code_interpreter"})
+            assert answer.code == 201, answer.body
+            box = json.loads(answer.body)["sandboxID"]
+            body = {"cmd": "sh", "args": ["-c", "echo $E2B_SANDBOX_ID; pwd"]}
+            result = json.loads((await call(client, server, "POST", f"/sandboxes/{box}/processes", body)).body)
+            assert result["stdout"].split("\n")[0] == box
+            for code, text in (("x = 41", None), ("x + 1", "42")):
+                answer = await call(client, server, "POST", f"/sandboxes/{box}/execute", {"code": code})
+                cell = json.loads(answer.body)
+                assert (cell["results"][0]["data"]["text/plain"] if text else None) == text
+            assert KEY not in caplog.text
+            data = tmp_path / "data"
+            assert list(data.rglob("agent-*"))
+    assert sorted(path.name for path in data.rglob("*")) == ["cellvm.db", "disks", "lock"]
+    with pytest.raises(ConnectionError):
+        await client.fetch(server.url + "/health")
+
+
+async def test_the_first_start_makes_a_key(tmp_path: Path, client: AsyncHTTPClient) -> None:
+    """Without a key in the settings the first start makes one that works; later starts know it and make none."""
+    mine = settings(tmp_path, api_key="", pool_size=0)
+    async with running(mine, lambda text: None) as server:
+        key = server.new_key
+        assert key is not None
+        assert (await call(client, server, "GET", "/sandboxes", key=key)).code == 200
+        assert (await call(client, server, "GET", "/sandboxes", key="other")).code == 401
+    async with running(mine, lambda text: None) as server:
+        assert server.new_key is None
+        assert (await call(client, server, "GET", "/sandboxes", key=key)).code == 200
+
+
+async def test_two_servers_do_not_share_a_data_directory(tmp_path: Path) -> None:
+    """The second is refused with a sentence, and the first goes on."""
+    mine = settings(tmp_path, pool_size=0)
+    async with running(mine, lambda text: None):
+        with pytest.raises(SettingsError, match="another server uses"):
+            await running(mine, lambda text: None).__aenter__()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Tornado leaves its socket to the GC
+async def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    """Refused by host and port; nothing stays held."""
+    async with running(settings(tmp_path, pool_size=0), lambda text: None) as server:
+        port = int(server.url.rsplit(":", 1)[1])
+        with pytest.raises(SettingsError, match=rf"127\.0\.0\.1:{port}"):
+            await running(settings(tmp_path / "other", port=port), lambda text: None).__aenter__()
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"), [({"templates": "nope"}, "no template 'nope'"), ({"host": "256.1.1.1"}, "256.1.1.1")]
+)
+async def test_settings_that_can_not_be_used(tmp_path: Path, fields: dict[str, str], says: str) -> None:
+    """They are refused with a sentence, and nothing stays held."""
+    with pytest.raises(SettingsError, match=says):
+        await running(settings(tmp_path, **fields), lambda text: None).__aenter__()
+
+
+async def test_a_stop_lets_requests_finish(tmp_path: Path, client: AsyncHTTPClient) -> None:
+    """While it goes down the server finishes what is under way and takes nothing new."""
+    context = running(settings(tmp_path, pool_size=0), lambda text: None)
+    server = await context.__aenter__()
+    answer = await call(client, server, "POST", "/sandboxes", {"templateID": "base"})
+    box = json.loads(answer.body)["sandboxID"]
+    body = {"cmd": "sh", "args": ["-c", "sleep 0.5; echo done"]}
+    under_way = asyncio.create_task(call(client, server, "POST", f"/sandboxes/{box}/processes", body))
+    await asyncio.sleep(0.2)
+    await context.__aexit__(None, None, None)
+    assert json.loads((await under_way).body)["stdout"] == "done\n"
+
+
+async def test_a_stop_does_not_wait_for_ever(tmp_path: Path, client: AsyncHTTPClient) -> None:
+    """What does not finish within shutdown_timeout is ended with its sandbox, and told so."""
+    context = running(settings(tmp_path, pool_size=0, shutdown_timeout=1), lambda text: None)
+    server = await context.__aenter__()
+    answer = await call(client, server, "POST", "/sandboxes", {"templateID": "base"})
+    box = json.loads(answer.body)["sandboxID"]
+    body = {"cmd": "sleep", "args": ["60"]}
+    under_way = asyncio.create_task(call(client, server, "POST", f"/sandboxes/{box}/processes", body))
+    await asyncio.sleep(0.2)
+    begun = time.monotonic()
+    await context.__aexit__(None, None, None)
+    assert 0.8 < time.monotonic() - begun < 4
+    try:
+        answer = await under_way
+    except (ConnectionError, OSError):
+        pass
+    else:
+        assert error_of(answer)["error"] == "sandbox_died"
+
+
+async def test_a_restart_tells_what_became_of_sandboxes(tmp_path: Path, client: AsyncHTTPClient) -> None:
+    """After a stop the owner hears why a sandbox ended."""
+    async with running(settings(tmp_path, pool_size=0), lambda text: None) as server:
+        answer = await call(client, server, "POST", "/sandboxes", {"templateID": "base"})
+        box = json.loads(answer.body)["sandboxID"]
+    async with running(settings(tmp_path, pool_size=0), lambda text: None) as server:
+        answer = await call(client, server, "GET", f"/sandboxes/{box}")
+        assert answer.code == 404
+        assert error_of(answer)["hint"].endswith("server_stopped")
+
+
+# -- the command line
+
+
+def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cellvm keys` makes, lists and removes keys; the list never shows one."""
+    monkeypatch.setenv("CELLVM_DATA_DIR", str(tmp_path))
+    assert main(["keys", "add", "mine"]) == 0
+    key = next(word for word in capsys.readouterr().out.split() if word.startswith("e2b_"))
+    assert main(["keys", "list"]) == 0
+    listed = capsys.readouterr().out
+    assert "mine" in listed
+    assert key not in listed
+    owner = next(line for line in listed.splitlines() if "mine" in line).split()[0]
+    assert main(["keys", "remove", owner]) == 0
+    capsys.readouterr()
+    main(["keys", "list"])
+    assert "mine" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [(["serve", "--port", "x"], "--port"), (["serve", "--isolation", "docker"], "--isolation")],
+)
+def test_a_bad_flag(argv: list[str], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A value that can't be is told with the flag's name and a non-zero status, without a traceback."""
+    assert main([*argv, "--data-dir", str(tmp_path)]) == 1
+    told = capsys.readouterr().err
+    assert says in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("command", ["serve", "build", "doctor", "run", "keys"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command has help; `serve` lists every setting."""
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert command in text
+    if command == "serve":
+        assert "--max-sandboxes" in text
