@@ -76,7 +76,7 @@ async def leaks(request: pytest.FixtureRequest, tmp_path: Path, tracebacks: None
     files, processes, tasks = open_files(), children(), asyncio.all_tasks()
     yield
     left: dict[str, object] = {}
-    for _ in range(100):
+    for _ in range(50):
         left = {
             "files": {fd: name for fd, name in open_files().items() if files.get(fd) != name},
             "processes": children() - processes,

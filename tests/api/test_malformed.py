@@ -127,7 +127,7 @@ async def test_malformed_queries_and_paths(service: Service, box: str) -> None:
     ]
     for route in ROUTES:
         for piece in pieces:
-            for query in (f"?path={piece}", f"?{piece}", f"?path=a&path={piece}", f"?status={piece}&metadata={piece}"):
+            for query in (f"?path={piece}&{piece}", f"?path=a&path={piece}&status={piece}&metadata={piece}"):
                 path = re.sub(r"\{\w+\}", box, route.path)
                 if route.method == "GET":
                     answer = await service.call("GET", path + query.replace("ü", "%C3%BC"))

@@ -6,7 +6,7 @@ import uuid
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernel_gateway.jupyter import message
@@ -111,6 +111,7 @@ FIELDS = [
 ]  # fmt: skip
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from(KINDS), st.dictionaries(st.sampled_from(FIELDS), JSON)), max_size=20))
 def test_any_content_can_be_taken(messages: list[tuple[str, dict[str, Any]]]) -> None:
     """Content of whatever types raises nothing, and the outcome can be written as JSON."""
