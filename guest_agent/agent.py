@@ -99,7 +99,7 @@ class Agent:
         if self._uid is not None:
             with resume.as_root(self._uid):
                 drift = resume.step_clock(request.wall_ns)
-                resume.identify(request.hostname, self._runtime / "boot_id")
+                resume.identify(request.hostname, self._runtime)
         await resuming
         return wire.Resumed(
             nonce=request.nonce,

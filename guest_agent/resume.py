@@ -54,10 +54,10 @@ def step_clock(wall_ns: int) -> int:
     return drift
 
 
-def identify(hostname: str, boot_id_file: Path) -> None:
-    """New host name, machine id and boot id (a file that init has bound over the kernel's)."""
+def identify(hostname: str, runtime: Path) -> None:
+    """New host name, machine id and boot id. Init has linked the files of /etc, and the kernel's, to these."""
     socket.sethostname(hostname)
-    Path("/etc/hostname").write_text(f"{hostname}\n")
-    Path("/etc/hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {hostname}\n")
-    Path("/etc/machine-id").write_text(f"{os.urandom(16).hex()}\n")
-    boot_id_file.write_text(f"{uuid.UUID(bytes=os.urandom(16), version=4)}\n")
+    (runtime / "hostname").write_text(f"{hostname}\n")
+    (runtime / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {hostname}\n")
+    (runtime / "machine-id").write_text(f"{os.urandom(16).hex()}\n")
+    (runtime / "boot_id").write_text(f"{uuid.UUID(bytes=os.urandom(16), version=4)}\n")
