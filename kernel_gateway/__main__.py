@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, closing, contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -168,17 +168,17 @@ async def run_file(settings: Settings, file: Path, get: list[str], template_id: 
 def keys(settings: Settings, action: str, name: str) -> int:
     """Make, list and remove API keys."""
     settings.data_path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    store = Store(settings.data_path / "cellvm.db")
-    if action == "add":
-        key = new_key()
-        store.add_key(key, name)
-        print(key)
-    elif action == "list":
-        for owner, label, created in store.list_keys():
-            print(f"{owner}  {time.strftime('%Y-%m-%d %H:%M', time.localtime(created))}  {label}")
-    elif not store.remove_key(name):
-        console.print(f"no key with id {name!r}; `cellvm keys list` shows them")
-        return 1
+    with closing(Store(settings.data_path / "cellvm.db")) as store:
+        if action == "add":
+            key = new_key()
+            store.add_key(key, name)
+            print(key)
+        elif action == "list":
+            for owner, label, created in store.list_keys():
+                print(f"{owner}  {time.strftime('%Y-%m-%d %H:%M', time.localtime(created))}  {label}")
+        elif not store.remove_key(name):
+            console.print(f"no key with id {name!r}; `cellvm keys list` shows them")
+            return 1
     return 0
 
 

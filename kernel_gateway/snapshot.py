@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,7 +123,12 @@ class Snapshot:
             manifest = msgspec.json.decode((directory / "manifest.json").read_bytes(), type=Manifest)
         except (OSError, msgspec.MsgspecError) as error:
             raise SnapshotCorrupt(f"{directory}: {error}") from error
-        held = {name: cls._hold(directory / name, manifest) for name in FILES}
+        with ExitStack() as opened:
+            held = {}
+            for name in FILES:
+                held[name] = cls._hold(directory / name, manifest)
+                opened.callback(os.close, held[name])
+            opened.pop_all()
         return cls(manifest, **held)
 
     @staticmethod

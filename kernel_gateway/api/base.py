@@ -5,6 +5,7 @@ and makes the OpenAPI document, so the two can't differ.
 """
 
 import asyncio
+import contextlib
 import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -326,7 +327,8 @@ class Endpoint(RequestHandler):
         self._is_answered = True
         while not self._chunks.empty():
             self._chunks.get_nowait()  # whoever waits to add more finds that it is not wanted
-        await self.flush()
+        with contextlib.suppress(StreamClosedError):  # nobody is left to tell
+            await self.flush()
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Errors that Tornado finds itself: a malformed path, a method it does not know."""

@@ -127,12 +127,9 @@ def measure_cells(bench: Bench, server: Server, prefix: str, rounds: int) -> Non
 def measure_creates(bench: Bench, server: Server, count: int) -> None:
     """Creates one after the other from a full pool, and the floor beside them."""
     server.await_pool(count)
-    made = []
     for _ in range(count):
         bench.time("empty request (GET /health)", lambda: server.session.get(f"{server.url}/health", timeout=10))
-        made.append(bench.time("create, warm pool", server.create, 201).json()["sandboxID"])
-    for sandbox in made:
-        server.delete(sandbox)
+        server.delete(bench.time("create, warm pool", server.create, 201).json()["sandboxID"])
 
 
 def measure_transfers(bench: Bench, server: Server) -> None:
