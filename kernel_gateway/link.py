@@ -27,7 +27,6 @@ SMALL = 2048
 WRITE_BUFFER = 1024 * 1024
 WRITE_DEADLINE = 10.0
 """Seconds the guest may leave our bytes unread, times the driver's time scale."""
-KERNEL_CREDIT = 4 * 1024 * 1024
 
 T = TypeVar("T", bound=Body)
 
@@ -159,6 +158,7 @@ class Link(asyncio.Protocol):
         self._conversations: dict[int, Conversation] = {}
         self._joiners = {wire.KERNEL: wire.MessageJoiner(), wire.KERNEL_CONTROL: wire.MessageJoiner()}
         self._kernel_credit = dict.fromkeys(self._joiners, wire.INITIAL_CREDIT)
+        self._kernel_granted = dict.fromkeys(self._joiners, wire.INITIAL_CREDIT)
         self._kernel_owed = dict.fromkeys(self._joiners, 0)
         self._kernel_may_send = asyncio.Event()
         self._kernel_sending = {number: asyncio.Lock() for number in self._joiners}
@@ -354,10 +354,14 @@ class Link(asyncio.Protocol):
             self._kernel_credit[frame.stream] += int.from_bytes(frame.payload, "big")
             self._kernel_may_send.set()
         elif frame.type is FrameType.DATA:
+            self._kernel_granted[frame.stream] -= len(frame.payload)
+            if self._kernel_granted[frame.stream] < -wire.CHUNK:  # the last chunk may pass the credit it begins with
+                raise wire.FrameError("kernel messages beyond the credit granted")
             parts = self._joiners[frame.stream].receive(frame)
             self._kernel_owed[frame.stream] += len(frame.payload)
             if self._kernel_owed[frame.stream] >= wire.CHUNK:
                 self.write(wire.credit(frame.stream, self._kernel_owed[frame.stream]))
+                self._kernel_granted[frame.stream] += self._kernel_owed[frame.stream]
                 self._kernel_owed[frame.stream] = 0
             if parts is not None:
                 self.on_kernel_message(parts)
