@@ -240,20 +240,22 @@ class Kernel:
 
     async def _nudge(self, connection: Connection) -> None:
         """Ask until both a reply and published output have come back: only then are all sockets joined."""
-        answered = published = False
-        while not (answered and published):
+        waiting = published = False
+        while waiting or not published:
             if not self._pid:
                 raise AgentError("kernel_unavailable", "the kernel ended while it was starting")
-            connection.send("shell", message("kernel_info_request", {})[1])
+            if not waiting:  # one question at a time: a queue of them would keep a slow machine busy for seconds
+                connection.send("shell", message("kernel_info_request", {})[1])
+                waiting = True
             await asyncio.sleep(NUDGE_INTERVAL)
-            while parts := connection.receive("shell"):
-                answered = bool(parts)
             while (parts := connection.receive("iopub")) is not None:
                 published = published or bool(parts)
-        while True:  # the answers to all the other questions
+            while parts := connection.receive("shell"):
+                waiting = False
+        while True:  # what of the answers is still on its way
             await asyncio.sleep(NUDGE_INTERVAL)
-            waiting = [name for name in ("shell", "iopub") if connection.receive(name) is not None]
-            if not waiting:
+            left = [name for name in ("shell", "iopub") if connection.receive(name) is not None]
+            if not left:
                 return
 
     def _disconnect(self) -> None:
