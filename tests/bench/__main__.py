@@ -132,6 +132,16 @@ def measure_creates(bench: Bench, server: Server, count: int) -> None:
         server.delete(bench.time("create, warm pool", server.create, 201).json()["sandboxID"])
 
 
+def measure_burst(bench: Bench, server: Server, name: str) -> None:
+    """Eight clients that create at the same moment: the time until the last has its sandbox."""
+    with ThreadPoolExecutor(8) as threads:
+        started = time.perf_counter()
+        answers = list(threads.map(lambda _: server.create(), range(8)))
+        bench.add(name, (time.perf_counter() - started) * 1000)
+    for answer in answers:
+        server.delete(answer.json()["sandboxID"])
+
+
 def measure_transfers(bench: Bench, server: Server) -> None:
     """64 MiB up and down, and the same over a plain loopback HTTP server."""
     data = secrets.token_bytes(TRANSFER)
@@ -228,12 +238,7 @@ def main() -> None:
         for _ in range(10):
             sandbox = bench.time("create, empty pool", server.create, 201).json()["sandboxID"]
             server.delete(sandbox)
-        with ThreadPoolExecutor(8) as threads:
-            started = time.perf_counter()
-            answers = list(threads.map(lambda _: server.create(), range(8)))
-            bench.add("8 creates at once, empty pool", (time.perf_counter() - started) * 1000)
-        for answer in answers:
-            server.delete(answer.json()["sandboxID"])
+        measure_burst(bench, server, "8 creates at once, empty pool")
         print("files …", file=sys.stderr)
         measure_transfers(bench, server)
         print("memory …", file=sys.stderr)
@@ -244,12 +249,7 @@ def main() -> None:
     server = Server("--pool-size", "8", "--max-sandboxes", "40", "--templates", "code_interpreter")
     try:
         server.await_pool(8)
-        with ThreadPoolExecutor(8) as threads:
-            started = time.perf_counter()
-            answers = list(threads.map(lambda _: server.create(), range(8)))
-            bench.add("8 creates at once, pool of 8", (time.perf_counter() - started) * 1000)
-        for answer in answers:
-            server.delete(answer.json()["sandboxID"])
+        measure_burst(bench, server, "8 creates at once, pool of 8")
         print("cells …", file=sys.stderr)
         server.await_pool(8)
         measure_cells(bench, server, "", 6)
