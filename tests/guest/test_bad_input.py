@@ -445,6 +445,16 @@ def test_large_upload_refused_is_answered(box: Sandbox) -> None:
     check_error(box.upload("/etc/new", os.urandom(32 * MIB)), 403, "/etc/new")
 
 
+def test_full_disk(server: Server) -> None:
+    """An upload for which the sandbox's disk has no room answers 507, leaves nothing, and the sandbox goes on."""
+    with server.sandbox() as box:
+        box.shell("fallocate -l $(($(stat -fc '%a * %S' .) - 16 * 1024 * 1024)) filler")
+        check_error(box.upload("big", os.urandom(32 * MIB)), 507, "No space left")
+        assert box.shell("ls -A | grep -e big -e part; true") == ""
+        box.shell("rm filler")
+        assert box.upload("big", os.urandom(32 * MIB)).status_code == 200
+
+
 def test_upload_malformed(box: Sandbox) -> None:
     """An upload that is not multipart, has no file, or is cut short is refused, and leaves no file."""
     check_error(box.post("/files", data=b"x"), 400, "multipart")
