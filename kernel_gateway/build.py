@@ -60,10 +60,9 @@ class Builder:
     async def image(self, template: Template, step: Progress) -> Path:
         return await build_image(template, self.cache, self.ca_bundle, step)
 
-    def open_image(self, directory: Path) -> Image:
+    def open_image(self, directory: Path, initrd: Path) -> Image:
         """The files that machines of this image read, opened for the server's life."""
         kernel = next((directory / "boot/boot").glob("vmlinuz-*"))
-        initrd = build_initrd(directory, self.cache)
         return Image(
             *(os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in (kernel, initrd, directory / "root.erofs"))
         )
@@ -79,13 +78,12 @@ class Builder:
             step(f"{template.id}: {text}")
 
         directory = await self.image(template, told)
-        image = self.open_image(directory)
+        initrd = build_initrd(directory, self.cache)
+        image = self.open_image(directory, initrd)
         machine = Machine(driver.capabilities.accelerator, template.vcpus, template.memory_mb)
         version = qemu_version(self.binary)
         argv = driver.command(machine, Descriptors(*range(8)), template=True)[1:]
-        key = content_hash(
-            template.id, directory.name, build_initrd(directory, self.cache), version, repr(argv), repr(template)
-        )
+        key = content_hash(template.id, directory.name, initrd, version, repr(argv), repr(template))
         path = self.cache / "snapshots" / f"{template.id}-{key}"
         if not path.is_dir():
             manifest = Manifest(template=template.id, qemu_version=version, argv=argv, image=directory.name, files={})
@@ -169,7 +167,8 @@ class Builder:
     async def probe_kvm(self, template: Template, driver: Qemu, step: Progress) -> bool:
         """Whether the real guest boots on this host's KVM. A `/dev/kvm` that opens proves nothing."""
         step("try KVM with the real guest")
-        image = self.open_image(await self.image(template, step))
+        directory = await self.image(template, step)
+        image = self.open_image(directory, build_initrd(directory, self.cache))
         machine = Machine("kvm", template.vcpus, template.memory_mb)
         memory = memory_file("probe", machine.ram_mb * 1024 * 1024)
         path = self.cache / f"probe-{os.getpid()}"
