@@ -1,195 +1,462 @@
-"""A sandbox's kernel as the gateway sees it: routes its messages to whoever asked, and runs cells for REST."""
+"""A sandbox's kernel as the gateway sees it: keeps what it says, routes replies, runs cells for REST and agents."""
 
 import asyncio
+import hashlib
+import logging
 import time
 import uuid
-from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from guest_agent import wire
-from kernel_gateway.errors import CellvmError, GuestFailure
+from kernel_gateway.errors import CellvmError, Conflict, GuestFailure
+from kernel_gateway.journal import Gap, Journal
 from kernel_gateway.jupyter import message
-from kernel_gateway.jupyter.execution import CellError, Execution, StreamEvent
+from kernel_gateway.jupyter.execution import CellError, Events, StreamEvent
+from kernel_gateway.jupyter.message import CHANNEL, CONTENT, HEADER, PARENT
 from kernel_gateway.link import Link
 
-HIGH_WATER = 4 * 1024 * 1024
-"""Bytes of messages waiting for a reader at which the guest is made to wait."""
+log = logging.getLogger(__name__)
+
 INTERRUPT_GRACE = 0.75
 """Seconds a cell gets to end after an interrupt before its kernel is killed: the reply comes within a second."""
+KEPT = 1000
+"""Executions and sessions that are remembered, each."""
+MAX_PENDING = 10_000
+UNTRACKED = frozenset(
+    "comm_info_request comm_info_reply kernel_info_request kernel_info_reply shutdown_request shutdown_reply "
+    "interrupt_request interrupt_reply debug_request debug_reply stream display_data update_display_data execute_input "
+    "execute_result error status clear_output debug_event input_request input_reply".split()
+)
+"""Requests that are no activity of a user; jupyter_server has the same list."""
 
 
-class Inbox:
-    """The messages of one request that have not been read yet."""
+class Pending(msgspec.Struct):
+    """A request that is not over: who asked, its header, and what of the end has come."""
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
-        self._messages: deque[list[memoryview] | CellError] = deque()
-        self._size = 0
-        self._arrived = asyncio.Event()
+    session: str
+    header: bytes
+    kind: str
+    is_replied: bool = False
+    is_idle: bool = False
 
-    def put(self, item: list[memoryview] | CellError) -> None:
-        self._messages.append(item)
-        if isinstance(item, list):
-            self._size += sum(len(part) for part in item)
-            if self._size > HIGH_WATER:
-                self._link.pause_reading()
-        self._arrived.set()
 
-    async def get(self) -> list[memoryview] | CellError:
-        while not self._messages:
-            self._arrived.clear()
-            await self._arrived.wait()
-        item = self._messages.popleft()
-        if isinstance(item, list):
-            before, self._size = self._size, self._size - sum(len(part) for part in item)
-            if before > HIGH_WATER >= self._size:
-                self._link.resume_reading()
-        return item
+class Execution:
+    """A cell that the gateway runs for somebody.
 
-    def discard(self) -> None:
-        self._messages.clear()
-        if self._size > HIGH_WATER:
-            self._link.resume_reading()
-        self._size = 0
+    `id` is its Jupyter message id and names it towards clients. `after` is the journal's number before its first
+    message, `last` that of its last one, 0 until it is over. `is_lost`: its kernel ended under it, so nobody knows how
+    far it came. `failure`: it could not be run at all.
+    """
+
+    def __init__(self, execution_id: str, digest: bytes, after: int, timeout: float | None) -> None:
+        self.id = execution_id
+        self.digest = digest
+        self.after = after
+        self.timeout = timeout
+        self.last = 0
+        self.is_lost = False
+        self.failure: CellvmError | None = None
+        self.is_unwanted = False
+        self.timed_out: CellError | None = None
+        self.clock = time.monotonic()
+        self.is_started = False
+        self.over = asyncio.Event()
+        self.changed = asyncio.Event()
+
+    @property
+    def state(self) -> str:
+        if not self.over.is_set():
+            return "running"
+        return "unknown" if self.is_lost else "finished"
 
 
 class Kernel:
-    """One kernel. `execute` runs one cell at a time, in the order of the calls."""
+    """One kernel. Cells that the gateway runs itself run one at a time, in the order of the calls.
+
+    `state` is one of Jupyter's: starting, idle, busy, restarting, dead; `reason` says why for the last two.
+    `sessions` holds for each client session the number of the last message it is known to have received.
+    `on_shutdown` is called when a client has shut the kernel down for good.
+    """
 
     def __init__(self, link: Link) -> None:
         self._link = link
         self._session = uuid.uuid4().hex
-        self._inboxes: dict[str, Inbox] = {}
+        self._kernel_session = self._session
+        self._pending: dict[str, Pending] = {}
+        self._busy: dict[str, str] = {}
         self._turn = asyncio.Lock()
         self._usable = asyncio.Event()
         self._usable.set()
-        self._is_dead = False
+        self._condition = "idle"
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.reason = ""
+        self.last_activity = time.time()
+        self.connections = 0
+        self.sessions: dict[str, int] = {}
+        self.executions: dict[str, Execution] = {}
+        self.on_shutdown: Callable[[], None] = lambda: None
+        self.journal = Journal(on_pressure=link.hold_kernel)
         link.on_kernel_message = self._message_received
         link.on_event = self._event_received
+        link.closed.add_done_callback(lambda closed: self.close(str(closed.result())))
 
-    def _message_received(self, parts: list[memoryview]) -> None:
-        inbox = self._inboxes.get(message.parent_id(parts))
-        if inbox is not None:
-            inbox.put(parts)
+    def open_journal(self, directory: Path | None) -> None:
+        """Begin a journal, for the kernel belongs to somebody now: what the pool did with it is nobody's business."""
+        self.journal.close()
+        self.journal = Journal(directory, on_pressure=self._link.hold_kernel)
+        self.executions.clear()
+        self.last_activity = time.time()
+
+    @property
+    def state(self) -> str:
+        return "busy" if self._condition == "idle" and self._busy else self._condition
+
+    # -- what the kernel says
+
+    def _message_received(self, views: list[memoryview]) -> None:
+        parts = [bytes(view) for view in views]
+        if len(parts) <= CONTENT or parts[CHANNEL] not in message.SENT_BY_KERNEL:
+            return  # no message of a kernel
+        head = message.header(parts[HEADER])
+        self._kernel_session = head.session
+        parent = message.header(parts[PARENT])
+        pending = self._pending.get(parent.msg_id)
+        session: str | None = None
+        if parts[CHANNEL] == b"iopub":
+            if head.msg_type == "status":
+                self._status_received(parent, message.content(parts[CONTENT]).get("execution_state"), pending)
+            if parent.msg_type not in UNTRACKED:
+                self.last_activity = time.time()
+        else:
+            session = pending.session if pending else parent.session
+            if pending and head.msg_type.endswith("_reply"):
+                pending.is_replied = True
+        execution = self.executions.get(parent.msg_id)
+        if execution is not None:
+            if not execution.is_started:
+                execution.is_started = True
+                execution.clock = time.monotonic()
+                execution.changed.set()
+            if head.msg_type == "error" and execution.timed_out:
+                parts[CONTENT] = error_content(execution.timed_out)
+        ends = pending is not None and pending.is_replied and pending.is_idle
+        self._record(parts, head.msg_type, parent.msg_id, session, ends)
+        is_shutdown = pending is not None and pending.kind == "shutdown_request" and head.msg_type == "shutdown_reply"
+        if is_shutdown and not message.content(parts[CONTENT]).get("restart"):
+            self.on_shutdown()
+
+    def _status_received(self, parent: message.Header, state: object, pending: Pending | None) -> None:
+        if state == "busy":
+            if len(self._busy) < MAX_PENDING and parent.msg_type not in UNTRACKED:
+                self._busy[parent.msg_id] = parent.msg_type
+        elif state == "idle":
+            self._busy.pop(parent.msg_id, None)
+            if pending is not None:
+                pending.is_idle = True
+
+    def _record(self, parts: list[bytes], kind: str, parent: str, session: str | None, ends: bool) -> None:
+        record = self.journal.append(parts, kind, parent, session, ends)
+        if ends:
+            self._pending.pop(parent, None)
+            execution = self.executions.get(parent)
+            if execution is not None:
+                execution.last = record.seq
+                execution.over.set()
+                execution.changed.set()
 
     def _event_received(self, event: wire.Body) -> None:
         if not isinstance(event, wire.KernelStatus):
             return
-        self._is_dead = event.state == "dead"
-        if event.state == "restarting":
-            self._usable.clear()
-        else:
-            self._usable.set()
+        reason = event.reason[:500]
+        cause = {"reason": reason, "exitCode": event.exit_code, "signal": event.signal}
         if event.state in ("restarting", "dead"):
-            self._lose_cells(event.reason[:500])
+            self._lose(CellError("KernelRestarted", reason, code="kernel_restarted", stateKept=False))
+        if event.state in ("restarting", "dead", "idle"):
+            self._condition, self.reason = event.state, "" if event.state == "idle" else reason
+            if event.state == "restarting":
+                self._usable.clear()
+            else:
+                self._usable.set()
+            self._publish("status", {"execution_state": event.state}, {k: v for k, v in cause.items() if v})
+
+    # -- what the gateway says in the kernel's name
+
+    def _publish(self, kind: str, fields: dict[str, Any], cause: dict[str, Any] | None = None) -> None:
+        metadata = {"cellvm": cause} if cause else {}
+        parts = message.new("iopub", kind, fields, session=self._kernel_session, metadata=metadata)
+        self._record(parts, kind, "", None, ends=False)
+
+    def _lose(self, error: CellError) -> None:
+        """End every request that was under way: its kernel is gone, and no client should wait for ever."""
+        for msg_id in list(self._pending):
+            self._end_request(msg_id, error)
+        self._busy.clear()
+
+    def _end_request(self, msg_id: str, error: CellError) -> None:
+        if self.journal.is_closed:
+            return
+        pending = self._pending[msg_id]
+        execution = self.executions.get(msg_id)
+        if execution is not None:
+            execution.is_lost = True
+        content = msgspec.json.decode(error_content(error))
+
+        def say(channel: str, kind: str, fields: dict[str, Any], ends: bool = False) -> None:
+            session = None if channel == "iopub" else pending.session
+            parts = message.new(channel, kind, fields, session=self._kernel_session, parent=pending.header)
+            self._record(parts, kind, msg_id, session, ends)
+
+        if pending.kind == "execute_request":
+            say("iopub", "error", content)
+        say("shell", pending.kind.removesuffix("_request") + "_reply", {"status": "error", **content})
+        say("iopub", "status", {"execution_state": "idle"}, ends=True)
+
+    def close(self, reason: str) -> None:
+        """The sandbox has ended: tell whoever reads, once."""
+        if self.journal.is_closed:
+            return
+        self._condition, self.reason = "dead", reason
+        self._publish("status", {"execution_state": "dead"}, {"reason": reason})
+        for execution in self.executions.values():
+            if not execution.over.is_set():
+                execution.is_lost = True
+                execution.over.set()
+                execution.changed.set()
+        self._usable.set()
+        self.journal.close()
+
+    # -- what clients say
+
+    async def send(self, parts: list[bytes], session: str) -> None:
+        """Pass a client's message on; its replies go to the client's `session`. Waits while the kernel is restarting.
+
+        Raises:
+            SandboxDied: the sandbox has ended.
+        """
+        head = message.header(parts[HEADER])
+        if not self._usable.is_set():
+            await self._usable.wait()
+        if head.msg_type.endswith("_request"):
+            if len(self._pending) >= MAX_PENDING:
+                del self._pending[next(iter(self._pending))]
+            self._pending.setdefault(head.msg_id, Pending(session, parts[HEADER], head.msg_type))
+            if self._condition == "dead":
+                reason = f"the kernel is dead ({self.reason}); restart it"
+                self._end_request(head.msg_id, CellError("DeadKernel", reason, code="kernel_restarted"))
+                return
+        if self._condition != "dead":
+            await self._link.send_kernel_message(parts)
+
+    async def answer_input(self, text: str) -> None:
+        """Answer the cell that waits for input."""
+        await self._link.send_kernel_message(
+            message.new("stdin", "input_reply", {"value": text}, session=self._session)
+        )
+
+    def attach(self, session: str) -> int:
+        """A client connects as `session`: the number after which it has to be told everything."""
+        after = self.sessions.pop(session, self.journal.last)
+        self.sessions[session] = after
+        if len(self.sessions) > KEPT:
+            del self.sessions[next(iter(self.sessions))]
+        return after
+
+    def received(self, session: str, seq: int) -> None:
+        """A client has acknowledged everything up to number `seq`."""
+        if seq > self.sessions.get(session, 0):
+            self.sessions[session] = seq
+
+    # -- cells of the gateway's own
+
+    def run(
+        self,
+        code: str,
+        *,
+        execution_id: str | None = None,
+        timeout: float | None = None,
+        quiet: bool = False,
+        with_input: bool = False,
+    ) -> Execution:
+        """Run a cell, or find the one that runs or ran under this id.
+
+        At `timeout` seconds, counted from its start, the cell is interrupted, so that variables survive; one that does
+        not end then has its kernel replaced.
+
+        Args:
+            quiet: leave no trace in the user's history and counter.
+            with_input: somebody will answer the cell's input requests.
+
+        Raises:
+            Conflict: the id was used for something else.
+        """
+        digest = hashlib.sha256(code.encode("utf-8", "surrogatepass")).digest()
+        known = self.executions.get(execution_id or "")
+        if known is not None and known.digest == digest:
+            return known
+        if known is not None or execution_id in self._pending:
+            raise Conflict("this id was used for another cell", hint="choose a new one for every cell")
+        execution = Execution(execution_id or uuid.uuid4().hex, digest, self.journal.last, timeout)
+        for old in [each for each in self.executions.values() if each.over.is_set()][: len(self.executions) - KEPT + 1]:
+            del self.executions[old.id]
+        self.executions[execution.id] = execution
+        fields = {
+            "code": code,
+            "silent": False,
+            "store_history": not quiet,
+            "user_expressions": {},
+            "allow_stdin": with_input,
+            "stop_on_error": False,
+        }
+        self._start(self._drive(execution, fields))
+        return execution
+
+    def _start(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _drive(self, execution: Execution, fields: dict[str, Any]) -> None:
+        """See a cell through: its turn, its start, its timeout."""
+        try:
+            async with self._turn:
+                await self._usable.wait()
+                if self._condition == "dead":
+                    await self.restart()
+                if not execution.is_unwanted:
+                    parts = message.new("shell", "execute_request", fields, session=self._session, msg_id=execution.id)
+                    self._pending[execution.id] = Pending(self._session, parts[HEADER], "execute_request")
+                    execution.clock = time.monotonic()
+                    await self._link.send_kernel_message(parts)
+                    await self._watch(execution)
+        except CellvmError as error:
+            execution.failure = error
+        if not execution.over.is_set():  # it never came to the kernel
+            self._pending.setdefault(execution.id, Pending(self._session, b"{}", "execute_request"))
+            self._end_request(execution.id, CellError("NotRun", str(execution.failure or "nobody waits for it")))
+
+    async def _watch(self, execution: Execution) -> None:
+        deadline: float | None = None
+        may_interrupt = True
+        while not execution.over.is_set():
+            end = deadline
+            if end is None and execution.timeout is not None:
+                end = execution.clock + execution.timeout
+            execution.changed.clear()
+            try:
+                async with asyncio.timeout(None if end is None else max(end - time.monotonic(), 0)):
+                    await execution.changed.wait()
+            except TimeoutError:
+                if deadline is not None:
+                    self._end_request(execution.id, timed_out(execution.timeout, state_kept=False))
+                    self._start(self._replace())
+                elif not execution.is_started and "execute_request" in self._busy.values():
+                    execution.clock = time.monotonic()  # somebody else's cell runs; this one's time has not begun
+                else:
+                    execution.timed_out = timed_out(execution.timeout, state_kept=True)
+                    deadline = time.monotonic() + INTERRUPT_GRACE
+                    await self.interrupt()
+                continue
+            if execution.is_unwanted and execution.is_started and may_interrupt:
+                may_interrupt = False
+                await self.interrupt()
+
+    async def events(self, execution: Execution, after: int = 0) -> AsyncGenerator[StreamEvent, None]:
+        """What comes of a cell, from the journal's number `after` on, "end" last.
+
+        Raises:
+            CellvmError: it could not be run.
+            SandboxDied, GuestUnresponsive: the sandbox ended; whether the cell has run is unknown.
+        """
+        translate = Events()
+        with self.journal.reader(max(execution.after, after)) as reader:
+            while not (execution.last and reader.after >= execution.last):
+                records = await reader.next()
+                if not records:
+                    break
+                for record in records:
+                    if isinstance(record, Gap):
+                        yield StreamEvent("gap", seq=record.seq, id=execution.id, messages=record.messages)
+                    elif record.parent == execution.id and execution.failure is None:
+                        for event in translate.receive(
+                            record.seq, record.kind, record.parent, record.ends, record.parts
+                        ):
+                            yield event
+                            if event.type == "end":
+                                return
+        if execution.failure is not None:
+            raise execution.failure
+        if self._link.closed.done():
+            raise self._link.closed.result()
+        yield StreamEvent("end", seq=execution.last, id=execution.id)
 
     async def execute(
         self, code: str, *, timeout: float | None = None, quiet: bool = False
     ) -> AsyncGenerator[StreamEvent, None]:
-        """Run a cell and yield what comes of it, "end" last.
-
-        At `timeout` seconds the cell is interrupted, so that variables survive; one that does not end then has its
-        kernel replaced. Closing the iterator early interrupts the cell.
-
-        Args:
-            quiet: leave no trace in the user's history and counter.
-
-        Raises:
-            SandboxDied, GuestUnresponsive: the sandbox ended; whether the cell has run is unknown.
-        """
-        async with self._turn:
-            await self._usable.wait()
-            if self._is_dead:
-                await self.restart()
-            fields = {
-                "code": code,
-                "silent": False,
-                "store_history": not quiet,
-                "user_expressions": {},
-                "allow_stdin": False,
-                "stop_on_error": False,
-            }
-            msg_id, parts = message.request("shell", "execute_request", fields, self._session)
-            inbox = self._inboxes[msg_id] = Inbox(self._link)
-            lost = asyncio.ensure_future(asyncio.shield(self._link.closed))
-            lost.add_done_callback(lambda _: inbox.put(CellError("SandboxDied", "", code="sandbox_died")))
-            execution = Execution()
-            try:
-                await self._link.send_kernel_message(parts)
-                async for event in self._follow(execution, inbox, timeout):
-                    yield event
-            finally:
-                del self._inboxes[msg_id]
-                inbox.discard()
-                lost.cancel()
-                if not execution.is_done and not self._link.closed.done():
-                    await self._interrupt()
-
-    async def _follow(
-        self, execution: Execution, inbox: Inbox, timeout: float | None
-    ) -> AsyncGenerator[StreamEvent, None]:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        interrupted = False
-        while not execution.is_done:
-            try:
-                async with asyncio.timeout(None if deadline is None else max(deadline - time.monotonic(), 0)):
-                    item = await inbox.get()
-            except TimeoutError:
-                if interrupted:
-                    execution.abandon()
-                    self._replace()
-                    yield StreamEvent("error", error=timed_out(timeout, state_kept=False))
-                    yield StreamEvent("end", executionCount=execution.count)
-                    return
-                interrupted, deadline = True, time.monotonic() + INTERRUPT_GRACE
-                await self._interrupt()
-                continue
-            if isinstance(item, CellError):
-                if self._link.closed.done():
-                    raise self._link.closed.result()
-                execution.abandon()
-                yield StreamEvent("error", error=item)
-                yield StreamEvent("end", executionCount=execution.count)
-                return
-            for event in execution.receive(item):
-                if interrupted and event.error is not None:
-                    event = StreamEvent("error", error=timed_out(timeout, state_kept=True))
+        """`run` a cell and yield its `events`. Closing the iterator early interrupts the cell."""
+        execution = self.run(code, timeout=timeout, quiet=quiet)
+        try:
+            async for event in self.events(execution):
                 yield event
+        finally:
+            if not execution.over.is_set():
+                execution.is_unwanted = True
+                execution.changed.set()
 
-    async def _interrupt(self) -> None:
+    # -- its life
+
+    async def interrupt(self) -> None:
+        """Interrupt what runs. While the kernel is being replaced there is nothing to interrupt."""
         try:
             await self._link.call(wire.Interrupt(), wire.Done)
         except GuestFailure:
-            pass  # the kernel is being replaced already: nothing is left to interrupt
+            pass
 
-    def _replace(self) -> None:
-        """Kill a kernel that does not stop. The next cell waits for its successor; this one's reply does not."""
+    async def _replace(self) -> None:
+        """Kill a kernel that does not stop. The next cell waits for its successor; the reply to this one does not."""
+        try:
+            await self.restart("replaced, as it did not stop when a cell's time was over")
+        except CellvmError as error:
+            log.warning("a kernel could not be replaced: %.500s", error)  # it is dead now, and says so to who asks
+
+    async def restart(self, reason: str = "restarted on request") -> None:
+        """Replace the kernel by a fresh one; returns when it is usable. Running cells end with an error.
+
+        Raises:
+            GuestFailure: it could not be started.
+        """
+        self._lose(CellError("KernelRestarted", f"the kernel was {reason}", code="kernel_restarted", stateKept=False))
         self._usable.clear()
-        self._replacing = asyncio.ensure_future(self._restart())
-
-    async def restart(self) -> None:
-        """Replace the kernel by a fresh one; returns when it is usable. Running cells end with an error."""
-        self._lose_cells("the kernel was restarted on request")
-        self._usable.clear()
-        await self._restart()
-
-    async def _restart(self) -> None:
+        self._condition = "starting"
+        self._publish("status", {"execution_state": "starting"}, {"reason": reason})
         try:
             await self._link.call(wire.Restart(), wire.Done, timeout=60)
-            self._is_dead = False
-        except CellvmError:
-            self._is_dead = True
+            self._condition = "idle"
+        except CellvmError as error:
+            self._condition, self.reason = "dead", str(error)
             raise
         finally:
             self._usable.set()
-
-    def _lose_cells(self, reason: str) -> None:
-        lost = CellError("KernelRestarted", reason, code="kernel_restarted", stateKept=False)
-        for inbox in self._inboxes.values():
-            inbox.put(lost)
 
 
 def timed_out(timeout: float | None, *, state_kept: bool) -> CellError:
     kept = "variables are kept" if state_kept else "it did not stop when interrupted, so its kernel was replaced"
     value = f"the cell was stopped after {timeout:g} s; {kept}"
     return CellError("ExecTimeout", value, code="exec_timeout", stateKept=state_kept)
+
+
+def error_content(error: CellError) -> bytes:
+    """An error as the content of Jupyter's `error` message; what is more than that is ours."""
+    fields = {
+        "ename": error.name,
+        "evalue": error.value,
+        "traceback": error.traceback or [f"{error.name}: {error.value}"],
+    }
+    if error.code is not None:
+        fields["code"] = error.code
+    if error.stateKept is not None:
+        fields["stateKept"] = error.stateKept  # type: ignore[assignment]
+    return msgspec.json.encode(fields)

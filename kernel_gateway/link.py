@@ -160,6 +160,7 @@ class Link(asyncio.Protocol):
         self._kernel_credit = dict.fromkeys(self._joiners, wire.INITIAL_CREDIT)
         self._kernel_granted = dict.fromkeys(self._joiners, wire.INITIAL_CREDIT)
         self._kernel_owed = dict.fromkeys(self._joiners, 0)
+        self._kernel_is_held = False
         self._kernel_may_send = asyncio.Event()
         self._kernel_sending = {number: asyncio.Lock() for number in self._joiners}
         self._writable = asyncio.Event()
@@ -293,14 +294,20 @@ class Link(asyncio.Protocol):
         if self.closed.done():
             raise self.closed.result()
 
-    def pause_reading(self) -> None:
-        """Leave what the guest says in its own buffers until `resume_reading`."""
-        if self._transport is not None:
-            self._transport.pause_reading()
+    def hold_kernel(self, held: bool) -> None:
+        """Grant the kernel's output no more credit while `held`: what it says then waits in the guest's memory.
 
-    def resume_reading(self) -> None:
-        if self._transport is not None:
-            self._transport.resume_reading()
+        Everything else goes on: files, commands, interrupts, and the kernel's control channel.
+        """
+        self._kernel_is_held = held
+        if not held:
+            self._grant(wire.KERNEL)
+
+    def _grant(self, number: int) -> None:
+        if self._kernel_owed[number] >= wire.CHUNK and not (number == wire.KERNEL and self._kernel_is_held):
+            self.write(wire.credit(number, self._kernel_owed[number]))
+            self._kernel_granted[number] += self._kernel_owed[number]
+            self._kernel_owed[number] = 0
 
     def close(self, reason: Exception | None = None) -> None:
         """End the link; everyone who waits on it gets `reason`."""
@@ -359,10 +366,7 @@ class Link(asyncio.Protocol):
                 raise wire.FrameError("kernel messages beyond the credit granted")
             parts = self._joiners[frame.stream].receive(frame)
             self._kernel_owed[frame.stream] += len(frame.payload)
-            if self._kernel_owed[frame.stream] >= wire.CHUNK:
-                self.write(wire.credit(frame.stream, self._kernel_owed[frame.stream]))
-                self._kernel_granted[frame.stream] += self._kernel_owed[frame.stream]
-                self._kernel_owed[frame.stream] = 0
+            self._grant(frame.stream)
             if parts is not None:
                 self.on_kernel_message(parts)
 

@@ -2,24 +2,56 @@
 
 import asyncio
 import logging
+import secrets
+import string
 import time
+import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 from kernel_gateway.errors import Conflict, SandboxDied
+from kernel_gateway.kernel import Kernel
 from kernel_gateway.lifecycle import Event, State, decide
 from kernel_gateway.pool import Guest
 from kernel_gateway.templates import Template
 
 log = logging.getLogger(__name__)
 
+PREFIX = "sbx"
+ID_LENGTH = 20
+ID_ALPHABET = string.digits + string.ascii_lowercase
+
+
+def new_id() -> str:
+    """An id that nobody can guess: 103 random bits."""
+    return PREFIX + "".join(secrets.choice(ID_ALPHABET) for _ in range(ID_LENGTH))
+
+
+def kernel_id(sandbox: str) -> str:
+    """A sandbox's id in the form that Jupyter's clients accept as a kernel's; `sandbox_id` turns it back."""
+    return str(uuid.UUID(int=int(sandbox.removeprefix(PREFIX), 36)))
+
+
+def sandbox_id(kernel: str) -> str:
+    """The sandbox that a kernel id means; an impossible one for what is no kernel id."""
+    try:
+        number = uuid.UUID(kernel).int
+    except ValueError:
+        return PREFIX
+    digits = ""
+    while number:
+        number, digit = divmod(number, 36)
+        digits = ID_ALPHABET[digit] + digits
+    return PREFIX + digits.rjust(ID_LENGTH, "0")
+
 
 class Sandbox:
     """A sandbox of one owner.
 
     `deadline` is on the monotonic clock, so that a step of the host's clock moves no lifetime; `ends_at` is what we
-    tell people.
+    tell people. With `idle_timeout` it lives on as long as somebody is connected to its kernel or the kernel works, and
+    that many seconds longer.
     """
 
     def __init__(
@@ -31,6 +63,7 @@ class Sandbox:
         timeout: int,
         metadata: dict[str, str],
         env: dict[str, str],
+        idle_timeout: int | None = None,
         ended: Callable[["Sandbox", str], None],
     ) -> None:
         self.id = sandbox_id
@@ -39,6 +72,7 @@ class Sandbox:
         self.metadata = metadata
         self.env = env
         self.started_at = datetime.now(UTC)
+        self.idle_timeout = idle_timeout
         self.state = State.CREATING
         self._ended = ended
         self._guest: Guest | None = None
@@ -52,6 +86,20 @@ class Sandbox:
     def set_timeout(self, seconds: float) -> None:
         """Let it expire that many seconds from now."""
         self.deadline = time.monotonic() + seconds
+
+    @property
+    def kernel_id(self) -> str:
+        return kernel_id(self.id)
+
+    @property
+    def kernel(self) -> Kernel | None:
+        """Its kernel, once it has one."""
+        return None if self._guest is None else self._guest.kernel
+
+    @property
+    def is_in_use(self) -> bool:
+        """Somebody is connected to its kernel, or the kernel works."""
+        return self.kernel is not None and (self.kernel.connections > 0 or self.kernel.state == "busy")
 
     @property
     def ends_at(self) -> datetime:
@@ -74,6 +122,7 @@ class Sandbox:
     def started(self, guest: Guest) -> None:
         """It has a guest now; from here on its death is ours."""
         self._guest = guest
+        guest.kernel.on_shutdown = lambda: self.apply(Event.KILL)
         self._watch = asyncio.create_task(self._watch_guest(guest))
         self.apply(Event.STARTED)
 
@@ -100,6 +149,8 @@ class Sandbox:
             return
         self.state = following
         if following is State.STOPPED:
+            if self._guest is not None:
+                self._guest.kernel.close(f"the sandbox has ended: {event}")
             self._ended(self, event)
             self._cleaning = asyncio.create_task(self._clean_up())
 

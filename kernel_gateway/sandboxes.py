@@ -4,21 +4,19 @@ import asyncio
 import contextlib
 import logging
 import re
-import secrets
-import string
 import time
+from pathlib import Path
 
 from kernel_gateway.drivers import DriverError
 from kernel_gateway.errors import CellvmError, Draining, HostFull, InvalidRequest, NotFound
 from kernel_gateway.lifecycle import Event, State
 from kernel_gateway.pool import Guest, Guests, Pool
-from kernel_gateway.sandbox import Sandbox
+from kernel_gateway.sandbox import Sandbox, new_id
 from kernel_gateway.store import Store
 from kernel_gateway.templates import Template, Templates
 
 log = logging.getLogger(__name__)
 
-ID_ALPHABET = string.ascii_lowercase + string.digits
 LEGAL_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 START_ATTEMPTS = 2
 TICK = 0.25
@@ -26,10 +24,20 @@ TICK = 0.25
 
 
 class Sandboxes:
-    """The collection. `maximum` counts sandboxes that exist or are being created; the pool is not counted."""
+    """The collection. `maximum` counts sandboxes that exist or are being created; the pool is not counted.
+
+    `journals` is where kernels' output goes that memory does not hold.
+    """
 
     def __init__(
-        self, templates: Templates, guests: Guests, pools: dict[str, Pool], store: Store, *, maximum: int
+        self,
+        templates: Templates,
+        guests: Guests,
+        pools: dict[str, Pool],
+        store: Store,
+        *,
+        maximum: int,
+        journals: Path | None = None,
     ) -> None:
         self.templates = templates
         self.maximum = maximum
@@ -37,9 +45,11 @@ class Sandboxes:
         self.capabilities = guests.capabilities
         self._guests = guests
         self._store = store
+        self._journals = journals
         self._sandboxes: dict[str, Sandbox] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self.is_draining = False
+        self.started_at = time.time()
 
     def __repr__(self) -> str:
         return f"<Sandboxes {len(self._sandboxes)}/{self.maximum}>"
@@ -65,7 +75,14 @@ class Sandboxes:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def create(
-        self, owner: str, template: Template, *, timeout: int, metadata: dict[str, str], env: dict[str, str]
+        self,
+        owner: str,
+        template: Template,
+        *,
+        timeout: int,
+        metadata: dict[str, str],
+        env: dict[str, str],
+        idle_timeout: int | None = None,
     ) -> Sandbox:
         """A running sandbox.
 
@@ -77,8 +94,17 @@ class Sandboxes:
             raise Draining("the server is going down")
         if len(self._sandboxes) >= self.maximum:
             raise HostFull(f"all {self.maximum} sandboxes of this server are in use", hint="delete one, or wait")
-        sandbox_id = "sbx" + "".join(secrets.choice(ID_ALPHABET) for _ in range(20))
-        sandbox = Sandbox(sandbox_id, owner, template, timeout=timeout, metadata=metadata, env=env, ended=self._forget)
+        sandbox_id = new_id()
+        sandbox = Sandbox(
+            sandbox_id,
+            owner,
+            template,
+            timeout=timeout,
+            metadata=metadata,
+            env=env,
+            idle_timeout=idle_timeout,
+            ended=self._forget,
+        )
         self._sandboxes[sandbox_id] = sandbox
         self._store.sandbox_created(sandbox_id, owner, template.id)
         try:
@@ -89,6 +115,7 @@ class Sandboxes:
         if sandbox.state is not State.CREATING:  # ended meanwhile
             await guest.kill()
             raise HostFull("the sandbox was ended while it was being created")
+        guest.kernel.open_journal(self._journals)
         sandbox.set_timeout(timeout)
         sandbox.started(guest)
         return sandbox
@@ -145,5 +172,7 @@ class Sandboxes:
                 await asyncio.sleep(TICK)
                 now = time.monotonic()
                 for sandbox in list(self._sandboxes.values()):
+                    if sandbox.idle_timeout is not None and sandbox.is_in_use:
+                        sandbox.set_timeout(sandbox.idle_timeout)
                     if sandbox.deadline <= now and sandbox.state is State.RUNNING:
                         sandbox.apply(Event.EXPIRED)

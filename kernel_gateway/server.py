@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 
 from kernel_gateway.api.app import application
+from kernel_gateway.api.socket import GOING_DOWN
 from kernel_gateway.build import Builder, qemu_version
 from kernel_gateway.drivers import VmDriver
 from kernel_gateway.drivers.qemu import Qemu
@@ -164,26 +166,41 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
             made = new_key()
             store.add_key(made, "first start")
         guests = Guests(driver)
-        first = templates.find("code_interpreter") or next(iter(templates))
+        first = templates.default
         pools = {first.id: Pool(guests, first.id, settings.pool_size)} if settings.pool_size else {}
-        sandboxes = Sandboxes(templates, guests, pools, store, maximum=settings.max_sandboxes)
-        app = application(sandboxes, store)
+        journals = settings.data_path / "journals"
+        journals.mkdir(exist_ok=True, mode=0o700)
+        sandboxes = Sandboxes(templates, guests, pools, store, maximum=settings.max_sandboxes, journals=journals)
+        app = application(
+            sandboxes,
+            store,
+            origins=settings.origins,
+            base_url=settings.base_path,
+            max_message=settings.max_message_mb * 1024 * 1024,
+            kernel_idle_timeout=settings.kernel_idle_timeout,
+        )
         http = HTTPServer(
             app,
             max_body_size=1 << 50,  # each route has its own limit; uploads have the sandbox's disk
             max_header_size=MAX_HEADER,
             idle_connection_timeout=IDLE_TIMEOUT,
             chunk_size=CHUNK,
+            ssl_options=tls_context(settings),
         )
         http.add_sockets(sockets)
         sandboxes.start()
         host, port = sockets[0].getsockname()[:2]
         try:
-            yield Server(f"http://{f'[{host}]' if ':' in host else host}:{port}", made, sandboxes, driver)
+            scheme = "https" if settings.tls_cert else "http"
+            url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{settings.base_path}"
+            yield Server(url, made, sandboxes, driver)
         finally:
             sandboxes.is_draining = True
             http.stop()
             await drain(app.settings["requests"], settings.shutdown_timeout)
+            for connection in list(app.settings["sockets"].values()):
+                connection.close(GOING_DOWN, "the server is going down")
+            await asyncio.sleep(0)  # the close frames go before the sandboxes do
             await sandboxes.close()
             await http.close_all_connections()
     finally:
@@ -191,6 +208,22 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
             sock.close()
         store.close()
         os.close(lock)
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext | None:
+    """What the certificate settings make, None without them.
+
+    Raises:
+        SettingsError: a file is missing or is not what it must be.
+    """
+    if not settings.tls_cert:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key or None)
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(f"--tls-cert {settings.tls_cert}: {error}") from error
+    return context
 
 
 async def drain(requests: set[object], timeout: float) -> None:

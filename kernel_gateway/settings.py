@@ -43,6 +43,16 @@ class Settings:
     ca_bundle: str = setting(
         "/etc/ssl/certs/ca-certificates.crt", "CA certificates copied into guests; empty keeps Debian's own."
     )
+    kernel_idle_timeout: int = setting(
+        3600, "Seconds that a kernel made by a Jupyter client lives on unused and unconnected.", low=60, high=30 * 86400
+    )
+    max_message_mb: int = setting(64, "Largest WebSocket message that clients may send, in MiB.", low=1, high=64)
+    cors_origins: str = setting(
+        "", "Origins whose web pages may use the server, as https://host:port, separated by commas. Default: none."
+    )
+    base_url: str = setting("/", "Path under which the server lives, for a proxy that passes on one path only.")
+    tls_cert: str = setting("", "Certificate file (PEM, with its chain); with it the server speaks HTTPS.")
+    tls_key: str = setting("", "The certificate's key file, if it is not in the same file.")
     shutdown_timeout: int = setting(
         10, "Seconds that running requests get when the server is stopped.", low=0, high=600
     )
@@ -51,6 +61,17 @@ class Settings:
     @property
     def data_path(self) -> Path:
         return Path(self.data_dir or _xdg("XDG_DATA_HOME", ".local/share"))
+
+    @property
+    def base_path(self) -> str:
+        """`base_url` as a prefix: empty, or with a slash in front and none behind."""
+        return "/" + self.base_url.strip("/") if self.base_url.strip("/") else ""
+
+    @property
+    def origins(self) -> frozenset[str]:
+        return frozenset(
+            origin.strip().rstrip("/").lower() for origin in self.cors_origins.split(",") if origin.strip()
+        )
 
     @property
     def cache_path(self) -> Path:

@@ -18,6 +18,7 @@ CREATE TABLE IF NOT EXISTS sandboxes (
     id TEXT PRIMARY KEY, owner TEXT NOT NULL, template TEXT NOT NULL, created REAL NOT NULL, ended REAL, reason TEXT
 ) STRICT;
 CREATE INDEX IF NOT EXISTS live ON sandboxes (id) WHERE ended IS NULL;
+CREATE INDEX IF NOT EXISTS ended ON sandboxes (owner, ended);
 """
 
 
@@ -85,6 +86,18 @@ class Store:
             (sandbox_id, owner),
         ).fetchone()
         return row
+
+    def ended_since(self, owner: str, moment: float) -> list[tuple[str, str, float, str]]:
+        """Id, template, end and reason of the owner's sandboxes that ended after `moment`, not by the owner's doing."""
+        return self._db.execute(
+            "SELECT id, template, ended, reason FROM sandboxes WHERE owner = ? AND ended > ? AND reason != 'kill'"
+            " ORDER BY ended DESC LIMIT 100",
+            (owner, moment),
+        ).fetchall()
+
+    def sandbox_forgotten(self, sandbox_id: str) -> None:
+        """Its owner has taken note of its end."""
+        self._db.execute("UPDATE sandboxes SET reason = 'kill' WHERE id = ?", (sandbox_id,))
 
     def end_all(self, reason: str) -> int:
         """Close the entries a server before us left open; returns how many."""

@@ -39,6 +39,11 @@ class Templates:
         self._by_id = {template.id: template for template in templates}
         self._ids = {alias: template.id for template in templates for alias in (template.id, *template.aliases)}
 
+    @property
+    def default(self) -> Template:
+        """What one gets who names none; the server keeps machines of it ready."""
+        return self.find("code_interpreter") or next(iter(self))
+
     @classmethod
     def load(cls, directory: Path, only: list[str] | None = None) -> "Templates":
         """Read every file of the directory, or those of the given ids.

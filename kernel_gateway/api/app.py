@@ -1,12 +1,19 @@
 """The route table, and nothing else."""
 
 import logging
+import re
+from typing import Any
+from urllib.parse import unquote
 
+from tornado.httputil import HTTPServerRequest
 from tornado.web import Application
 
-from kernel_gateway.api import rest
+from kernel_gateway.api import jupyter, rest
 from kernel_gateway.api.base import Endpoint, Missing, Route
+from kernel_gateway.api.channels import Channels
 from kernel_gateway.api.openapi import document, serve_document
+from kernel_gateway.api.socket import Socket
+from kernel_gateway.api.stream import AgentStream
 from kernel_gateway.jupyter.execution import Cell
 from kernel_gateway.sandboxes import Sandboxes
 from kernel_gateway.store import Store
@@ -15,6 +22,8 @@ log = logging.getLogger(__name__)
 
 BOX = "/sandboxes/{id}"
 FS = f"{BOX}/filesystem"
+KERNEL = "/api/kernels/{kernel}"
+SESSION = "/api/sessions/{session}"
 
 ROUTES = [
     Route("GET", "/health", rest.health, answer=rest.Health, public=True),
@@ -36,6 +45,11 @@ ROUTES = [
     Route("POST", f"{BOX}/pause", rest.later, status=204, errors=(501,)),
     Route("POST", f"{BOX}/resume", rest.later, status=204, errors=(501,)),
     Route("POST", f"{BOX}/processes", rest.run_process, body=rest.RunProcess, answer=rest.ProcessResult),
+    Route(
+        "GET", f"{BOX}/executions/{{execution}}", rest.get_execution, query=rest.ExecutionQuery,
+        answer=rest.ExecutionModel, produces="application/json",
+    ),
+    Route("GET", f"{BOX}/export", rest.export, query=rest.ExportQuery, produces="application/x-ipynb+json"),
     Route("POST", f"{BOX}/execute", rest.execute, body=rest.Execute, answer=Cell, produces="application/json"),
     Route(
         "GET", f"{BOX}/files", rest.download, query=rest.PathQuery, produces="application/octet-stream",
@@ -66,22 +80,91 @@ ROUTES = [
     Route("GET", "/events/webhooks", rest.later, status=204, errors=(501,)),
     Route("POST", "/events/webhooks", rest.later, status=204, errors=(501,)),
     Route("DELETE", "/events/webhooks/{webhook}", rest.later, status=204, errors=(501,)),
+    Route("GET", "/api", jupyter.api_version, answer=jupyter.ApiVersion, public=True),
+    Route("GET", "/api/status", jupyter.status, answer=jupyter.ServerStatus),
+    Route("GET", "/api/kernelspecs", jupyter.list_specs, answer=jupyter.Specs),
+    Route("GET", "/api/kernelspecs/{name}", jupyter.get_spec, answer=jupyter.SpecModel, errors=(404,)),
+    Route("GET", "/kernelspecs/{name}/{file}", jupyter.spec_file, produces="image/svg+xml", public=True, errors=(404,)),
+    Route("GET", "/api/kernels", jupyter.list_kernels, answer=list[jupyter.KernelModel]),
+    Route(
+        "POST", "/api/kernels", jupyter.start_kernel, body=jupyter.StartKernel, answer=jupyter.KernelModel, status=201,
+        errors=(404, 503),
+    ),
+    Route("GET", KERNEL, jupyter.get_kernel, answer=jupyter.KernelModel),
+    Route("DELETE", KERNEL, jupyter.delete_kernel, status=204),
+    Route("POST", f"{KERNEL}/interrupt", jupyter.interrupt_kernel, status=204),
+    Route("POST", f"{KERNEL}/restart", jupyter.restart_kernel, answer=jupyter.KernelModel),
+    Route("GET", f"{KERNEL}/journal", jupyter.journal, query=jupyter.JournalQuery, answer=jupyter.JournalPage),
+    Route("GET", "/api/sessions", jupyter.list_sessions, answer=list[jupyter.SessionModel]),
+    Route(
+        "POST", "/api/sessions", jupyter.start_session, body=jupyter.SessionBody, answer=jupyter.SessionModel,
+        status=201, errors=(404, 409, 503),
+    ),
+    Route("GET", SESSION, jupyter.get_session, answer=jupyter.SessionModel),
+    Route(
+        "PATCH", SESSION, jupyter.change_session, body=jupyter.SessionBody, answer=jupyter.SessionModel, errors=(503,)
+    ),
+    Route("DELETE", SESSION, jupyter.delete_session, status=204),
 ]  # fmt: skip
 
+SOCKETS: list[tuple[str, type[Socket]]] = [
+    (r"/api/kernels/([^/]+)/channels/?", Channels),
+    (r"/sandboxes/([^/]+)/stream/?", AgentStream),
+]
+"""WebSockets, by the pattern of their path; docs/stream.md and docs/rest.md describe them."""
 
-def application(sandboxes: Sandboxes, store: Store) -> Application:
-    """The Tornado application over a collection of sandboxes and a store of keys."""
+
+class Gateway(Application):
+    """Routes requests, after the parts of a path that are not part of a route: the base URL, and `/t/KEY`.
+
+    Some clients (jupyter_server's kernel client among them) can send a key with a WebSocket nowhere but in its path.
+    """
+
+    def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
+        """Called by Tornado for each request, before anything else reads or logs the path."""
+        path = request.path.removeprefix(self.settings["base_url"])
+        found = re.fullmatch(r"/t/([^/]+)(/.*)", path)
+        if found is not None:
+            path = found[2]
+            if not request.headers.get("Authorization", "").partition(" ")[2]:
+                request.headers["Authorization"] = f"Bearer {unquote(found[1])}"
+        request.path = path
+        return super().find_handler(request, **kwargs)
+
+
+def application(
+    sandboxes: Sandboxes,
+    store: Store,
+    *,
+    origins: frozenset[str] = frozenset(),
+    base_url: str = "",
+    max_message: int = 64 * 1024 * 1024,
+    kernel_idle_timeout: int = 3600,
+) -> Application:
+    """The Tornado application over a collection of sandboxes and a store of keys.
+
+    Args:
+        origins: web pages of these origins may use it.
+        base_url: what comes before every path, without a slash at its end.
+        max_message: largest WebSocket message from a client, in bytes.
+        kernel_idle_timeout: seconds that a Jupyter client's kernel lives on unused.
+    """
+    shared = {"sandboxes": sandboxes, "store": store}
     by_path: dict[str, dict[str, Route]] = {}
     for route in ROUTES:
         by_path.setdefault(route.pattern, {})[route.method] = route
-    handlers = [
-        (pattern, Endpoint, {"routes": routes, "sandboxes": sandboxes, "store": store})
-        for pattern, routes in by_path.items()
-    ]
-    return Application(
+    handlers: list[Any] = [(pattern, Endpoint, {**shared, "routes": routes}) for pattern, routes in by_path.items()]
+    handlers += [(pattern, kind, shared) for pattern, kind in SOCKETS]
+    return Gateway(
         handlers,
         default_handler_class=Missing,
-        default_handler_args={"routes": {}, "sandboxes": sandboxes, "store": store},
+        default_handler_args={**shared, "routes": {}},
+        origins=origins,
+        base_url=base_url,
+        max_message=max_message,
+        kernel_idle_timeout=kernel_idle_timeout,
+        sessions=jupyter.Sessions(),
+        sockets={},  # open ones, by kernel and session
         openapi=document(ROUTES),
         requests=set(),  # those being answered
         log_function=log_request,

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 from tornado.http1connection import HTTP1Connection
+from tornado.httputil import HTTPServerRequest
 from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
@@ -59,6 +60,8 @@ STATUS: dict[str, int] = {
     "failed": 502,
 }
 """Every error code and its HTTP status; `docs/errors.md` explains them."""
+EXPOSED = "Content-Disposition, Content-Range, Location, Retry-After"
+ALLOWED = "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, Range, X-API-Key"
 OUTCOME_UNKNOWN = frozenset({"sandbox_died", "guest_unresponsive"})
 
 
@@ -133,13 +136,13 @@ class Route:
         return re.findall(r"\{(\w+)\}", self.path)
 
 
-def key_of(headers: Any) -> str | None:
-    """The key that a request carries, if any: `Authorization: Bearer …` or `X-API-Key: …`."""
-    scheme, _, key = headers.get("Authorization", "").partition(" ")
+def key_of(request: HTTPServerRequest) -> str | None:
+    """The key that a request carries: `Authorization: Bearer …` (or `token …`), `X-API-Key: …`, or `?token=…`."""
+    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() in ("bearer", "token") and key.strip():
-        return str(key.strip())
-    found = headers.get("X-API-Key")
-    return str(found) if found else None
+        return key.strip()
+    in_query = request.query_arguments.get("token", [b""])[-1].decode("utf-8", "replace")
+    return request.headers.get("X-API-Key") or in_query or None
 
 
 def decode(data: bytes, kind: Any) -> Any:
@@ -156,14 +159,91 @@ def decode(data: bytes, kind: Any) -> Any:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
 
 
-@stream_request_body
-class Endpoint(RequestHandler):
-    """All methods of one path."""
+class Handler(RequestHandler):
+    """What all answers have in common: who asks, which web pages may, how errors look."""
 
-    def initialize(self, routes: dict[str, Route], sandboxes: Sandboxes, store: Store) -> None:
-        self._routes = routes
+    def initialize(self, sandboxes: Sandboxes, store: Store) -> None:
         self._sandboxes = sandboxes
         self._store = store
+
+    def authenticate(self) -> str:
+        """Whose request it is.
+
+        Raises:
+            Unauthorized: nobody's that we know.
+        """
+        key = key_of(self.request)
+        owner = self._store.owner_of(key) if key else None
+        if owner is None:
+            self.set_header("WWW-Authenticate", "Bearer")
+            raise Unauthorized(
+                "the key is not known" if key else "a key is required",
+                hint="send `Authorization: Bearer <key>`; `cellvm keys` makes one",
+            )
+        return owner
+
+    def query(self, kind: Any) -> Any:
+        """The query parameters as a type.
+
+        Raises:
+            InvalidRequest: they are not of the type.
+        """
+        # Not by get_query_argument: it strips, and turns control characters into blanks.
+        try:
+            given = {name: values[-1].decode() for name, values in self.request.query_arguments.items()}
+        except UnicodeDecodeError:
+            raise InvalidRequest("the query is not UTF-8") from None
+        try:
+            return msgspec.convert(given, kind, strict=False)
+        except msgspec.ValidationError as error:
+            raise InvalidRequest(f"query: {error}") from None
+
+    def set_error(self, error: Exception) -> bytes:
+        """Set status and headers for an error; returns the body."""
+        if not isinstance(error, CellvmError):
+            log.error("%s %s failed", self.request.method, self.request.path, exc_info=error)
+            error = CellvmError("the server failed; its log says why")
+        status = STATUS[error.code]
+        self.set_status(status)
+        if error.retry_after is not None:
+            self.set_header("Retry-After", str(error.retry_after))
+        outcome = "unknown" if error.code in OUTCOME_UNKNOWN else None
+        body = msgspec.json.encode(ErrorBody(status, str(error), error.code, error.hint, outcome))
+        self.set_header("Content-Type", "application/json")
+        self.set_header("Content-Length", str(len(body)))
+        return body
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """Errors that Tornado finds itself: a malformed path, a method it does not know."""
+        known = {400: "invalid_request", 405: "method_not_allowed"}
+        body = ErrorBody(status_code, phrase(status_code), known.get(status_code, "internal"))
+        self.set_header("Content-Type", "application/json")
+        self.finish(msgspec.json.encode(body))
+
+    def set_default_headers(self) -> None:
+        self.set_header("Server", "CellVM")
+        self.set_header("X-Content-Type-Options", "nosniff")
+        origin = self.request.headers.get("Origin", "")
+        if origin in self.application.settings["origins"]:
+            self.set_header("Access-Control-Allow-Origin", origin)
+            self.set_header("Access-Control-Expose-Headers", EXPOSED)
+            self.set_header("Vary", "Origin")
+
+    def compute_etag(self) -> None:
+        return None
+
+    def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
+        if not isinstance(value, HTTPError):  # what Tornado refuses is the client's doing
+            log.error("request failed", exc_info=(typ, value, tb))
+
+
+@stream_request_body
+class Endpoint(Handler):
+    """All methods of one path."""
+
+    def initialize(self, sandboxes: Sandboxes, store: Store, routes: dict[str, Route]) -> None:  # type: ignore[override]
+        super().initialize(sandboxes, store)
+        self._routes = routes
         self._body = bytearray()
         self._chunks: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=4)
         self._task: asyncio.Task[None] | None = None
@@ -176,18 +256,20 @@ class Endpoint(RequestHandler):
         self.application.settings["requests"].add(self)
         try:
             route = self._routes.get(self.request.method or "")
+            if route is None and self._is_preflight():
+                return
             if route is None:
                 self.set_header("Allow", ", ".join(sorted(self._routes)))
                 raise MethodNotAllowed(f"{self.request.path} offers {', '.join(sorted(self._routes))}")
             self._route = route
             names = [str(argument) for argument in self.path_args]
-            owner = "" if route.public else self._authenticate()
+            owner = "" if route.public else self.authenticate()
             self.call = Call(
                 self._sandboxes,
                 self._store,
                 owner,
                 dict(zip(route.names, names, strict=True)),
-                self._query(route),
+                None if route.query is None else self.query(route.query),
                 self,
             )
             if not route.upload:
@@ -200,6 +282,18 @@ class Endpoint(RequestHandler):
         if route.upload:
             self._task = asyncio.create_task(self._run())
 
+    def _is_preflight(self) -> bool:
+        """A browser asks whether a page of another origin may: answered here if that origin is allowed."""
+        may = self.request.headers.get("Origin") in self.application.settings["origins"]
+        if self.request.method != "OPTIONS" or not may:
+            return False
+        self.set_header("Access-Control-Allow-Methods", ", ".join(sorted(self._routes)))
+        self.set_header("Access-Control-Allow-Headers", ALLOWED)
+        self.set_header("Access-Control-Max-Age", "600")
+        self.set_status(204)
+        self.finish()
+        return True
+
     @property
     def _announced(self) -> int:
         """How long the body says it is; Tornado refuses what is not a number."""
@@ -211,30 +305,6 @@ class Endpoint(RequestHandler):
         connection = self.request.connection
         assert isinstance(connection, HTTP1Connection)
         return connection
-
-    def _authenticate(self) -> str:
-        key = key_of(self.request.headers)
-        owner = self._store.owner_of(key) if key else None
-        if owner is None:
-            self.set_header("WWW-Authenticate", "Bearer")
-            raise Unauthorized(
-                "the key is not known" if key else "a key is required",
-                hint="send `Authorization: Bearer <key>`; `cellvm keys` makes one",
-            )
-        return owner
-
-    def _query(self, route: Route) -> Any:
-        if route.query is None:
-            return None
-        # Not by get_query_argument: it strips, and turns control characters into blanks.
-        try:
-            given = {name: values[-1].decode() for name, values in self.request.query_arguments.items()}
-        except UnicodeDecodeError:
-            raise InvalidRequest("the query is not UTF-8") from None
-        try:
-            return msgspec.convert(given, route.query, strict=False)
-        except msgspec.ValidationError as error:
-            raise InvalidRequest(f"query: {error}") from None
 
     def _too_large(self) -> TooLarge:
         return TooLarge(f"a JSON body may have at most {JSON_LIMIT} bytes", hint="upload large content as a file")
@@ -306,22 +376,12 @@ class Endpoint(RequestHandler):
 
     async def _fail(self, error: Exception) -> None:
         """Answer with an error, at once; the request is finished when its whole body has been read."""
-        if not isinstance(error, CellvmError):
-            log.error("%s %s failed", self.request.method, self.request.path, exc_info=error)
-            error = CellvmError("the server failed; its log says why")
+        body = self.set_error(error)
         if self._headers_written:
             # Too late for a status: cut the answer off, so that nobody takes it for whole.
             self._connection.stream.close()
             return
-        status = STATUS[error.code]
-        self.set_status(status)
-        if error.retry_after is not None:
-            self.set_header("Retry-After", str(error.retry_after))
         self.clear_header("Content-Disposition")
-        outcome = "unknown" if error.code in OUTCOME_UNKNOWN else None
-        body = msgspec.json.encode(ErrorBody(status, str(error), error.code, error.hint, outcome))
-        self.set_header("Content-Type", "application/json")
-        self.set_header("Content-Length", str(len(body)))
         self._write_buffer.clear()
         self.write(body)
         self._is_answered = True
@@ -329,24 +389,6 @@ class Endpoint(RequestHandler):
             self._chunks.get_nowait()  # whoever waits to add more finds that it is not wanted
         with contextlib.suppress(StreamClosedError):  # nobody is left to tell
             await self.flush()
-
-    def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """Errors that Tornado finds itself: a malformed path, a method it does not know."""
-        known = {400: "invalid_request", 405: "method_not_allowed"}
-        body = ErrorBody(status_code, reason(status_code), known.get(status_code, "internal"))
-        self.set_header("Content-Type", "application/json")
-        self.finish(msgspec.json.encode(body))
-
-    def set_default_headers(self) -> None:
-        self.set_header("Server", "CellVM")
-        self.set_header("X-Content-Type-Options", "nosniff")
-
-    def compute_etag(self) -> None:
-        return None
-
-    def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
-        if not isinstance(value, HTTPError):  # what Tornado refuses is the client's doing
-            log.error("request failed", exc_info=(typ, value, tb))
 
 
 class Missing(Endpoint):
@@ -357,5 +399,5 @@ class Missing(Endpoint):
         await self._fail(NotFound("there is no such path", hint="GET /openapi.json lists what there is"))
 
 
-def reason(status: int) -> str:
+def phrase(status: int) -> str:
     return HTTPStatus(status).phrase

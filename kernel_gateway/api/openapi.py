@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from kernel_gateway import __version__
-from kernel_gateway.api.base import Call, ErrorBody, Route, reason
+from kernel_gateway.api.base import Call, ErrorBody, Route, phrase
 
 REF = "#/components/schemas/{name}"
 
@@ -75,19 +75,19 @@ def _operation(route: Route, schema_of: dict[str, Any], components: dict[str, An
     errors = set(route.errors) | {400}
     if not route.public:
         errors.add(401)
-    if "id" in route.names:
+    if not {"id", "kernel", "session"}.isdisjoint(route.names):
         errors |= {404, 409, 502}
     if route.body is not None or route.upload:
         errors.add(413)
     error = {"application/json": {"schema": schema_of[repr(ErrorBody)]}}
-    described["responses"] |= {str(code): {"description": reason(code), "content": error} for code in sorted(errors)}
+    described["responses"] |= {str(code): {"description": phrase(code), "content": error} for code in sorted(errors)}
     if 206 not in errors and route.produces == "application/octet-stream":
-        described["responses"]["206"] = {"description": reason(206)}
+        described["responses"]["206"] = {"description": phrase(206)}
     return described
 
 
 def _answer(route: Route, schema_of: dict[str, Any]) -> dict[str, Any]:
-    described: dict[str, Any] = {"description": reason(route.status)}
+    described: dict[str, Any] = {"description": phrase(route.status)}
     if route.answer is dict:
         described["content"] = {"application/json": {"schema": {"type": "object"}}}
     elif route.answer is not None:

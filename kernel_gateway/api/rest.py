@@ -11,7 +11,7 @@ from codecs import getincrementaldecoder
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, quote, unquote
 
 import msgspec
@@ -22,7 +22,9 @@ from guest_agent import wire
 from kernel_gateway import __version__
 from kernel_gateway.api.base import Call, Endpoint, RangeNotSatisfiable
 from kernel_gateway.errors import CellvmError, GuestFailure, GuestUnresponsive, InvalidRequest, NotFound, Unavailable
-from kernel_gateway.jupyter.execution import CellError, Collector, StreamEvent
+from kernel_gateway.journal import Gap
+from kernel_gateway.jupyter import message
+from kernel_gateway.jupyter.execution import Cell, CellError, Collector, Events, StreamEvent
 from kernel_gateway.pool import Guest
 from kernel_gateway.sandbox import Sandbox
 from kernel_gateway.templates import Template
@@ -69,6 +71,7 @@ class SandboxModel(Struct, omit_defaults=True):
     memoryMB: int
     diskSizeMB: int
     envdVersion: str
+    kernelID: str
     alias: str | None = None
 
 
@@ -133,6 +136,7 @@ def model(sandbox: Sandbox) -> SandboxModel:
         memoryMB=template.memory_mb,
         diskSizeMB=template.disk_mb,
         envdVersion=ENVD_VERSION,
+        kernelID=sandbox.kernel_id,
         alias=template.aliases[0] if template.aliases else None,
     )
 
@@ -323,27 +327,49 @@ class Execute(Struct):
     timeout: Seconds = 60.0
 
 
+LEGAL_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+
+
+def check_id(execution_id: str | None) -> None:
+    """Refuse what can't be an execution's id."""
+    if execution_id is not None and not LEGAL_ID.fullmatch(execution_id):
+        raise InvalidRequest("an execution's id has 1 to 128 letters, digits or any of _ . : -")
+
+
 async def execute(call: Call, body: Execute) -> None:
     """Run a cell in the sandbox's kernel, where variables stay from call to call.
 
     Answers when it is done, or with `Accept: application/x-ndjson` (or `text/event-stream`) as it goes: a JSON object a
-    line (an event), `{"type": "end"}` last. A client that hangs up interrupts the cell.
+    line (an event), `{"type": "end"}` last. A client that hangs up interrupts the cell; not so one that sent a header
+    `Idempotency-Key: <id>`: the cell goes on, and the same request again attaches to it instead of running it twice.
     """
     check_text(body.code)
+    execution_id = call.http.request.headers.get("Idempotency-Key")
+    check_id(execution_id)
     kernel = call.sandbox.guest.kernel
-    events = kernel.execute(body.code, timeout=body.timeout)
-    http = call.http
-    accept = http.request.headers.get("Accept", "")
-    framing = next((kind for kind in ("application/x-ndjson", "text/event-stream") if kind in accept), None)
+    if execution_id is None:
+        events = kernel.execute(body.code, timeout=body.timeout)
+    else:
+        events = kernel.events(kernel.run(body.code, execution_id=execution_id, timeout=body.timeout))
     async with aclosing(events):
-        if framing:
-            await stream(http, framing, events)
+        if framing := wanted_framing(call.http):
+            await stream(call.http, framing, events)
             return
-        collector = Collector()
-        async for event in events:
-            collector.add(event)
-    http.set_header("Content-Type", "application/json")
-    await http.finish(msgspec.json.encode(collector.cell()))
+        cell = await collect(events)
+    call.http.set_header("Content-Type", "application/json")
+    await call.http.finish(msgspec.json.encode(cell))
+
+
+async def collect(events: AsyncIterator[StreamEvent]) -> Cell:
+    collector = Collector()
+    async for event in events:
+        collector.add(event)
+    return collector.cell()
+
+
+def wanted_framing(http: Endpoint) -> str | None:
+    accept = http.request.headers.get("Accept", "")
+    return next((kind for kind in ("application/x-ndjson", "text/event-stream") if kind in accept), None)
 
 
 async def stream(http: Endpoint, framing: str, events: AsyncIterator[StreamEvent]) -> None:
@@ -351,7 +377,7 @@ async def stream(http: Endpoint, framing: str, events: AsyncIterator[StreamEvent
 
     async def send(event: StreamEvent) -> None:
         line = msgspec.json.encode(event)
-        http.write(line + b"\n" if framing == "application/x-ndjson" else b"data: " + line + b"\n\n")
+        http.write(line + b"\n" if framing == "application/x-ndjson" else b"id: %d\ndata: %s\n\n" % (event.seq, line))
         await http.flush()
 
     http.set_header("Content-Type", framing)
@@ -364,6 +390,83 @@ async def stream(http: Endpoint, framing: str, events: AsyncIterator[StreamEvent
         await send(StreamEvent("error", error=CellError(type(error).__name__, str(error), code=error.code)))
         await send(StreamEvent("end"))
     await http.finish()
+
+
+class ExecutionQuery(Struct):
+    """`since`: number of the last event you have, when you ask for a stream of them."""
+
+    since: Annotated[int, Meta(ge=0)] = 0
+
+
+class ExecutionModel(Struct):
+    """An execution that was started under an id. `status` is running, finished or unknown.
+
+    Unknown: its kernel ended under it, and nobody can say how much of it has happened. `retrySafe`: sending the same
+    request again has no further effect. `result` is there once it is over.
+    """
+
+    id: str
+    status: str
+    retrySafe: bool
+    result: Cell | None = None
+
+
+async def get_execution(call: Call) -> None:
+    """An execution by its id (the `Idempotency-Key` it was started with), or as a stream like POST …/execute.
+
+    404 means that no such execution was ever started here: then it is safe to start it.
+    """
+    kernel = call.sandbox.guest.kernel
+    execution = kernel.executions.get(call.path["execution"])
+    if execution is None:
+        raise NotFound("no such execution was started in this sandbox", hint="it has not run: it is safe to start it")
+    last_event = call.http.request.headers.get("Last-Event-ID", "")
+    events = kernel.events(execution, int(last_event) if last_event.isdigit() else call.query.since)
+    async with aclosing(events):
+        if framing := wanted_framing(call.http):
+            await stream(call.http, framing, events)
+            return
+        result = await collect(events) if execution.over.is_set() else None
+    status = execution.state
+    call.http.set_header("Content-Type", "application/json")
+    answer = ExecutionModel(execution.id, status, status != "unknown", result)
+    await call.http.finish(msgspec.json.encode(answer))
+
+
+class ExportQuery(Struct):
+    """`ipynb` is the only format."""
+
+    format: Literal["ipynb"] = "ipynb"
+
+
+async def export(call: Call) -> None:
+    """The session so far as a notebook, with outputs; cells whose messages are not kept any more are left out."""
+    from kernel_gateway.notebook import session_notebook
+
+    journal = call.sandbox.guest.kernel.journal
+    translate = Events()
+    cells: dict[str, tuple[str, list[StreamEvent]]] = {}
+    after = 0
+    while records := journal.read(after):
+        after = records[-1].seq
+        for record in records:
+            if isinstance(record, Gap):
+                if cells:
+                    cells[next(reversed(cells))][1].append(StreamEvent("gap", messages=record.messages))
+                continue
+            if record.kind == "execute_input":
+                code = str(message.content(record.parts[message.CONTENT]).get("code", ""))
+                cells[record.parent] = (code, [])
+            if record.parent in cells:
+                cells[record.parent][1].extend(
+                    translate.receive(record.seq, record.kind, record.parent, record.ends, record.parts)
+                )
+        await asyncio.sleep(0)  # others have their turn between the pages
+    http = call.http
+    http.set_header("Content-Type", "application/x-ipynb+json")
+    http.set_header("Content-Disposition", f'attachment; filename="{call.sandbox.id}.ipynb"')
+    found = [(code, next((e.executionCount for e in events), None), events) for code, events in cells.values()]
+    await http.finish(await asyncio.to_thread(session_notebook, found))
 
 
 # -- files

@@ -1,7 +1,8 @@
-"""The messages of one cell, turned into what a REST client wants. Pure: messages in, events out.
+"""Kernel messages, turned into what REST clients and agents want. Pure: messages in, events out.
 
-An execution is over when both its reply (shell) and its `idle` (iopub) have come; their order is not fixed. Text is
-kept up to `text_limit` characters per stream and results up to `result_limit` bytes; the rest is counted and told.
+An execution is over when both its reply (shell) and its `idle` (iopub) have come; their order is not fixed, and the
+journal marks the later of them. In a collected cell, text is kept up to `text_limit` characters per stream and results
+up to `result_limit` bytes; the rest is counted and told.
 """
 
 from collections.abc import Sequence
@@ -37,11 +38,12 @@ class Result(msgspec.Struct, frozen=True):
 
 
 class Truncated(msgspec.Struct):
-    """What was left out: characters of text, number of results."""
+    """What was left out: characters of text, number of results, messages that the journal no longer had."""
 
     stdout: int = 0
     stderr: int = 0
     results: int = 0
+    messages: int = 0
 
 
 class Cell(msgspec.Struct):
@@ -56,72 +58,102 @@ class Cell(msgspec.Struct):
 
 
 class StreamEvent(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One line of a streamed execution; `type` tells which of the other fields are set."""
+    """One thing that happened in a kernel; `type` tells which of the other fields are set (docs/stream.md).
+
+    `seq` is its number in the kernel's journal, `id` the execution it belongs to.
+    """
 
     type: str
+    seq: int = 0
+    id: str = ""
     text: str | None = None
     data: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
+    displayId: str | None = None
     error: CellError | None = None
     executionCount: int | None = None
+    prompt: str | None = None
+    password: bool | None = None
+    wait: bool | None = None
+    state: str | None = None
+    reason: str | None = None
+    exitCode: int | None = None
+    signal: int | None = None
+    messages: int | None = None
 
 
-class Execution:
-    """Follows one execute request. Feed it each message whose parent is the request; it answers with events."""
+class Events:
+    """Turns messages into events. It remembers execution counts, so that an "end" can tell them."""
 
     def __init__(self) -> None:
-        self._replied = self._idle = False
-        self._has_failed = False
-        self._error: CellError | None = None
-        self.count: int | None = None
+        self._counts: dict[str, int | None] = {}
 
-    @property
-    def is_done(self) -> bool:
-        return self._replied and self._idle
+    def receive(self, seq: int, kind: str, execution: str, ends: bool, parts: Sequence[bytes]) -> list[StreamEvent]:
+        """The events that one message means: none, one, or one and the "end"."""
+        events = []
+        made = self._event(kind, execution, message.content(parts[message.CONTENT]), parts) if kind in SHOWN else None
+        if made is not None:
+            events.append(msgspec.structs.replace(made, seq=seq, id=execution))
+        if ends:
+            events.append(StreamEvent("end", seq=seq, id=execution, executionCount=self._counts.pop(execution, None)))
+        return events
 
-    def abandon(self) -> None:
-        """Nothing more will come: its kernel is gone."""
-        self._replied = self._idle = True
-
-    def receive(self, parts: Sequence[bytes | memoryview]) -> list[StreamEvent]:
-        """The events that one message means; the last of an execution is "end"."""
-        kind = message.header(parts[message.HEADER]).msg_type
-        content = message.content(parts[message.CONTENT])
-        events: list[StreamEvent] = []
+    def _event(self, kind: str, execution: str, content: dict[str, Any], parts: Sequence[bytes]) -> StreamEvent | None:
         match kind:
             case "stream" if content.get("name") in ("stdout", "stderr"):
-                events.append(StreamEvent(content["name"], text=str(content.get("text", ""))))
-            case "execute_result" | "display_data" | "update_display_data":
-                data, metadata = content.get("data"), content.get("metadata")
-                if isinstance(data, dict):
-                    events.append(
-                        StreamEvent(
-                            "result" if kind == "execute_result" else "display",
-                            data=data,
-                            metadata=metadata if isinstance(metadata, dict) else {},
-                        )
-                    )
+                return StreamEvent(content["name"], text=str(content.get("text", "")))
+            case "execute_result":
+                return rich("result", content)
+            case "display_data":
+                return rich("display", content)
+            case "update_display_data":
+                return rich("update", content)
+            case "clear_output":
+                return StreamEvent("clear", wait=bool(content.get("wait")))
             case "error":
-                self._error = None
-                self._has_failed = True
-                events.append(StreamEvent("error", error=cell_error(content)))
+                return StreamEvent("error", error=cell_error(content))
             case "execute_input":
-                self.count = number(content.get("execution_count"))
-                events.append(StreamEvent("started", executionCount=self.count))
-            case "status" if content.get("execution_state") == "idle":
-                self._idle = True
-            case "execute_reply":
-                self._replied = True
-                self.count = number(content.get("execution_count")) or self.count
-                if content.get("status") == "aborted":
-                    events.append(StreamEvent("error", error=CellError("Aborted", "an earlier cell failed")))
-                elif content.get("status") == "error" and not self._has_failed:
-                    self._error = cell_error(content)
-        if self.is_done:
-            if self._error is not None:  # published by nobody
-                events.append(StreamEvent("error", error=self._error))
-            events.append(StreamEvent("end", executionCount=self.count))
-        return events
+                if len(self._counts) > 1000:
+                    self._counts.pop(next(iter(self._counts)))
+                self._counts[execution] = number(content.get("execution_count"))
+                return StreamEvent("started", executionCount=self._counts[execution])
+            case "execute_reply" if content.get("status") == "aborted":
+                return StreamEvent("error", error=CellError("Aborted", "an earlier cell failed", code="aborted"))
+            case "input_request":
+                return StreamEvent(
+                    "input_request", prompt=str(content.get("prompt", "")), password=bool(content.get("password"))
+                )
+            case "status" if content.get("execution_state") not in ("busy", "idle") or not execution:
+                cause = message.content(parts[message.METADATA]).get("cellvm", {})
+                cause = cause if isinstance(cause, dict) else {}
+                return StreamEvent(
+                    "status",
+                    state=str(content.get("execution_state", "")),
+                    reason=cause.get("reason") and str(cause["reason"]),
+                    exitCode=number(cause.get("exitCode")),
+                    signal=number(cause.get("signal")),
+                )
+        return None
+
+
+SHOWN = frozenset(
+    "stream execute_result display_data update_display_data clear_output error execute_input execute_reply "
+    "input_request status".split()
+)
+"""Kinds of messages that can mean an event; the others need not be parsed."""
+
+
+def rich(kind: str, content: dict[str, Any]) -> StreamEvent | None:
+    data, metadata, transient = (content.get(name) for name in ("data", "metadata", "transient"))
+    if not isinstance(data, dict):
+        return None
+    return StreamEvent(
+        kind,
+        data=data,
+        metadata=metadata if isinstance(metadata, dict) else {},
+        displayId=str(transient["display_id"]) if isinstance(transient, dict) and "display_id" in transient else None,
+        executionCount=number(content.get("execution_count")),
+    )
 
 
 def number(value: Any) -> int | None:
@@ -129,11 +161,13 @@ def number(value: Any) -> int | None:
 
 
 def cell_error(content: dict[str, Any]) -> CellError:
-    traceback = content.get("traceback")
+    traceback, code, kept = (content.get(name) for name in ("traceback", "code", "stateKept"))
     return CellError(
         name=str(content.get("ename", "")),
         value=str(content.get("evalue", "")),
         traceback=[str(line) for line in traceback] if isinstance(traceback, list) else [],
+        code=code if isinstance(code, str) else None,
+        stateKept=kept if isinstance(kept, bool) else None,
     )
 
 
@@ -146,6 +180,7 @@ class Collector:
         self._result_room = result_limit
         self._dropped = Truncated()
         self._cell = Cell()
+        self._shown: dict[str, int] = {}
 
     def add(self, event: StreamEvent) -> None:
         match event.type:
@@ -156,15 +191,23 @@ class Collector:
                 self._text[event.type].append(kept)
                 dropped = getattr(self._dropped, event.type) + len(text) - len(kept)
                 setattr(self._dropped, event.type, dropped)
-            case "result" | "display":
+            case "update" if event.displayId in self._shown:
+                index = self._shown[event.displayId]
+                self._cell.results[index] = Result("display", event.data or {}, event.metadata or {})
+            case "result" | "display" | "update":
                 size = sum(len(value) if isinstance(value, str) else 1000 for value in (event.data or {}).values())
                 if size > self._result_room:
                     self._dropped.results += 1
                 else:
                     self._result_room -= size
-                    self._cell.results.append(Result(event.type, event.data or {}, event.metadata or {}))
+                    if event.displayId is not None:
+                        self._shown[event.displayId] = len(self._cell.results)
+                    kind = "result" if event.type == "result" else "display"
+                    self._cell.results.append(Result(kind, event.data or {}, event.metadata or {}))
             case "error":
                 self._cell.error = event.error
+            case "gap":
+                self._dropped.messages += event.messages or 0
             case "started" | "end":
                 self._cell.executionCount = event.executionCount or self._cell.executionCount
 
@@ -172,5 +215,5 @@ class Collector:
         """Everything so far."""
         self._cell.stdout, self._cell.stderr = "".join(self._text["stdout"]), "".join(self._text["stderr"])
         dropped = self._dropped
-        self._cell.truncated = dropped if dropped.stdout or dropped.stderr or dropped.results else None
+        self._cell.truncated = dropped if dropped != Truncated() else None
         return self._cell

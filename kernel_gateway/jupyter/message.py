@@ -13,9 +13,12 @@ import msgspec
 
 CHANNEL, HEADER, PARENT, METADATA, CONTENT = range(5)
 """Positions of the parts; binary buffers follow."""
+SENT_BY_KERNEL = frozenset({b"shell", b"iopub", b"stdin", b"control"})
+SENT_BY_CLIENT = frozenset({b"shell", b"stdin", b"control"})
+VERSION = "5.4"
 
 
-class Header(msgspec.Struct):
+class Header(msgspec.Struct, gc=False):
     """The fields of a header that the gateway reads."""
 
     msg_id: str = ""
@@ -23,7 +26,16 @@ class Header(msgspec.Struct):
     session: str = ""
 
 
+class Stream(msgspec.Struct, gc=False):
+    """The content of a `stream` message."""
+
+    name: str
+    text: str
+
+
 _header = msgspec.json.Decoder(Header)
+_stream = msgspec.json.Decoder(Stream)
+_encoder = msgspec.json.Encoder()
 
 
 def header(part: bytes | memoryview) -> Header:
@@ -43,20 +55,48 @@ def content(part: bytes | memoryview) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def request(channel: str, msg_type: str, fields: dict[str, Any], session: str) -> tuple[str, list[bytes]]:
-    """A request of the gateway's own: its message id and its parts."""
-    msg_id = uuid.uuid4().hex
+def joined(contents: Sequence[bytes]) -> bytes | None:
+    """The contents of several `stream` messages as one; None if they are not all of the same stream."""
+    try:
+        pieces = [_stream.decode(part) for part in contents]
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+    name = pieces[0].name
+    if any(piece.name != name for piece in pieces):
+        return None
+    return _encoder.encode(Stream(name, "".join(piece.text for piece in pieces)))
+
+
+def numbered(metadata: bytes, seq: int) -> bytes:
+    """A metadata part that also tells the message's number in its journal, as `cellvm.seq`."""
+    own = b'{"cellvm":{"seq":%d}' % seq
+    rest = metadata.lstrip()[1:].lstrip() if metadata.lstrip().startswith(b"{") else b"}"
+    return own + rest if rest.startswith(b"}") else own + b"," + rest
+
+
+def new(
+    channel: str,
+    msg_type: str,
+    fields: dict[str, Any],
+    *,
+    session: str,
+    parent: bytes = b"{}",
+    msg_id: str | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> list[bytes]:
+    """A message of the gateway's own, as parts."""
     head = {
-        "msg_id": msg_id,
+        "msg_id": msg_id or uuid.uuid4().hex,
         "msg_type": msg_type,
         "session": session,
         "username": "cellvm",
-        "date": datetime.now(UTC).isoformat(),
-        "version": "5.4",
+        "date": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+        "version": VERSION,
     }
-    return msg_id, [channel.encode(), json.dumps(head).encode(), b"{}", b"{}", json.dumps(fields).encode()]
-
-
-def parent_id(parts: Sequence[bytes | memoryview]) -> str:
-    """The id of the request that a message belongs to."""
-    return header(parts[PARENT]).msg_id
+    return [
+        channel.encode(),
+        _encoder.encode(head),
+        parent,
+        _encoder.encode(metadata or {}),
+        json.dumps(fields).encode(),  # not msgspec: text from users may hold lone surrogates
+    ]

@@ -1,0 +1,66 @@
+"""Jupyter's WebSocket, `/api/kernels/{id}/channels`: kernel messages to and from clients, in either layout."""
+
+from kernel_gateway.api.socket import MALFORMED, NOT_ALLOWED, Socket
+from kernel_gateway.errors import CellvmError
+from kernel_gateway.journal import Gap, Record
+from kernel_gateway.jupyter import layout, message
+from kernel_gateway.jupyter.message import CHANNEL, METADATA
+from kernel_gateway.sandbox import Sandbox, sandbox_id
+
+
+class Channels(Socket):
+    """All channels of one kernel, for one client session."""
+
+    def find(self, owner: str, name: str) -> Sandbox:
+        return self._sandboxes.get(owner, sandbox_id(name))
+
+    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
+        self.is_binary = layout.V1 in subprotocols
+        return layout.V1 if self.is_binary else None
+
+    def open(self, *args: str, **kwargs: str) -> None:
+        super().open(*args, **kwargs)
+        if self.kernel.state not in ("idle", "busy"):  # the journal has said so before this client came
+            told = message.new("iopub", "status", {"execution_state": self.kernel.state}, session="")
+            self.write_message(self._frame(told), binary=self.is_binary)
+
+    def frames(self, records: list[Record | Gap]) -> list[str | bytes]:
+        """What is for everybody or for this session; of what a client asked to be told again, all."""
+        found = []
+        for record in records:
+            if isinstance(record, Gap):
+                found.append(self._frame(self._notice(record)))
+            elif record.session in (None, self.session) or record.seq <= self.replayed_to:
+                parts = record.parts.copy()
+                parts[METADATA] = message.numbered(parts[METADATA], record.seq)
+                found.append(self._frame(parts))
+        return found
+
+    def _frame(self, parts: list[bytes]) -> str | bytes:
+        return layout.to_v1(parts) if self.is_binary else layout.to_legacy(parts)
+
+    def _notice(self, gap: Gap) -> list[bytes]:
+        text = f"\n[{gap.messages} messages of output are missing here: they came faster than they were read]\n"
+        return message.new(
+            "iopub",
+            "stream",
+            {"name": "stderr", "text": text},
+            session="",
+            parent=gap.parent,
+            metadata={"cellvm": {"seq": gap.seq, "missing": gap.messages}},
+        )
+
+    async def on_message(self, frame: str | bytes) -> None:
+        """Pass a client's message on; the next one is read when this one is on its way."""
+        try:
+            parts = layout.from_v1(frame) if self.is_binary and isinstance(frame, bytes) else layout.from_legacy(frame)
+        except layout.LayoutError as error:
+            self.close(MALFORMED, str(error)[:100])
+            return
+        if parts[CHANNEL] not in message.SENT_BY_CLIENT:
+            self.close(NOT_ALLOWED, "a client may send on the channels shell, control and stdin")
+            return
+        try:
+            await self.kernel.send(parts, self.session)
+        except CellvmError:
+            pass  # the journal ends, and the connection with it

@@ -1,0 +1,408 @@
+"""Jupyter's REST operations. A kernel is a sandbox seen by a Jupyter client; its id is the sandbox's in another form.
+
+Source: https://jupyter-server.readthedocs.io/en/latest/developers/rest-api.html
+"""
+
+import asyncio
+import contextlib
+import secrets
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
+
+from kernel_gateway import __version__
+from kernel_gateway.api.base import Call
+from kernel_gateway.api.rest import Text, check_env, check_text
+from kernel_gateway.errors import InvalidRequest, NotFound
+from kernel_gateway.journal import Gap
+from kernel_gateway.jupyter import layout
+from kernel_gateway.lifecycle import Event
+from kernel_gateway.sandbox import Sandbox, kernel_id, sandbox_id
+from kernel_gateway.templates import Template
+
+DEAD_FOR = 3600
+"""Seconds that a kernel which died stays listed as dead."""
+MAX_SESSIONS = 1000
+LOGO = (Path(__file__).parent / "logo.svg").read_bytes()
+
+
+class ApiVersion(Struct):
+    version: str
+
+
+async def api_version(call: Call) -> ApiVersion:
+    """The server's version."""
+    return ApiVersion(__version__)
+
+
+class ServerStatus(Struct):
+    """What `GET /api/status` tells of your kernels."""
+
+    started: str
+    last_activity: str
+    connections: int
+    kernels: int
+
+
+async def status(call: Call) -> ServerStatus:
+    """How many kernels you have, and when they were last used."""
+    models = [model(sandbox) for sandbox in call.sandboxes.list(call.owner)]
+    started = jupyter_time(call.sandboxes.started_at)
+    return ServerStatus(
+        started=started,
+        last_activity=max([each.last_activity for each in models], default=started),
+        connections=sum(each.connections for each in models),
+        kernels=len(models),
+    )
+
+
+# -- kernelspecs
+
+
+class SpecBody(Struct):
+    argv: list[str]
+    display_name: str
+    language: str
+    env: Text
+    metadata: dict[str, bool]
+    interrupt_mode: str
+
+
+class SpecModel(Struct):
+    """One kind of kernel: a template."""
+
+    name: str
+    spec: SpecBody
+    resources: Text
+
+
+class Specs(Struct):
+    """All kinds. `default` is what a client gets that names none."""
+
+    default: str
+    kernelspecs: dict[str, SpecModel]
+
+
+def spec(call: Call, template: Template) -> SpecModel:
+    base = call.http.application.settings["base_url"]
+    body = SpecBody([], f"Python 3 in a VM ({template.id})", "python", {}, {"debugger": True}, "signal")
+    return SpecModel(template.id, body, {"logo-svg": f"{base}/kernelspecs/{template.id}/logo-svg.svg"})
+
+
+async def list_specs(call: Call) -> Specs:
+    """One kernelspec for each template."""
+    specs = {template.id: spec(call, template) for template in call.sandboxes.templates}
+    return Specs(call.sandboxes.templates.default.id, specs)
+
+
+async def get_spec(call: Call) -> SpecModel:
+    """One kernelspec."""
+    return spec(call, named(call, call.path["name"]))
+
+
+async def spec_file(call: Call) -> None:
+    """A kernelspec's logo."""
+    if call.sandboxes.templates.find(call.path["name"]) is None or call.path["file"] != "logo-svg.svg":
+        raise NotFound("there is no such file")
+    call.http.set_header("Content-Type", "image/svg+xml")
+    call.http.set_header("Content-Security-Policy", "sandbox")
+    await call.http.finish(LOGO)
+
+
+def named(call: Call, name: str | None) -> Template:
+    """The template of that name, the default one for no name."""
+    template = call.sandboxes.templates.find(name) if name else call.sandboxes.templates.default
+    if template is None:
+        raise NotFound(f"no such kernel spec: {name!r:.100}")
+    return template
+
+
+# -- kernels
+
+
+class StartKernel(Struct):
+    """A new kernel. `env` is seen by every process of its sandbox; `path`, a place on the client, is ignored."""
+
+    name: str | None = None
+    env: Text | None = None
+    path: str | None = None
+
+
+class KernelModel(Struct, omit_defaults=True):
+    """A kernel. `reason` says why it is dead or restarting."""
+
+    id: str
+    name: str
+    last_activity: str
+    execution_state: str
+    connections: int
+    sandbox_id: str
+    reason: str = ""
+
+
+def jupyter_time(seconds: float) -> str:
+    """A time as Jupyter's clients parse it: with a fraction, and `Z`."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def model(sandbox: Sandbox) -> KernelModel:
+    kernel = sandbox.kernel
+    return KernelModel(
+        id=sandbox.kernel_id,
+        name=sandbox.template.id,
+        last_activity=jupyter_time(kernel.last_activity if kernel else sandbox.started_at.timestamp()),
+        execution_state=kernel.state if kernel else "starting",
+        connections=kernel.connections if kernel else 0,
+        sandbox_id=sandbox.id,
+        reason=kernel.reason if kernel else "",
+    )
+
+
+def dead(call: Call, name: str | None = None) -> list[KernelModel]:
+    """Kernels that died lately without their owner's doing, so that clients learn why."""
+    ended = call.store.ended_since(call.owner, time.time() - DEAD_FOR)
+    return [
+        KernelModel(kernel_id(each), template, jupyter_time(when), "dead", 0, each, f"the sandbox has ended: {reason}")
+        for each, template, when, reason in ended
+        if name in (None, each)
+    ]
+
+
+def sandbox_of(call: Call) -> Sandbox:
+    """The sandbox of the kernel that the path names, if it is this owner's."""
+    return call.sandboxes.get(call.owner, sandbox_id(call.path["kernel"]))
+
+
+async def list_kernels(call: Call) -> list[KernelModel]:
+    """Your kernels, and for an hour those that died. Those whose time was over are told about one by one only."""
+    lost = [each for each in dead(call) if not each.reason.endswith(Event.EXPIRED)]
+    return [model(sandbox) for sandbox in call.sandboxes.list(call.owner)] + lost
+
+
+async def start_kernel(call: Call, body: StartKernel) -> KernelModel:
+    """A sandbox with its kernel, ready. It lives as long as it is used, and a while longer."""
+    env = body.env or {}
+    check_env(env)
+    idle = call.http.application.settings["kernel_idle_timeout"]
+    sandbox = await call.sandboxes.create(
+        call.owner, named(call, body.name), timeout=idle, metadata={}, env=env, idle_timeout=idle
+    )
+    call.http.set_header("Location", f"{call.http.application.settings['base_url']}/api/kernels/{sandbox.kernel_id}")
+    return model(sandbox)
+
+
+async def get_kernel(call: Call) -> KernelModel:
+    """One kernel; `dead` for one that died lately by itself."""
+    try:
+        return model(sandbox_of(call))
+    except NotFound:
+        for found in dead(call, sandbox_id(call.path["kernel"])):
+            return found
+        raise
+
+
+async def delete_kernel(call: Call) -> None:
+    """End a kernel, and its sandbox with it."""
+    name = sandbox_id(call.path["kernel"])
+    if dead(call, name):
+        call.store.sandbox_forgotten(name)
+    else:
+        await call.sandboxes.kill(sandbox_of(call))
+
+
+async def interrupt_kernel(call: Call) -> None:
+    """Interrupt what the kernel runs."""
+    await sandbox_of(call).guest.kernel.interrupt()
+
+
+async def restart_kernel(call: Call) -> KernelModel:
+    """Replace the kernel by a fresh one; answers when that is usable. Files stay."""
+    sandbox = sandbox_of(call)
+    await sandbox.guest.kernel.restart()
+    return model(sandbox)
+
+
+class JournalQuery(Struct):
+    """`since`: number of the last message you have. `wait`: seconds to wait for one when there is none yet."""
+
+    since: Annotated[int, Meta(ge=0)] = 0
+    wait: Annotated[float, Meta(ge=0, le=60)] = 0
+
+
+class JournalPage(Struct):
+    """Messages after `since`, about a megabyte of them; ask again with `next`. `last` is the newest one's number.
+
+    `missing` counts messages in this stretch that are not kept any more. Buffers are base64 encoded.
+    """
+
+    messages: list[dict[str, Any]]
+    next: int
+    last: int
+    missing: int
+
+
+async def journal(call: Call) -> JournalPage:
+    """What a kernel has said, without a WebSocket."""
+    kept = sandbox_of(call).guest.kernel.journal
+    after = min(call.query.since, kept.last)
+    records = kept.read(after)
+    if not records and call.query.wait:
+        with kept.reader(after) as reader, contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(call.query.wait):
+                records = await reader.next()
+    found = [layout.journal_entry(each.seq, each.parts) for each in records if not isinstance(each, Gap)]
+    return JournalPage(
+        messages=found,
+        next=records[-1].seq if records else after,
+        last=kept.last,
+        missing=sum(each.messages for each in records if isinstance(each, Gap)),
+    )
+
+
+# -- sessions: a document's path and its kernel, as Jupyter's own front ends remember them
+
+
+class KernelRef(Struct):
+    id: str | None = None
+    name: str | None = None
+
+
+class SessionBody(Struct):
+    """A session to make, or what to change of one."""
+
+    path: str | None = None
+    name: str | None = None
+    type: str | None = None
+    kernel: KernelRef | None = None
+
+
+class NotebookRef(Struct):
+    path: str
+    name: str
+
+
+class SessionModel(Struct):
+    """A session. `notebook` is there for old clients."""
+
+    id: str
+    path: str
+    name: str
+    type: str
+    kernel: KernelModel
+    notebook: NotebookRef
+
+
+class Session(Struct):
+    """What is kept of one."""
+
+    id: str
+    owner: str
+    path: str
+    name: str
+    type: str
+    sandbox: str
+
+
+class Sessions:
+    """All sessions of the server, in memory. One ends with its kernel."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, Session] = {}
+
+    def add(self, session: Session) -> None:
+        self._sessions[session.id] = session
+        if len(self._sessions) > MAX_SESSIONS:
+            del self._sessions[next(iter(self._sessions))]
+
+    def live(self, call: Call) -> list[tuple[Session, Sandbox]]:
+        """The owner's sessions whose kernels live; the others are forgotten."""
+        mine = {sandbox.id: sandbox for sandbox in call.sandboxes.list(call.owner)}
+        for session in [each for each in self._sessions.values() if each.owner == call.owner]:
+            if session.sandbox not in mine:
+                del self._sessions[session.id]
+        return [(each, mine[each.sandbox]) for each in self._sessions.values() if each.owner == call.owner]
+
+    def get(self, call: Call) -> tuple[Session, Sandbox]:
+        """The session that the path names.
+
+        Raises:
+            NotFound: the owner has none like that.
+        """
+        for session, sandbox in self.live(call):
+            if session.id == call.path["session"]:
+                return session, sandbox
+        raise NotFound("session not found")
+
+    def remove(self, session: Session) -> None:
+        self._sessions.pop(session.id, None)
+
+
+def sessions_of(call: Call) -> Sessions:
+    sessions: Sessions = call.http.application.settings["sessions"]
+    return sessions
+
+
+def session_model(session: Session, sandbox: Sandbox) -> SessionModel:
+    return SessionModel(
+        session.id, session.path, session.name, session.type, model(sandbox), NotebookRef(session.path, session.name)
+    )
+
+
+async def list_sessions(call: Call) -> list[SessionModel]:
+    """Your sessions."""
+    return [session_model(*each) for each in sessions_of(call).live(call)]
+
+
+async def start_session(call: Call, body: SessionBody) -> SessionModel:
+    """A session for a path: the one there is, or a new one with the kernel named or a new kernel."""
+    if not body.path:
+        raise InvalidRequest("a session needs a `path`")
+    check_text(body.path, body.name or "", body.type or "")
+    for session, sandbox in sessions_of(call).live(call):
+        if session.path == body.path:
+            return session_model(session, sandbox)
+    sandbox = await kernel_for(call, body.kernel or KernelRef())
+    session = Session(
+        secrets.token_hex(16), call.owner, body.path, body.name or "", body.type or "notebook", sandbox.id
+    )
+    sessions_of(call).add(session)
+    return session_model(session, sandbox)
+
+
+async def kernel_for(call: Call, wanted: KernelRef) -> Sandbox:
+    """The kernel of that id, or a new one."""
+    if wanted.id:
+        return call.sandboxes.get(call.owner, sandbox_id(wanted.id))
+    started = await start_kernel(call, StartKernel(wanted.name))
+    call.http.clear_header("Location")
+    return call.sandboxes.get(call.owner, started.sandbox_id)
+
+
+async def get_session(call: Call) -> SessionModel:
+    """One session."""
+    return session_model(*sessions_of(call).get(call))
+
+
+async def change_session(call: Call, body: SessionBody) -> SessionModel:
+    """Rename or move a session, or give it another kernel."""
+    session, sandbox = sessions_of(call).get(call)
+    check_text(body.path or "", body.name or "", body.type or "")
+    if body.kernel is not None and (body.kernel.id or body.kernel.name):
+        sandbox = await kernel_for(call, body.kernel)
+        session.sandbox = sandbox.id
+    session.path, session.name, session.type = (
+        body.path or session.path,
+        session.name if body.name is None else body.name,
+        body.type or session.type,
+    )
+    return session_model(session, sandbox)
+
+
+async def delete_session(call: Call) -> None:
+    """End a session and its kernel."""
+    session, sandbox = sessions_of(call).get(call)
+    sessions_of(call).remove(session)
+    await call.sandboxes.kill(sandbox)

@@ -1,0 +1,175 @@
+"""WebSockets over a kernel's journal: each connection is a reader of it, at its own speed.
+
+What is written waits for the client, so nothing piles up here; a client that is behind gets neighbouring text joined.
+Pings carry the number of the last message sent: the pong says that everything up to it has arrived.
+"""
+
+import asyncio
+import socket
+import time
+import uuid
+from collections.abc import Awaitable
+from typing import Annotated, Any
+
+import msgspec
+from tornado.iostream import StreamClosedError
+from tornado.websocket import WebSocketClosedError, WebSocketHandler
+
+from kernel_gateway.api.base import Handler
+from kernel_gateway.errors import CellvmError, Draining, InvalidRequest
+from kernel_gateway.journal import Gap, Record, merged
+from kernel_gateway.kernel import Kernel
+from kernel_gateway.sandbox import Sandbox
+
+BATCH = 256 * 1024
+"""Bytes that are written before the client must have taken what came before."""
+ACK_DELAY = 0.1
+"""Seconds after something was sent until the client is asked what has arrived."""
+PING_INTERVAL = 30.0
+PONG_TIMEOUT = 600.0
+"""Seconds without a pong that close a connection. Long: some clients answer only while they read. Dead peers are
+noticed by TCP, see `_keep_watch`."""
+HALF_OPEN = 40
+"""Seconds that bytes may stay unacknowledged, or untaken, before TCP gives the connection up."""
+
+MALFORMED, NOT_ALLOWED, TOO_LARGE, GOING_DOWN, ENDED, REPLACED = 1007, 1008, 1009, 1012, 4410, 1000
+"""Close codes; `docs/errors.md` explains them."""
+
+
+class SocketQuery(msgspec.Struct):
+    """`since`: number of the last message that the client has."""
+
+    session_id: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    since: Annotated[int, msgspec.Meta(ge=0)] | None = None
+
+
+class Socket(WebSocketHandler, Handler):
+    """One connection. Subclasses say which sandbox, how records become frames, and what the client may say."""
+
+    sandbox: Sandbox
+    kernel: Kernel
+    session: str
+    is_binary = False
+
+    def find(self, owner: str, name: str) -> Sandbox:
+        """The sandbox that the path names."""
+        raise NotImplementedError
+
+    def frames(self, records: list[Record | Gap]) -> list[str | bytes]:
+        """Records as what goes to this client."""
+        raise NotImplementedError
+
+    async def prepare(self) -> None:
+        """Refuse before the upgrade what can be refused."""
+        try:
+            if self.request.method != "GET" or self.request.headers.get("Upgrade", "").lower() != "websocket":
+                raise InvalidRequest("this is a WebSocket: connect with `Upgrade: websocket`")
+            owner = self.authenticate()
+            if self._sandboxes.is_draining:
+                raise Draining("the server is going down")
+            self._query: SocketQuery = self.query(SocketQuery)
+            self.sandbox = self.find(owner, self.path_args[0])
+            self.kernel = self.sandbox.guest.kernel
+            since = self._query.since
+            if since is not None and since > self.kernel.journal.last:
+                raise InvalidRequest(
+                    f"`since={since}` is ahead of the journal, which ends at {self.kernel.journal.last}",
+                    hint="it is another kernel's number; leave `since` out",
+                )
+        except CellvmError as error:
+            self.finish(self.set_error(error))
+
+    def check_origin(self, origin: str) -> bool:
+        """Pages of other origins only if the settings allow them; those of our own have been let in already."""
+        return origin in self.application.settings["origins"]
+
+    @property
+    def max_message_size(self) -> int:
+        return int(self.application.settings["max_message"])
+
+    def open(self, *args: str, **kwargs: str) -> None:
+        self.set_nodelay(True)
+        self._keep_watch()
+        self.session = self._query.session_id or uuid.uuid4().hex
+        sockets: dict[tuple[Kernel, str], Socket] = self.application.settings["sockets"]
+        before = sockets.get((self.kernel, self.session))
+        if before is not None:
+            before.close(REPLACED, "the same session has connected again")
+        sockets[self.kernel, self.session] = self
+        self.kernel.connections += 1
+        since = self._query.since
+        after = self.kernel.attach(self.session)
+        self.reader = self.kernel.journal.reader(after if since is None else since)
+        self.replayed_to = self.kernel.journal.last if since is not None else 0
+        self._asked = self._sent = self.reader.after
+        self._last_pong = time.monotonic()
+        self._is_soon = False
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(PING_INTERVAL, self._ping)
+        self._pumping = asyncio.create_task(self._pump())
+
+    def _keep_watch(self) -> None:
+        """Let TCP notice a peer that is gone, or that takes nothing while something waits for it."""
+        assert self.ws_connection is not None
+        stream = self.ws_connection.stream
+        assert stream is not None
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
+        stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+        stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, HALF_OPEN * 1000)
+
+    async def _pump(self) -> None:
+        """Send what the journal holds and what it gets, as fast as the client takes it."""
+        try:
+            with self.reader:
+                while records := await self.reader.next():
+                    await self.send(self.frames(merged(records)))
+                    self._sent = self.reader.after
+                    self._acknowledge_soon()
+            self.close(ENDED, self.kernel.reason[:100])
+        except (WebSocketClosedError, StreamClosedError):
+            pass  # `on_close` is told too
+
+    async def send(self, frames: list[str | bytes]) -> None:
+        """Write frames in one go, up to a batch before the client must have taken them."""
+        waiting: list[Awaitable[None]] = []
+        size = 0
+        for frame in frames:
+            waiting.append(self.write_message(frame, binary=isinstance(frame, bytes)))
+            size += len(frame)
+            if size >= BATCH:
+                await asyncio.gather(*waiting)
+                waiting, size = [], 0
+        if waiting:
+            await asyncio.gather(*waiting)
+
+    def _acknowledge_soon(self) -> None:
+        if not self._is_soon:
+            self._is_soon = True
+            self._timer.cancel()
+            self._timer = self._loop.call_later(ACK_DELAY, self._ping)
+
+    def _ping(self) -> None:
+        self._is_soon = False
+        if time.monotonic() - self._last_pong > PONG_TIMEOUT:
+            self.close(NOT_ALLOWED, "no pong")
+            return
+        self._asked = self._sent
+        self._timer = self._loop.call_later(PING_INTERVAL, self._ping)
+        try:
+            self.ping(b"%d" % self._sent)
+        except WebSocketClosedError:
+            pass  # `on_close` is told too
+
+    def on_pong(self, data: bytes) -> None:
+        self._last_pong = time.monotonic()
+        if data.isdigit() and len(data) < 20:
+            self.kernel.received(self.session, min(int(data), self._asked))
+
+    def on_close(self) -> None:
+        sockets: dict[Any, Socket] = self.application.settings["sockets"]
+        if sockets.get((self.kernel, self.session)) is self:
+            del sockets[self.kernel, self.session]
+        self.kernel.connections -= 1
+        self._timer.cancel()
+        self._pumping.cancel()

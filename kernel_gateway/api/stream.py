@@ -1,0 +1,89 @@
+"""The WebSocket for agents, `/sandboxes/{id}/stream`: JSON events of a kernel, and a few commands (docs/stream.md)."""
+
+from typing import Annotated
+
+import msgspec
+
+from kernel_gateway.api.rest import check_id, check_text
+from kernel_gateway.api.socket import MALFORMED, Socket
+from kernel_gateway.errors import CellvmError
+from kernel_gateway.journal import Gap, Record
+from kernel_gateway.jupyter.execution import CellError, Events, StreamEvent
+from kernel_gateway.sandbox import Sandbox
+
+
+class Execute(msgspec.Struct, tag="execute", tag_field="type"):
+    """Run a cell. Sent again with the same `id` and code it runs only once. `timeout` is in seconds; default: none."""
+
+    code: str
+    id: str | None = None
+    timeout: Annotated[float, msgspec.Meta(gt=0, le=86400)] | None = None
+    allowInput: bool = True
+
+
+class Input(msgspec.Struct, tag="input", tag_field="type"):
+    """Answer an input request."""
+
+    text: str
+
+
+class Interrupt(msgspec.Struct, tag="interrupt", tag_field="type"):
+    """Interrupt the cell that runs."""
+
+
+class Restart(msgspec.Struct, tag="restart", tag_field="type"):
+    """Replace the kernel by a fresh one."""
+
+
+Command = Execute | Input | Interrupt | Restart
+_command = msgspec.json.Decoder(Command)
+
+
+class AgentStream(Socket):
+    """Everything that happens in one sandbox's kernel, whoever caused it."""
+
+    def find(self, owner: str, name: str) -> Sandbox:
+        return self._sandboxes.get(owner, name)
+
+    def open(self, *args: str, **kwargs: str) -> None:
+        self._events = Events()
+        super().open(*args, **kwargs)
+
+    def frames(self, records: list[Record | Gap]) -> list[str | bytes]:
+        found: list[StreamEvent] = []
+        for record in records:
+            if isinstance(record, Gap):
+                found.append(StreamEvent("gap", seq=record.seq, messages=record.messages))
+            else:
+                found += self._events.receive(record.seq, record.kind, record.parent, record.ends, record.parts)
+        return [msgspec.json.encode(event).decode() for event in found]
+
+    async def on_message(self, frame: str | bytes) -> None:
+        """Obey a command; one that can't be obeyed is answered with a `refused` event."""
+        try:
+            command = _command.decode(frame)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            self.close(MALFORMED, str(error)[:100])
+            return
+        try:
+            await self._obey(command)
+        except CellvmError as error:
+            told = CellError(type(error).__name__, str(error), code=error.code)
+            refused = StreamEvent("refused", id=getattr(command, "id", None) or "", error=told)
+            await self.send([msgspec.json.encode(refused).decode()])
+
+    async def _obey(self, command: Command) -> None:
+        match command:
+            case Execute():
+                check_id(command.id)
+                check_text(command.code)
+                self.kernel.run(
+                    command.code, execution_id=command.id, timeout=command.timeout, with_input=command.allowInput
+                )
+            case Input():
+                check_text(command.text)
+                await self.kernel.answer_input(command.text)
+            case Interrupt():
+                await self.kernel.interrupt()
+            case Restart():
+                await self.kernel.restart()

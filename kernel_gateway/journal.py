@@ -1,0 +1,308 @@
+"""A kernel's journal: every message numbered, kept for whoever comes late or reads slowly.
+
+The newest messages are in memory, older ones in a file without a name (it goes with the process), a megabyte a page;
+the file is a ring. What falls out of it is gone, except what tells the course of things (`ESSENTIAL`): a reader that
+needs the rest gets a Gap, once, with the count. Readers read at their own speed. While even the fastest of them is far
+behind, the journal asks for the guest to be held (`on_pressure`), so a reader's slowness ends in the guest's memory.
+"""
+
+import asyncio
+import logging
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, NamedTuple, Self
+
+import msgspec
+
+from kernel_gateway.jupyter import message
+from kernel_gateway.jupyter.message import CONTENT, PARENT
+
+log = logging.getLogger(__name__)
+
+MEMORY = 8 * 1024 * 1024
+DISK = 64 * 1024 * 1024
+PAGE = 1024 * 1024
+"""Bytes that are moved to disk, handed to a reader, or joined to one message of text, at once."""
+OVERHEAD = 1000
+"""What a message costs in memory besides its bytes."""
+HIGH_WATER = 4 * 1024 * 1024
+"""Bytes that the fastest reader may be behind before the guest is held."""
+ESSENTIAL = frozenset(
+    "status execute_input execute_reply error input_request clear_output comm_open comm_close "
+    "shutdown_reply interrupt_reply kernel_info_reply debug_event".split()
+)
+ESSENTIAL_MESSAGE = 16 * 1024
+ESSENTIAL_MEMORY = 2 * 1024 * 1024
+
+
+class Record(msgspec.Struct, array_like=True):
+    """One message. `end` counts the bytes of all messages up to it; `session` says whose it is (None: everybody's).
+
+    `ends` marks the message with which an execution is over: of its reply and its `idle` the one that came last.
+    """
+
+    seq: int
+    end: int
+    kind: str
+    parent: str
+    session: str | None
+    ends: bool
+    parts: list[bytes]
+
+    @property
+    def cost(self) -> int:
+        return sum(map(len, self.parts)) + OVERHEAD
+
+
+class Gap(NamedTuple):
+    """So many messages up to number `seq` are not kept any more; `parent` is their request's header."""
+
+    seq: int
+    messages: int
+    parent: bytes
+
+
+class Segment(NamedTuple):
+    """A page in the file: numbers of its first and last message, bytes of messages before it, place and size."""
+
+    first: int
+    last: int
+    start: int
+    at: int
+    size: int
+
+
+_page = msgspec.msgpack.Decoder(list[Record])
+
+
+class Journal:
+    """Messages of one kernel. `last` is the newest one's number, `end` the bytes of all there ever were.
+
+    Args:
+        directory: where the file is made when memory does not suffice.
+        memory, disk: bytes to keep in each.
+        on_pressure: called with True when the guest is to be held, with False when it may go on.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None = None,
+        *,
+        memory: int = MEMORY,
+        disk: int = DISK,
+        on_pressure: Callable[[bool], None] = lambda held: None,
+    ) -> None:
+        self.last = 0
+        self.end = 0
+        self.is_closed = False
+        self._directory = directory
+        self._memory = memory
+        self._disk = disk
+        self._on_pressure = on_pressure
+        self._records: dict[int, Record] = {}
+        self._first = 1
+        self._held_bytes = 0
+        self._file: BinaryIO | None = None
+        self._tail = 0
+        self._segments: deque[Segment] = deque()
+        self._essentials: deque[Record] = deque()
+        self._essential_bytes = 0
+        self._readers: set[Reader] = set()
+        self._is_pressed = False
+
+    def append(
+        self, parts: list[bytes], kind: str, parent: str = "", session: str | None = None, ends: bool = False
+    ) -> Record:
+        """Number a message and keep it."""
+        self.last += 1
+        self.end += sum(map(len, parts))
+        record = Record(self.last, self.end, kind, parent, session, ends, parts)
+        self._records[record.seq] = record
+        cost = record.cost
+        self._held_bytes += cost
+        if kind in ESSENTIAL and cost <= ESSENTIAL_MESSAGE:
+            self._essentials.append(record)
+            self._essential_bytes += cost
+            while self._essential_bytes > ESSENTIAL_MEMORY:
+                self._essential_bytes -= self._essentials.popleft().cost
+        while self._held_bytes > self._memory and len(self._records) > 1:
+            self._spill()
+        for reader in self._readers:
+            reader.wake()
+        self._press()
+        return record
+
+    def _spill(self) -> None:
+        """Move the oldest page to disk."""
+        page: list[Record] = []
+        size = 0
+        while size < PAGE and len(self._records) > 1:
+            record = self._records.pop(self._first)
+            self._first += 1
+            size += record.cost
+            page.append(record)
+        self._held_bytes -= size
+        try:
+            self._store(page, msgspec.msgpack.encode(page))
+        except OSError as error:  # a full disk costs old output, and readers are told; it must not cost the sandbox
+            log.warning("%d messages of a journal could not be written: %s", len(page), error)
+
+    def _store(self, page: list[Record], data: bytes) -> None:
+        if self._tail + len(data) > self._disk:
+            self._tail = 0
+        if len(data) > self._disk:
+            return
+        at, end = self._tail, self._tail + len(data)
+        while any(segment.at < end and at < segment.at + segment.size for segment in self._segments):
+            self._segments.popleft()
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self._directory, prefix="journal-")  # noqa: SIM115
+        os.pwrite(self._file.fileno(), data, at)
+        start = page[0].end - sum(map(len, page[0].parts))
+        self._segments.append(Segment(page[0].seq, page[-1].seq, start, at, len(data)))
+        self._tail = end
+
+    def _load(self, segment: Segment) -> list[Record]:
+        assert self._file is not None
+        return _page.decode(os.pread(self._file.fileno(), segment.size, segment.at))
+
+    def read(self, after: int) -> list[Record | Gap]:
+        """Messages that follow number `after`, about a page of them, missing ones as a Gap. Empty: there are none."""
+        if after >= self.last:
+            return []
+        segment = None
+        if after + 1 < self._first:
+            segment = next((segment for segment in self._segments if segment.last > after), None)
+        found: list[Record | Gap] = []
+        if segment is not None:
+            records = [record for record in self._load(segment) if record.seq > after]
+        else:
+            records, size, seq = [], 0, max(after + 1, self._first)
+            while size < PAGE and seq <= self.last:
+                records.append(self._records[seq])
+                size += records[-1].cost
+                seq += 1
+        missing = records[0].seq - after - 1
+        if missing:
+            found += [record for record in self._essentials if after < record.seq < records[0].seq]
+            if missing > len(found):
+                found.append(Gap(records[0].seq - 1, missing - len(found), records[0].parts[PARENT]))
+        return found + records
+
+    def reader(self, after: int) -> "Reader":
+        """Somebody who reads on from number `after`."""
+        return Reader(self, min(after, self.last))
+
+    def position(self, after: int) -> int:
+        """Bytes of the messages up to number `after`, as far as it is still known."""
+        if after >= self._first:
+            return self._records[after].end
+        if after + 1 >= self._first:
+            oldest = self._records.get(self._first)
+            return self.end if oldest is None else oldest.end - sum(map(len, oldest.parts))
+        return next((segment.start for segment in self._segments if segment.last > after), 0)
+
+    def add(self, reader: "Reader") -> None:
+        self._readers.add(reader)
+        self._press()
+
+    def remove(self, reader: "Reader") -> None:
+        self._readers.discard(reader)
+        self._press()
+        self._release()
+
+    def moved(self) -> None:
+        """A reader has read on."""
+        if self._is_pressed:
+            self._press()
+
+    def _press(self) -> None:
+        behind = min((self.end - reader.position for reader in self._readers), default=0)
+        if (behind > HIGH_WATER) is not self._is_pressed:
+            self._is_pressed = behind > HIGH_WATER
+            self._on_pressure(self._is_pressed)
+
+    def close(self) -> None:
+        """Nothing more will come. Readers get what is left, then the end; so the file goes with the last of them."""
+        self.is_closed = True
+        for reader in self._readers:
+            reader.wake()
+        self._release()
+
+    def _release(self) -> None:
+        if self.is_closed and not self._readers and self._file is not None:
+            self._segments.clear()
+            self._file.close()
+            self._file = None
+
+
+class Reader:
+    """One who reads a journal at its own speed; use it as a context."""
+
+    def __init__(self, journal: Journal, after: int) -> None:
+        self.after = after
+        self.position = journal.position(after)
+        self._journal = journal
+        self._wakened = asyncio.Event()
+
+    def wake(self) -> None:
+        self._wakened.set()
+
+    async def next(self) -> list[Record | Gap]:
+        """What follows, as soon as there is something; empty when the journal has ended."""
+        while not (found := self._journal.read(self.after)):
+            if self._journal.is_closed:
+                return []
+            self._wakened.clear()
+            await self._wakened.wait()
+        last = found[-1]
+        self.after = last.seq
+        if isinstance(last, Record):
+            self.position = last.end
+        self._journal.moved()
+        return found
+
+    def __enter__(self) -> Self:
+        self._journal.add(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._journal.remove(self)
+
+
+def merged(records: list[Record | Gap]) -> list[Record | Gap]:
+    """The same with neighbouring `stream` messages of one request joined, up to a page each; numbers stay true.
+
+    A reader that is behind so gets few large messages instead of thousands of small ones.
+    """
+    found: list[Record | Gap] = []
+    run: list[Record] = []
+    size = 0
+
+    def close_run() -> None:
+        nonlocal size
+        text = message.joined([record.parts[CONTENT] for record in run]) if len(run) > 1 else None
+        if text is None:
+            found.extend(run)
+        else:
+            last = run[-1]
+            parts = [*last.parts[:CONTENT], text]
+            found.append(Record(last.seq, last.end, last.kind, last.parent, last.session, last.ends, parts))
+        run.clear()
+        size = 0
+
+    for record in records:
+        is_text = isinstance(record, Record) and record.kind == "stream"
+        if run and (not is_text or record.parent != run[0].parent or size > PAGE):
+            close_run()
+        if isinstance(record, Record) and is_text:
+            run.append(record)
+            size += len(record.parts[CONTENT])
+        else:
+            found.append(record)
+    close_run()
+    return found
