@@ -48,6 +48,8 @@ class AgentStream(Socket):
     def open(self, *args: str, **kwargs: str) -> None:
         self._events = Events()
         super().open(*args, **kwargs)
+        now = StreamEvent("status", seq=self.reader.after, state=self.kernel.state, reason=self.kernel.reason or None)
+        self.write_message(msgspec.json.encode(now).decode())
 
     def frames(self, records: list[Record | Gap]) -> list[str | bytes]:
         found: list[StreamEvent] = []
