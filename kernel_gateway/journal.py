@@ -24,7 +24,7 @@ from kernel_gateway.jupyter.message import CONTENT, PARENT
 log = logging.getLogger(__name__)
 
 MEMORY = 8 * 1024 * 1024
-DISK = 64 * 1024 * 1024
+DISK = 72 * 1024 * 1024  # more than the largest message
 PAGE = 1024 * 1024
 """Bytes that are moved to disk, handed to a reader, or joined to one message of text, at once."""
 OVERHEAD = 1000

@@ -20,17 +20,22 @@ class Channels(Socket):
 
     def open(self, *args: str, **kwargs: str) -> None:
         super().open(*args, **kwargs)
-        if self.kernel.state not in ("idle", "busy"):  # the journal has said so before this client came
-            told = message.new("iopub", "status", {"execution_state": self.kernel.state}, session="")
+        if self.kernel.state not in ("idle", "busy"):
+            # To `restarting` Lab would answer by connecting again, and again.
+            state = "dead" if self.kernel.state == "dead" else "starting"
+            told = message.new("iopub", "status", {"execution_state": state}, session="")
             self.write_message(self._frame(told), binary=self.is_binary)
 
     def frames(self, records: list[Record | Gap]) -> list[str | bytes]:
         """What is for everybody or for this session; of what a client asked to be told again, all."""
         found = []
         for record in records:
+            is_past = record.seq <= self.present
             if isinstance(record, Gap):
                 found.append(self._frame(self._notice(record)))
-            elif record.session in (None, self.session) or record.seq <= self.replayed_to:
+            elif is_past and record.kind == "status" and not record.parent:
+                continue  # the kernel's state then; `open` has told what it is now
+            elif record.session in (None, self.session) or (is_past and self.is_told_all):
                 parts = record.parts.copy()
                 parts[METADATA] = message.numbered(parts[METADATA], record.seq)
                 found.append(self._frame(parts))

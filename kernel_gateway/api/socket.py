@@ -100,7 +100,8 @@ class Socket(WebSocketHandler, Handler):
         since = self._query.since
         after = self.kernel.attach(self.session)
         self.reader = self.kernel.journal.reader(after if since is None else since)
-        self.replayed_to = self.kernel.journal.last if since is not None else 0
+        self.present = self.kernel.journal.last
+        self.is_told_all = since is not None
         self._asked = self._sent = self.reader.after
         self._last_pong = time.monotonic()
         self._is_soon = False

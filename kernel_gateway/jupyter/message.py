@@ -16,6 +16,7 @@ CHANNEL, HEADER, PARENT, METADATA, CONTENT = range(5)
 SENT_BY_KERNEL = frozenset({b"shell", b"iopub", b"stdin", b"control"})
 SENT_BY_CLIENT = frozenset({b"shell", b"stdin", b"control"})
 VERSION = "5.4"
+OURS = b'{"cellvm":{'
 
 
 class Header(msgspec.Struct, gc=False):
@@ -69,6 +70,8 @@ def joined(contents: Sequence[bytes]) -> bytes | None:
 
 def numbered(metadata: bytes, seq: int) -> bytes:
     """A metadata part that also tells the message's number in its journal, as `cellvm.seq`."""
+    if metadata.startswith(OURS):  # one of the gateway's own messages
+        return OURS + b'"seq":%d,' % seq + metadata[len(OURS) :]
     own = b'{"cellvm":{"seq":%d}' % seq
     rest = metadata.lstrip()[1:].lstrip() if metadata.lstrip().startswith(b"{") else b"}"
     return own + rest if rest.startswith(b"}") else own + b"," + rest

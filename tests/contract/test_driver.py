@@ -38,11 +38,12 @@ async def driver(request: pytest.FixtureRequest, tmp_path: Path) -> VmDriver:
 
 
 @pytest.fixture
-async def guest(shared: Guest) -> Guest:
+async def guest(shared: Guest) -> AsyncIterator[Guest]:
     """The shared guest, whose home is an empty directory of the test's own."""
     home = f"{shared.home}/{os.urandom(4).hex()}"
     await shared.link.call(wire.MakeDir(path=home), wire.Entry)
-    return dataclasses.replace(shared, home=home)
+    yield dataclasses.replace(shared, home=home)
+    shared.kernel.open_journal(None)  # large output has a file, which is no leak
 
 
 @pytest.fixture(scope="module", params=["fake", REAL])

@@ -68,6 +68,11 @@ LIBRARIES: dict[str, tuple[str, Any]] = {
         7,
     ),
     "yaml": ("import yaml\nyaml.safe_load(yaml.safe_dump({'a': [1, {'b': None}]}))", {"a": [1, {"b": None}]}),
+    "ipywidgets": (
+        "import ipywidgets\nslider = ipywidgets.IntSlider(3)\n"
+        "[slider.value, ipywidgets.Image(value=bytes(range(256))).value == bytes(range(256))]",
+        [3, True],
+    ),
     "jinja2": ("import jinja2\njinja2.Template('{% for n in x %}{{ n }};{% endfor %}').render(x=[1, 2])", "1;2;"),
 }
 
@@ -77,6 +82,27 @@ def test_library(box: Sandbox, library: str) -> None:
     """Every documented library does its work."""
     code, expected = LIBRARIES[library]
     assert box.value(code) == expected
+
+
+ORDERS = """
+import numpy as np
+rng = np.random.default_rng(1)
+wrong = []
+for size in (10, 100, 257, 3000, 20000):
+    for kind in ("int32", "int64", "uint64", "float32", "float64"):
+        values = rng.permutation(size).astype(kind)
+        for name, order in (("argsort", np.argsort(values)), ("stable", np.argsort(values, kind="stable"))):
+            if not np.array_equal(values[order], np.arange(size).astype(kind)):
+                wrong.append((name, size, kind))
+        if values[np.argpartition(values, size // 2)[size // 2]] != size // 2:
+            wrong.append(("argpartition", size, kind))
+wrong
+"""
+
+
+def test_sorting(box: Sandbox) -> None:
+    """numpy's orders are right: emulated vector instructions once made them wrong (docs/adr/0008)."""
+    assert box.value(ORDERS) == []
 
 
 USE_CASES = {
