@@ -135,6 +135,11 @@ def shortened(parts: list[bytes]) -> list[bytes]:
     return [*parts[:3], json.dumps(content).encode()]
 
 
+def oom_kills() -> int:
+    """How many processes the machine has ended because its memory ran out."""
+    return int(dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines()).get("oom_kill", "0"))
+
+
 class Kernel:
     """One sandbox's kernel. `home` is its working directory, `uid` whom it runs as (None: as the agent)."""
 
@@ -152,6 +157,7 @@ class Kernel:
         self._own: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._starting = asyncio.Lock()
         self._expected_exit = 0
+        self._oom_kills = 0
         self._resumes: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self.env: dict[str, str] = {}
         self._bulk = Lane(channel.kernel)
@@ -220,6 +226,7 @@ class Kernel:
         connection = Connection(directory)
         joined: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = self._loop.create_future()
         server = await asyncio.start_unix_server(lambda *ends: joined.set_result(ends), directory / "resume")
+        self._oom_kills = oom_kills()
         self._pid = (await self._ask_nursery(fork=str(connection.file), env=self.env))["pid"]
         try:
             async with asyncio.timeout(START_TIMEOUT):
@@ -300,7 +307,7 @@ class Kernel:
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         code = 128 + number if number else os.waitstatus_to_exitcode(status)
         reason = f"ended by {signal.Signals(number).name}" if number else f"exited with status {code}"
-        if number == signal.SIGKILL and self._out_of_memory():
+        if number == signal.SIGKILL and oom_kills() > self._oom_kills:
             reason = "ended because the sandbox ran out of memory"
         self._say("restarting", f"the kernel was {reason}" if number else f"the kernel {reason}", code, number)
         self._restarting = asyncio.ensure_future(self._replace())
@@ -313,9 +320,6 @@ class Kernel:
         else:
             self._say("idle", "restarted")
 
-    def _out_of_memory(self) -> bool:
-        kills = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines()).get("oom_kill", "0")
-        return int(kills) > 0
 
     def _say(self, state: str, reason: str = "", exit_code: int = 0, number: int = 0) -> None:
         self._channel.events.event(KernelStatus(state=state, reason=reason, exit_code=exit_code, signal=number))

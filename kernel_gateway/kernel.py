@@ -257,10 +257,10 @@ class Kernel:
             message.new("stdin", "input_reply", {"value": text}, session=self._session)
         )
 
-    def attach(self, session: str) -> int:
+    def attach(self, session: str, since: int | None) -> int:
         """A client connects as `session`: the number after which it has to be told everything."""
-        after = self.sessions.pop(session, self.journal.last)
-        self.sessions[session] = after
+        known = self.sessions.pop(session, self.journal.last)
+        self.sessions[session] = after = known if since is None else since
         if len(self.sessions) > KEPT:
             del self.sessions[next(iter(self.sessions))]
         return after
@@ -300,8 +300,11 @@ class Kernel:
         if known is not None or execution_id in self._pending:
             raise Conflict("this id was used for another cell", hint="choose a new one for every cell")
         execution = Execution(execution_id or uuid.uuid4().hex, digest, self.journal.last, timeout)
-        for old in [each for each in self.executions.values() if each.over.is_set()][: len(self.executions) - KEPT + 1]:
-            del self.executions[old.id]
+        if len(self.executions) >= KEPT:
+            oldest = next((each for each in self.executions.values() if each.over.is_set()), None)
+            if oldest is None:
+                raise Conflict(f"{KEPT} cells are waiting already", hint="wait for some of them")
+            del self.executions[oldest.id]
         self.executions[execution.id] = execution
         fields = {
             "code": code,

@@ -98,8 +98,7 @@ class Socket(WebSocketHandler, Handler):
         sockets[self.kernel, self.session] = self
         self.kernel.connections += 1
         since = self._query.since
-        after = self.kernel.attach(self.session)
-        self.reader = self.kernel.journal.reader(after if since is None else since)
+        self.reader = self.kernel.journal.reader(self.kernel.attach(self.session, since))
         self.present = self.kernel.journal.last
         self.is_told_all = since is not None
         self._asked = self._sent = self.reader.after
