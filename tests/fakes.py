@@ -419,13 +419,18 @@ PROGRAMS: dict[str, Callable[[Stream, wire.Spawn], Awaitable[int]]] = {
 
 
 class FakeKernel:
-    """Runs cells of a small part of Python: names, + - * /, print, display, sleep, os._exit, flood(megabytes)."""
+    """Runs cells of a small part of Python: names, + - * /, print, input, display, sleep, os._exit, flood(megabytes).
+
+    Comm messages come back as they were, other requests get a reply; what comes on the control channel does not wait.
+    """
 
     def __init__(self, guest: FakeGuest) -> None:
         self._guest = guest
-        self._stream = Stream(guest, wire.KERNEL)
-        self._joiners = {wire.KERNEL: wire.MessageJoiner(), wire.KERNEL_CONTROL: wire.MessageJoiner()}
-        self._sending = asyncio.Lock()
+        self._streams = {number: Stream(guest, number) for number in (wire.KERNEL, wire.KERNEL_CONTROL)}
+        self._joiners = {number: wire.MessageJoiner() for number in self._streams}
+        self._sending = {number: asyncio.Lock() for number in self._streams}
+        self._inputs: asyncio.Queue[str] = asyncio.Queue()
+        self._controls: set[asyncio.Task[None]] = set()
         self._cells: asyncio.Queue[list[memoryview]] = asyncio.Queue()
         self._task = asyncio.create_task(self._run())
         self._cell: asyncio.Task[None] | None = None
@@ -436,12 +441,19 @@ class FakeKernel:
 
     async def frame_received(self, frame: wire.Frame) -> None:
         if frame.type is FrameType.CREDIT:
-            self._stream.credit += int.from_bytes(frame.payload, "big")
-            self._stream.changed.set()
+            self._streams[frame.stream].credit += int.from_bytes(frame.payload, "big")
+            self._streams[frame.stream].changed.set()
             return
         parts = self._joiners[frame.stream].receive(frame)
         await self._guest.send(wire.credit(frame.stream, len(frame.payload)))
-        if parts is not None:
+        if parts is None:
+            return
+        if bytes(parts[0]) == b"stdin":
+            self._inputs.put_nowait(json.loads(bytes(parts[4]))["value"])
+        elif bytes(parts[0]) == b"control":
+            self._controls.add(task := asyncio.create_task(self._answer("control", parts)))
+            task.add_done_callback(self._controls.discard)
+        else:
             self._cells.put_nowait(parts)
 
     def interrupt(self) -> None:
@@ -459,33 +471,62 @@ class FakeKernel:
 
     async def close(self) -> None:
         self._closing = True
-        await cancel(self._cell, self._task)
+        await cancel(self._cell, self._task, *self._controls)
 
-    async def _say(self, state: str, reason: str) -> None:
-        status = wire.KernelStatus(state=state, reason=reason)
+    async def _say(self, state: str, reason: str, exit_code: int = 0) -> None:
+        status = wire.KernelStatus(state=state, reason=reason, exit_code=exit_code)
         await self._guest.send(wire.encode(FrameType.EVENT, wire.EVENTS, status))
 
-    async def publish(self, channel: str, kind: str, parent: bytes | memoryview, content: dict[str, Any]) -> None:
+    async def publish(
+        self,
+        channel: str,
+        kind: str,
+        parent: bytes | memoryview,
+        content: dict[str, Any],
+        buffers: list[bytes] | None = None,
+    ) -> None:
         """Send one kernel message, within credit."""
-        head = json.dumps({"msg_id": os.urandom(8).hex(), "msg_type": kind, "session": "fake"}).encode()
-        parts = [channel.encode(), head, bytes(parent), b"{}", json.dumps(content).encode()]
-        async with self._sending:
-            for frame in wire.chunk(wire.KERNEL, wire.pack_parts(parts)):
-                await self._stream.wait_for_credit()
-                self._stream.credit -= sum(len(buffer) for buffer in frame[1:])
+        parts = [channel.encode(), self.header(kind), bytes(parent), b"{}", json.dumps(content).encode()]
+        number = wire.KERNEL_CONTROL if channel == "control" else wire.KERNEL
+        stream = self._streams[number]
+        async with self._sending[number]:
+            for frame in wire.chunk(number, wire.pack_parts([*parts, *(buffers or [])])):
+                await stream.wait_for_credit()
+                stream.credit -= sum(len(buffer) for buffer in frame[1:])
                 await self._guest.send(b"".join(frame))
+
+    def header(self, kind: str) -> bytes:
+        """The header of a new message."""
+        fields = {"msg_id": os.urandom(8).hex(), "msg_type": kind, "session": "fake", "username": "fake"}
+        return json.dumps({**fields, "version": "5.4", "date": "2026-01-01T00:00:00.000000Z"}).encode()
 
     async def _run(self) -> None:
         while True:
             parts = await self._cells.get()
             if json.loads(bytes(parts[1])).get("msg_type") != "execute_request":
+                await self._answer("shell", parts)
                 continue
             self._cell = asyncio.create_task(self._execute(parts[1], json.loads(bytes(parts[4]))))
             # Not awaited itself: a cancelled cell must not look like our own end.
             await asyncio.wait([self._cell])
 
+    async def _answer(self, channel: str, parts: list[memoryview]) -> None:
+        """Everything but a cell: a comm message comes back, a request gets a reply."""
+        parent, content = parts[1], json.loads(bytes(parts[4]))
+        kind = str(json.loads(bytes(parent)).get("msg_type"))
+        with suppress(OSError):  # the machine was killed
+            await self.publish("iopub", "status", parent, {"execution_state": "busy"})
+            if kind in ("comm_open", "comm_msg"):
+                await self.publish("iopub", "comm_msg", parent, content, [bytes(part) for part in parts[5:]])
+            elif kind.endswith("_request"):
+                if kind == "interrupt_request":
+                    self.interrupt()
+                reply = {**REPLIES.get(kind, {}), **content, "status": "ok"}
+                await self.publish(channel, kind.removesuffix("_request") + "_reply", parent, reply)
+            await self.publish("iopub", "status", parent, {"execution_state": "idle"})
+
     async def _execute(self, parent: memoryview, request: dict[str, Any]) -> None:
-        self._count += bool(request["store_history"])
+        self._count += bool(request.get("store_history", True))
         count = {"execution_count": self._count}
         await self.publish("iopub", "status", parent, {"execution_state": "busy"})
         await self.publish("iopub", "execute_input", parent, {"code": request["code"], **count})
@@ -545,12 +586,15 @@ class FakeKernel:
             case "print":
                 text = " ".join(map(str, args)) + "\n"
                 await self.publish("iopub", "stream", parent, {"name": "stdout", "text": text})
+            case "input":
+                await self.publish("stdin", "input_request", parent, {"prompt": "".join(args), "password": False})
+                return await self._inputs.get()
             case "display":
                 await self.publish("iopub", "display_data", parent, {"data": args[0], "metadata": {}})
             case "time.sleep":
                 await self._sleep(args[0])
             case "os._exit":
-                await self._say("restarting", f"the kernel exited with status {args[0]}")
+                await self._say("restarting", f"the kernel exited with status {args[0]}", args[0])
                 self._names = {}
                 await self._say("idle", "restarted")
                 await asyncio.sleep(0.05)
@@ -562,12 +606,26 @@ class FakeKernel:
                 await asyncio.sleep(60)
             case _:
                 raise NameError(f"name {name!r} is not defined")
+        return None
 
     async def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             await asyncio.sleep(left)
 
+
+REPLIES: dict[str, dict[str, Any]] = {
+    "kernel_info_request": {
+        "protocol_version": "5.4",
+        "implementation": "fake",
+        "implementation_version": "1",
+        "language_info": {"name": "python", "version": "3", "mimetype": "text/x-python", "file_extension": ".py"},
+        "banner": "",
+        "help_links": [],
+    },
+    "comm_info_request": {"comms": {}},
+    "shutdown_request": {"restart": False},
+}
 
 OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -741,15 +799,21 @@ class Service:
 
 @asynccontextmanager
 async def serving(
-    directory: Path, driver: Any = None, *, max_sandboxes: int = 4, pool_size: int = 0, store: str = "cellvm.db"
+    directory: Path,
+    driver: Any = None,
+    *,
+    max_sandboxes: int = 4,
+    pool_size: int = 0,
+    store: str = "cellvm.db",
+    **options: Any,
 ) -> AsyncIterator[Service]:
-    """A service for the time of the block; afterwards all of it is gone."""
+    """A service for the time of the block; afterwards all of it is gone. `options` are the application's."""
     driver = driver or FakeDriver()
     db = Store(directory / store)
     guests = Guests(driver)
     pools = {"code_interpreter": Pool(guests, "code_interpreter", pool_size)} if pool_size else {}
     sandboxes = Sandboxes(Templates(TEMPLATES), guests, pools, db, maximum=max_sandboxes)
-    http = HTTPServer(application(sandboxes, db), max_body_size=1 << 50, max_header_size=64 * 1024)
+    http = HTTPServer(application(sandboxes, db, **options), max_body_size=1 << 50, max_header_size=64 * 1024)
     sock, port = bind_unused_port()
     http.add_sockets([sock])
     sandboxes.start()
