@@ -1,0 +1,427 @@
+"""Jupyter's REST operations, what every client may rely on: models, keys, origins, where the server lives."""
+
+import asyncio
+import json
+import logging
+import re
+import ssl
+import subprocess
+import time
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tornado.httpclient import AsyncHTTPClient, HTTPResponse
+from websockets.exceptions import InvalidStatus
+
+from kernel_gateway.drivers.unisolated import Unisolated
+from kernel_gateway.server import running
+from kernel_gateway.settings import Settings
+from tests.api.clients import address, agent, channels, opening, raw
+from tests.fakes import Service, error_of, eventually, serving
+
+UNKNOWN = "01234567-89ab-cdef-0123-456789abcdef"
+
+
+async def get(service: Service, path: str, **options: Any) -> Any:
+    """What a GET answers."""
+    answer = await service.call("GET", path, **options)
+    assert answer.code == 200, answer.body
+    return json.loads(answer.body)
+
+
+async def start(service: Service, body: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    """A new kernel's model."""
+    answer = await service.call("POST", "/api/kernels", body, **options)
+    assert answer.code == 201, answer.body
+    return checked(json.loads(answer.body))
+
+
+def checked(model: dict[str, Any]) -> dict[str, Any]:
+    """A kernel's model, which is as Jupyter's clients parse it."""
+    assert re.fullmatch(r"\w+-\w+-\w+-\w+-\w+", model["id"])
+    assert datetime.strptime(model["last_activity"], "%Y-%m-%dT%H:%M:%S.%fZ")  # noqa: DTZ007  as jupyter_server does
+    assert model["execution_state"] in ("starting", "idle", "busy", "restarting", "dead")
+    assert isinstance(model["connections"], int)
+    return model
+
+
+# -- what there is
+
+
+async def test_the_version_needs_no_key(service: Service) -> None:
+    """`GET /api` is how clients find out whether this is a Jupyter server."""
+    assert set(await get(service, "/api", key=None)) == {"version"}
+
+
+async def test_kernelspecs(service: Service) -> None:
+    """One for each template, by a name that clients take, with a logo that is an image."""
+    specs = await get(service, "/api/kernelspecs")
+    assert specs["default"] == "code_interpreter"
+    assert set(specs["kernelspecs"]) == {"code_interpreter", "base"}
+    for name, spec in specs["kernelspecs"].items():
+        assert re.fullmatch(r"[\w.\-%]+", name)
+        assert spec["name"] == name
+        assert {"argv", "display_name", "language", "env", "metadata", "interrupt_mode"} <= set(spec["spec"])
+        assert spec == await get(service, f"/api/kernelspecs/{name}")
+        (logo,) = spec["resources"].values()
+        assert "/kernelspecs/" in logo
+        answer = await service.call("GET", logo, key=None)
+        assert (answer.code, answer.headers["Content-Type"]) == (200, "image/svg+xml")
+        assert b"<svg" in answer.body
+    assert (await service.call("GET", "/api/kernelspecs/nope")).code == 404
+    assert (await service.call("GET", "/kernelspecs/base/nope.png")).code == 404
+    assert await get(service, "/api/kernelspecs?user=bob/base") == specs  # jupyter_server with KERNEL_USERNAME
+
+
+async def test_the_server_tells_its_status(service: Service) -> None:
+    """`GET /api/status` counts this owner's kernels and connections, nobody else's."""
+    kernel = await start(service)
+    async with channels(service, kernel["id"]):
+        status = await get(service, "/api/status")
+        assert (status["kernels"], status["connections"]) == (1, 1)
+    status = await get(service, "/api/status", key=service.other_key)
+    assert (status["kernels"], status["connections"]) == (0, 0)
+
+
+# -- the life of a kernel
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{}", b'{"name": null, "path": null}', b'{"name": "base", "kernel_id": "mine", "path": "/a", "x": [1]}',
+     b'{"name": "ci-v1", "env": {"KERNEL_LAUNCH_TIMEOUT": "40", "KERNEL_WORKING_DIR": "/no/such"}}'],
+)  # fmt: skip
+async def test_starts_of_all_clients(service: Service, body: bytes) -> None:
+    """No body, no content type, nulls, keys that we don't know: 201 with the model."""
+    head = f"POST /api/kernels?token={service.key} HTTP/1.1\nContent-Length: {len(body)}"
+    status, answer = await raw(service, head, body)
+    assert status == 201
+    model = checked(json.loads(answer))
+    assert (model["execution_state"], model["connections"]) == ("idle", 0)
+    assert model == await get(service, f"/api/kernels/{model['id']}")
+
+
+async def test_an_unknown_name(service: Service) -> None:
+    """A kernelspec that is not there is 404, and nothing is started."""
+    answer = await service.call("POST", "/api/kernels", {"name": "python3"})
+    assert (answer.code, error_of(answer)["error"]) == (404, "not_found")
+    assert service.driver.machines == []
+
+
+async def test_from_start_to_end(service: Service) -> None:
+    """Listed, found, interrupted (204), restarted (200 and the model), deleted (204), then 404."""
+    kernel = await start(service)
+    path = f"/api/kernels/{kernel['id']}"
+    assert await get(service, "/api/kernels") == [kernel]
+    assert (await service.call("POST", f"{path}/interrupt", {})).code == 204
+    await service.execute(kernel["sandbox_id"], "x = 1")
+    answer = await service.call("POST", f"{path}/restart", {})
+    assert answer.code == 200
+    assert checked(json.loads(answer.body))["id"] == kernel["id"]
+    assert (await service.execute(kernel["sandbox_id"], "x"))["error"]["name"] == "NameError"
+    assert (await service.call("DELETE", path)).code == 204
+    assert service.driver.alive == []
+    for method, of in (("GET", path), ("DELETE", path), ("POST", f"{path}/interrupt"), ("POST", f"{path}/restart")):
+        assert (await service.call(method, of)).code == 404
+    assert await get(service, "/api/kernels") == []
+
+
+async def test_a_kernel_is_a_sandbox(service: Service) -> None:
+    """Whoever makes one gets both, under ids that tell each other."""
+    kernel = await start(service)
+    box = await get(service, f"/sandboxes/{kernel['sandbox_id']}")
+    assert box["kernelID"] == kernel["id"]
+    other = await service.create(templateID="base")
+    models = {model["sandbox_id"]: model for model in await get(service, "/api/kernels")}
+    assert set(models) == {kernel["sandbox_id"], other}
+    assert (models[other]["name"], models[other]["execution_state"]) == ("base", "idle")
+    await service.call("DELETE", f"/api/kernels/{models[other]['id']}")
+    await service.call("DELETE", f"/sandboxes/{kernel['sandbox_id']}")
+    assert (await get(service, "/api/kernels"), await get(service, "/sandboxes")) == ([], [])
+
+
+async def test_the_model_tells_what_goes_on(service: Service) -> None:
+    """Busy while a cell runs, connections counted, last_activity moved by cells and not by looking."""
+    kernel = await start(service)
+    path = f"/api/kernels/{kernel['id']}"
+    async with channels(service, kernel["id"]) as client, channels(service, kernel["id"]):
+        await client.ask("kernel_info_request")
+        model = await get(service, path)
+        assert (model["connections"], model["execution_state"]) == (2, "idle")
+        assert model["last_activity"] == kernel["last_activity"]
+        request = await client.start("time.sleep(0.2)")
+        await client.until_kind("execute_input")
+        assert (await get(service, path))["execution_state"] == "busy"
+        await client.answer(request)
+        model = await get(service, path)
+        assert model["execution_state"] == "idle"
+        assert model["last_activity"] > kernel["last_activity"]
+    await eventually(lambda: service.sandboxes.get(service.owner, kernel["sandbox_id"]).kernel.connections == 0)
+
+
+async def test_a_kernel_that_died(service: Service) -> None:
+    """It stays listed as dead, with the reason, until its owner deletes it; restarting it is 404."""
+    kernel = await start(service)
+    path = f"/api/kernels/{kernel['id']}"
+    service.guest(kernel["sandbox_id"]).die("killed by a test")
+    await eventually(lambda: len(service.sandboxes) == 0)
+    for model in (await get(service, path), *await get(service, "/api/kernels")):
+        assert checked(model)["execution_state"] == "dead"
+        assert (model["name"], model["connections"]) == (kernel["name"], 0)
+        assert "died" in model["reason"]
+    assert (await service.call("POST", f"{path}/restart")).code == 404
+    assert (await service.call("GET", path, key=service.other_key)).code == 404
+    assert (await service.call("DELETE", path)).code == 204
+    assert (await service.call("GET", path)).code == 404
+    assert await get(service, "/api/kernels") == []
+
+
+async def test_the_journal(service: Service) -> None:
+    """Everything the kernel said, without a WebSocket: numbered, from a number on, or waited for."""
+    kernel = await start(service)
+    path = f"/api/kernels/{kernel['id']}/journal"
+    await service.execute(kernel["sandbox_id"], 'print("a")\n1 + 1')
+    page = await get(service, path)
+    kinds = [message["header"]["msg_type"] for message in page["messages"]]
+    assert kinds == ["status", "execute_input", "stream", "execute_result", "execute_reply", "status"]
+    numbers = [message["seq"] for message in page["messages"]]
+    assert numbers == sorted(set(numbers))
+    assert (page["next"], page["last"], page["missing"]) == (numbers[-1], numbers[-1], 0)
+    assert (await get(service, f"{path}?since={numbers[2]}"))["messages"] == page["messages"][3:]
+    waiting = asyncio.create_task(get(service, f"{path}?since={page['next']}&wait=10"))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    await service.execute(kernel["sandbox_id"], "2")
+    assert (await waiting)["messages"][0]["content"] == {"execution_state": "busy"}
+    for query in ("since=-1", "since=x", "wait=61"):
+        assert (await service.call("GET", f"{path}?{query}")).code == 400
+
+
+async def test_idle_kernels_end(tmp_path: Path) -> None:
+    """A kernel lives on while somebody is connected or a cell runs, and kernel_idle_timeout longer."""
+    async with serving(tmp_path, kernel_idle_timeout=1) as service:
+        begun = time.monotonic()
+        unused, connected, busy = [await start(service) for _ in range(3)]
+        async with channels(service, connected["id"]):
+            async with channels(service, busy["id"]) as client:
+                await client.start("time.sleep(2)")
+                await client.until_kind("execute_input")
+            alive = service.sandboxes._sandboxes
+            await eventually(lambda: unused["sandbox_id"] not in alive)
+            assert 1 <= time.monotonic() - begun < 2
+            await asyncio.sleep(2.2 - (time.monotonic() - begun))
+            assert set(alive) == {connected["sandbox_id"], busy["sandbox_id"]}
+            await eventually(lambda: busy["sandbox_id"] not in alive)
+            model = await get(service, f"/api/kernels/{unused['id']}")
+            assert (model["execution_state"], "timeout" in model["reason"]) == ("dead", True)
+            assert [model["id"] for model in await get(service, "/api/kernels")] == [connected["id"]]
+        await eventually(lambda: not alive)
+
+
+async def test_environments_do_not_mix(tmp_path: Path) -> None:
+    """Eight kernels started at once with a secret each: every one sees its own, and one without sees none."""
+    async with serving(tmp_path, Unisolated(tmp_path), max_sandboxes=9) as service:
+        kernels = await asyncio.gather(*(start(service, {"env": {"KERNEL_SECRET": f"s{n}"}}) for n in range(8)))
+        kernels.append(await start(service))
+        code = 'import os; print(os.environ.get("KERNEL_SECRET"))'
+        cells = await asyncio.gather(*(service.execute(kernel["sandbox_id"], code) for kernel in kernels))
+        assert [cell["stdout"] for cell in cells] == [*(f"s{n}\n" for n in range(8)), "None\n"]
+
+
+# -- sessions
+
+
+async def test_sessions(service: Service) -> None:
+    """A path has one session; it can be renamed, moved to another kernel, and ends with its kernel."""
+    body = {"path": "a.ipynb", "type": "notebook", "name": "", "kernel": {"name": "base"}}
+    answer = await service.call("POST", "/api/sessions", body)
+    assert answer.code == 201
+    session = json.loads(answer.body)
+    assert (session["path"], session["type"], session["notebook"]["path"]) == ("a.ipynb", "notebook", "a.ipynb")
+    assert checked(session["kernel"])["name"] == "base"
+    assert json.loads((await service.call("POST", "/api/sessions", body)).body)["id"] == session["id"]
+    path = f"/api/sessions/{session['id']}"
+    assert await get(service, path) == session
+    assert await get(service, "/api/sessions") == [session]
+    other = await start(service)
+    change = {"path": "b.ipynb", "name": "b", "kernel": {"id": other["id"]}}
+    changed = json.loads((await service.call("PATCH", path, change)).body)
+    assert (changed["id"], changed["path"], changed["name"], changed["kernel"]["id"]) == (
+        session["id"], "b.ipynb", "b", other["id"]
+    )  # fmt: skip
+    for method in ("GET", "PATCH", "DELETE"):
+        answer = await service.call(method, path, None if method != "PATCH" else {}, key=service.other_key)
+        assert answer.code == 404
+    assert await get(service, "/api/sessions", key=service.other_key) == []
+    assert (await service.call("DELETE", path)).code == 204
+    assert (await service.call("GET", path)).code == 404
+    assert [model["id"] for model in await get(service, "/api/kernels")] == [session["kernel"]["id"]]
+    await service.call("POST", "/api/sessions", {"path": "c", "kernel": {"id": session["kernel"]["id"]}})
+    await service.call("DELETE", f"/api/kernels/{session['kernel']['id']}")
+    assert await get(service, "/api/sessions") == []
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [({}, 400), ({"path": ""}, 400), ({"path": "a", "kernel": {"id": UNKNOWN}}, 404),
+     ({"path": "a", "kernel": {"name": "nope"}}, 404), ({"path": 3}, 400)],
+)  # fmt: skip
+async def test_sessions_that_can_not_be(service: Service, body: dict[str, Any], status: int) -> None:
+    """A session without a path, or with a kernel that is not there, is refused and starts nothing."""
+    assert (await service.call("POST", "/api/sessions", body)).code == status
+    assert await get(service, "/api/sessions") == []
+    assert service.driver.machines == []
+
+
+# -- who may
+
+
+async def test_a_foreign_kernel_is_like_none(service: Service) -> None:
+    """On every route, WebSockets too, somebody else's kernel gets the same 404 as one that never was."""
+    kernel = await start(service)
+    other = service.other_key
+    assert await get(service, "/api/kernels", key=other) == []
+    routes = [("GET", ""), ("DELETE", ""), ("POST", "/interrupt"), ("POST", "/restart"), ("GET", "/journal")]
+    for method, rest in routes:
+        answers: list[HTTPResponse] = [
+            await service.call(method, f"/api/kernels/{name}{rest}", key=other) for name in (kernel["id"], UNKNOWN, "x")
+        ]
+        assert {(answer.code, answer.body) for answer in answers} == {(404, answers[0].body)}
+    answer = await service.call("POST", "/api/sessions", {"path": "a", "kernel": {"id": kernel["id"]}}, key=other)
+    assert answer.code == 404
+    foreign = (f"/api/kernels/{kernel['id']}/channels", f"/sandboxes/{kernel['sandbox_id']}/stream")
+    refusals = []
+    for path in (*foreign, f"/api/kernels/{UNKNOWN}/channels"):
+        with pytest.raises(InvalidStatus) as refused:
+            await opening(address(service, path), other)
+        refusals.append((refused.value.response.status_code, refused.value.response.body))
+    assert refusals == [(404, refusals[0][1])] * 3
+    assert (await service.execute(kernel["sandbox_id"], "1"))["error"] is None
+
+
+CARRIERS = [
+    ("", "Authorization: token {}"), ("", "Authorization: Bearer {}"), ("", "authorization: bearer {}"),
+    ("", "AUTHORIZATION: TOKEN {}"), ("", "X-API-Key: {}"), ("", "x-api-key: {}"), ("?token={}", "X-Other: 1"),
+    ("/t/{}", "X-Other: 1"), ("/t/{}", "Authorization: token "),
+]  # fmt: skip
+"""Where a key may be: in the query or the path, or in a header."""
+
+
+@pytest.mark.parametrize(("place", "header"), CARRIERS, ids=lambda text: text)
+async def test_every_way_to_carry_a_key(
+    service: Service, place: str, header: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each lets in for REST and for WebSockets, a wrong key gets 401, and no key is ever in the log."""
+    kernel = await start(service)
+    wrong = "sk-sb-wrong"
+    caplog.clear()
+    with caplog.at_level(logging.DEBUG, "tornado"), caplog.at_level(logging.DEBUG, "kernel_gateway"):
+        for key, rest, upgrade in ((service.key, 200, 101), (wrong, 401, 401)):
+            prefix, query = (place.format(key), "") if place.startswith("/") else ("", place.format(key))
+            carrier = header.format(key)
+            assert (await raw(service, f"GET {prefix}/api/kernels{query} HTTP/1.1\n{carrier}"))[0] == rest
+            assert (await raw(service, f"GET {prefix}/nope{query} HTTP/1.1\n{carrier}"))[0] == 404
+            name, _, value = carrier.partition(": ")
+            for path in (f"/api/kernels/{kernel['id']}/channels", f"/sandboxes/{kernel['sandbox_id']}/stream"):
+                uri = address(service, prefix + path) + query
+                try:
+                    async with opening(uri, None, headers={name: value.strip()}, user_agent_header=None) as socket:
+                        assert socket.response is not None
+                        assert socket.response.status_code == upgrade
+                except InvalidStatus as refused:
+                    assert refused.response.status_code == upgrade  # noqa: PT017
+    logged = "\n".join(record.getMessage() for record in caplog.records if not record.name.startswith("websockets"))
+    assert "/api/kernels" in logged
+    assert service.key not in logged
+    assert wrong not in logged
+
+
+@pytest.mark.parametrize("path", ["/t/{}", "/t/{}/", "/T/{}/api", "//t/{}/api", "/t/{}/t/{}/api", "/t/{}/%zz"])
+async def test_a_key_in_a_broken_path(service: Service, path: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A path with a key that names nothing is refused, and not written to the log either."""
+    with caplog.at_level(logging.DEBUG):
+        status, body = await raw(service, f"GET {path.replace('{}', service.key)} HTTP/1.1")
+    assert status in (400, 404)
+    assert service.key not in caplog.text
+    assert service.key.encode() not in body
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "token "}, {"Authorization": "None x"}])
+async def test_without_a_key(service: Service, box: str, headers: dict[str, str]) -> None:
+    """Routes and WebSockets answer 401 before anything else, whatever they name."""
+    for path in ("/api/kernels", "/api/kernelspecs", f"/api/kernels/{UNKNOWN}", "/api/sessions"):
+        assert (await service.call("GET", path, key=None, headers=headers)).code == 401
+    for path in (f"/api/kernels/{UNKNOWN}/channels", f"/sandboxes/{box}/stream", "/sandboxes/x/stream"):
+        with pytest.raises(InvalidStatus) as refused:
+            await opening(address(service, path), None, headers=headers)
+        assert refused.value.response.status_code == 401
+
+
+# -- from where
+
+
+async def test_web_pages(tmp_path: Path) -> None:
+    """Pages of the allowed origins may ask everything, those of others nothing; a WebSocket of theirs is 403."""
+    good, bad = "https://lab.example:8443", "https://evil.example"
+    async with serving(tmp_path, origins=frozenset({good})) as service:
+        kernel = await start(service)
+        for origin, allowed in ((good, good), (bad, None), (good + ".evil.example", None), ("null", None)):
+            answer = await service.call("GET", "/api/kernels", headers={"Origin": origin})
+            assert answer.headers.get("Access-Control-Allow-Origin") == allowed
+            sent = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            answer = await service.call("OPTIONS", "/api/kernels", key=None, headers=sent)
+            assert answer.code == (204 if allowed else 405)
+            assert ("POST" in answer.headers.get("Access-Control-Allow-Methods", "")) is bool(allowed)
+            assert ("Authorization" in answer.headers.get("Access-Control-Allow-Headers", "")) is bool(allowed)
+        for connecting in (
+            channels(service, kernel["id"], origin=bad),
+            agent(service, kernel["sandbox_id"], origin=bad),
+        ):
+            with pytest.raises(InvalidStatus) as refused:
+                await connecting.__aenter__()
+            assert refused.value.response.status_code == 403
+        for origin in (good, service.url):  # the second: a page of the server's own
+            async with channels(service, kernel["id"], origin=origin) as client:
+                assert (await client.run("1 + 1")).value == "2"
+
+
+async def test_under_a_path(tmp_path: Path) -> None:
+    """With a base URL everything is under it: routes, WebSockets, and the addresses that answers name."""
+    async with serving(tmp_path, base_url="/some/Where") as service:
+        service.url += "/some/Where"
+        answer = await service.call("POST", "/api/kernels")
+        kernel = json.loads(answer.body)["id"]
+        assert answer.headers["Location"] == f"/some/Where/api/kernels/{kernel}"
+        (logo,) = (await get(service, "/api/kernelspecs/base"))["resources"].values()
+        assert logo.startswith("/some/Where/kernelspecs/")
+        for via in ("", f"/t/{service.key}"):
+            assert (await service.call("GET", f"{via}/api/kernels/{kernel}", key=None if via else "")).code == 200
+            async with channels(service, kernel, via=via, key=None if via else "") as client:
+                assert (await client.run("1")).value == "1"
+
+
+async def test_tls(tmp_path: Path) -> None:
+    """With a certificate the server speaks HTTPS and WebSockets over it, and nothing else."""
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command.split(), *names], check=True, capture_output=True)  # noqa: ASYNC221
+    settings = Settings(
+        port=0, data_dir=str(tmp_path / "data"), isolation="unisolated", pool_size=0, api_key="sk-sb-tls",
+        tls_cert=str(certificate), tls_key=str(key),
+    )  # fmt: skip
+    async with running(settings, lambda text: None) as server:
+        assert server.url.startswith("https://")
+        service = SimpleNamespace(url=server.url, key="sk-sb-tls")
+        http = AsyncHTTPClient(force_instance=True)
+        url = f"{server.url}/api/kernels?token={service.key}"
+        answer = await http.fetch(url, method="POST", body=b"", ca_certs=str(certificate))
+        http.close()
+        trusted = ssl.create_default_context(cafile=str(certificate))
+        async with channels(service, json.loads(answer.body)["id"], ssl=trusted) as client:
+            assert (await client.run("6 * 7")).value == "42"
+        with pytest.raises((OSError, IndexError)):  # plain HTTP is closed without a word
+            await raw(service, "GET /api HTTP/1.1")
