@@ -11,6 +11,7 @@ import pytest
 
 from kernel_gateway.api.app import ROUTES
 from kernel_gateway.drivers import DriverError
+from kernel_gateway.sandbox import kernel_id
 from tests.fakes import FakeDriver, Service, error_of, eventually, serving
 
 
@@ -42,6 +43,7 @@ async def test_create(service: Service) -> None:
         "memoryMB": 2048,
         "diskSizeMB": 10240,
         "envdVersion": body["envdVersion"],
+        "kernelID": kernel_id(body["sandboxID"]),
     }
     assert service.guest(body["sandboxID"]).env == {
         "HOME": "/home/user",
@@ -266,13 +268,48 @@ async def test_a_client_that_hangs_up_during_create(service: Service) -> None:
         {"X-API-Key": "KEY"},
         {"x-api-key": "KEY"},
         {"X-API-KEY": "KEY"},
+        {"Authorization": "token KEY"},
+        {"Authorization": "Token KEY"},
+        {"Authorization": "Basic x", "X-API-Key": "KEY"},
     ],
 )
 @pytest.mark.parametrize("which", ["key", "other_key"])
-async def test_both_forms_of_a_key(service: Service, headers: dict[str, str], which: str) -> None:
+async def test_all_forms_of_a_key(service: Service, headers: dict[str, str], which: str) -> None:
     """Either header is accepted, in any case, with keys of both forms."""
     sent = {name: value.replace("KEY", getattr(service, which)) for name, value in headers.items()}
     assert (await service.call("GET", "/sandboxes", key=None, headers=sent)).code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/sandboxes?token=KEY", 200),
+        ("/sandboxes?status=running&token=KEY", 200),
+        ("/t/KEY/sandboxes", 200),
+        ("/t/KEY/api/kernels", 200),
+        ("/t/wrong/health", 200),
+        ("/sandboxes?token=", 401),
+        ("/sandboxes?token=wrong", 401),
+        ("/sandboxes?token=%ff%fe", 401),
+        ("/sandboxes?key=KEY", 401),
+        ("/t/wrong/sandboxes", 401),
+        ("/t/%ff/sandboxes", 401),
+        ("/t//sandboxes", 404),
+        ("/t/KEY", 404),
+    ],
+)
+async def test_a_key_in_the_address(service: Service, caplog: pytest.LogCaptureFixture, path: str, status: int) -> None:
+    """Clients that can't set headers put the key into the query or the path; it never gets into the log."""
+    with caplog.at_level("INFO"):
+        answer = await service.call("GET", path.replace("KEY", service.key), key=None)
+    assert answer.code == status
+    assert service.key not in caplog.text
+
+
+async def test_a_header_is_stronger_than_the_address(service: Service) -> None:
+    """A wrong key in the header is not mended by a right one in the address."""
+    for path in (f"/sandboxes?token={service.key}", f"/t/{service.key}/sandboxes"):
+        assert (await service.call("GET", path, key="wrong")).code == 401
 
 
 @pytest.mark.parametrize(
@@ -298,7 +335,7 @@ async def test_no_key_no_entry(service: Service, headers: dict[str, str]) -> Non
         path = re.sub(r"\{\w+\}", "x", route.path)
         answer = await service.call(route.method, path, key=None, headers=sent)
         if route.public:
-            assert answer.code == 200
+            assert answer.code == (404 if route.names else 200)
         else:
             assert (answer.code, error_of(answer)["error"]) == (401, "unauthorized"), route.path
             assert answer.headers["WWW-Authenticate"] == "Bearer"

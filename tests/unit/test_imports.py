@@ -76,9 +76,11 @@ def test_the_agent_never_imports_the_gateway(name: str) -> None:
 def test_the_core_is_pure(name: str) -> None:
     """Errors, lifecycle and kernel messages know no technology, only each other, downwards."""
     assert outside(name) <= {"msgspec"}
+    messages = {"kernel_gateway.jupyter", "kernel_gateway.jupyter.message"}
     allowed = {
         "kernel_gateway.lifecycle": {"kernel_gateway.errors"},
-        "kernel_gateway.jupyter.execution": {"kernel_gateway.jupyter", "kernel_gateway.jupyter.message"},
+        "kernel_gateway.jupyter.execution": messages,
+        "kernel_gateway.jupyter.layout": messages,
     }
     assert ours(name) <= allowed.get(name, set())
     assert not imports(name) & {"asyncio", "socket", "subprocess", "os", "time"}
@@ -108,9 +110,22 @@ def test_only_some_speak_the_wire() -> None:
 
 
 def test_tornado_stays_at_the_edge() -> None:
-    """Only the API and the composition root import the web server."""
+    """Only the API and the composition root import the web server; the plugin for Lab runs inside another one."""
     users = {name for name in below("kernel_gateway") if "tornado" in outside(name)}
-    assert users <= {*below("kernel_gateway.api"), "kernel_gateway.server"}
+    assert users <= {*below("kernel_gateway.api"), "kernel_gateway.server", "kernel_gateway.lab"}
+
+
+def test_the_journal_knows_only_messages() -> None:
+    """What keeps messages knows nothing of kernels, sandboxes and sockets."""
+    assert {each.removesuffix(".message") for each in ours("kernel_gateway.journal")} == {"kernel_gateway.jupyter"}
+    assert outside("kernel_gateway.journal") == {"msgspec"}
+
+
+def test_jupyter_server_stays_in_the_plugin() -> None:
+    """The server needs nothing of Jupyter's own servers."""
+    users = {name for name in below("kernel_gateway") if outside(name) & {"jupyter_server", "traitlets"}}
+    assert users <= {"kernel_gateway.lab"}
+    assert not {name for name in MODULES if "kernel_gateway.lab" in imports(name)}
 
 
 def test_only_the_root_imports_the_root() -> None:
