@@ -16,6 +16,7 @@ from guest_agent import wire
 from guest_agent.wire import FrameType
 from kernel_gateway.api.app import ROUTES
 from kernel_gateway.api.base import Route
+from kernel_gateway.sandbox import kernel_id
 from tests.fakes import FakeDriver, FakeGuest, Service, Stream, error_of, eventually, own_frame, resident, serving
 
 # -- R2: the machine ends
@@ -445,42 +446,128 @@ async def test_r18_200_creates_at_capacity_4(service: Service) -> None:
 # -- R28
 
 
-async def every_answer(service: Service, route: Route, box: str) -> tuple[int, bytes]:
-    path = route.path.replace("{id}", box)
+UPGRADE = {
+    "Upgrade": "websocket",
+    "Connection": "Upgrade",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    "Sec-WebSocket-Version": "13",
+}
+FIELDS = {
+    "cmd": "true",
+    "code": "1",
+    "timeout": 10,
+    "path": "x",
+    "content": "",
+    "source": "a",
+    "destination": "b",
+}
+
+
+async def every_answer(service: Service, route: Route, path: str) -> tuple[int, bytes]:
     query = "" if route.query is None else "?path=x"
     kind = "multipart/form-data; boundary=b" if route.upload else "application/json"
-    body = {"cmd": "true", "code": "1", "timeout": 10, "path": "x", "content": "", "source": "a", "destination": "b"}
-    sent = json.dumps(body).encode() if route.body is not None else b"--b--" if route.upload else None
+    sent = json.dumps(FIELDS).encode() if route.body is not None else b"--b--" if route.upload else None
     answer = await service.call(route.method, path + query, body=sent, headers={"Content-Type": kind})
     return answer.code, answer.body
 
 
-WITH_ID = [route for route in ROUTES if "id" in route.names]
-
-
-@pytest.mark.parametrize("route", WITH_ID, ids=lambda route: f"{route.method} {route.path}")
-async def test_r28_a_foreign_sandbox_is_like_none(service: Service, route: Route) -> None:
-    """On every route somebody else's sandbox, running or ended, and a random id get the same 404, byte for byte."""
+async def foreign_boxes(service: Service) -> tuple[str, str]:
+    """Two sandboxes of somebody else: one that runs, one that has ended."""
     fields = json.dumps({"templateID": "base"}).encode()
     created = [await service.call("POST", "/sandboxes", body=fields, key=service.other_key) for _ in range(2)]
-    foreign, ended = (json.loads(answer.body)["sandboxID"] for answer in created)
+    running, ended = (json.loads(answer.body)["sandboxID"] for answer in created)
     await service.call("DELETE", f"/sandboxes/{ended}", key=service.other_key)
-    expected = (404, b'{"code":404,"message":"sandbox not found","error":"not_found"}')
+    return running, ended
+
+
+def routes_with(name: str) -> list[Route]:
+    return [route for route in ROUTES if name in route.names]
+
+
+def named(route: Route) -> str:
+    return f"{route.method} {route.path}"
+
+
+NO_SANDBOX = (404, b'{"code":404,"message":"sandbox not found","error":"not_found"}')
+NO_SESSION = (404, b'{"code":404,"message":"session not found","error":"not_found"}')
+
+
+@pytest.mark.parametrize("route", routes_with("id"), ids=named)
+async def test_r28_a_foreign_sandbox_is_like_none(service: Service, route: Route) -> None:
+    """On every route somebody else's sandbox, running or ended, and a random id get the same 404, byte for byte."""
+    foreign, ended = await foreign_boxes(service)
     for box in (foreign, ended, "sbx" + "a" * 20, "x"):
-        assert await every_answer(service, route, box) == expected
+        path = route.path.format(id=box, execution="x")
+        assert await every_answer(service, route, path) == NO_SANDBOX
     assert (await service.call("GET", f"/sandboxes/{foreign}", key=service.other_key)).code == 200
 
 
-async def test_r28_time_tells_nothing(service: Service) -> None:
+@pytest.mark.parametrize("route", routes_with("kernel"), ids=named)
+async def test_r28_a_foreign_kernel_is_like_none(service: Service, route: Route) -> None:
+    """The same holds for kernels, also for what is no kernel's id at all."""
+    foreign, ended = await foreign_boxes(service)
+    for kernel in (kernel_id(foreign), kernel_id(ended), kernel_id("sbx" + "a" * 20), foreign, "x"):
+        assert await every_answer(service, route, route.path.format(kernel=kernel)) == NO_SANDBOX
+    answer = await service.call("GET", f"/api/kernels/{kernel_id(foreign)}", key=service.other_key)
+    assert json.loads(answer.body)["execution_state"] == "idle"
+
+
+@pytest.mark.parametrize("route", routes_with("session"), ids=named)
+async def test_r28_a_foreign_session_is_like_none(service: Service, route: Route) -> None:
+    """The same holds for sessions; and a session of one's own can't be given somebody else's kernel."""
+    foreign, _ = await foreign_boxes(service)
+    kernel = {"id": kernel_id(foreign)}
+    theirs = {"path": "a.ipynb", "kernel": kernel}
+    answer = await service.call("POST", "/api/sessions", theirs, key=service.other_key)
+    session = json.loads(answer.body)["id"]
+    for each in (session, "0" * 32, "x"):
+        assert await every_answer(service, route, route.path.format(session=each)) == NO_SESSION
+    mine = json.loads((await service.call("POST", "/api/sessions", {"path": "a.ipynb"})).body)
+    assert mine["id"] != session
+    for method, path in (("POST", "/api/sessions"), ("PATCH", f"/api/sessions/{mine['id']}")):
+        answer = await service.call(method, path, {"path": "b.ipynb", "kernel": kernel})
+        assert (answer.code, answer.body) == NO_SANDBOX
+    assert (await service.call("GET", f"/api/sessions/{session}", key=service.other_key)).code == 200
+
+
+@pytest.mark.parametrize("query", ["", "?session_id=s", "?since=0", "?since=99999"])
+async def test_r28_foreign_sockets_are_like_none(service: Service, query: str) -> None:
+    """WebSockets refuse somebody else's sandbox and a random one alike, before the upgrade."""
+    foreign, ended = await foreign_boxes(service)
+    for box in (foreign, ended, "sbx" + "a" * 20, "x"):
+        kernel = kernel_id(box) if box != "x" else "x"
+        for path in (f"/api/kernels/{kernel}/channels", f"/sandboxes/{box}/stream"):
+            answer = await service.call("GET", path + query, headers=UPGRADE)
+            assert (answer.code, answer.body) == NO_SANDBOX, path
+            answer = await service.call("GET", path + query, headers=UPGRADE, key=None)
+            assert (answer.code, error_of(answer)["error"]) == (401, "unauthorized")
+
+
+async def test_r28_lists_show_what_is_ones_own(service: Service) -> None:
+    """Neither sandboxes nor kernels, dead or alive, nor sessions of others are listed or counted."""
+    foreign, _ = await foreign_boxes(service)
+    theirs = {"path": "a.ipynb", "kernel": {"id": kernel_id(foreign)}}
+    await service.call("POST", "/api/sessions", theirs, key=service.other_key)
+    for path in ("/sandboxes", "/api/kernels", "/api/sessions"):
+        assert (await service.call("GET", path)).body == b"[]"
+    service.driver.alive[0].die("killed by a test")
+    await eventually(lambda: len(service.sandboxes) == 0)
+    assert (await service.call("GET", "/api/kernels")).body == b"[]"
+    assert json.loads((await service.call("GET", "/api/status")).body)["kernels"] == 0
+    listed = json.loads((await service.call("GET", "/api/kernels", key=service.other_key)).body)
+    assert [(each["sandbox_id"], each["execution_state"]) for each in listed] == [(foreign, "dead")]
+
+
+@pytest.mark.parametrize("path", ["/sandboxes/{id}", "/api/kernels/{kernel}"])
+async def test_r28_time_tells_nothing(service: Service, path: str) -> None:
     """The median answers to a foreign and a random id are less than a millisecond apart."""
-    fields = json.dumps({"templateID": "base"}).encode()
-    answer = await service.call("POST", "/sandboxes", body=fields, key=service.other_key)
-    ids = {"foreign": json.loads(answer.body)["sandboxID"], "random": "sbx" + "b" * 20}
+    foreign, _ = await foreign_boxes(service)
+    ids = {"foreign": foreign, "random": "sbx" + "b" * 20}
     times: dict[str, list[float]] = {"foreign": [], "random": []}
     for _ in range(60):
         for name, box in ids.items():
             begun = time.perf_counter()
-            await service.call("GET", f"/sandboxes/{box}")
+            await service.call("GET", path.format(id=box, kernel=kernel_id(box)))
             times[name].append(time.perf_counter() - begun)
     gap = abs(statistics.median(times["foreign"]) - statistics.median(times["random"]))
     assert gap < 0.001
