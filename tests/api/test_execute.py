@@ -5,6 +5,7 @@ import json
 import time
 
 import pytest
+from tornado.httpclient import HTTPResponse
 
 from guest_agent import wire
 from tests.fakes import Service, error_of, eventually, resident
@@ -16,14 +17,21 @@ async def events_of(
     service: Service, box: str, code: str, accept: str = "application/x-ndjson", **body: object
 ) -> list:
     answer = await service.call("POST", f"/sandboxes/{box}/execute", {"code": code, **body}, headers={"Accept": accept})
+    return events_in(answer, accept)
+
+
+def events_in(answer: HTTPResponse, accept: str = "application/x-ndjson") -> list:
+    """The events of a streamed answer."""
     assert answer.code == 200
     assert answer.headers["Content-Type"] == accept
-    if accept == "text/event-stream":
-        blocks = answer.body.decode().split("\n\n")
-        assert blocks.pop() == ""
-        assert all(block.startswith("data: ") for block in blocks)
-        return [json.loads(block.removeprefix("data: ")) for block in blocks]
-    return [json.loads(line) for line in answer.body.splitlines()]
+    if accept == "application/x-ndjson":
+        return [json.loads(line) for line in answer.body.splitlines()]
+    blocks = answer.body.decode().split("\n\n")
+    assert blocks.pop() == ""
+    lines = [block.split("\n") for block in blocks]
+    events = [json.loads(data.removeprefix("data: ")) for _, data in lines]
+    assert [number for number, _ in lines] == [f"id: {event['seq']}" for event in events]
+    return events
 
 
 async def test_a_cell(service: Service, box: str) -> None:
@@ -71,6 +79,18 @@ async def test_a_timeout_interrupts_and_keeps_state(service: Service, box: str) 
     assert (await service.execute(box, "x"))["results"][0]["data"] == {"text/plain": "5"}
 
 
+async def test_a_timeout_counts_from_the_start(service: Service, box: str) -> None:
+    """A cell that waits for its turn longer than its timeout is not stopped for that, and has all of it then."""
+    first = asyncio.create_task(service.execute(box, "time.sleep(0.8)"))
+    await eventually(lambda: service.guest(box).kernel._cell is not None)
+    cell = await service.execute(box, 'time.sleep(0.2)\nprint("whole")', timeout=0.5)
+    assert (cell["error"], cell["stdout"]) == (None, "whole\n")
+    assert (await first)["error"] is None
+    begun = time.monotonic()
+    assert (await service.execute(box, "time.sleep(60)", timeout=0.3))["error"]["code"] == "exec_timeout"
+    assert time.monotonic() - begun >= 0.3
+
+
 async def test_a_cell_that_ignores_interrupts_loses_its_kernel(service: Service, box: str) -> None:
     """One that does not stop has its kernel replaced, within a second of the timeout, and is told so."""
     await service.execute(box, "x = 5")
@@ -113,9 +133,13 @@ async def test_the_same_as_a_stream(service: Service, box: str, accept: str) -> 
     """On request events come one by one, `end` last."""
     events = await events_of(service, box, 'print("a")\n1 / 0', accept)
     assert [event["type"] for event in events] == ["started", "stdout", "error", "end"]
+    seqs = [event.pop("seq") for event in events]
+    assert seqs == sorted(seqs)
+    assert len({event.pop("id") for event in events}) == 1
     assert events[0] == {"type": "started", "executionCount": 1}
     assert events[1] == {"type": "stdout", "text": "a\n"}
     assert events[2]["error"]["name"] == "ZeroDivisionError"
+    assert events[3] == {"type": "end", "executionCount": 1}
 
 
 async def test_a_stream_is_live(service: Service, box: str) -> None:
@@ -216,3 +240,150 @@ async def test_large_results(service: Service, box: str) -> None:
     """A display of 20 MB arrives whole."""
     cell = await service.execute(box, 'display({"text/plain": "x" * 20000000})')
     assert len(cell["results"][0]["data"]["text/plain"]) == 20_000_000
+
+
+# -- executions with an id
+
+
+async def execution(service: Service, box: str, name: str, **options: object) -> HTTPResponse:
+    return await service.call("GET", f"/sandboxes/{box}/executions/{name}", **options)
+
+
+async def execute_as(service: Service, box: str, name: str, code: str, **headers: str) -> HTTPResponse:
+    sent = {"Idempotency-Key": name, **headers}
+    return await service.call("POST", f"/sandboxes/{box}/execute", {"code": code}, headers=sent)
+
+
+def count_of(service: Service, box: str) -> int:
+    """How many cells the fake kernel has run."""
+    return service.guest(box).kernel._count
+
+
+async def test_the_same_request_twice_runs_once(service: Service, box: str) -> None:
+    """Sent again with the same id, at once or afterwards, a cell runs once, and all answers are the same."""
+    code = 'time.sleep(0.2)\nprint("a")\n6 * 7'
+    answers = await asyncio.gather(*(execute_as(service, box, "my:1.x_-", code) for _ in range(3)))
+    answers.append(await execute_as(service, box, "my:1.x_-", code))
+    assert len({answer.body for answer in answers}) == 1
+    cell = json.loads(answers[0].body)
+    assert (cell["stdout"], cell["executionCount"], count_of(service, box)) == ("a\n", 1, 1)
+    found = json.loads((await execution(service, box, "my:1.x_-")).body)
+    assert found == {"id": "my:1.x_-", "status": "finished", "retrySafe": True, "result": cell}
+
+
+async def test_an_execution_is_found_while_it_runs(service: Service, box: str) -> None:
+    """It is 404 before it was started, running without a result, then finished with one; its error is part of that."""
+    assert (await execution(service, box, "e")).code == 404
+    running = asyncio.create_task(execute_as(service, box, "e", "time.sleep(0.3)\n1 / 0"))
+    await eventually(lambda: count_of(service, box) == 1)
+    found = json.loads((await execution(service, box, "e")).body)
+    assert found == {"id": "e", "status": "running", "retrySafe": True, "result": None}
+    cell = json.loads((await running).body)
+    assert cell["error"]["name"] == "ZeroDivisionError"
+    assert json.loads((await execution(service, box, "e")).body)["result"] == cell
+
+
+async def test_other_code_under_the_same_id(service: Service, box: str) -> None:
+    """It is refused and not run, also when the id is that of a Jupyter client's request."""
+    await execute_as(service, box, "e", "x = 1")
+    answer = await execute_as(service, box, "e", "x = 2")
+    assert (answer.code, error_of(answer)["error"]) == (409, "conflict")
+    assert (await service.execute(box, "x"))["results"][0]["data"] == {"text/plain": "1"}
+
+
+@pytest.mark.parametrize("name", ["a b", "ü", "x" * 129, "a/b", "\t"])
+async def test_an_illegal_id(service: Service, box: str, name: str) -> None:
+    """What can't be part of a path is no id."""
+    answer = await execute_as(service, box, name, "1")
+    assert (answer.code, error_of(answer)["error"]) == (400, "invalid_request")
+    assert count_of(service, box) == 0
+
+
+async def test_a_named_cell_outlives_its_client(service: Service, box: str) -> None:
+    """A client with an id that hangs up stops nothing, and finds the outcome later."""
+    body = b'{"code": "time.sleep(0.3)\\nprint(1)"}'
+    head = f"POST /sandboxes/{box}/execute HTTP/1.1\r\nHost: x\r\nX-API-Key: {service.key}\r\nIdempotency-Key: e\r\n"
+    _, writer = await asyncio.open_connection("127.0.0.1", service.port)
+    writer.write(head.encode() + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+    await eventually(lambda: count_of(service, box) == 1)
+    writer.close()
+    cell = json.loads((await execute_as(service, box, "e", "time.sleep(0.3)\nprint(1)")).body)
+    assert (cell["stdout"], cell["error"]) == ("1\n", None)
+    assert not any(isinstance(request, wire.Interrupt) for request in service.guest(box).requests)
+
+
+async def test_a_cell_without_a_client_is_not_begun(service: Service, box: str) -> None:
+    """One without an id whose client hangs up while it waits for its turn never runs."""
+    first = asyncio.create_task(service.execute(box, "time.sleep(0.4)"))
+    await eventually(lambda: count_of(service, box) == 1)
+    body = b'{"code": "x = 1"}'
+    head = f"POST /sandboxes/{box}/execute HTTP/1.1\r\nHost: x\r\nX-API-Key: {service.key}\r\nContent-Length: "
+    _, writer = await asyncio.open_connection("127.0.0.1", service.port)
+    writer.write(head.encode() + b"%d\r\n\r\n%s" % (len(body), body))
+    kernel = service.sandboxes.get(service.owner, box).guest.kernel
+    await eventually(lambda: len(kernel.executions) == 2)
+    writer.close()
+    assert (await first)["error"] is None
+    assert (await service.execute(box, "x"))["error"]["name"] == "NameError"
+
+
+async def test_an_execution_whose_kernel_ended(service: Service, box: str) -> None:
+    """Nobody knows how far it came: its status is unknown, and a retry is not safe. It is not run again either."""
+    cell = json.loads((await execute_as(service, box, "e", "import os; os._exit(3)")).body)
+    assert cell["error"]["code"] == "kernel_restarted"
+    found = json.loads((await execution(service, box, "e")).body)
+    assert (found["status"], found["retrySafe"], found["result"]) == ("unknown", False, cell)
+    assert json.loads((await execute_as(service, box, "e", "import os; os._exit(3)")).body) == cell
+    assert count_of(service, box) == 1
+
+
+@pytest.mark.parametrize("accept", ["application/x-ndjson", "text/event-stream"])
+async def test_events_of_an_execution_again(service: Service, box: str, accept: str) -> None:
+    """They come again from any number on, by query or by header, the same as the first time."""
+    answer = await execute_as(service, box, "e", 'print("a")\nprint("b")\n7', Accept=accept)
+    events = events_in(answer, accept)
+    assert [event["type"] for event in events] == ["started", "stdout", "stdout", "result", "end"]
+    assert {event["id"] for event in events} == {"e"}
+    assert events_in(await execution(service, box, "e", headers={"Accept": accept}), accept) == events
+    for event in events[:-1]:
+        after = [each for each in events if each["seq"] > event["seq"]]
+        headers = {"Accept": accept, "Last-Event-ID": str(event["seq"])}
+        assert events_in(await execution(service, box, "e", headers=headers), accept) == after
+        answer = await execution(service, box, f"e?since={event['seq']}", headers={"Accept": accept})
+        assert events_in(answer, accept) == after
+    for last in (str(events[-1]["seq"]), "999999", str(10**30)):
+        answer = await execution(service, box, "e", headers={"Accept": accept, "Last-Event-ID": last})
+        assert [event["type"] for event in events_in(answer, accept)] == ["end"]
+
+
+@pytest.mark.parametrize("last", ["x", "-1", "1.5", "\u00b2", "9" * 5000, ""])
+async def test_a_last_event_that_is_no_number(service: Service, box: str, last: str) -> None:
+    """It is as if it had not been sent."""
+    await execute_as(service, box, "e", "7")
+    answer = await execution(service, box, "e", headers={"Accept": "application/x-ndjson", "Last-Event-ID": last})
+    assert [event["type"] for event in events_in(answer)] == ["started", "result", "end"]
+
+
+async def test_only_so_many_executions_are_remembered(
+    service: Service, box: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oldest that is over is forgotten; while all of them run, another one is refused."""
+    monkeypatch.setattr("kernel_gateway.kernel.KEPT", 3)
+    for name in "abcd":
+        await execute_as(service, box, name, "1")
+    assert [(await execution(service, box, name)).code for name in "abcd"] == [404, 200, 200, 200]
+    running = [asyncio.create_task(execute_as(service, box, name, "time.sleep(0.3)")) for name in "efg"]
+    await eventually(lambda: set("efg") == service.sandboxes.get(service.owner, box).guest.kernel.executions.keys())
+    answer = await execute_as(service, box, "h", "1")
+    assert (answer.code, error_of(answer)["error"]) == (409, "conflict")
+    assert {answer.code for answer in await asyncio.gather(*running)} == {200}
+
+
+async def test_an_old_execution_tells_what_is_missing(service: Service, box: str) -> None:
+    """What the journal has dropped meanwhile is counted; the rest, and the end, are there."""
+    await execute_as(service, box, "e", 'print("a")\nflood(1)\n7')
+    await service.execute(box, "flood(90)", timeout=60)
+    found = json.loads((await execution(service, box, "e")).body)
+    result = found["result"]
+    assert (found["status"], result["executionCount"], result["stdout"]) == ("finished", 1, "")
+    assert result["truncated"]["messages"] > 17
