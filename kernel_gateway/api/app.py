@@ -174,4 +174,5 @@ def application(
 def log_request(handler: Endpoint) -> None:
     """One line a request; never the query, which may hold what is not ours to tell."""
     request = handler.request
-    log.info("%s %s %s %d ms", request.method, request.path, handler.get_status(), round(request.request_time() * 1000))
+    path = re.sub("/t/[^/]+", "/t/…", request.path, flags=re.IGNORECASE)  # a key, in an address that is not quite right
+    log.info("%s %s %s %d ms", request.method, path, handler.get_status(), round(request.request_time() * 1000))

@@ -377,7 +377,8 @@ async def stream(http: Endpoint, framing: str, events: AsyncIterator[StreamEvent
 
     async def send(event: StreamEvent) -> None:
         line = msgspec.json.encode(event)
-        http.write(line + b"\n" if framing == "application/x-ndjson" else b"id: %d\ndata: %s\n\n" % (event.seq, line))
+        number = b"id: %d\n" % event.seq if event.seq >= 0 else b""
+        http.write(line + b"\n" if framing == "application/x-ndjson" else number + b"data: " + line + b"\n\n")
         await http.flush()
 
     http.set_header("Content-Type", framing)

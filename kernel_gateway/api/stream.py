@@ -71,7 +71,7 @@ class AgentStream(Socket):
             await self._obey(command)
         except CellvmError as error:
             told = CellError(type(error).__name__, str(error), code=error.code)
-            refused = StreamEvent("refused", id=getattr(command, "id", None) or "", error=told)
+            refused = StreamEvent("refused", seq=self.reader.after, id=getattr(command, "id", None) or "", error=told)
             await self.send([msgspec.json.encode(refused).decode()])
 
     async def _obey(self, command: Command) -> None:

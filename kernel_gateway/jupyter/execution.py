@@ -60,11 +60,11 @@ class Cell(msgspec.Struct):
 class StreamEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     """One thing that happened in a kernel; `type` tells which of the other fields are set (docs/stream.md).
 
-    `seq` is its number in the kernel's journal, `id` the execution it belongs to.
+    `seq` is its number in the kernel's journal (-1: it is not in there), `id` the execution it belongs to.
     """
 
     type: str
-    seq: int = 0
+    seq: int = -1
     id: str = ""
     text: str | None = None
     data: dict[str, Any] | None = None
