@@ -14,7 +14,8 @@ function connect() {
     const event = JSON.parse(data);
     since = `&since=${event.seq}`;
     if (event.id !== run.id) return;
-    process.stdout.write(event.text ?? JSON.stringify(event.data ?? event.error ?? ""));
+    const shown = event.text ?? JSON.stringify(event.data ?? event.error);
+    if (shown) process.stdout.write(shown);
     if (event.type === "end" || event.type === "refused") process.exit(event.type === "end" ? 0 : 1);
   };
 }
