@@ -1,4 +1,4 @@
-"""The command line: `cellvm serve | build | doctor | run | keys`."""
+"""The command line: `cellvm serve | build | doctor | run | nb | keys`."""
 
 import argparse
 import asyncio
@@ -8,12 +8,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, closing, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from guest_agent import wire
 from kernel_gateway import __version__
@@ -21,7 +21,9 @@ from kernel_gateway.drivers import DriverError
 from kernel_gateway.errors import CellvmError
 from kernel_gateway.host import examine, install_packages, kvm_verdict, missing_packages
 from kernel_gateway.image import BuildError
-from kernel_gateway.pool import Guests
+from kernel_gateway.jupyter.execution import CellError
+from kernel_gateway.notebook import Notebook, NotebookError, tags
+from kernel_gateway.pool import Guest, Guests
 from kernel_gateway.server import Server, builder, load_templates, make_driver, running
 from kernel_gateway.settings import Settings, SettingsError
 from kernel_gateway.store import Store, new_key
@@ -124,9 +126,9 @@ async def doctor(settings: Settings) -> int:
     return int(failed)
 
 
-async def run_file(settings: Settings, file: Path, get: list[str], template_id: str) -> int:
-    """Run a Python file in a sandbox of its own and end it; figures are saved beside, wanted files fetched."""
-    code = file.read_text()
+@asynccontextmanager
+async def fresh_guest(settings: Settings, template_id: str) -> AsyncIterator[Guest]:
+    """A sandbox without a server, for the time of the block."""
     templates = load_templates(settings)
     template = templates.find(template_id)
     if template is None:
@@ -136,14 +138,39 @@ async def run_file(settings: Settings, file: Path, get: list[str], template_id: 
             await install_packages(settings.qemu, step)
         driver = await make_driver(settings, templates, step)
     guest = await Guests(driver).start(template.id)
-    figures = failed = 0
     try:
+        yield guest
+    finally:
+        await guest.kill()
+
+
+async def fetch(guest: Guest, paths: list[str]) -> None:
+    """Save files of the guest here, under their own names."""
+    for path in paths:
+        target = Path(Path(path).name)
+        with target.open("wb") as out:
+            async with guest.link.ask(wire.Read(path=os.path.join(guest.home, path))) as conversation:
+                await conversation.receive()
+                while isinstance(item := await conversation.receive(), tuple):
+                    out.write(item[1])
+        console.print(f"saved {target}")
+
+
+def show_error(error: CellError) -> None:
+    print("\n".join(error.traceback) or f"{error.name}: {error.value}", file=sys.stderr)
+
+
+async def run_file(settings: Settings, file: Path, get: list[str], template_id: str) -> int:
+    """Run a Python file in a sandbox of its own and end it; figures are saved beside, wanted files fetched."""
+    code = file.read_text()
+    figures = failed = 0
+    async with fresh_guest(settings, template_id) as guest:
         async for event in guest.kernel.execute(code):
             if event.type in ("stdout", "stderr"):
                 print(event.text, end="", flush=True, file=sys.stdout if event.type == "stdout" else sys.stderr)
             elif event.error is not None:
                 failed = 1
-                print("\n".join(event.error.traceback) or f"{event.error.name}: {event.error.value}", file=sys.stderr)
+                show_error(event.error)
             elif event.data is not None:
                 if "image/png" in event.data:
                     figures += 1
@@ -152,17 +179,62 @@ async def run_file(settings: Settings, file: Path, get: list[str], template_id: 
                     console.print(f"saved {picture}")
                 else:
                     print(event.data.get("text/plain", ""))
-        for path in get:
-            target = Path(Path(path).name)
-            with target.open("wb") as out:
-                async with guest.link.ask(wire.Read(path=os.path.join(guest.home, path))) as conversation:
-                    await conversation.receive()
-                    while isinstance(item := await conversation.receive(), tuple):
-                        out.write(item[1])
-            console.print(f"saved {target}")
-    finally:
-        await guest.kill()
+        await fetch(guest, get)
     return failed
+
+
+async def run_notebook(settings: Settings, options: argparse.Namespace) -> int:
+    """Run a notebook's cells in a sandbox of its own and write it with their outputs, also when one of them fails."""
+    file: Path = options.file
+    book = Notebook.read(file)
+    out: Path = file if options.in_place else options.out or file.with_name(f"{file.stem}.out.ipynb")
+    if not out.parent.is_dir():
+        raise SettingsError(f"no folder {out.parent} to write {out.name} to")
+    error: CellError | None = None
+    async with fresh_guest(settings, options.template) as guest:
+        try:
+            with cells_done(len(book.cells)) as begin:
+                for number, cell in enumerate(book.cells):
+                    begin(number, cell["source"])
+                    if not cell["source"].strip():
+                        continue
+                    async for event in guest.kernel.execute(cell["source"], timeout=options.timeout):
+                        book.add(number, event)
+                    error = book.outputs[number].error
+                    is_allowed = options.allow_errors or "raises-exception" in tags(cell)
+                    # What the gateway says of a cell (`code`), as that it ran out of time, is no exception of its own.
+                    if error is not None and (error.code is not None or not is_allowed):
+                        break
+                    error = None
+        finally:
+            book.write(out)
+            console.print(f"saved {out}", markup=False)
+        if error is not None:
+            show_error(error)
+            console.print(f"cell {number + 1} of {len(book.cells)} failed: {error.name}", markup=False)
+        await fetch(guest, options.get)
+    return int(error is not None)
+
+
+@contextmanager
+def cells_done(total: int) -> Iterator[Callable[[int, str], None]]:
+    """Show which cell runs, as its first line, and how many are done: a bar on a terminal, plain lines elsewhere."""
+
+    def first_line(source: str) -> str:
+        return "".join(char for char in source.strip().partition("\n")[0] if char.isprintable())
+
+    if not console.is_terminal:
+        yield lambda done, source: console.print(
+            f"cell {done + 1} of {total}: {first_line(source)}", markup=False, soft_wrap=True
+        )
+        return
+    text = TextColumn("{task.description}", markup=False)
+    with Progress(
+        SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text, console=console
+    ) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done, source: bar.update(task, completed=done, description=first_line(source)[:60])
+        bar.update(task, completed=total, description="")
 
 
 def keys(settings: Settings, action: str, name: str) -> int:
@@ -182,6 +254,14 @@ def keys(settings: Settings, action: str, name: str) -> int:
     return 0
 
 
+def seconds(text: str) -> float:
+    """A time limit on the command line."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="cellvm", description="Sandboxes that are microVMs, with live IPython kernels.")
     top.add_argument("--version", action="version", version=f"cellvm {__version__}")
@@ -191,12 +271,24 @@ def parser() -> argparse.ArgumentParser:
         "build": "build guest images and snapshots, then stop",
         "doctor": "tell what this host offers and what is missing",
         "run": "run a Python file in a fresh sandbox",
+        "nb": "run a notebook in a fresh sandbox: `cellvm nb run`",
         "keys": "make, list and remove API keys",
     }
     for name, text in texts.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == "nb":
+            text = "run a notebook's cells in a fresh sandbox and save it with their outputs"
+            actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+            command = actions.add_parser("run", help=text, description=text[0].upper() + text[1:] + ".")
+            command.add_argument("file", type=Path, help="the notebook")
+            where = command.add_mutually_exclusive_group()
+            where.add_argument("-o", dest="out", type=Path, metavar="OUT", help="default: NAME.out.ipynb beside it")
+            where.add_argument("--in-place", action="store_true", help="save to the notebook itself")
+            command.add_argument("--allow-errors", action="store_true", help="go on after a cell that fails")
+            command.add_argument("--timeout", type=seconds, metavar="SECONDS", help="for each cell; default: none")
         if name == "run":
             command.add_argument("file", type=Path, help="the Python file")
+        if name in ("run", "nb"):
             command.add_argument(
                 "--get", action="append", default=[], metavar="PATH", help="fetch this file afterwards"
             )
@@ -226,9 +318,11 @@ def main(argv: list[str] | None = None) -> int:
                 return asyncio.run(doctor(settings))
             case "run":
                 return asyncio.run(run_file(settings, options.file, options.get, options.template))
+            case "nb":
+                return asyncio.run(run_notebook(settings, options))
             case "keys":
                 return keys(settings, options.action, options.name)
-    except (SettingsError, BuildError, DriverError, CellvmError, OSError) as error:
+    except (SettingsError, NotebookError, BuildError, DriverError, CellvmError, OSError) as error:
         console.print(f"cellvm: {error}", markup=False)
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
