@@ -1,135 +1,289 @@
-"""Kernel messages turned into a cell's outcome: any order, any content, within limits."""
+"""Kernel messages as parts, and turned into events and a cell's outcome: any content, within limits."""
 
-import itertools
 import json
 import uuid
+from datetime import datetime
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernel_gateway.jupyter import message
-from kernel_gateway.jupyter.execution import CellError, Collector, Execution, StreamEvent
+from kernel_gateway.jupyter.execution import SHOWN, Cell, CellError, Collector, Events, Result, StreamEvent
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=10),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
     max_leaves=8,
 )
+NO_JSON_OBJECT = [b"", b"null", b"[]", b"3", b"{", b"\xff", b'{"a": 1', b"[" * 100_000]
 
 
-def msg(kind: str, **content: Any) -> list[bytes]:
-    return [b"iopub", json.dumps({"msg_type": kind}).encode(), b"{}", b"{}", json.dumps(content).encode()]
+def msg(kind: str, metadata: dict[str, Any] | None = None, /, **content: Any) -> list[bytes]:
+    return [b"iopub", json.dumps({"msg_type": kind}).encode(), b"{}", json.dumps(metadata or {}).encode(),
+            json.dumps(content).encode()]  # fmt: skip
 
 
-def run(*messages: list[bytes]) -> list[StreamEvent]:
-    execution = Execution()
-    return [event for each in messages for event in execution.receive(each)]
-
-
-REPLY = msg("execute_reply", status="ok", execution_count=3)
-IDLE = msg("status", execution_state="idle")
-TEXT = msg("stream", name="stdout", text="a")
-
-
-@pytest.mark.parametrize("order", list(itertools.permutations(["reply", "idle", "text"])))
-def test_an_execution_ends_with_both_reply_and_idle(order: tuple[str, ...]) -> None:
-    """In whatever order they come, the end comes once, last of the two, and carries the count."""
-    execution, messages = Execution(), {"reply": REPLY, "idle": IDLE, "text": TEXT}
-    ends = []
-    for name in order:
-        was_done = execution.is_done
-        ends += [event for event in execution.receive(messages[name]) if event.type == "end"]
-        if {"reply", "idle"} <= set(order[: order.index(name) + 1]) and not was_done:
-            assert execution.is_done
-            break
-        assert not execution.is_done
-    assert ends == [StreamEvent("end", executionCount=3)]
-
-
-def test_other_statuses_are_not_the_end() -> None:
-    """Busy, and idle of another kind of message, do not count."""
-    assert run(msg("status", execution_state="busy"), REPLY, msg("comm_msg", execution_state="idle")) == []
-
-
-def test_every_kind_of_event() -> None:
-    """Each message type becomes its event; those that nobody needs become none."""
-    events = run(
-        msg("execute_input", code="x", execution_count=3),
-        msg("stream", name="stderr", text="e"),
-        msg("display_data", data={"text/plain": "d"}, metadata={"k": 1}),
-        msg("update_display_data", data={"text/plain": "u"}),
-        msg("execute_result", data={"text/plain": "r"}, metadata=None),
-        msg("clear_output", wait=True),
-        msg("error", ename="E", evalue="v", traceback=["t"]),
-        IDLE,
-        REPLY,
-    )
-    assert events == [
-        StreamEvent("started", executionCount=3),
-        StreamEvent("stderr", text="e"),
-        StreamEvent("display", data={"text/plain": "d"}, metadata={"k": 1}),
-        StreamEvent("display", data={"text/plain": "u"}, metadata={}),
-        StreamEvent("result", data={"text/plain": "r"}, metadata={}),
-        StreamEvent("error", error=CellError("E", "v", ["t"])),
-        StreamEvent("end", executionCount=3),
+def events(*messages: tuple[str, dict[str, Any]], execution: str = "e", ends: bool = False) -> list[StreamEvent]:
+    """Events of messages numbered from 1; the last one may be that which ends the execution."""
+    translate = Events()
+    return [
+        event
+        for seq, (kind, content) in enumerate(messages, 1)
+        for event in translate.receive(seq, kind, execution, ends and seq == len(messages), msg(kind, **content))
     ]
 
 
-def test_aborted() -> None:
-    """A cell that was never run because one before failed says so."""
-    events = run(msg("execute_reply", status="aborted"), IDLE)
-    assert [event.type for event in events] == ["error", "end"]
-    assert events[0].error is not None
-    assert events[0].error.name == "Aborted"
+def check(
+    expected: StreamEvent | None,
+    kind: str,
+    content: dict[str, Any],
+    execution: str = "e",
+    metadata: dict[str, Any] | None = None,
+) -> None:
+    """A message means this one event, with its number and execution, or none."""
+    found = Events().receive(7, kind, execution, False, msg(kind, metadata, **content))
+    assert found == ([] if expected is None else [msgspec.structs.replace(expected, seq=7, id=execution)])
 
 
-def test_an_error_is_told_once() -> None:
-    """An error that is published and repeated in the reply is one event; one only in the reply is not lost."""
-    failed = msg("execute_reply", status="error", ename="E", evalue="v", traceback=[])
-    published = msg("error", ename="E", evalue="v", traceback=[])
-    for order in ((published, failed, IDLE), (failed, published, IDLE), (failed, IDLE)):
-        events = run(*order)
-        assert [event.type for event in events].count("error") == 1, order
-        assert events[-1].type == "end"
+# -- events
 
 
-def test_abandon() -> None:
-    """A cell whose kernel is gone is over."""
-    execution = Execution()
-    execution.abandon()
-    assert execution.is_done
+@pytest.mark.parametrize(
+    ("kind", "content", "expected"),
+    [
+        ("execute_input", {"code": "x", "execution_count": 3}, StreamEvent("started", executionCount=3)),
+        ("stream", {"name": "stdout", "text": "o"}, StreamEvent("stdout", text="o")),
+        ("stream", {"name": "stderr", "text": "e"}, StreamEvent("stderr", text="e")),
+        ("stream", {"name": "other", "text": "e"}, None),
+        (
+            "display_data",
+            {"data": {"text/plain": "d"}, "metadata": {"k": 1}, "transient": {"display_id": "i"}},
+            StreamEvent("display", data={"text/plain": "d"}, metadata={"k": 1}, displayId="i"),
+        ),
+        ("display_data", {"data": {}, "transient": {}}, StreamEvent("display", data={}, metadata={})),
+        ("display_data", {"data": "no"}, None),
+        (
+            "update_display_data",
+            {"data": {"text/plain": "u"}, "transient": {"display_id": "i"}},
+            StreamEvent("update", data={"text/plain": "u"}, metadata={}, displayId="i"),
+        ),
+        (
+            "execute_result",
+            {"data": {"text/plain": "r"}, "metadata": None, "execution_count": 4},
+            StreamEvent("result", data={"text/plain": "r"}, metadata={}, executionCount=4),
+        ),
+        ("clear_output", {"wait": True}, StreamEvent("clear", wait=True)),
+        ("clear_output", {}, StreamEvent("clear", wait=False)),
+        (
+            "error",
+            {"ename": "E", "evalue": "v", "traceback": ["t"]},
+            StreamEvent("error", error=CellError("E", "v", ["t"])),
+        ),
+        (
+            "error",
+            {"ename": "E", "evalue": "v", "traceback": [], "code": "exec_timeout", "stateKept": True},
+            StreamEvent("error", error=CellError("E", "v", [], "exec_timeout", True)),
+        ),
+        (
+            "input_request",
+            {"prompt": "name? ", "password": True},
+            StreamEvent("input_request", prompt="name? ", password=True),
+        ),
+        ("input_request", {}, StreamEvent("input_request", prompt="", password=False)),
+        ("execute_reply", {"status": "ok", "execution_count": 3}, None),
+        ("execute_reply", {"status": "error", "ename": "E"}, None),
+        ("comm_msg", {"data": {}}, None),
+        ("kernel_info_reply", {"status": "ok"}, None),
+    ],
+)
+def test_every_kind_of_event(kind: str, content: dict[str, Any], expected: StreamEvent | None) -> None:
+    """Each message type becomes its event, with the number and the execution; those that nobody needs become none."""
+    check(expected, kind, content)
 
 
-KINDS = [
-    "stream", "execute_result", "display_data", "update_display_data", "error", "execute_input", "status",
-    "execute_reply", "", "made_up",
-]  # fmt: skip
+@pytest.mark.parametrize(
+    ("state", "execution", "is_told"),
+    [
+        ("busy", "e", False),
+        ("idle", "e", False),
+        ("busy", "", True),
+        ("idle", "", True),
+        ("starting", "e", True),
+        ("dead", "", True),
+    ],
+)
+def test_which_statuses_are_events(state: str, execution: str, is_told: bool) -> None:
+    """Busy and idle of a request are not; the kernel's own states are."""
+    check(StreamEvent("status", state=state) if is_told else None, "status", {"execution_state": state}, execution)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        (
+            {"cellvm": {"reason": "out of memory", "exitCode": 0, "signal": 9, "seq": 3}},
+            StreamEvent("status", state="dead", reason="out of memory", exitCode=0, signal=9),
+        ),
+        ({}, StreamEvent("status", state="dead")),
+        ({"cellvm": None}, StreamEvent("status", state="dead")),
+        ({"cellvm": [1]}, StreamEvent("status", state="dead")),
+        (
+            {"cellvm": {"reason": 5, "exitCode": "x", "signal": []}},
+            StreamEvent("status", state="dead", reason="5"),
+        ),
+    ],
+)
+def test_a_status_tells_its_cause(metadata: dict[str, Any], expected: StreamEvent) -> None:
+    """Why a kernel has ended is in the message's metadata; nonsense there is no harm."""
+    check(expected, "status", {"execution_state": "dead"}, "", metadata)
+
+
+@pytest.mark.parametrize("kind", ["status", "execute_reply", "comm_msg", "made_up"])
+def test_the_end(kind: str) -> None:
+    """The message that the journal marks is the end, whatever its kind, and it carries the count."""
+    started = ("execute_input", {"code": "1", "execution_count": 3})
+    found = events(started, (kind, {"execution_state": "idle", "status": "ok"}), ends=True)
+    assert [(each.type, each.seq, each.id, each.executionCount) for each in found] == [
+        ("started", 1, "e", 3),
+        ("end", 2, "e", 3),
+    ]
+
+
+def test_the_end_after_another_event() -> None:
+    """A message may be both: an aborted cell's reply."""
+    found = events(("status", {"execution_state": "idle"}), ("execute_reply", {"status": "aborted"}), ends=True)
+    assert [(each.type, each.seq) for each in found] == [("error", 2), ("end", 2)]
+    assert found[0].error is not None
+    assert (found[0].error.name, found[0].error.code) == ("Aborted", "aborted")
+
+
+def test_executions_that_overlap() -> None:
+    """Each end has the count of its own execution."""
+    translate = Events()
+    for name, count in (("a", 1), ("b", 2)):
+        translate.receive(count, "execute_input", name, False, msg("execute_input", execution_count=count))
+    ends = [translate.receive(9, "status", name, True, msg("status", execution_state="idle"))[0] for name in "ba"]
+    assert [(each.id, each.executionCount) for each in ends] == [("b", 2), ("a", 1)]
+
+
+def test_counts_of_executions_without_end_are_forgotten() -> None:
+    """A client's many cells that never end don't fill the memory."""
+    translate = Events()
+    for seq in range(3000):
+        translate.receive(seq, "execute_input", str(seq), False, msg("execute_input", execution_count=seq))
+    assert len(translate._counts) < 1100
+
+
 FIELDS = [
     "name", "text", "data", "metadata", "ename", "evalue", "traceback", "execution_state", "execution_count", "status",
+    "transient", "prompt", "password", "wait", "code", "stateKept",
 ]  # fmt: skip
+CONTENT = st.dictionaries(st.sampled_from(FIELDS), JSON)
+MESSAGES = st.tuples(
+    st.sampled_from([*sorted(SHOWN), "", "made_up"]), CONTENT, st.dictionaries(st.just("cellvm"), JSON)
+)
 
 
-@settings(max_examples=40)
-@given(st.lists(st.tuples(st.sampled_from(KINDS), st.dictionaries(st.sampled_from(FIELDS), JSON)), max_size=20))
-def test_any_content_can_be_taken(messages: list[tuple[str, dict[str, Any]]]) -> None:
-    """Content of whatever types raises nothing, and the outcome can be written as JSON."""
-    execution, collector = Execution(), Collector(text_limit=50, result_limit=2000)
-    for kind, content in messages:
-        for event in execution.receive(msg(kind, **content)):
-            collector.add(event)
-    message.msgspec.json.encode(collector.cell())
+@settings(max_examples=60)
+@given(st.lists(st.tuples(MESSAGES, st.sampled_from(["", "e"]), st.booleans()), max_size=20))
+def test_any_content_can_be_taken(messages: list[tuple[tuple[str, Any, Any], str, bool]]) -> None:
+    """Content of whatever types raises nothing, and both events and outcome can be written as JSON."""
+    translate, collector = Events(), Collector(text_limit=50, result_limit=2000)
+    for (kind, content, metadata), execution, ends in messages:
+        for each in translate.receive(1, kind, execution, ends, msg(kind, metadata, **content)):
+            collector.add(each)
+            assert msgspec.json.decode(msgspec.json.encode(each), type=StreamEvent).type == each.type
+    msgspec.json.encode(collector.cell())
 
 
-@given(st.lists(st.binary(max_size=40), min_size=5, max_size=5))
-def test_any_bytes_can_be_taken(parts: list[bytes]) -> None:
+@given(st.lists(st.binary(max_size=40), min_size=5, max_size=5), st.sampled_from(sorted(SHOWN)))
+def test_any_bytes_can_be_taken(parts: list[bytes], kind: str) -> None:
     """Parts that are no JSON at all raise nothing."""
-    assert Execution().receive(parts) == []
-    assert isinstance(message.parent_id(parts), str)
+    assert len(Events().receive(1, kind, "e", False, parts)) <= 1
 
 
-@pytest.mark.parametrize("part", [b"", b"null", b"[]", b"3", b"{", b"\xff", b'{"a": 1', b"[" * 100_000])
+# -- the outcome
+
+
+def cell(*found: StreamEvent, **limits: int) -> Cell:
+    collector = Collector(**limits)
+    for each in found:
+        collector.add(each)
+    return collector.cell()
+
+
+def shown(kind: str, text: str, display_id: str | None = None) -> StreamEvent:
+    return StreamEvent(kind, data={"text/plain": text}, metadata={}, displayId=display_id)
+
+
+def test_text_is_cut_at_the_limit() -> None:
+    """Text is kept up to the limit of each stream; the rest is counted, streams apart."""
+    pieces = (("stdout", "x" * 8), ("stderr", "e"), ("stdout", "y" * 8), ("stdout", "z"))
+    found = cell(*(StreamEvent(name, text=text) for name, text in pieces), text_limit=10)
+    assert (found.stdout, found.stderr) == ("x" * 8 + "yy", "e")
+    assert found.truncated is not None
+    assert (found.truncated.stdout, found.truncated.stderr, found.truncated.results) == (7, 0, 0)
+
+
+def test_results_are_left_out_at_the_limit() -> None:
+    """A result that does not fit is left out and counted; a smaller one after it still fits."""
+    found = cell(*(shown("display", "x" * size) for size in (60, 60, 30)), result_limit=100)
+    assert [len(result.data["text/plain"]) for result in found.results] == [60, 30]
+    assert found.truncated is not None
+    assert found.truncated.results == 1
+
+
+def test_messages_that_are_missing_are_counted() -> None:
+    """Gaps add up."""
+    found = cell(StreamEvent("gap", messages=3), StreamEvent("stdout", text="a"), StreamEvent("gap", messages=4))
+    assert found.truncated is not None
+    assert (found.stdout, found.truncated.messages) == ("a", 7)
+
+
+def test_nothing_left_out_is_not_mentioned() -> None:
+    """An outcome that is whole has no `truncated`."""
+    found = cell(StreamEvent("stdout", text="a"), StreamEvent("end", executionCount=2))
+    assert (found.truncated, found.executionCount) == (None, 2)
+
+
+def test_an_update_replaces_what_was_displayed() -> None:
+    """Only the display of that id changes, in its place; an update of an unknown one is a display itself."""
+    found = cell(
+        shown("display", "a", "1"), shown("display", "b", "2"), shown("result", "c"), shown("update", "A", "1"),
+        shown("update", "d", "3"), shown("update", "D", "3"), shown("update", "e"),
+    )  # fmt: skip
+    told = [(result.type, result.data["text/plain"]) for result in found.results]
+    assert told == [("display", "A"), ("display", "b"), ("result", "c"), ("display", "D"), ("display", "e")]
+
+
+def test_many_updates_stay_within_the_limit() -> None:
+    """A display that grows by its updates is cut as well: an outcome is never larger than allowed."""
+    updates = [shown("update", "x" * size, "1") for size in range(0, 1000, 100)]
+    found = cell(shown("display", "", "1"), *updates, result_limit=500)
+    assert sum(len(result.data["text/plain"]) for result in found.results) <= 500
+
+
+def test_what_is_not_part_of_an_outcome() -> None:
+    """Clears, statuses and input requests change nothing; the last error counts."""
+    found = cell(
+        shown("result", "1"),
+        StreamEvent("clear", wait=False),
+        StreamEvent("status", state="dead"),
+        StreamEvent("input_request", prompt="?"),
+        StreamEvent("error", error=CellError("A", "")),
+        StreamEvent("error", error=CellError("B", "")),
+        StreamEvent("end"),
+    )
+    assert found == Cell(results=[Result("result", {"text/plain": "1"})], error=CellError("B", ""))
+
+
+# -- messages
+
+
+@pytest.mark.parametrize("part", NO_JSON_OBJECT)
 def test_malformed_headers_and_content_read_as_empty(part: bytes) -> None:
     """The guest is not trusted to write JSON."""
     assert message.header(part) == message.Header()
@@ -138,44 +292,65 @@ def test_malformed_headers_and_content_read_as_empty(part: bytes) -> None:
     assert message.header(b'{"msg_type": 3, "msg_id": "x"}') == message.Header()
 
 
-def test_text_is_cut_at_the_limit() -> None:
-    """Text is kept up to the limit of each stream; the rest is counted, streams apart."""
-    collector = Collector(text_limit=10)
-    for name, text in (("stdout", "x" * 8), ("stderr", "e"), ("stdout", "y" * 8), ("stdout", "z")):
-        collector.add(StreamEvent(name, text=text))
-    cell = collector.cell()
-    assert (cell.stdout, cell.stderr) == ("x" * 8 + "yy", "e")
-    assert cell.truncated is not None
-    assert (cell.truncated.stdout, cell.truncated.stderr, cell.truncated.results) == (7, 0, 0)
-
-
-def test_results_are_left_out_at_the_limit() -> None:
-    """A result that does not fit is left out and counted; a smaller one after it still fits."""
-    collector = Collector(result_limit=100)
-    for size in (60, 60, 30):
-        collector.add(StreamEvent("display", data={"text/plain": "x" * size}, metadata={}))
-    cell = collector.cell()
-    assert [len(result.data["text/plain"]) for result in cell.results] == [60, 30]
-    assert cell.truncated is not None
-    assert cell.truncated.results == 1
-
-
-def test_nothing_left_out_is_not_mentioned() -> None:
-    """An outcome that is whole has no `truncated`."""
-    collector = Collector()
-    collector.add(StreamEvent("stdout", text="a"))
-    collector.add(StreamEvent("end", executionCount=2))
-    assert (collector.cell().truncated, collector.cell().executionCount) == (None, 2)
-
-
-def test_a_request_of_ours() -> None:
-    """A request has the documented form: channel, header with a fresh id, empty parent and metadata, content."""
-    msg_id, parts = message.request("shell", "execute_request", {"code": "ü"}, "session")
-    assert parts[0] == b"shell"
+def test_a_message_of_ours() -> None:
+    """It has the documented form: channel, a header with a fresh id and the time, parent, metadata, content."""
+    parts = message.new("shell", "execute_request", {"code": "ü\ud800"}, session="s", metadata={"a": 1})
     header = json.loads(parts[1])
-    assert header["msg_id"] == msg_id
-    assert uuid.UUID(msg_id)
-    assert (header["msg_type"], header["session"]) == ("execute_request", "session")
-    assert {"username", "date", "version"} <= set(header)
-    assert (parts[2], parts[3], json.loads(parts[4])) == (b"{}", b"{}", {"code": "ü"})
-    assert message.request("shell", "x", {}, "s")[0] != msg_id
+    assert set(header) == {"msg_id", "msg_type", "session", "username", "date", "version"}
+    assert (header["msg_type"], header["session"]) == ("execute_request", "s")
+    assert uuid.UUID(header["msg_id"])
+    assert header["date"].endswith("Z")
+    assert datetime.fromisoformat(header["date"]).tzinfo is not None
+    assert (parts[0], parts[2], json.loads(parts[3])) == (b"shell", b"{}", {"a": 1})
+    assert json.loads(parts[4]) == {"code": "ü\ud800"}
+    assert parts[1] != message.new("shell", "execute_request", {}, session="s")[1]
+
+
+def test_an_answer_of_ours() -> None:
+    """Id and parent are as given."""
+    parts = message.new("iopub", "status", {}, session="s", parent=b'{"msg_id":"p"}', msg_id="m")
+    assert message.header(parts[1]) == message.Header("m", "status", "s")
+    assert parts[2] == b'{"msg_id":"p"}'
+
+
+def text(name: str, text: str) -> bytes:
+    return json.dumps({"name": name, "text": text}).encode()
+
+
+@given(st.lists(st.text(), min_size=1), st.sampled_from(["stdout", "stderr"]))
+def test_joined(texts: list[str], name: str) -> None:
+    """Texts of one stream become one, in order, whatever is in them."""
+    found = message.joined([text(name, each) for each in texts])
+    assert found is not None
+    assert json.loads(found) == {"name": name, "text": "".join(texts)}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [text("stderr", "b"), text("stdout", "\ud800"), b'{"name": "stdout"}', b'{"name": "stdout", "text": 3}',
+     *NO_JSON_OBJECT],
+)  # fmt: skip
+def test_what_can_not_be_joined(other: bytes) -> None:
+    """Another stream, and what is no text, is left as it is."""
+    for contents in ([text("stdout", "a"), other], [other, text("stdout", "a")]):
+        assert message.joined(contents) is None
+
+
+@given(st.dictionaries(st.text(max_size=10).filter(lambda name: name != "cellvm"), JSON), st.integers(0, 2**53))
+def test_numbered(metadata: dict[str, Any], seq: int) -> None:
+    """A message's number is added to whatever metadata there is, however it is spaced."""
+    for form in (json.dumps(metadata), json.dumps(metadata, indent=2), f" \n{json.dumps(metadata)} "):
+        assert json.loads(message.numbered(form.encode(), seq)) == {**metadata, "cellvm": {"seq": seq}}
+
+
+def test_numbered_keeps_what_the_gateway_says_itself() -> None:
+    """The cause of a status stays beside the number."""
+    parts = message.new("iopub", "status", {}, session="s", metadata={"cellvm": {"reason": "r", "signal": 9}})
+    assert json.loads(message.numbered(parts[3], 5)) == {"cellvm": {"seq": 5, "reason": "r", "signal": 9}}
+
+
+@pytest.mark.parametrize("metadata", [*NO_JSON_OBJECT[:5], b"{ }", b"{\n}", b"x", b'"{}"'])
+def test_numbered_metadata_that_is_none(metadata: bytes) -> None:
+    """What is no object counts as empty."""
+    if metadata != b"{":  # not closed: nothing can be said of it
+        assert json.loads(message.numbered(metadata, 5)) == {"cellvm": {"seq": 5}}
