@@ -7,6 +7,7 @@ them.
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,8 @@ class Notebook:
                     f"the newest that can be read is {nbformat.current_nbformat}"
                 )
             node = nbformat.convert(nbformat.reader.reads(content.decode()), nbformat.current_nbformat)
-            _, node = nbformat.validator.normalize(node)
+            with warnings.catch_warnings(action="ignore"):  # it warns of the ids that it gives to cells without
+                _, node = nbformat.validator.normalize(node)
             nbformat.validate(node)
         except nbformat.ValidationError as error:
             raise NotebookError(f"{path} is not a valid notebook: {error.message}") from error
@@ -261,4 +263,4 @@ def size(content: Json | str) -> int:
 
 
 def left_out(messages: int) -> str:
-    return f"[{messages} message{'s' * (messages != 1)} left out here: more than is kept]\n"
+    return f"\n[{messages} messages of output are missing here: there was more than is kept]\n"
