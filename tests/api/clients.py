@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from jupyter_server.services.kernels.connection.base import (
 )
 from tornado.httpclient import AsyncHTTPClient, HTTPResponse
 from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
 
 V1 = "v1.kernel.websocket.jupyter.org"
 TIMEOUT = 20.0
@@ -42,7 +43,7 @@ CONTENTS: dict[str, dict[str, type]] = {
     "comm_open": {"comm_id": str, "target_name": str, "data": dict},
     "comm_msg": {"comm_id": str, "data": dict},
     "input_request": {"prompt": str, "password": bool},
-    "execute_reply": {"status": str, "execution_count": int},
+    "execute_reply": {"status": str},
     "kernel_info_reply": {"protocol_version": str, "implementation": str, "language_info": dict, "banner": str},
 }
 """Fields that clients rely on, and their types."""
@@ -76,7 +77,8 @@ class Message:
     def check(self) -> None:
         """What Jupyter's specification asks of any message, and JupyterLab of its content."""
         assert self.channel in ("shell", "iopub", "stdin", "control"), self
-        assert self.channel != "iopub" or not self.kind.endswith(("_reply", "_request")), self
+        if self.channel == "iopub":  # where ipykernel tells everybody of a shutdown, too
+            assert not self.kind.endswith(("_reply", "_request")) or self.kind == "shutdown_reply", self
         for name in ("msg_id", "msg_type", "session", "username", "version"):
             assert isinstance(self.header[name], str), self
         assert isinstance(self.header["date"], str), self
@@ -85,6 +87,8 @@ class Message:
         for name, kind in CONTENTS.get(self.kind, {}).items():
             assert isinstance(self.content.get(name), kind), (name, self)
         assert self.kind != "status" or self.state in STATES, self
+        if self.kind == "execute_reply" and self.content["status"] == "ok":
+            assert isinstance(self.content["execution_count"], int), self
 
 
 @dataclass
@@ -97,7 +101,7 @@ class Answer:
 
     def add(self, message: Message) -> None:
         self.messages.append(message)
-        if message.kind.endswith("_reply"):
+        if message.kind.endswith("_reply") and message.channel != "iopub":
             self.replies.append(message)
         self.is_idle = self.is_idle or message.state == "idle"
 
@@ -125,8 +129,9 @@ class Answer:
 class Client:
     """One connection to a kernel's channels. `answers` are by request, `messages` all that came."""
 
-    def __init__(self, socket: ClientConnection, session: str) -> None:
+    def __init__(self, socket: ClientConnection, kernel: str, session: str) -> None:
         self.socket = socket
+        self.kernel = kernel
         self.session = session
         self.messages: list[Message] = []
         self.answers: dict[str, Answer] = {}
@@ -206,8 +211,9 @@ class Client:
     async def close_code(self, timeout: float = TIMEOUT) -> int:
         """With which code the server closes the connection; what still comes before is dropped."""
         async with asyncio.timeout(timeout):
-            async for _ in self.socket:
-                pass
+            with suppress(ConnectionClosed):
+                while True:
+                    await self.socket.recv()
         assert self.socket.close_code is not None
         return self.socket.close_code
 
@@ -257,7 +263,7 @@ async def channels(
     path = f"{via}/api/kernels/{kernel}/channels"
     uri = address(service, path, session_id=session, since=since)
     async with opening(uri, service.key if key == "" else key, **options) as socket:
-        yield Client(socket, session)
+        yield Client(socket, kernel, session)
 
 
 class Agent:
