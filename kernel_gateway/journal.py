@@ -59,7 +59,10 @@ class Record(msgspec.Struct, array_like=True):
 
 
 class Gap(NamedTuple):
-    """So many messages up to number `seq` are not kept any more; `parent` is their request's header."""
+    """So many messages up to number `seq` are not kept any more; `parent` is the header of the request they were for.
+
+    That is guessed from the message that follows: most often it is the same.
+    """
 
     seq: int
     messages: int
@@ -177,7 +180,6 @@ class Journal:
         segment = None
         if after + 1 < self._first:
             segment = next((segment for segment in self._segments if segment.last > after), None)
-        found: list[Record | Gap] = []
         if segment is not None:
             records = [record for record in self._load(segment) if record.seq > after]
         else:
@@ -186,12 +188,16 @@ class Journal:
                 records.append(self._records[seq])
                 size += records[-1].cost
                 seq += 1
-        missing = records[0].seq - after - 1
-        if missing:
-            found += [record for record in self._essentials if after < record.seq < records[0].seq]
-            if missing > len(found):
-                found.append(Gap(records[0].seq - 1, missing - len(found), records[0].parts[PARENT]))
-        return found + records
+        kept: list[Record] = []
+        if records[0].seq > after + 1:
+            kept = [record for record in self._essentials if after < record.seq < records[0].seq]
+        found: list[Record | Gap] = []
+        for record in [*kept, records[0]]:
+            if record.seq > after + 1:
+                found.append(Gap(record.seq - 1, record.seq - after - 1, record.parts[PARENT]))
+            found.append(record)
+            after = record.seq
+        return found + records[1:]
 
     def reader(self, after: int) -> "Reader":
         """Somebody who reads on from number `after`."""

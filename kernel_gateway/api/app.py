@@ -123,9 +123,9 @@ class Gateway(Application):
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
         """Called by Tornado for each request, before anything else reads or logs the path."""
         path = request.path.removeprefix(self.settings["base_url"])
-        found = re.fullmatch(r"/t/([^/]+)(/.*)", path)
+        found = re.fullmatch(r"/+t/([^/]+)(/.*)?", path)
         if found is not None:
-            path = found[2]
+            path = found[2] or "/"
             if not request.headers.get("Authorization", "").partition(" ")[2]:
                 request.headers["Authorization"] = f"Bearer {unquote(found[1])}"
         request.path = path

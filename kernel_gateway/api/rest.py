@@ -25,6 +25,7 @@ from kernel_gateway.errors import CellvmError, GuestFailure, GuestUnresponsive, 
 from kernel_gateway.journal import Gap
 from kernel_gateway.jupyter import message
 from kernel_gateway.jupyter.execution import Cell, CellError, Collector, Events, StreamEvent
+from kernel_gateway.notebook import session_notebook
 from kernel_gateway.pool import Guest
 from kernel_gateway.sandbox import Sandbox
 from kernel_gateway.templates import Template
@@ -422,7 +423,7 @@ async def get_execution(call: Call) -> None:
     if execution is None:
         raise NotFound("no such execution was started in this sandbox", hint="it has not run: it is safe to start it")
     last_event = call.http.request.headers.get("Last-Event-ID", "")
-    events = kernel.events(execution, int(last_event) if last_event.isdigit() else call.query.since)
+    events = kernel.events(execution, int(last_event) if re.fullmatch("[0-9]{1,100}", last_event) else call.query.since)
     async with aclosing(events):
         if framing := wanted_framing(call.http):
             await stream(call.http, framing, events)
@@ -442,8 +443,6 @@ class ExportQuery(Struct):
 
 async def export(call: Call) -> None:
     """The session so far as a notebook, with outputs; cells whose messages are not kept any more are left out."""
-    from kernel_gateway.notebook import session_notebook
-
     journal = call.sandbox.guest.kernel.journal
     translate = Events()
     cells: dict[str, tuple[str, list[StreamEvent]]] = {}

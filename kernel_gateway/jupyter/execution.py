@@ -91,6 +91,8 @@ class Events:
     def receive(self, seq: int, kind: str, execution: str, ends: bool, parts: Sequence[bytes]) -> list[StreamEvent]:
         """The events that one message means: none, one, or one and the "end"."""
         events = []
+        if len(self._counts) > 1000:
+            self._counts.pop(next(iter(self._counts)))
         made = self._event(kind, execution, message.content(parts[message.CONTENT]), parts) if kind in SHOWN else None
         if made is not None:
             events.append(msgspec.structs.replace(made, seq=seq, id=execution))
@@ -113,12 +115,12 @@ class Events:
             case "error":
                 return StreamEvent("error", error=cell_error(content))
             case "execute_input":
-                if len(self._counts) > 1000:
-                    self._counts.pop(next(iter(self._counts)))
                 self._counts[execution] = number(content.get("execution_count"))
                 return StreamEvent("started", executionCount=self._counts[execution])
-            case "execute_reply" if content.get("status") == "aborted":
-                return StreamEvent("error", error=CellError("Aborted", "an earlier cell failed", code="aborted"))
+            case "execute_reply":
+                self._counts[execution] = number(content.get("execution_count")) or self._counts.get(execution)
+                if content.get("status") == "aborted":
+                    return StreamEvent("error", error=CellError("Aborted", "an earlier cell failed", code="aborted"))
             case "input_request":
                 return StreamEvent(
                     "input_request", prompt=str(content.get("prompt", "")), password=bool(content.get("password"))
@@ -157,7 +159,7 @@ def rich(kind: str, content: dict[str, Any]) -> StreamEvent | None:
 
 
 def number(value: Any) -> int | None:
-    return value if isinstance(value, int) else None
+    return value if type(value) is int else None
 
 
 def cell_error(content: dict[str, Any]) -> CellError:
@@ -181,6 +183,7 @@ class Collector:
         self._dropped = Truncated()
         self._cell = Cell()
         self._shown: dict[str, int] = {}
+        self._sizes: list[int] = []
 
     def add(self, event: StreamEvent) -> None:
         match event.type:
@@ -191,25 +194,32 @@ class Collector:
                 self._text[event.type].append(kept)
                 dropped = getattr(self._dropped, event.type) + len(text) - len(kept)
                 setattr(self._dropped, event.type, dropped)
-            case "update" if event.displayId in self._shown:
-                index = self._shown[event.displayId]
-                self._cell.results[index] = Result("display", event.data or {}, event.metadata or {})
             case "result" | "display" | "update":
-                size = sum(len(value) if isinstance(value, str) else 1000 for value in (event.data or {}).values())
-                if size > self._result_room:
-                    self._dropped.results += 1
-                else:
-                    self._result_room -= size
-                    if event.displayId is not None:
-                        self._shown[event.displayId] = len(self._cell.results)
-                    kind = "result" if event.type == "result" else "display"
-                    self._cell.results.append(Result(kind, event.data or {}, event.metadata or {}))
+                self._add_result(event)
             case "error":
                 self._cell.error = event.error
             case "gap":
                 self._dropped.messages += event.messages or 0
             case "started" | "end":
                 self._cell.executionCount = event.executionCount or self._cell.executionCount
+
+    def _add_result(self, event: StreamEvent) -> None:
+        """Show something, in place of what it updates."""
+        size = sum(len(value) if isinstance(value, str) else 1000 for value in (event.data or {}).values())
+        index = self._shown.get(event.displayId or "") if event.type == "update" else None
+        freed = 0 if index is None else self._sizes[index]
+        if size > self._result_room + freed:
+            self._dropped.results += 1
+            return
+        self._result_room += freed - size
+        result = Result("result" if event.type == "result" else "display", event.data or {}, event.metadata or {})
+        if index is not None:
+            self._cell.results[index], self._sizes[index] = result, size
+            return
+        if event.displayId is not None:
+            self._shown[event.displayId] = len(self._cell.results)
+        self._cell.results.append(result)
+        self._sizes.append(size)
 
     def cell(self) -> Cell:
         """Everything so far."""
