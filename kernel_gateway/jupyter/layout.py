@@ -35,6 +35,15 @@ class Legacy(msgspec.Struct):
     content: msgspec.Raw = msgspec.Raw(b"{}")
 
 
+class ClientHeader(msgspec.Struct):
+    """What a kernel needs of a request's header."""
+
+    msg_id: Annotated[str, msgspec.Meta(min_length=1)]
+    msg_type: Annotated[str, msgspec.Meta(min_length=1)]
+    version: str
+
+
+_header = msgspec.json.Decoder(ClientHeader)
 _legacy = msgspec.json.Decoder(Legacy)
 _encoder = msgspec.json.Encoder()
 
@@ -132,14 +141,17 @@ def _object(raw: msgspec.Raw) -> bytes:
 
 def _checked(parts: list[bytes]) -> list[bytes]:
     """A kernel drops, without a word, what is not of this form; the client should hear of it."""
-    for part in parts[HEADER : CONTENT + 1]:
-        try:
+    try:
+        for part in parts[PARENT : CONTENT + 1]:
+            part.decode()
             _raw.decode(part)
-        except (msgspec.MsgspecError, ValueError, RecursionError):
-            raise LayoutError("header, parent header, metadata and content are JSON objects") from None
-    head = message.header(parts[HEADER])
-    if not head.msg_id or not head.msg_type:
-        raise LayoutError("a header has `msg_id` and `msg_type`")
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        raise LayoutError("header, parent header, metadata and content are JSON objects") from None
+    try:
+        parts[HEADER].decode()
+        _header.decode(parts[HEADER])
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise LayoutError(f"a header has `msg_id`, `msg_type` and `version`: {error}") from None
     return parts
 
 
