@@ -285,15 +285,15 @@ class Agent:
     async def until(self, kind: str, timeout: float = TIMEOUT, **fields: Any) -> list[dict[str, Any]]:
         """Events from here on, up to the first of that type and with those fields."""
         found = [await self.receive(timeout)]
-        while {"type": kind, **fields}.items() - found[-1].items():
+        while any(found[-1].get(name) != value for name, value in {"type": kind, **fields}.items()):
             found.append(await self.receive(timeout))
         return found
 
-    async def run(self, code: str, timeout: float = TIMEOUT, **fields: Any) -> list[dict[str, Any]]:
+    async def run(self, code: str, **fields: Any) -> list[dict[str, Any]]:
         """Run a cell; its events, `end` last."""
         name = fields.setdefault("id", uuid.uuid4().hex)
         await self.send("execute", code=code, **fields)
-        return [event for event in await self.until("end", timeout, id=name) if event.get("id") == name]
+        return [event for event in await self.until("end", id=name) if event.get("id") == name]
 
 
 @asynccontextmanager

@@ -1,0 +1,366 @@
+"""The stream for agents, and executions as a resource: every event, taken up again wherever it broke off."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from tornado.httpclient import HTTPResponse
+
+from guest_agent import wire
+from kernel_gateway.drivers.unisolated import Unisolated
+from tests.api.clients import TIMEOUT, agent, channels
+from tests.fakes import Service, error_of, eventually, serving
+
+
+@pytest.fixture(scope="module")
+async def real(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
+    """A service over real agents and kernels."""
+    directory = tmp_path_factory.mktemp("agents")
+    async with serving(directory, Unisolated(directory)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+async def real_box(real: Service) -> str:
+    """One sandbox with a real kernel for all tests that leave it alive."""
+    return await real.create()
+
+
+def kinds(events: list[dict[str, Any]]) -> list[str]:
+    return [event["type"] for event in events]
+
+
+def bare(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Events without what differs from run to run."""
+    return [
+        {name: value for name, value in each.items() if name not in ("seq", "id", "executionCount")} for each in events
+    ]
+
+
+# -- events
+
+EVERYTHING = """
+import sys
+from getpass import getpass
+from IPython.display import clear_output, update_display
+print("out", flush=True)
+print("err", file=sys.stderr, flush=True)
+display({"text/plain": "a"}, raw=True, display_id="d")
+update_display({"text/plain": "b"}, raw=True, display_id="d")
+clear_output(wait=True)
+input("name: ") + getpass("secret: ")
+"""
+
+
+async def test_every_event(real: Service, real_box: str) -> None:
+    """Each thing that happens in a kernel comes as its event, with its fields, numbered and named."""
+    async with agent(real, real_box) as client:
+        first = await client.receive()
+        assert (first["type"], first["state"]) == ("status", "idle")
+        await client.send("execute", code=EVERYTHING, id="all")
+        events = await client.until("input_request")
+        await client.send("input", text="x")
+        events += await client.until("input_request")
+        await client.send("input", text="y")
+        events += await client.until("end", id="all")
+        assert all(event["id"] == "all" for event in events)
+        numbers = [event["seq"] for event in client.events]
+        assert numbers == sorted(numbers)
+        count = events[0]["executionCount"]
+        events.sort(key=lambda event: event["type"] == "input_request")  # stdin is another channel: no fixed order
+        assert [{k: v for k, v in event.items() if k not in ("seq", "id")} for event in events] == [
+            {"type": "started", "executionCount": count},
+            {"type": "stdout", "text": "out\n"},
+            {"type": "stderr", "text": "err\n"},
+            {"type": "display", "data": {"text/plain": "a"}, "metadata": {}, "displayId": "d"},
+            {"type": "update", "data": {"text/plain": "b"}, "metadata": {}, "displayId": "d"},
+            {"type": "clear", "wait": True},
+            {"type": "result", "data": {"text/plain": "'xy'"}, "metadata": {}, "executionCount": count},
+            {"type": "end", "executionCount": count},
+            {"type": "input_request", "prompt": "name: ", "password": False},
+            {"type": "input_request", "prompt": "secret: ", "password": True},
+        ]
+        failed = await client.run("1 / 0")
+        assert kinds(failed) == ["started", "error", "end"]
+        assert failed[1]["error"]["name"] == "ZeroDivisionError"
+        assert kinds(await client.run("input()", allowInput=False)) == ["started", "error", "end"]
+
+
+async def test_every_event_has_a_number(service: Service, box: str) -> None:
+    """`seq` is there always, on a kernel that never said anything and in a refusal too: clients resume by it."""
+    async with agent(service, box) as client:
+        await client.run("1")
+        await client.send("execute", code="1", id="not legal!")
+        await client.until("refused")
+        assert all("seq" in event for event in client.events)
+        assert client.events[-1].get("seq", 0) in (0, client.events[-2]["seq"])
+
+
+async def test_the_kernel_s_own_states(real: Service) -> None:
+    """A kernel that ends, and one that is restarted: why, with which exit code, and when there is another."""
+    box = await real.create()
+    async with agent(real, box) as client:
+        events = await client.run("import os; os._exit(3)")
+        error = events[-2]["error"]
+        assert (error["code"], error["stateKept"]) == ("kernel_restarted", False)
+        await client.until("status", state="idle")
+        (ended,) = [event for event in client.events if event.get("state") == "restarting"]
+        assert (ended["exitCode"], "status 3" in ended["reason"]) == (3, True)
+        await client.send("execute", code="import time; time.sleep(60)", id="slow")
+        await client.until("started")
+        await client.send("restart")
+        events = await client.until("status", state="idle")
+        assert [event["error"]["code"] for event in events if event["type"] == "error"] == ["kernel_restarted"]
+        assert "starting" in [event.get("state") for event in events]
+        assert kinds(await client.run("1")) == ["started", "result", "end"]
+    await real.call("DELETE", f"/sandboxes/{box}")
+
+
+async def test_an_interrupt(real: Service, real_box: str) -> None:
+    """The running cell ends with KeyboardInterrupt; its variables stay."""
+    async with agent(real, real_box) as client:
+        await client.send("execute", code="kept = 1; print('.', flush=True)\nimport time; time.sleep(60)", id="i")
+        await client.until("stdout")
+        await client.send("interrupt")
+        (error,) = [event["error"] for event in await client.until("end", id="i") if event["type"] == "error"]
+        assert error["name"] == "KeyboardInterrupt"
+        assert (await client.run("kept"))[1]["data"] == {"text/plain": "1"}
+
+
+async def test_a_timeout(service: Service, box: str) -> None:
+    """A cell with a `timeout` is interrupted when it is over."""
+    async with agent(service, box) as client:
+        events = await client.run("time.sleep(60)", timeout=0.2)
+        assert (events[1]["error"]["code"], events[1]["error"]["stateKept"]) == ("exec_timeout", True)
+
+
+async def test_the_end_of_the_sandbox(service: Service, box: str) -> None:
+    """When the sandbox ends its clients hear `dead` and are closed with 4410."""
+    async with agent(service, box) as client:
+        await client.receive()
+        await service.call("DELETE", f"/sandboxes/{box}")
+        assert (await client.until("status"))[-1]["state"] == "dead"
+        assert await close_code(client.socket) == 4410
+
+
+async def close_code(socket: Any) -> int:
+    async with asyncio.timeout(TIMEOUT):
+        await socket.wait_closed()
+    return int(socket.close_code)
+
+
+# -- one id, one run
+
+
+async def test_an_id_runs_once(service: Service, box: str) -> None:
+    """The same id and code again, while it runs or later, runs nothing; with other code it is refused."""
+    async with agent(service, box) as client, agent(service, box) as other:
+        await client.run("n = 0")
+        for sender in (client, other, client):
+            await sender.send("execute", code="time.sleep(0.1); n = n + 1; print(n)", id="once")
+        await client.until("end", id="once")
+        await client.send("execute", code="time.sleep(0.1); n = n + 1; print(n)", id="once")
+        await client.send("execute", code="n = 100", id="once")
+        (refused,) = await client.until("refused")
+        assert (refused["id"], refused["error"]["code"]) == ("once", "conflict")
+        assert (await client.run("n"))[1]["data"] == {"text/plain": "1"}
+
+
+@pytest.mark.parametrize("name", ["", "a" * 129, "a b", "a/b", "ä", "\0"])
+async def test_ids_that_can_not_be(service: Service, box: str, name: str) -> None:
+    """They are refused, and the connection stays."""
+    async with agent(service, box) as client:
+        await client.send("execute", code="1", id=name)
+        assert (await client.until("refused"))[-1]["error"]["code"] == "invalid_request"
+        assert kinds(await client.run("1")) == ["started", "result", "end"]
+
+
+MALFORMED = [
+    "", "{", "[]", "7", "null", '{"type": "nope"}', '{"code": "1"}', '{"type": "execute"}', b"\xff\xfe", b"",
+    '{"type": "execute", "code": 1}', '{"type": "execute", "code": "1", "timeout": 0}', '{"type": "input"}',
+    '{"type": "execute", "code": "1", "timeout": "x"}', '{"type": "execute", "code": "1", "id": 5}', "[" * 100_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("frame", MALFORMED, ids=lambda frame: str(frame[:40]))
+async def test_malformed_commands(service: Service, box: str, frame: str | bytes) -> None:
+    """1007; other clients and the kernel are unharmed."""
+    async with agent(service, box) as other:
+        async with agent(service, box) as client:
+            await client.socket.send(frame)
+            assert await close_code(client.socket) == 1007
+        assert kinds(await other.run("1")) == ["started", "result", "end"]
+
+
+async def test_code_that_is_no_text(service: Service, box: str) -> None:
+    """Half a surrogate pair is refused or closes the connection; it never reaches the kernel."""
+    async with agent(service, box) as client:
+        await client.socket.send('{"type": "execute", "code": "\\ud800"}')
+        assert await close_code(client.socket) == 1007
+
+
+# -- several clients, and coming back
+
+
+async def test_everybody_sees_the_same(service: Service, box: str) -> None:
+    """Two clients of the stream see the same events, of cells that came from anywhere."""
+    kernel = json.loads((await service.call("GET", f"/sandboxes/{box}")).body)["kernelID"]
+    async with agent(service, box) as first, agent(service, box) as second, channels(service, kernel) as jupyter:
+        await first.run('print("a"); 1 / 0')
+        await jupyter.run("2")
+        await service.execute(box, 'print("c")')
+        await second.run('"last"', id="last")
+        await first.until("end", id="last")
+        assert first.events == second.events
+        shown = [event.get("text") or event.get("data") for event in first.events if "text" in event or "data" in event]
+        assert shown == ["a\n", {"text/plain": "2"}, "c\n", {"text/plain": "'last'"}]
+
+
+async def test_from_every_number_on(service: Service, box: str) -> None:
+    """Whatever number a client comes back with, it gets what follows, once, and then what is new."""
+    async with agent(service, box, since=0) as client:
+        for code in ('print("a"); display({"text/plain": "b"}); 1', "1 / 0", "2"):
+            await client.run(code)
+        events = client.events[1:]
+    for since in sorted({event["seq"] for event in events} | {0, 1}):
+        async with agent(service, box, since=since) as late:
+            await late.run("3", id=f"new-{since}")
+            new = next(at for at, event in enumerate(late.events) if event.get("id") == f"new-{since}")
+            old = [event for event in late.events[1:new] if event["seq"] <= events[-1]["seq"]]
+            assert old == [event for event in events if event["seq"] > since]
+
+
+async def test_a_gap_is_told(service: Service, box: str) -> None:
+    """Of far more than is kept, it is said how much is missing and where; the course of things is there."""
+    async with agent(service, box) as client:
+        await client.run('print("early")', id="early")
+        await client.send("execute", code="flood(100)", id="flood")
+        await client.until("started", id="flood")
+    await eventually(lambda: service.sandboxes._sandboxes[box].kernel.executions["flood"].over.is_set(), 30)
+    async with agent(service, box, since=0) as client:
+        events = await client.until("end", id="flood")
+    missing = sum(event["messages"] for event in events if event["type"] == "gap")
+    text = "".join(event["text"] for event in events if event["type"] == "stdout")
+    assert missing > 0
+    assert missing + text.count("flood! ") // 9362 + text.count("early") == 1601
+    course = [(event["type"], event["id"]) for event in events if event["type"] in ("started", "end")]
+    assert course == [(kind, name) for name in ("early", "flood") for kind in ("started", "end")]
+
+
+async def test_a_client_that_leaves_does_not_stop_its_cell(service: Service, box: str) -> None:
+    """It may come back with its number, send its command again, and gets what it missed."""
+    code = 'time.sleep(0.3); print("done")'
+    async with agent(service, box) as client:
+        await client.send("execute", code=code, id="mine")
+        since = (await client.until("started"))[-1]["seq"]
+    async with agent(service, box, since=since) as client:
+        await client.send("execute", code=code, id="mine")
+        events = (await client.until("end", id="mine"))[1:]
+        assert bare(events) == [{"type": "stdout", "text": "done\n"}, {"type": "end"}]
+    assert not [request for request in service.guest(box).requests if isinstance(request, wire.Interrupt)]
+
+
+# -- the same over HTTP
+
+CELL = 'print("a")\ndisplay({"text/html": "<b>"})\n1 / 0'
+
+
+def ndjson(body: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in body.splitlines()]
+
+
+def sse(body: bytes) -> list[dict[str, Any]]:
+    """Events of a stream of server-sent events, whose ids are their numbers."""
+    events = []
+    for block in body.decode().removesuffix("\n\n").split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.split("\n"))
+        events.append(json.loads(fields["data"]))
+        assert int(fields["id"]) == events[-1]["seq"]
+    return events
+
+
+async def test_all_ways_carry_the_same_events(service: Service, box: str) -> None:
+    """NDJSON, server-sent events and the WebSocket tell the same of the same cell."""
+    path = f"/sandboxes/{box}/execute"
+    async with agent(service, box) as client:
+        found = []
+        for accept, read in (("application/x-ndjson", ndjson), ("text/event-stream", sse)):
+            answer = await service.call("POST", path, {"code": CELL}, headers={"Accept": accept})
+            events = read(answer.body)
+            socket = [event for event in await client.until("end") if event.get("id") == events[0]["id"]]
+            assert events == socket
+            found.append(bare(events))
+    assert found[0] == found[1]
+    assert kinds(found[0]) == ["started", "stdout", "display", "error", "end"]
+
+
+async def test_an_execution_from_every_event_on(service: Service, box: str) -> None:
+    """With Last-Event-ID, or `since`, an execution's stream goes on where it broke off."""
+    headers = {"Idempotency-Key": "k", "Accept": "text/event-stream"}
+    whole = sse((await service.call("POST", f"/sandboxes/{box}/execute", {"code": CELL}, headers=headers)).body)
+    path = f"/sandboxes/{box}/executions/k"
+    for event in whole[:-1]:
+        last = {"Accept": "text/event-stream", "Last-Event-ID": str(event["seq"])}
+        rest = [each for each in whole if each["seq"] > event["seq"]]
+        assert sse((await service.call("GET", path, headers=last)).body) == rest
+        lines = await service.call("GET", f"{path}?since={event['seq']}", headers={"Accept": "application/x-ndjson"})
+        assert ndjson(lines.body) == rest
+
+
+async def keyed(service: Service, box: str, code: str, key: str = "k-1") -> HTTPResponse:
+    """Run a cell under a key."""
+    return await service.call("POST", f"/sandboxes/{box}/execute", {"code": code}, headers={"Idempotency-Key": key})
+
+
+async def execution(service: Service, box: str, key: str = "k-1") -> dict[str, Any]:
+    """What is told of the execution with that key."""
+    answer = await service.call("GET", f"/sandboxes/{box}/executions/{key}")
+    assert answer.code == 200, answer.body
+    return dict(json.loads(answer.body))
+
+
+async def test_an_execution_outlives_its_client(service: Service, box: str) -> None:
+    """With an Idempotency-Key a cell goes on when the client hangs up; asked again, it is the same run."""
+    await service.execute(box, "n = 0")
+    code = "time.sleep(0.5); n = n + 1; n"
+    _, writer = await asyncio.open_connection("127.0.0.1", service.port)
+    body = json.dumps({"code": code}).encode()
+    head = f"POST /sandboxes/{box}/execute HTTP/1.1\r\nHost: x\r\nX-API-Key: {service.key}\r\nIdempotency-Key: k-1\r\n"
+    writer.write(head.encode() + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+    guest = service.guest(box)
+    await eventually(lambda: guest.kernel._count == 2)
+    writer.transport.abort()
+    assert await execution(service, box) == {"id": "k-1", "status": "running", "retrySafe": True, "result": None}
+    for answer in await asyncio.gather(*(keyed(service, box, code) for _ in range(3))):
+        assert json.loads(answer.body)["results"][0]["data"] == {"text/plain": "1"}
+    over = await execution(service, box)
+    assert (over["status"], over["retrySafe"], over["result"]) == ("finished", True, json.loads(answer.body))
+    assert (await keyed(service, box, code)).body == answer.body
+    assert not [request for request in guest.requests if isinstance(request, wire.Interrupt)]
+    other = await keyed(service, box, "2")
+    assert (other.code, error_of(other)["error"]) == (409, "conflict")
+
+
+async def test_an_execution_whose_kernel_ended(service: Service, box: str) -> None:
+    """Nobody knows how far it came: unknown, and not safe to repeat. One that never was is 404, and safe to start."""
+    answer = await keyed(service, box, "import os; os._exit(3)")
+    assert json.loads(answer.body)["error"]["code"] == "kernel_restarted"
+    over = await execution(service, box)
+    assert (over["status"], over["retrySafe"]) == ("unknown", False)
+    answer = await service.call("GET", f"/sandboxes/{box}/executions/never")
+    assert (answer.code, "safe to start" in error_of(answer)["hint"]) == (404, True)
+    assert (await keyed(service, box, "1", key="a b")).code == 400
+
+
+async def test_executions_on_the_stream_and_over_http_are_the_same(service: Service, box: str) -> None:
+    """A cell started on the WebSocket can be asked for over HTTP by its id, and the other way round."""
+    async with agent(service, box) as client:
+        await client.run("1 + 1", id="ws")
+        status = json.loads((await service.call("GET", f"/sandboxes/{box}/executions/ws")).body)
+        assert (status["status"], status["result"]["results"][0]["data"]) == ("finished", {"text/plain": "2"})
+        await service.call("POST", f"/sandboxes/{box}/execute", {"code": "3"}, headers={"Idempotency-Key": "http"})
+        await client.until("end", id="http")
+        await client.send("execute", code="4", id="http")
+        assert (await client.until("refused"))[-1]["error"]["code"] == "conflict"
