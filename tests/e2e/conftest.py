@@ -1,0 +1,103 @@
+"""Fixtures for tests with other people's clients: what those need is installed once per lock file. No skips."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.guest.client import Server
+
+HERE = Path(__file__).parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cellvm" / "test"
+PROGRAMS = {"chromium": "chromium", "node": "nodejs", "npm": "npm"}
+"""Programs that these tests need, and the Debian package of each."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The limit is for a test alone: before the first one much may have to be installed and built."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.timeout(180, func_only=True))
+
+
+@pytest.fixture(scope="session")
+def progress(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Prints a line, past pytest's capture."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def tell(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            print(f"\n{line} …", flush=True)
+
+    return tell
+
+
+@pytest.fixture(scope="session")
+def programs(progress: Callable[[str], None]) -> None:
+    """All of PROGRAMS are there."""
+    missing = sorted(package for program, package in PROGRAMS.items() if not shutil.which(program))
+    if not missing:
+        return
+    install = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]
+    if os.geteuid() or not shutil.which("apt-get"):
+        pytest.fail(f"these tests need {', '.join(missing)}; as root, run: {' '.join(install)}")
+    progress(f"installing {', '.join(missing)}")
+    for command in (["apt-get", "update"], install):
+        run(command, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
+
+
+@pytest.fixture(scope="session")
+def lab_python(programs: None, progress: Callable[[str], None]) -> Path:
+    """The interpreter of an environment with JupyterLab and playwright, apart from that of the tests."""
+
+    def make(directory: Path) -> None:
+        progress(f"setting up JupyterLab in {directory}")
+        run([sys.executable, "-m", "venv", str(directory)])
+        pip = [str(directory / "bin" / "pip"), "install", "--quiet", "--require-hashes"]
+        run([*pip, "--requirement", str(HERE / "lab.lock")])
+
+    return cached("lab", HERE / "lab.lock", make) / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def services(programs: None, progress: Callable[[str], None]) -> Path:
+    """The script that drives a server with JupyterLab's client library, beside that library."""
+    source = HERE / "services"
+
+    def make(directory: Path) -> None:
+        progress(f"setting up @jupyterlab/services in {directory}")
+        directory.mkdir(parents=True)
+        for name in ("package.json", "package-lock.json"):
+            shutil.copy(source / name, directory)
+        run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=directory)
+
+    directory = cached("services", source / "package-lock.json", make)
+    return Path(shutil.copy(source / "services.mjs", directory))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server") / "data", pool_size=1, max_sandboxes=6)
+    yield server
+    server.close()
+
+
+def cached(name: str, lock: Path, make: Callable[[Path], None]) -> Path:
+    """A directory that is made once for each content of a lock file."""
+    directory = CACHE / f"{name}-{hashlib.sha256(lock.read_bytes()).hexdigest()[:16]}"
+    ready = directory / ".ready"
+    if not ready.exists():
+        shutil.rmtree(directory, ignore_errors=True)
+        make(directory)
+        ready.touch()
+    return directory
+
+
+def run(command: list[str], **options: object) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert result.returncode == 0, f"{' '.join(command)}:\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
