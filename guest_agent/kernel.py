@@ -30,6 +30,8 @@ from guest_agent.wire import KernelStatus
 
 DELIMITER = b"<IDS|MSG>"
 NUDGE_INTERVAL = 0.02
+BURST = 64
+"""Messages of one channel that are moved before the others have a turn."""
 START_TIMEOUT = 120
 """Seconds a kernel may take to answer its first request; emulated machines are slow."""
 PORTS = ("shell", "iopub", "stdin", "control", "hb")
@@ -67,7 +69,7 @@ class Connection:
         sock.connect(f"ipc://{self.directory}/ipc-{number}")
         return sock
 
-    def send(self, channel: str, parts: list[memoryview] | list[bytes]) -> None:
+    def send(self, channel: str, parts: list[bytes]) -> None:
         """Sign and send one message: header, parent header, metadata, content, buffers."""
         mac = hmac.new(self.key, digestmod="sha256")
         for part in parts[:4]:
@@ -241,8 +243,8 @@ class Kernel:
         finally:
             server.close()
         self._connection = connection
-        for sock in connection.sockets.values():
-            self._loop.add_reader(int(sock.fd), self._pump)
+        for name, sock in connection.sockets.items():
+            self._loop.add_reader(int(sock.fd), self._pump, name)
         self._pump()
 
     async def _nudge(self, connection: Connection) -> None:
@@ -320,7 +322,6 @@ class Kernel:
         else:
             self._say("idle", "restarted")
 
-
     def _say(self, state: str, reason: str = "", exit_code: int = 0, number: int = 0) -> None:
         self._channel.events.event(KernelStatus(state=state, reason=reason, exit_code=exit_code, signal=number))
 
@@ -333,20 +334,25 @@ class Kernel:
         parts = self._joiners[frame.stream].receive(frame)
         if parts is None or self._connection is None:
             return
-        channel = bytes(parts[0]).decode("ascii", "replace")
+        channel = parts[0].decode("ascii", "replace")
         if channel in self._connection.sockets and channel != "iopub":
             self._connection.send(channel, parts[1:])
-            self._pump()
+            self._pump(channel)
 
-    def _pump(self) -> None:
-        """Move waiting messages towards the gateway while there is credit; control first."""
+    def _pump(self, *names: str) -> None:
+        """Move messages that wait on these channels (default: on all) towards the gateway while there is credit.
+
+        To ask a socket that has nothing costs as much as to take a message.
+        """
         if (connection := self._connection) is None:
             return
-        moved = True
-        while moved and connection is self._connection:
-            moved = self._move(connection, "control", self._control)
-            for name in ("iopub", "shell", "stdin"):
-                moved = self._move(connection, name, self._bulk) or moved
+        for name in names or ("control", "iopub", "shell", "stdin"):
+            lane = self._control if name == "control" else self._bulk
+            for _ in range(BURST):
+                if connection is not self._connection or not self._move(connection, name, lane):
+                    break
+            else:
+                self._loop.call_soon(self._pump)  # the other channels have their turn between
 
     def _move(self, connection: Connection, name: str, lane: Lane) -> bool:
         if not lane.flush():
@@ -378,7 +384,7 @@ class Kernel:
         answer: asyncio.Future[dict[str, Any]] = self._loop.create_future()
         self._own[msg_id] = answer
         self._connection.send("shell", parts)
-        self._pump()
+        self._pump("shell")
         return await answer
 
     async def resume(self) -> None:

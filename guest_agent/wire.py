@@ -82,6 +82,9 @@ _LIMITS = {
 }
 
 
+_KINDS = {int(kind): (kind, limit) for kind, limit in _LIMITS.items()}
+
+
 class FrameError(Exception):
     """The peer broke the protocol. The stream of bytes can't be trusted any further: close the link."""
 
@@ -137,14 +140,15 @@ class Decoder:
             del buffer[:offset]
 
     def _check(self, generation: int, kind: int, length: int) -> FrameType:
+        type_, limit = _KINDS.get(kind, (None, 0))
         if generation != GENERATION:
             self._error = FrameError(f"generation {generation}, expected {GENERATION}")
-        elif kind not in _LIMITS:
+        elif type_ is None:
             self._error = FrameError(f"unknown frame type {kind}")
-        elif length > _LIMITS[FrameType(kind)]:
-            self._error = FrameError(f"{FrameType(kind).name} frame of {length} bytes, over its limit")
+        elif length > limit:
+            self._error = FrameError(f"{type_.name} frame of {length} bytes, over its limit")
         else:
-            return FrameType(kind)
+            return type_
         raise self._error
 
 
@@ -409,25 +413,24 @@ def pack_parts(parts: Sequence[bytes | memoryview]) -> list[bytes | memoryview]:
     return [struct.pack(f">I{len(parts)}I", len(parts), *lengths), *parts]
 
 
-def unpack_parts(message: bytes | bytearray) -> list[memoryview]:
-    """The inverse of `pack_parts`, without copying.
+def unpack_parts(message: bytes) -> list[bytes]:
+    """The inverse of `pack_parts`.
 
     Raises:
         FrameError: counts and lengths do not add up, or there are fewer than the five parts of any message.
     """
-    view = memoryview(message)
-    if len(view) < 4:
+    if len(message) < 4:
         raise FrameError("kernel message without a part count")
-    (count,) = struct.unpack_from(">I", view)
-    if not 5 <= count <= MAX_PARTS or len(view) < 4 + 4 * count:
+    (count,) = struct.unpack_from(">I", message)
+    if not 5 <= count <= MAX_PARTS or len(message) < 4 + 4 * count:
         raise FrameError(f"kernel message with {count} parts")
-    lengths = struct.unpack_from(f">{count}I", view, 4)
+    lengths = struct.unpack_from(f">{count}I", message, 4)
     start = 4 + 4 * count
-    if start + sum(lengths) != len(view):
+    if start + sum(lengths) != len(message):
         raise FrameError("kernel message whose part lengths do not add up")
     parts = []
     for length in lengths:
-        parts.append(view[start : start + length])
+        parts.append(message[start : start + length])
         start += length
     return parts
 
@@ -458,7 +461,7 @@ class MessageJoiner:
         self._pieces: list[bytes] = []
         self._size = 0
 
-    def receive(self, frame: Frame) -> list[memoryview] | None:
+    def receive(self, frame: Frame) -> list[bytes] | None:
         """Take a DATA frame; the parts of the message when it was the last chunk, else None.
 
         Raises:

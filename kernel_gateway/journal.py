@@ -8,6 +8,7 @@ behind, the journal asks for the guest to be held (`on_pressure`), so a reader's
 
 import asyncio
 import logging
+import math
 import os
 import tempfile
 from collections import deque
@@ -40,12 +41,13 @@ ESSENTIAL_MEMORY = 2 * 1024 * 1024
 
 
 class Record(msgspec.Struct, array_like=True):
-    """One message. `end` counts the bytes of all messages up to it; `session` says whose it is (None: everybody's).
+    """One message of `size` bytes. `end` counts the bytes of all messages up to it.
 
-    `ends` marks the message with which an execution is over: of its reply and its `idle` the one that came last.
+    `session` says whose it is (None: everybody's). `ends` marks the message with which an execution is over: of its reply and its `idle` the one that came last.
     """
 
     seq: int
+    size: int
     end: int
     kind: str
     parent: str
@@ -55,7 +57,7 @@ class Record(msgspec.Struct, array_like=True):
 
     @property
     def cost(self) -> int:
-        return sum(map(len, self.parts)) + OVERHEAD
+        return self.size + OVERHEAD
 
 
 class Gap(NamedTuple):
@@ -116,14 +118,16 @@ class Journal:
         self._essential_bytes = 0
         self._readers: set[Reader] = set()
         self._is_pressed = False
+        self._press_at = math.inf
 
     def append(
         self, parts: list[bytes], kind: str, parent: str = "", session: str | None = None, ends: bool = False
     ) -> Record:
         """Number a message and keep it."""
+        size = sum(map(len, parts))
         self.last += 1
-        self.end += sum(map(len, parts))
-        record = Record(self.last, self.end, kind, parent, session, ends, parts)
+        self.end += size
+        record = Record(self.last, size, self.end, kind, parent, session, ends, parts)
         self._records[record.seq] = record
         cost = record.cost
         self._held_bytes += cost
@@ -136,7 +140,8 @@ class Journal:
             self._spill()
         for reader in self._readers:
             reader.wake()
-        self._press()
+        if self.end > self._press_at:
+            self._press()
         return record
 
     def _spill(self) -> None:
@@ -165,7 +170,7 @@ class Journal:
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self._directory, prefix="journal-")  # noqa: SIM115
         os.pwrite(self._file.fileno(), data, at)
-        start = page[0].end - sum(map(len, page[0].parts))
+        start = page[0].end - page[0].size
         self._segments.append(Segment(page[0].seq, page[-1].seq, start, at, len(data)))
         self._tail = end
 
@@ -209,7 +214,7 @@ class Journal:
             return self._records[after].end
         if after + 1 >= self._first:
             oldest = self._records.get(self._first)
-            return self.end if oldest is None else oldest.end - sum(map(len, oldest.parts))
+            return self.end if oldest is None else oldest.end - oldest.size
         return next((segment.start for segment in self._segments if segment.last > after), 0)
 
     def add(self, reader: "Reader") -> None:
@@ -227,9 +232,10 @@ class Journal:
             self._press()
 
     def _press(self) -> None:
-        behind = min((self.end - reader.position for reader in self._readers), default=0)
-        if (behind > HIGH_WATER) is not self._is_pressed:
-            self._is_pressed = behind > HIGH_WATER
+        fastest = max((reader.position for reader in self._readers), default=None)
+        self._press_at = math.inf if fastest is None else fastest + HIGH_WATER
+        if (self.end > self._press_at) is not self._is_pressed:
+            self._is_pressed = self.end > self._press_at
             self._on_pressure(self._is_pressed)
 
     def close(self) -> None:
@@ -297,7 +303,7 @@ def merged(records: list[Record | Gap]) -> list[Record | Gap]:
         else:
             last = run[-1]
             parts = [*last.parts[:CONTENT], text]
-            found.append(Record(last.seq, last.end, last.kind, last.parent, last.session, last.ends, parts))
+            found.append(Record(last.seq, last.size, last.end, last.kind, last.parent, last.session, last.ends, parts))
         run.clear()
         size = 0
 

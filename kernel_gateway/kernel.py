@@ -117,8 +117,7 @@ class Kernel:
 
     # -- what the kernel says
 
-    def _message_received(self, views: list[memoryview]) -> None:
-        parts = [bytes(view) for view in views]
+    def _message_received(self, parts: list[bytes]) -> None:
         if len(parts) <= CONTENT or parts[CHANNEL] not in message.SENT_BY_KERNEL:
             return  # no message of a kernel
         head = message.header(parts[HEADER])

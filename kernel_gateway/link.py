@@ -147,7 +147,7 @@ class Link(asyncio.Protocol):
     def __init__(
         self,
         time_scale: float,
-        on_kernel_message: Callable[[list[memoryview]], None],
+        on_kernel_message: Callable[[list[bytes]], None],
         on_event: Callable[[Body], None],
     ) -> None:
         self.time_scale = time_scale
@@ -177,7 +177,7 @@ class Link(asyncio.Protocol):
         sock: socket.socket,
         *,
         time_scale: float = 1.0,
-        on_kernel_message: Callable[[list[memoryview]], None] = lambda parts: None,
+        on_kernel_message: Callable[[list[bytes]], None] = lambda parts: None,
         on_event: Callable[[Body], None] = lambda body: None,
     ) -> "Link":
         """Take over a connected socket."""
@@ -263,9 +263,9 @@ class Link(asyncio.Protocol):
             raise GuestUnresponsive("the resume handshake was not acknowledged as it must be")
         return resumed
 
-    async def send_kernel_message(self, parts: list[bytes] | list[memoryview]) -> None:
+    async def send_kernel_message(self, parts: list[bytes]) -> None:
         """Send one kernel message, its channel's name first. Control messages have a lane of their own."""
-        number = wire.KERNEL_CONTROL if bytes(parts[0]) == b"control" else wire.KERNEL
+        number = wire.KERNEL_CONTROL if parts[0] == b"control" else wire.KERNEL
         async with self._kernel_sending[number]:
             for frame in wire.chunk(number, wire.pack_parts(parts)):
                 size = sum(len(buffer) for buffer in frame[1:])

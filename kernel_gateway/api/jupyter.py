@@ -86,35 +86,44 @@ class Specs(Struct):
     kernelspecs: dict[str, SpecModel]
 
 
-def spec(call: Call, template: Template) -> SpecModel:
+def spec(call: Call, name: str) -> SpecModel:
     base = call.http.application.settings["base_url"]
-    body = SpecBody([], f"Python 3 in a VM ({template.id})", "python", {}, {"debugger": True}, "signal")
-    return SpecModel(template.id, body, {"logo-svg": f"{base}/kernelspecs/{template.id}/logo-svg.svg"})
+    shown = "Python 3 (ipykernel)" if name == ANY_PYTHON else f"Python 3 in a VM ({name})"
+    body = SpecBody([], shown, "python", {}, {"debugger": True}, "signal")
+    return SpecModel(name, body, {"logo-svg": f"{base}/kernelspecs/{name}/logo-svg.svg"})
 
 
 async def list_specs(call: Call) -> Specs:
-    """One kernelspec for each template."""
-    specs = {template.id: spec(call, template) for template in call.sandboxes.templates}
+    """One kernelspec for each template, and `python3` for the default one."""
+    names = [ANY_PYTHON, *(template.id for template in call.sandboxes.templates)]
+    specs = {name: spec(call, name) for name in names}
     return Specs(call.sandboxes.templates.default.id, specs)
 
 
 async def get_spec(call: Call) -> SpecModel:
     """One kernelspec."""
-    return spec(call, named(call, call.path["name"]))
+    named(call, call.path["name"])
+    return spec(call, call.path["name"])
 
 
 async def spec_file(call: Call) -> None:
     """A kernelspec's logo."""
-    if call.sandboxes.templates.find(call.path["name"]) is None or call.path["file"] != "logo-svg.svg":
+    named(call, call.path["name"])
+    if call.path["file"] != "logo-svg.svg":
         raise NotFound("there is no such file")
     call.http.set_header("Content-Type", "image/svg+xml")
     call.http.set_header("Content-Security-Policy", "sandbox")
     await call.http.finish(LOGO)
 
 
+ANY_PYTHON = "python3"
+"""What notebooks from elsewhere call their kernel: here the default template."""
+
+
 def named(call: Call, name: str | None) -> Template:
     """The template of that name, the default one for no name."""
-    template = call.sandboxes.templates.find(name) if name else call.sandboxes.templates.default
+    templates = call.sandboxes.templates
+    template = templates.default if name in (None, "", ANY_PYTHON) else templates.find(name)
     if template is None:
         raise NotFound(f"no such kernel spec: {name!r:.100}")
     return template
