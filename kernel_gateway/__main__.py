@@ -206,6 +206,8 @@ async def run_notebook(settings: Settings, options: argparse.Namespace) -> int:
                     if error is not None and (error.code is not None or not is_allowed):
                         break
                     error = None
+                else:
+                    begin(len(book.cells), "")
         finally:
             book.write(out)
             console.print(f"saved {out}", markup=False)
@@ -223,10 +225,12 @@ def cells_done(total: int) -> Iterator[Callable[[int, str], None]]:
     def first_line(source: str) -> str:
         return "".join(char for char in source.strip().partition("\n")[0] if char.isprintable())
 
+    def say(done: int, source: str) -> None:
+        if source:
+            console.print(f"cell {done + 1} of {total}: {first_line(source)}", markup=False, soft_wrap=True)
+
     if not console.is_terminal:
-        yield lambda done, source: console.print(
-            f"cell {done + 1} of {total}: {first_line(source)}", markup=False, soft_wrap=True
-        )
+        yield say
         return
     text = TextColumn("{task.description}", markup=False)
     with Progress(
@@ -234,7 +238,6 @@ def cells_done(total: int) -> Iterator[Callable[[int, str], None]]:
     ) as bar:
         task = bar.add_task("", total=total)
         yield lambda done, source: bar.update(task, completed=done, description=first_line(source)[:60])
-        bar.update(task, completed=total, description="")
 
 
 def keys(settings: Settings, action: str, name: str) -> int:
