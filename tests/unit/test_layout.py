@@ -65,8 +65,8 @@ ALL_BYTES = bytes(range(256))
 
 
 def parsed(parts: list[bytes]) -> list[Any]:
-    """The channel, the JSON parts as a kernel reads them, the buffers."""
-    return [parts[0], *(json.loads(part.decode("utf-8", "replace")) for part in parts[1:5]), *parts[5:]]
+    """The channel, the JSON parts as values, the buffers."""
+    return [parts[0], *(json.loads(part) for part in parts[1:5]), *parts[5:]]
 
 
 def legacy(parts: list[bytes]) -> dict[str, Any]:
@@ -166,7 +166,9 @@ def test_clients_leave_out_and_add(more: dict[str, Any]) -> None:
     assert said(json.dumps(sent)) == [b"shell", HEAD, {}, {}, {"code": "1"}]
 
 
-@pytest.mark.parametrize("more", [{"date": ""}, {"date": None}, {"session": ""}, {"version": "5"}, {"subshell_id": None}])
+@pytest.mark.parametrize(
+    "more", [{"date": ""}, {"date": None}, {"session": ""}, {"version": "5"}, {"subshell_id": None}]
+)
 def test_headers_are_passed_on_as_they_are(more: dict[str, Any]) -> None:
     """Whatever a client has in its header, the kernel gets."""
     header = {**HEAD, **more}
