@@ -43,7 +43,8 @@ ESSENTIAL_MEMORY = 2 * 1024 * 1024
 class Record(msgspec.Struct, array_like=True):
     """One message of `size` bytes. `end` counts the bytes of all messages up to it.
 
-    `session` says whose it is (None: everybody's). `ends` marks the message with which an execution is over: of its reply and its `idle` the one that came last.
+    `session` says whose it is (None: everybody's). `ends` marks the message with which an execution is over: of its
+    reply and its `idle` the one that came last.
     """
 
     seq: int
