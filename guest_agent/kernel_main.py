@@ -111,8 +111,8 @@ class SandboxKernel(IPythonKernel):
         assert self.shell is not None
         if "matplotlib" in sys.modules:
             self.shell.run_line_magic("matplotlib", "inline")
-        # Completions come from the live objects. jedi reads the sources of what it completes first: seconds, in which no
-        # cell runs, and half a minute in an emulated machine.
+        # Completions come from the live objects. jedi first reads the sources of what it completes: seconds in which no
+        # cell runs, half a minute in an emulated machine.
         self.shell.Completer.use_jedi = False
         self.shell.events.register("post_execute", show_agg_figures)
 

@@ -83,8 +83,8 @@ def qemu(binary: str, machine: Machine, fds: Descriptors, *, template: bool) -> 
         accelerator = ["-accel", "kvm", "-cpu", "host,-svm,-vmx"]
     else:
         # The cache of translated code is private memory of each machine: bounded. With erms and fsrm the guest copies
-        # with `rep movsb`, which TCG does byte by byte: without, copies are four times as fast. With AVX2 numpy's argsort
-        # gives wrong orders, for QEMU before 10.0 gathers wrong elements (docs/adr/0008).
+        # with `rep movsb`, which TCG does byte by byte: without, copies are four times as fast. With AVX2 numpy sorts
+        # wrongly, for QEMU before 10.0 gathers wrong elements (docs/adr/0008).
         # Not every feature can be taken from `max`: with `-svm` on 7.2.22 the guest's first static program aborts.
         accelerator = ["-accel", "tcg,thread=multi,tb-size=256", "-cpu", "max,-erms,-fsrm,-avx2"]
     return [
