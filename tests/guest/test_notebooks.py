@@ -25,7 +25,7 @@ from jupyter_server.gateway.managers import GatewayKernelManager
 from nbclient import NotebookClient
 
 book = nbformat.read(sys.argv[1], as_version=4)
-NotebookClient(book, kernel_manager_class=GatewayKernelManager).execute(kernel_name="code_interpreter")
+NotebookClient(book, kernel_manager_class=GatewayKernelManager).execute()
 nbformat.write(book, sys.argv[2])
 """
 
