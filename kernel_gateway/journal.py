@@ -7,6 +7,7 @@ behind, the journal asks for the guest to be held (`on_pressure`), so a reader's
 """
 
 import asyncio
+import errno
 import logging
 import math
 import os
@@ -170,7 +171,8 @@ class Journal:
             self._segments.popleft()
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self._directory, prefix="journal-")  # noqa: SIM115
-        os.pwrite(self._file.fileno(), data, at)
+        if os.pwrite(self._file.fileno(), data, at) < len(data):
+            raise OSError(errno.ENOSPC, "the disk is full")
         start = page[0].end - page[0].size
         self._segments.append(Segment(page[0].seq, page[-1].seq, start, at, len(data)))
         self._tail = end
@@ -287,10 +289,11 @@ class Reader:
         self._journal.remove(self)
 
 
-def merged(records: list[Record | Gap]) -> list[Record | Gap]:
+def merged(records: list[Record | Gap], after: int = 0) -> list[Record | Gap]:
     """The same with neighbouring `stream` messages of one request joined, up to a page each; numbers stay true.
 
-    A reader that is behind so gets few large messages instead of thousands of small ones.
+    A reader that is behind so gets few large messages instead of thousands of small ones. Those up to number `after`
+    stay as they are: who may have some of them already must be able to tell them apart.
     """
     found: list[Record | Gap] = []
     run: list[Record] = []
@@ -309,13 +312,15 @@ def merged(records: list[Record | Gap]) -> list[Record | Gap]:
         size = 0
 
     for record in records:
-        is_text = isinstance(record, Record) and record.kind == "stream"
-        if run and (not is_text or record.parent != run[0].parent or size > PAGE):
+        if not isinstance(record, Record) or record.kind != "stream" or len(record.parts) > CONTENT + 1:
             close_run()
-        if isinstance(record, Record) and is_text:
-            run.append(record)
-            size += len(record.parts[CONTENT])
-        else:
             found.append(record)
+            continue
+        if run and (
+            record.parent != run[0].parent or record.session != run[0].session or size > PAGE or run[0].seq <= after
+        ):
+            close_run()
+        run.append(record)
+        size += len(record.parts[CONTENT])
     close_run()
     return found

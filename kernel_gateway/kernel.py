@@ -44,6 +44,13 @@ class Pending(msgspec.Struct):
     is_idle: bool = False
 
 
+class ClientSession(msgspec.Struct):
+    """A client's session: numbers of the last message it is known to have received, and of the last one sent to it."""
+
+    received: int
+    sent: int
+
+
 class Execution:
     """A cell that the gateway runs for somebody.
 
@@ -78,7 +85,6 @@ class Kernel:
     """One kernel. Cells that the gateway runs itself run one at a time, in the order of the calls.
 
     `state` is one of Jupyter's: starting, idle, busy, restarting, dead; `reason` says why for the last two.
-    `sessions` holds for each client session the number of the last message it is known to have received.
     `on_shutdown` is called when a client has shut the kernel down for good.
     """
 
@@ -96,7 +102,7 @@ class Kernel:
         self.reason = ""
         self.last_activity = time.time()
         self.connections = 0
-        self.sessions: dict[str, int] = {}
+        self._sessions: dict[str, ClientSession] = {}
         self.executions: dict[str, Execution] = {}
         self.on_shutdown: Callable[[], None] = lambda: None
         self.journal = Journal(on_pressure=link.hold_kernel)
@@ -256,18 +262,22 @@ class Kernel:
             message.new("stdin", "input_reply", {"value": text}, session=self._session)
         )
 
-    def attach(self, session: str, since: int | None) -> int:
-        """A client connects as `session`: the number after which it has to be told everything."""
-        known = self.sessions.pop(session, self.journal.last)
-        self.sessions[session] = after = known if since is None else since
-        if len(self.sessions) > KEPT:
-            del self.sessions[next(iter(self.sessions))]
-        return after
+    @property
+    def pending(self) -> frozenset[str]:
+        """Ids of the requests that are not over."""
+        return frozenset(self._pending)
 
-    def received(self, session: str, seq: int) -> None:
-        """A client has acknowledged everything up to number `seq`."""
-        if seq > self.sessions.get(session, 0):
-            self.sessions[session] = seq
+    def attach(self, name: str, since: int | None) -> ClientSession:
+        """A client connects: what is known of its session, or what it says itself."""
+        session = self._sessions.pop(name, None)
+        if since is not None:
+            session = ClientSession(since, since)
+        elif session is None:
+            session = ClientSession(self.journal.last, self.journal.last)
+        self._sessions[name] = session
+        if len(self._sessions) > KEPT:
+            del self._sessions[next(iter(self._sessions))]
+        return session
 
     # -- cells of the gateway's own
 

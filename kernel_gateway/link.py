@@ -269,12 +269,21 @@ class Link(asyncio.Protocol):
         async with self._kernel_sending[number]:
             for frame in wire.chunk(number, wire.pack_parts(parts)):
                 size = sum(len(buffer) for buffer in frame[1:])
+                await self._kernel_credit_for(number)
+                self._kernel_credit[number] -= size
+                await self.write_bulk(frame)
+
+    async def _kernel_credit_for(self, number: int) -> None:
+        """Wait until the agent takes more. It does whatever its kernel does, so it may be waited for like a reader."""
+        try:
+            async with asyncio.timeout(WRITE_DEADLINE * self.time_scale):
                 while self._kernel_credit[number] <= 0:
                     self._raise_if_closed()
                     self._kernel_may_send.clear()
                     await self._kernel_may_send.wait()
-                self._kernel_credit[number] -= size
-                await self.write_bulk(frame)
+        except TimeoutError:
+            self._write_overdue()
+            self._raise_if_closed()
 
     # -- writing
 

@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import shutil
 import ssl
 import time
 from collections.abc import AsyncIterator
@@ -77,6 +78,8 @@ async def make_driver(settings: Settings, templates: Templates, progress: Progre
     disks.mkdir(parents=True, exist_ok=True, mode=0o700)
     if settings.isolation == "unisolated":
         log.warning("ISOLATION IS OFF: code in a sandbox can do whatever this server can. For development only.")
+        for left in disks.glob("agent-*"):  # of a server that was killed
+            shutil.rmtree(left)
         return Unisolated(disks)
     building = builder(settings)
     async with only_builder(settings.cache_path, progress):

@@ -35,7 +35,11 @@ class Channels(Socket):
                 found.append(self._frame(self._notice(record)))
             elif is_past and record.kind == "status" and not record.parent:
                 continue  # the kernel's state then; `open` has told what it is now
-            elif record.session in (None, self.session) or (is_past and self.is_told_all):
+            elif (
+                record.session in (None, self.session)
+                or record.parent in self.inherited
+                or (is_past and self.is_told_all)
+            ):
                 parts = record.parts.copy()
                 parts[METADATA] = message.numbered(parts[METADATA], record.seq)
                 found.append(self._frame(parts))

@@ -110,10 +110,13 @@ class Socket(WebSocketHandler, Handler):
         sockets[self.kernel, self.session] = self
         self.kernel.connections += 1
         since = self._query.since
-        self.reader = self.kernel.journal.reader(self.kernel.attach(self.session, since))
+        self.seen = self.kernel.attach(self.session, since)
+        self.reader = self.kernel.journal.reader(self.seen.received)
         self.present = self.kernel.journal.last
+        self.inherited = frozenset[str]() if since is None else self.kernel.pending
         self.is_told_all = since is not None
-        self._asked = self._sent = self.reader.after
+        self._sent_before = self.seen.sent
+        self._written = self.reader.after
         self._last_pong = time.monotonic()
         self._is_soon = False
         self._loop = asyncio.get_running_loop()
@@ -137,8 +140,9 @@ class Socket(WebSocketHandler, Handler):
             with self.reader:
                 texts = 0
                 while records := await self.reader.next():
-                    await self.send(self.frames(merged(records)))
-                    self._sent = self.reader.after
+                    self.seen.sent = max(self.seen.sent, self.reader.after)
+                    await self.send(self.frames(merged(records, self._sent_before)))
+                    self._written = self.reader.after
                     self._acknowledge_soon()
                     texts = texts + 1 if all(isinstance(r, Record) and r.kind == "stream" for r in records) else 0
                     if texts >= FLOOD:
@@ -176,17 +180,16 @@ class Socket(WebSocketHandler, Handler):
         if time.monotonic() - self._last_pong > PONG_TIMEOUT:
             self.close(NOT_ALLOWED, "no pong")
             return
-        self._asked = self._sent
         self._timer = self._loop.call_later(PING_INTERVAL, self._ping)
         try:
-            self.ping(b"%d" % self._sent)
+            self.ping(b"%d" % self._written)
         except WebSocketClosedError:
             pass  # `on_close` is told too
 
     def on_pong(self, data: bytes) -> None:
         self._last_pong = time.monotonic()
         if data.isdigit() and len(data) < 20:
-            self.kernel.received(self.session, min(int(data), self._asked))
+            self.seen.received = max(self.seen.received, min(int(data), self.seen.sent))
 
     def on_close(self) -> None:
         sockets: dict[Any, Socket] = self.application.settings["sockets"]
