@@ -35,9 +35,10 @@ UNTRACKED = frozenset(
 
 
 class Pending(msgspec.Struct):
-    """A request that is not over: who asked, its header, and what of the end has come."""
+    """A request that is not over: who asked, where, its header, and what of the end has come."""
 
     session: str
+    channel: str
     header: bytes
     kind: str
     is_replied: bool = False
@@ -150,8 +151,8 @@ class Kernel:
                 parts[CONTENT] = error_content(execution.timed_out)
         ends = pending is not None and pending.is_replied and pending.is_idle
         self._record(parts, head.msg_type, parent.msg_id, session, ends)
-        is_shutdown = pending is not None and pending.kind == "shutdown_request" and head.msg_type == "shutdown_reply"
-        if is_shutdown and not message.content(parts[CONTENT]).get("restart"):
+        is_reply = pending is not None and parts[CHANNEL] != b"iopub"
+        if is_reply and head.msg_type == "shutdown_reply" and not message.content(parts[CONTENT]).get("restart"):
             self.on_shutdown()
 
     def _status_received(self, parent: message.Header, state: object, pending: Pending | None) -> None:
@@ -217,7 +218,7 @@ class Kernel:
 
         if pending.kind == "execute_request":
             say("iopub", "error", content)
-        say("shell", pending.kind.removesuffix("_request") + "_reply", {"status": "error", **content})
+        say(pending.channel, pending.kind.removesuffix("_request") + "_reply", {"status": "error", **content})
         say("iopub", "status", {"execution_state": "idle"}, ends=True)
 
     def close(self, reason: str) -> None:
@@ -248,7 +249,9 @@ class Kernel:
         if head.msg_type.endswith("_request"):
             if len(self._pending) >= MAX_PENDING:
                 del self._pending[next(iter(self._pending))]
-            self._pending.setdefault(head.msg_id, Pending(session, parts[HEADER], head.msg_type))
+            self._pending.setdefault(
+                head.msg_id, Pending(session, parts[CHANNEL].decode(), parts[HEADER], head.msg_type)
+            )
             if self._condition == "dead":
                 reason = f"the kernel is dead ({self.reason}); restart it"
                 self._end_request(head.msg_id, CellError("DeadKernel", reason, code="kernel_restarted"))
@@ -340,14 +343,14 @@ class Kernel:
                     await self.restart()
                 if not execution.is_unwanted:
                     parts = message.new("shell", "execute_request", fields, session=self._session, msg_id=execution.id)
-                    self._pending[execution.id] = Pending(self._session, parts[HEADER], "execute_request")
+                    self._pending[execution.id] = Pending(self._session, "shell", parts[HEADER], "execute_request")
                     execution.clock = time.monotonic()
                     await self._link.send_kernel_message(parts)
                     await self._watch(execution)
         except CellvmError as error:
             execution.failure = error
         if not execution.over.is_set():  # it never came to the kernel
-            self._pending.setdefault(execution.id, Pending(self._session, b"{}", "execute_request"))
+            self._pending.setdefault(execution.id, Pending(self._session, "shell", b"{}", "execute_request"))
             self._end_request(execution.id, CellError("NotRun", str(execution.failure or "nobody waits for it")))
 
     async def _watch(self, execution: Execution) -> None:

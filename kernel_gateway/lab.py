@@ -181,9 +181,11 @@ class GatewayKernels(GatewayMappingKernelManager):
 
     async def shutdown_all(self, now: bool = False) -> None:  # type: ignore[override]
         """Called when this Jupyter server ends: it takes its own kernels with it."""
-        for kernel_id in set(self._kernels) - self._own:
-            self.remove_kernel(kernel_id)
-        await super().shutdown_all(now)
+        for kernel_id in self._own & set(self._kernels):
+            try:
+                await self.shutdown_kernel(kernel_id, now)
+            except web.HTTPError as error:  # raised from here, it would keep this process from ending
+                self.log.warning("Kernel %s may go on: %s", kernel_id, error)
 
 
 @dataclass(frozen=True, slots=True)
