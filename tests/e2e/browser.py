@@ -21,7 +21,7 @@ FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 )
-SECONDS = 30
+SECONDS = 60
 """What any one thing may take; emulated machines are slow."""
 PICTURE = """
 import zlib, struct
@@ -163,6 +163,7 @@ class Steps:
         editor.fill("from the browser")
         self.page.keyboard.press("Control+s")
         expect(self.page.locator(".lm-TabBar-tab.jp-mod-dirty", has_text="note.txt")).to_have_count(0)
+        self.page.locator(".jp-BreadCrumbs-home").click()
         self.page.locator(".lm-TabBar-tab", has_text="test.ipynb").first.click()
         return {"text": self.notebook.run('print(open("/home/user/note.txt").read())').inner_text().strip()}
 

@@ -72,7 +72,7 @@ class Lab:
             self.process.send_signal(signal.SIGTERM)
             try:
                 self.process.wait(20)
-            except subprocess.TimeoutExpired:
+            finally:
                 self.process.kill()
                 self.process.wait()
 
@@ -86,13 +86,22 @@ class Lab:
 
 
 class Relay:
-    """A line between Lab and the server that can be cut."""
+    """A line between Lab and the server that can be cut. It is cut for good when its block is left."""
 
-    def __init__(self, port: int) -> None:
-        self.port = port
+    def __init__(self, server: Server) -> None:
+        self.port = int(server.url.rpartition(":")[2])
         self.ends: set[asyncio.StreamWriter] = set()
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def __aenter__(self) -> Self:
+        self.listener = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self.listener.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *exception: Any) -> None:
+        self.listener.close()
+        self.cut()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         onward_reader, onward = await asyncio.open_connection("127.0.0.1", self.port)
         self.ends |= {writer, onward}
         await asyncio.gather(self._copy(reader, onward), self._copy(onward_reader, writer))
@@ -193,9 +202,7 @@ def printed(messages: list[dict[str, Any]]) -> str:
 
 @pytest.fixture(scope="module")
 async def relay(server: Server) -> AsyncIterator[Relay]:
-    relay = Relay(int(server.url.rpartition(":")[2]))
-    async with await asyncio.start_server(relay.serve, "127.0.0.1", 0) as listener:
-        relay.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    async with Relay(server) as relay:
         yield relay
 
 
@@ -327,6 +334,16 @@ async def test_kernels_of_others(server: Server, lab_python: Path, tmp_path: Pat
         left = {each["id"] for each in server.get("/api/kernels").json()}
         assert kernel in left
         assert own["id"] not in left
+
+
+async def test_it_ends_though_the_server_is_away(server: Server, lab_python: Path, tmp_path: Path) -> None:
+    """SIGTERM ends a Jupyter server that can't reach its kernels any more."""
+    async with Relay(server) as relay:
+        lab = await asyncio.to_thread(Lab, lab_python, tmp_path, relay.url, *OURS)
+        own = await asyncio.to_thread(lab.json, "POST", "api/kernels", 201, json={"name": "code_interpreter"})
+    await asyncio.to_thread(lab.close)
+    assert f"Kernel {own['id']} may go on" in lab.log.read_text()
+    server.request("DELETE", f"/api/kernels/{own['id']}")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from tests.guest.client import KEY, Server
 
 EXPECTED: dict[str, dict[str, Any]] = {
-    "specs": {"default": "code_interpreter", "names": ["base", "code_interpreter"]},
+    "specs": {"default": "code_interpreter", "names": ["base", "code_interpreter", "python3"]},
     "start": {"status": "ok", "language": "python", "debugger": True},
     "execute": {
         "status": "ok",
