@@ -8,6 +8,7 @@ import pytest
 from tornado.httpclient import HTTPResponse
 
 from guest_agent import wire
+from kernel_gateway.jupyter import message
 from tests.fakes import Service, error_of, eventually, resident
 
 FLOOD_200 = "flood(200)"
@@ -387,3 +388,15 @@ async def test_an_old_execution_tells_what_is_missing(service: Service, box: str
     result = found["result"]
     assert (found["status"], result["executionCount"], result["stdout"]) == ("finished", 1, "")
     assert result["truncated"]["messages"] > 17
+
+
+async def test_a_cell_among_very_many_requests(service: Service, box: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests without number from another client do not make the server forget the cell that runs."""
+    monkeypatch.setattr("kernel_gateway.kernel.MAX_PENDING", 3)
+    kernel = service.sandboxes.get(service.owner, box).guest.kernel
+    running = asyncio.create_task(service.execute(box, "time.sleep(0.3)\n7", timeout=5))
+    await eventually(lambda: count_of(service, box) == 1)
+    for _ in range(10):
+        await kernel.send(message.new("shell", "kernel_info_request", {}, session="s"), "s")
+    assert (await running)["results"][0]["data"] == {"text/plain": "7"}
+    assert (await service.execute(box, "8"))["results"][0]["data"] == {"text/plain": "8"}

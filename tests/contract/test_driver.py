@@ -19,6 +19,8 @@ from guest_agent import wire
 from kernel_gateway.drivers import VmDriver
 from kernel_gateway.drivers.unisolated import Unisolated
 from kernel_gateway.errors import GuestFailure, GuestUnresponsive, SandboxDied
+from kernel_gateway.journal import Record
+from kernel_gateway.jupyter import message
 from kernel_gateway.jupyter.execution import Cell, Collector
 from kernel_gateway.link import Link
 from kernel_gateway.pool import Guest, Guests
@@ -379,6 +381,105 @@ async def test_a_kernel_that_dies(guest: Guest) -> None:
     assert "3" in cell.error.value
     assert await value(guest, "6 * 7") == "42"
     assert await read(guest, f"{guest.home}/kept") == b"1"
+
+
+async def records_of(guest: Guest, request: str, after: int) -> list[Record]:
+    """All messages that answer a request, up to the one with which it is over."""
+    found: list[Record] = []
+    with guest.kernel.journal.reader(after) as reader:
+        async with asyncio.timeout(20):
+            while not found or not found[-1].ends:
+                for each in await reader.next():
+                    assert isinstance(each, Record)
+                    if each.parent == request and not (found and found[-1].ends):
+                        found.append(each)
+    return found
+
+
+async def ask(guest: Guest, kind: str, channel: str = "shell", **content: Any) -> list[Record]:
+    """What answers a message as a Jupyter client sends it."""
+    after = guest.kernel.journal.last
+    parts = message.new(channel, kind, content, session="theirs")
+    await guest.kernel.send(parts, "mine")
+    return await records_of(guest, message.header(parts[1]).msg_id, after)
+
+
+async def test_the_course_of_a_cell(guest: Guest) -> None:
+    """A cell's messages come in Jupyter's order, each once, numbered, with the request as their parent."""
+    after = guest.kernel.journal.last
+    execution = guest.kernel.run("print('a')\n6 * 7")
+    found = await records_of(guest, execution.id, after)
+    kinds = [each.kind for each in found]
+    assert kinds[:4] == ["status", "execute_input", "stream", "execute_result"]
+    assert sorted(kinds[4:]) == ["execute_reply", "status"]
+    assert [each.seq for each in found] == list(range(found[0].seq, found[0].seq + 6))
+    assert [each.ends for each in found] == [False] * 5 + [True]
+    assert {message.header(each.parts[2]).msg_id for each in found} == {execution.id}
+    assert (execution.state, execution.last) == ("finished", found[-1].seq)
+
+
+async def test_a_request_of_a_jupyter_client(guest: Guest) -> None:
+    """The reply is the asking session's own, what is published is everybody's; it is over with the last of both."""
+    found = await ask(guest, "kernel_info_request")
+    assert sorted(each.kind for each in found) == ["kernel_info_reply", "status", "status"]
+    for each in found:
+        is_reply = each.kind == "kernel_info_reply"
+        assert (each.parts[0], each.session) == ((b"shell", "mine") if is_reply else (b"iopub", None))
+        assert message.header(each.parts[2]).session == "theirs"
+
+
+async def test_the_control_channel_does_not_wait(guest: Guest) -> None:
+    """While a cell runs a request on the control channel is answered, and one to interrupt ends the cell."""
+    execution = guest.kernel.run("import time; time.sleep(60)")
+    await eventually(lambda: execution.is_started)
+    found = await ask(guest, "kernel_info_request", "control")
+    assert [each.parts[0] for each in found if each.kind == "kernel_info_reply"] == [b"control"]
+    assert not execution.over.is_set()
+    await guest.kernel.interrupt()
+    async with asyncio.timeout(5):
+        await execution.over.wait()
+
+
+async def test_input(guest: Guest) -> None:
+    """A cell asks for a line, gets it, and goes on."""
+    execution = guest.kernel.run("name = input('who? ')\nprint('hello', name)", with_input=True)
+    told = []
+    async for event in guest.kernel.events(execution):
+        if event.type == "input_request":
+            told.append((event.prompt, event.password))
+            await guest.kernel.answer_input("Zoë")
+        elif event.type == "stdout":
+            told.append((event.text or "", None))
+    assert told[0] == ("who? ", False)
+    assert "".join(text for text, _ in told[1:]) == "hello Zoë\n"
+    assert await value(guest, "name") == "'Zoë'"
+
+
+async def test_the_kernels_state(guest: Guest) -> None:
+    """It is busy while a cell runs, and idle before and after."""
+    assert guest.kernel.state == "idle"
+    execution = guest.kernel.run("import time; time.sleep(0.2)")
+    await eventually(lambda: execution.is_started)
+    assert guest.kernel.state == "busy"
+    await execution.over.wait()
+    assert guest.kernel.state == "idle"
+
+
+async def test_a_request_whose_kernel_ends(guest: Guest) -> None:
+    """Requests of Jupyter's clients are answered with an error when their kernel ends under them; none waits on."""
+    after = guest.kernel.journal.last
+    first, second = (
+        message.new("shell", "execute_request", {"code": code}, session="theirs")
+        for code in ("import os; os._exit(3)", "1")
+    )
+    for parts in (first, second):
+        await guest.kernel.send(parts, "mine")
+    for parts in (first, second):
+        found = await records_of(guest, message.header(parts[1]).msg_id, after)
+        (reply,) = (message.content(each.parts[4]) for each in found if each.kind == "execute_reply")
+        assert (reply["status"], reply["ename"]) == ("error", "KernelRestarted")
+        assert message.content(found[-1].parts[4]) == {"execution_state": "idle"}
+    assert await value(guest, "6 * 7") == "42"
 
 
 async def test_20_mb_arrive_intact(guest: Guest) -> None:
