@@ -152,6 +152,34 @@ async def test_malformed_queries_and_paths(service: Service, box: str) -> None:
                 error_of(answer)
 
 
+@pytest.mark.parametrize(
+    ("query", "status"),
+    [
+        ("since=0&wait=0", 200),
+        ("since=999999999999999999999999999999", 200),
+        ("wait=0.01", 200),
+        ("since=-1", 400),
+        ("since=1.5", 400),
+        ("since=", 400),
+        ("since=x", 400),
+        ("since=" + "9" * 5000, 400),
+        ("wait=-1", 400),
+        ("wait=61", 400),
+        ("wait=nan", 400),
+        ("wait=inf", 400),
+        ("wait=-inf", 400),
+    ],
+)
+async def test_queries_of_the_journal(service: Service, box: str, query: str, status: int) -> None:
+    """Numbers that are none, or out of range, are 400; those ahead of the journal are no error."""
+    kernel = (await address(service, box))["kernel"]
+    answer = await service.call("GET", f"/api/kernels/{kernel}/journal?{query}", timeout=5)
+    assert answer.code == status, answer.body
+    if status == 200:
+        page = json.loads(answer.body)
+        assert (page["messages"], page["next"], page["last"], page["missing"]) == ([], 0, 0, 0)
+
+
 RAW = [
     b"GET / HTTP/9.9\r\n\r\n",
     b"\r\n\r\n\r\n",
