@@ -248,7 +248,7 @@ class Kernel:
             await self._usable.wait()
         if head.msg_type.endswith("_request"):
             if len(self._pending) >= MAX_PENDING:
-                del self._pending[next(iter(self._pending))]
+                del self._pending[next(each for each in self._pending if each not in self.executions)]
             self._pending.setdefault(
                 head.msg_id, Pending(session, parts[CHANNEL].decode(), parts[HEADER], head.msg_type)
             )

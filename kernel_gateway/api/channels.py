@@ -1,11 +1,30 @@
 """Jupyter's WebSocket, `/api/kernels/{id}/channels`: kernel messages to and from clients, in either layout."""
 
+import msgspec
+
 from kernel_gateway.api.socket import MALFORMED, NOT_ALLOWED, Socket
 from kernel_gateway.errors import CellvmError
 from kernel_gateway.journal import Gap, Record
 from kernel_gateway.jupyter import layout, message
 from kernel_gateway.jupyter.message import CHANNEL, METADATA
 from kernel_gateway.sandbox import Sandbox, sandbox_id
+
+
+STOCK_LIMIT = 10 * 1024 * 1024
+"""Bytes of a message over which jupyter_server's own client closes the connection."""
+
+
+def left_out(record: Record) -> list[bytes]:
+    """What takes the place of a message that a client could not take."""
+    notice = (
+        f"[{record.size} bytes are left out here: the connection was lost over them; a client that takes large messages, "
+        "or GET /api/kernels/{id}/journal, has them]"
+    )
+    channel, header, parent, metadata, *_ = record.parts
+    if channel == b"iopub":
+        return message.new("iopub", "stream", {"name": "stderr", "text": notice + "\n"}, session="", parent=parent)
+    error = {"status": "error", "ename": "MessageTooLarge", "evalue": notice, "traceback": []}
+    return [channel, header, parent, metadata, msgspec.json.encode(error)]
 
 
 class Channels(Socket):
@@ -40,7 +59,9 @@ class Channels(Socket):
                 or record.parent in self.inherited
                 or (is_past and self.is_told_all)
             ):
-                parts = record.parts.copy()
+                # A client that closes over a large message asks for it again, for ever: the second time it is told of it.
+                is_again = record.seq <= self.sent_before and not self.is_told_all
+                parts = left_out(record) if is_again and record.size > STOCK_LIMIT else record.parts.copy()
                 parts[METADATA] = message.numbered(parts[METADATA], record.seq)
                 found.append(self._frame(parts))
         return found

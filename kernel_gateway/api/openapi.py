@@ -96,5 +96,6 @@ def _answer(route: Route, schema_of: dict[str, Any]) -> dict[str, Any]:
             described["content"]["application/x-ndjson"] = {"schema": {"type": "string"}}
             described["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     elif route.produces is not None:
-        described["content"] = {route.produces: {"schema": {"type": "string", "contentMediaType": route.produces}}}
+        text = {"type": "string", "contentMediaType": route.produces}
+        described["content"] = {route.produces: {"schema": {"type": "object"} if "json" in route.produces else text}}
     return described

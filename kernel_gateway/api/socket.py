@@ -115,7 +115,7 @@ class Socket(WebSocketHandler, Handler):
         self.present = self.kernel.journal.last
         self.inherited = frozenset[str]() if since is None else self.kernel.pending
         self.is_told_all = since is not None
-        self._sent_before = self.seen.sent
+        self.sent_before = self.seen.sent
         self._written = self.reader.after
         self._last_pong = time.monotonic()
         self._is_soon = False
@@ -141,7 +141,7 @@ class Socket(WebSocketHandler, Handler):
                 texts = 0
                 while records := await self.reader.next():
                     self.seen.sent = max(self.seen.sent, self.reader.after)
-                    await self.send(self.frames(merged(records, self._sent_before)))
+                    await self.send(self.frames(merged(records, self.sent_before)))
                     self._written = self.reader.after
                     self._acknowledge_soon()
                     texts = texts + 1 if all(isinstance(r, Record) and r.kind == "stream" for r in records) else 0
