@@ -1,8 +1,8 @@
 """`make bench`: what users wait for, measured through the public API on the machine at hand.
 
 Every line has a floor or a peer from the same run: an empty request for what is latency, the same server without
-isolation for what runs code, a plain loopback HTTP copy for what moves bytes. Raw samples go to
-`bench-results/<time>.json`.
+isolation for what runs code, a plain loopback HTTP copy for what moves bytes. What a Jupyter client sees is measured
+in `tests/bench/jupyter.py`. Raw samples go to `bench-results/<time>.json`.
 """
 
 import argparse
@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import requests
+
+from tests.bench import jupyter
 
 MEGABYTE = 1_000_000
 TRANSFER = 64 * 1024 * 1024
@@ -221,14 +223,23 @@ def measure_memory(bench: Bench, server: Server) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--creates", type=int, default=20, help="sequential creates (default 20)")
+    parser.add_argument("--only", choices=("rest", "jupyter"), help="one part only")
     options = parser.parse_args()
     bench = Bench()
+    health = measure_rest(bench, options.creates) if options.only != "jupyter" else None
+    if options.only != "rest":
+        print("Jupyter …", file=sys.stderr)
+        jupyter.measure(bench.add)
+    report(bench, health)
 
-    server = Server("--pool-size", str(options.creates), "--max-sandboxes", "40", "--templates", "code_interpreter")
+
+def measure_rest(bench: Bench, creates: int) -> dict[str, Any]:
+    """Sandboxes over REST; returns what the server says of itself."""
+    server = Server("--pool-size", str(creates), "--max-sandboxes", "40", "--templates", "code_interpreter")
     health = server.health()
     try:
         print("creates from the pool …", file=sys.stderr)
-        measure_creates(bench, server, options.creates)
+        measure_creates(bench, server, creates)
     finally:
         server.close()
 
@@ -261,17 +272,31 @@ def main() -> None:
         measure_cells(bench, server, "unisolated ", 3)
     finally:
         server.close()
+    return health
 
-    report(bench, health)
 
-
-def report(bench: Bench, health: dict[str, Any]) -> None:
+def report(bench: Bench, health: dict[str, Any] | None) -> None:
     """Print the table and keep the samples."""
     cpu = next(
         (line.split(":")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?"
     )
-    machine = f"{os.cpu_count()} x{cpu}, {health['isolation']} on {health['accelerator']}, Linux {platform.release()}"
-    print(f"\n{machine}, load {os.getloadavg()[0]:.1f}\n{'':34} {'p50':>9} {'min':>9} {'max':>9}")
+    driver = f"{health['isolation']} on {health['accelerator']}, " if health else ""
+    machine = f"{os.cpu_count()} x{cpu}, {driver}Linux {platform.release()}"
+    print(f"\n{machine}, load {os.getloadavg()[0]:.1f}")
+    if health:
+        rest_table(bench)
+    for line in jupyter.table(bench.samples):
+        print(line)
+    results = Path("bench-results")
+    results.mkdir(exist_ok=True)
+    path = results / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
+    path.write_text(json.dumps({"machine": machine, "health": health, "samples": bench.samples}, indent=1))
+    print(f"\nraw samples: {path}")
+
+
+def rest_table(bench: Bench) -> None:
+    """Print what was measured over REST."""
+    print(f"{'':34} {'p50':>9} {'min':>9} {'max':>9}")
     floor = "empty request (GET /health)"
     rows = [
         (floor, "ms", "", None),
@@ -289,11 +314,6 @@ def report(bench: Bench, health: dict[str, Any]) -> None:
     ]
     for row in rows:
         print(bench.line(*row))
-    results = Path("bench-results")
-    results.mkdir(exist_ok=True)
-    path = results / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
-    path.write_text(json.dumps({"machine": machine, "health": health, "samples": bench.samples}, indent=1))
-    print(f"raw samples: {path}")
 
 
 main()
