@@ -9,7 +9,6 @@ from kernel_gateway.jupyter import layout, message
 from kernel_gateway.jupyter.message import CHANNEL, METADATA
 from kernel_gateway.sandbox import Sandbox, sandbox_id
 
-
 STOCK_LIMIT = 10 * 1024 * 1024
 """Bytes of a message over which jupyter_server's own client closes the connection."""
 
@@ -17,8 +16,8 @@ STOCK_LIMIT = 10 * 1024 * 1024
 def left_out(record: Record) -> list[bytes]:
     """What takes the place of a message that a client could not take."""
     notice = (
-        f"[{record.size} bytes are left out here: the connection was lost over them; a client that takes large messages, "
-        "or GET /api/kernels/{id}/journal, has them]"
+        f"[{record.size} bytes are left out here: the connection was lost over them; a client that takes large "
+        "messages, or GET /api/kernels/{id}/journal, has them]"
     )
     channel, header, parent, metadata, *_ = record.parts
     if channel == b"iopub":
@@ -59,7 +58,7 @@ class Channels(Socket):
                 or record.parent in self.inherited
                 or (is_past and self.is_told_all)
             ):
-                # A client that closes over a large message asks for it again, for ever: the second time it is told of it.
+                # A client that closes over a large message would ask for it for ever: it gets a notice the second time.
                 is_again = record.seq <= self.sent_before and not self.is_told_all
                 parts = left_out(record) if is_again and record.size > STOCK_LIMIT else record.parts.copy()
                 parts[METADATA] = message.numbered(parts[METADATA], record.seq)
