@@ -780,7 +780,7 @@ def test_a_long_life(small: None, make: Make) -> None:
 
 @pytest.mark.parametrize(
     ("size", "count", "limit"),
-    [(500, 400_000, 12), (MIB, 200, 12), (20 * MIB, 10, 80)],
+    [(1000, 200_000, 12), (MIB, 200, 12), (20 * MIB, 10, 80)],
     ids=["small", "MiB", "20 MiB"],
 )
 def test_200_mb(make: Make, size: int, count: int, limit: int) -> None:
