@@ -32,6 +32,8 @@ DELIMITER = b"<IDS|MSG>"
 NUDGE_INTERVAL = 0.02
 BURST = 64
 """Messages of one channel that are moved before the others have a turn."""
+LAST_WORDS = 0.05
+"""Seconds that a kernel's last messages get to arrive after it has ended."""
 START_TIMEOUT = 120
 """Seconds a kernel may take to answer its first request; emulated machines are slow."""
 PORTS = ("shell", "iopub", "stdin", "control", "hb")
@@ -311,10 +313,15 @@ class Kernel:
         reason = f"ended by {signal.Signals(number).name}" if number else f"exited with status {code}"
         if number == signal.SIGKILL and oom_kills() > self._oom_kills:
             reason = "ended because the sandbox ran out of memory"
-        self._say("restarting", f"the kernel was {reason}" if number else f"the kernel {reason}", code, number)
-        self._restarting = asyncio.ensure_future(self._replace())
+        told = f"the kernel was {reason}" if number else f"the kernel {reason}"
+        self._restarting = asyncio.ensure_future(self._replace(told, code, number))
 
-    async def _replace(self) -> None:
+    async def _replace(self, reason: str, code: int, number: int) -> None:
+        await asyncio.sleep(LAST_WORDS)  # what it said last is still on its way through ZMQ
+        self._pump()
+        if self._pid:
+            return  # the gateway asked for another one meanwhile
+        self._say("restarting", reason, code, number)
         try:
             await self.start()
         except AgentError as error:

@@ -99,6 +99,7 @@ class Kernel:
         self._usable = asyncio.Event()
         self._usable.set()
         self._condition = "idle"
+        self._is_ending = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.reason = ""
         self.last_activity = time.time()
@@ -151,8 +152,7 @@ class Kernel:
                 parts[CONTENT] = error_content(execution.timed_out)
         ends = pending is not None and pending.is_replied and pending.is_idle
         self._record(parts, head.msg_type, parent.msg_id, session, ends)
-        is_reply = pending is not None and parts[CHANNEL] != b"iopub"
-        if is_reply and head.msg_type == "shutdown_reply" and not message.content(parts[CONTENT]).get("restart"):
+        if self._is_ending and head.msg_type == "shutdown_reply" and pending and pending.is_replied:
             self.on_shutdown()
 
     def _status_received(self, parent: message.Header, state: object, pending: Pending | None) -> None:
@@ -179,6 +179,9 @@ class Kernel:
             return
         reason = event.reason[:500]
         cause = {"reason": reason, "exitCode": event.exit_code, "signal": event.signal}
+        if self._is_ending:
+            self.on_shutdown()  # it has gone without a reply
+            return
         if event.state in ("restarting", "dead"):
             self._lose(CellError("KernelRestarted", reason, code="kernel_restarted", stateKept=False))
         if event.state in ("restarting", "dead", "idle"):
@@ -252,6 +255,8 @@ class Kernel:
             self._pending.setdefault(
                 head.msg_id, Pending(session, parts[CHANNEL].decode(), parts[HEADER], head.msg_type)
             )
+            if head.msg_type == "shutdown_request":
+                self._is_ending = not message.content(parts[CONTENT]).get("restart")
             if self._condition == "dead":
                 reason = f"the kernel is dead ({self.reason}); restart it"
                 self._end_request(head.msg_id, CellError("DeadKernel", reason, code="kernel_restarted"))

@@ -12,6 +12,7 @@ import json
 import mimetypes
 import random
 import struct
+import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -84,12 +85,14 @@ class GatewayConnection(BaseKernelWebsocketConnection):
         client = GatewayClient.instance()
         try:
             while await self._until_lost() and self._misses < client.gateway_retry_max:
-                pause = min(client.gateway_retry_interval * 2**self._misses, client.gateway_retry_interval_max)
+                pause = min(
+                    client.gateway_retry_interval * 2 ** min(self._misses, 16), client.gateway_retry_interval_max
+                )
                 self._misses += 1
                 self.log.warning("Kernel %s: connecting to the gateway again in %.0f s", self.kernel_id, pause)
                 await asyncio.sleep(pause * random.uniform(1, 1.2))  # noqa: S311  not all at the same time
         finally:
-            self.websocket_handler.close(1001, "the gateway is gone")  # JupyterLab does not retry after this code
+            self.websocket_handler.close(1001, "no way to the kernel")  # JupyterLab does not retry after this code
 
     async def _until_lost(self) -> bool:
         """Relay for as long as one connection lasts. Answers whether another one may go better."""
@@ -97,20 +100,21 @@ class GatewayConnection(BaseKernelWebsocketConnection):
         key = self.kernel_id, self.session_id
         client = GatewayClient.instance()
         query = {"session_id": self.session_id} | ({"since": last[key]} if key in last else {})
-        url = url_path_join(client.ws_url or "", client.kernels_endpoint, self.kernel_id, "channels?") + urlencode(
-            query
-        )
+        url = url_path_join(client.ws_url or "", client.kernels_endpoint, self.kernel_id, "channels")
         try:
             gateway = await websocket_connect(
-                HTTPRequest(url, **client.load_connection_args()), max_message_size=LARGEST_MESSAGE,
-                subprotocols=[self._protocol] if self._protocol else None, ping_interval=PING_INTERVAL,
-            )  # fmt: skip
+                HTTPRequest(f"{url}?{urlencode(query)}", **client.load_connection_args()),
+                subprotocols=[self._protocol] if self._protocol else None,
+                max_message_size=LARGEST_MESSAGE,
+                ping_interval=PING_INTERVAL,
+            )
         except HTTPClientError as error:
             self.log.warning("Kernel %s: the gateway says %s", self.kernel_id, error)
             return not (self._left or 400 <= error.code < 500)
         except OSError as error:
             self.log.warning("Kernel %s: no gateway: %s", self.kernel_id, error)
             return not self._left
+        began = time.monotonic()
         try:
             assert gateway.protocol is not None
             gateway.protocol.set_nodelay(True)
@@ -128,6 +132,8 @@ class GatewayConnection(BaseKernelWebsocketConnection):
         finally:
             self._gateway = None
             gateway.close()
+            if time.monotonic() - began > PING_INTERVAL:
+                self._misses = 0
         return not (self._left or gateway.close_code in FINAL)
 
 
@@ -492,8 +498,8 @@ class Files(AuthenticatedFileHandler):
 
 def model_of(path: str, entry: dict[str, Any]) -> dict[str, Any]:
     """A contents model without content, of an entry of a directory or of a sandbox."""
-    when = entry.get("modified") or entry.get("startedAt")
-    time = datetime.fromisoformat(when) if when else datetime.now(UTC)
+    told = entry.get("modified") or entry.get("startedAt")
+    when = datetime.fromisoformat(told) if told else datetime.now(UTC)
     kind = "directory" if entry["isDir"] else "notebook" if path.endswith(".ipynb") else "file"
     names = ("content", "format", "mimetype", "hash", "hash_algorithm")
     return dict.fromkeys(names) | {
@@ -501,7 +507,7 @@ def model_of(path: str, entry: dict[str, Any]) -> dict[str, Any]:
         "path": path,
         "type": kind,
         "size": entry.get("size") if kind != "directory" else None,
-        "created": time,
-        "last_modified": time,
+        "created": when,
+        "last_modified": when,
         "writable": "size" in entry,
     }
