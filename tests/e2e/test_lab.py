@@ -11,6 +11,7 @@ import signal
 import subprocess
 import uuid
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -85,6 +86,16 @@ class Lab:
         return answer.json() if answer.content and answer.ok else answer.text
 
 
+@asynccontextmanager
+async def running(python: Path, directory: Path, gateway: str, *options: str) -> AsyncIterator[Lab]:
+    """JupyterLab for the time of the block."""
+    lab = await asyncio.to_thread(Lab, python, directory, gateway, *options)
+    try:
+        yield lab
+    finally:
+        await asyncio.to_thread(lab.close)
+
+
 class Relay:
     """A line between Lab and the server that can be cut. It is cut for good when its block is left."""
 
@@ -98,6 +109,9 @@ class Relay:
         return self
 
     async def __aexit__(self, *exception: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.listener.close()
         self.cut()
 
@@ -209,9 +223,8 @@ async def relay(server: Server) -> AsyncIterator[Relay]:
 @pytest.fixture(scope="module")
 async def lab(relay: Relay, lab_python: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Lab]:
     """With our classes, over the relay."""
-    lab = await asyncio.to_thread(Lab, lab_python, tmp_path_factory.mktemp("lab"), relay.url, *OURS)
-    yield lab
-    await asyncio.to_thread(lab.close)
+    async with running(lab_python, tmp_path_factory.mktemp("lab"), relay.url, *OURS) as lab:
+        yield lab
 
 
 @pytest.fixture
@@ -240,11 +253,8 @@ async def browse(python: Path, lab: Lab, *kernel: str) -> dict[str, dict[str, An
 
 async def test_jupyterlab_as_it_comes(server: Server, lab_python: Path, tmp_path: Path) -> None:
     """Without anything of ours on the user's side: text, a figure, a restart."""
-    lab = await asyncio.to_thread(Lab, lab_python, tmp_path, server.url)
-    try:
+    async with running(lab_python, tmp_path, server.url) as lab:
         steps = await browse(lab_python, lab)
-    finally:
-        await asyncio.to_thread(lab.close)
     assert steps["text"]["text"] == "hello 42"
     assert min(steps["figure"]["png"]) > 100
     assert steps["restart"] | {"text": "False", "prompt": "[1]:"} == steps["restart"]
@@ -321,16 +331,13 @@ async def test_kernels_of_others(server: Server, lab_python: Path, tmp_path: Pat
     with server.sandbox() as box:
         box.execute("secret = 6 * 7")
         kernel = box.get("").json()["kernelID"]
-        lab = await asyncio.to_thread(Lab, lab_python, tmp_path, server.url, *OURS)
-        try:
+        async with running(lab_python, tmp_path, server.url, *OURS) as lab:
             own = await asyncio.to_thread(lab.json, "POST", "api/kernels", 201, json={"name": "code_interpreter"})
             listed = await asyncio.to_thread(lab.json, "GET", "api/kernels")
             assert {own["id"], kernel} <= {each["id"] for each in listed}
             async with Page(lab, kernel) as page:
                 assert await page.run("print(secret)") == "42\n"
             await asyncio.to_thread(lab.json, "DELETE", f"api/kernels/{kernel}", 204)
-        finally:
-            await asyncio.to_thread(lab.close)
         left = {each["id"] for each in server.get("/api/kernels").json()}
         assert kernel in left
         assert own["id"] not in left
@@ -338,10 +345,9 @@ async def test_kernels_of_others(server: Server, lab_python: Path, tmp_path: Pat
 
 async def test_it_ends_though_the_server_is_away(server: Server, lab_python: Path, tmp_path: Path) -> None:
     """SIGTERM ends a Jupyter server that can't reach its kernels any more."""
-    async with Relay(server) as relay:
-        lab = await asyncio.to_thread(Lab, lab_python, tmp_path, relay.url, *OURS)
+    async with Relay(server) as relay, running(lab_python, tmp_path, relay.url, *OURS) as lab:
         own = await asyncio.to_thread(lab.json, "POST", "api/kernels", 201, json={"name": "code_interpreter"})
-    await asyncio.to_thread(lab.close)
+        relay.close()
     assert f"Kernel {own['id']} may go on" in lab.log.read_text()
     server.request("DELETE", f"/api/kernels/{own['id']}")
 
