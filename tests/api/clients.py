@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from jupyter_server.services.kernels.connection.base import (
@@ -450,3 +451,67 @@ async def raw(service: Any, head: str, body: bytes = b"") -> tuple[int, bytes]:
         writer.close()
         await writer.wait_closed()
     return int(answer.split()[1]), content
+
+
+# -- clients in processes of their own: `python -m tests.api.clients MODE URL KEY KERNEL`
+
+
+async def read_for_ever(client: Client) -> None:
+    """Say "ready", and read what comes."""
+    print("ready", flush=True)
+    while True:
+        await client.socket.recv()
+
+
+async def measure(client: Client) -> None:
+    """Say "ready", make round trips to the kernel until something comes on stdin, and print their times in seconds."""
+    print("ready", flush=True)
+    times: list[float] = []
+    told = asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
+    while not told.done():
+        begun = time.perf_counter()
+        await client.ask("kernel_info_request")
+        times.append(time.perf_counter() - begun)
+        await asyncio.sleep(0.01)
+    print(json.dumps(times), flush=True)
+
+
+class Peer:
+    """A client as a process. `mode` is a function of this module."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+
+    async def line(self, said: bytes = b"") -> bytes:
+        """What it says next, after it was told something."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(said)
+        async with asyncio.timeout(TIMEOUT):
+            return await self.process.stdout.readline()
+
+
+@asynccontextmanager
+async def peer(mode: Callable[[Client], Any], server: Any, kernel: str) -> AsyncIterator[Peer]:
+    """A client in a process of its own, ready; killed at the end of the block."""
+    command = [sys.executable, "-m", "tests.api.clients", mode.__name__, server.url, server.key, kernel]
+    pipe = asyncio.subprocess.PIPE
+    root = Path(__file__).parents[2]
+    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, cwd=root, limit=1 << 24)
+    try:
+        found = Peer(process)
+        assert await found.line() == b"ready\n"
+        yield found
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def main(mode: str, url: str, key: str, kernel: str) -> None:
+    async with channels(SimpleNamespace(url=url, key=key), kernel) as client:
+        await {each.__name__: each for each in (measure, read_for_ever)}[mode](client)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))
