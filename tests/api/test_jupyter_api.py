@@ -57,10 +57,10 @@ async def test_the_version_needs_no_key(service: Service) -> None:
 
 
 async def test_kernelspecs(service: Service) -> None:
-    """One for each template, by a name that clients take, with a logo that is an image."""
+    """One for each template, and `python3`, by names that clients take, with a logo that is an image."""
     specs = await get(service, "/api/kernelspecs")
     assert specs["default"] == "code_interpreter"
-    assert set(specs["kernelspecs"]) == {"code_interpreter", "base"}
+    assert set(specs["kernelspecs"]) == {"code_interpreter", "base", "python3"}
     for name, spec in specs["kernelspecs"].items():
         assert re.fullmatch(r"[\w.\-%]+", name)
         assert spec["name"] == name
@@ -106,9 +106,15 @@ async def test_starts_of_all_clients(service: Service, body: bytes) -> None:
 
 async def test_an_unknown_name(service: Service) -> None:
     """A kernelspec that is not there is 404, and nothing is started."""
-    answer = await service.call("POST", "/api/kernels", {"name": "python3"})
+    answer = await service.call("POST", "/api/kernels", {"name": "julia-1.10"})
     assert (answer.code, error_of(answer)["error"]) == (404, "not_found")
     assert service.driver.machines == []
+
+
+async def test_the_name_that_notebooks_have(service: Service) -> None:
+    """`python3` means the default template."""
+    answer = await service.call("POST", "/api/kernels", {"name": "python3"})
+    assert (answer.code, json.loads(answer.body)["name"]) == (201, "code_interpreter")
 
 
 async def test_from_start_to_end(service: Service) -> None:
@@ -339,7 +345,7 @@ async def test_every_way_to_carry_a_key(
     assert wrong not in logged
 
 
-@pytest.mark.parametrize("path", ["/t/{}", "/t/{}/", "/T/{}/api", "//t/{}/api", "/t/{}/t/{}/api", "/t/{}/%zz"])
+@pytest.mark.parametrize("path", ["/t/{}", "/t/{}/", "/T/{}/api", "//T/{}/api", "/t/{}/t/{}/api", "/t/{}/%zz"])
 async def test_a_key_in_a_broken_path(service: Service, path: str, caplog: pytest.LogCaptureFixture) -> None:
     """A path with a key that names nothing is refused, and not written to the log either."""
     with caplog.at_level(logging.DEBUG):
