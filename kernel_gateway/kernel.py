@@ -21,6 +21,8 @@ from kernel_gateway.link import Link
 
 log = logging.getLogger(__name__)
 
+START_LIMIT = 120
+"""Seconds a kernel may take to come back after its end, times the driver's time scale."""
 INTERRUPT_GRACE = 0.75
 """Seconds a cell gets to end after an interrupt before its kernel is killed: the reply comes within a second."""
 KEPT = 1000
@@ -100,6 +102,7 @@ class Kernel:
         self._usable.set()
         self._condition = "idle"
         self._is_ending = False
+        self._overdue: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.reason = ""
         self.last_activity = time.time()
@@ -186,11 +189,24 @@ class Kernel:
             self._lose(CellError("KernelRestarted", reason, code="kernel_restarted", stateKept=False))
         if event.state in ("restarting", "dead", "idle"):
             self._condition, self.reason = event.state, "" if event.state == "idle" else reason
+            self._stop_waiting()
             if event.state == "restarting":
                 self._usable.clear()
+                limit = START_LIMIT * self._link.time_scale
+                self._overdue = asyncio.get_running_loop().call_later(limit, self._not_back)
             else:
                 self._usable.set()
             self._publish("status", {"execution_state": event.state}, {k: v for k, v in cause.items() if v})
+
+    def _stop_waiting(self) -> None:
+        if self._overdue is not None:
+            self._overdue.cancel()
+
+    def _not_back(self) -> None:
+        """The agent has said that there would be another kernel, and nothing since: nobody should wait for ever."""
+        self._condition, self.reason = "dead", "another kernel did not start in time"
+        self._usable.set()
+        self._publish("status", {"execution_state": "dead"}, {"reason": self.reason})
 
     # -- what the gateway says in the kernel's name
 
@@ -228,6 +244,7 @@ class Kernel:
         """The sandbox has ended: tell whoever reads, once."""
         if self.journal.is_closed:
             return
+        self._stop_waiting()
         self._condition, self.reason = "dead", reason
         self._publish("status", {"execution_state": "dead"}, {"reason": reason})
         for execution in self.executions.values():
