@@ -19,7 +19,7 @@ from tests.fakes import FakeDriver, FakeGuest, Script, Service, own_frame, servi
 PROGRAMS = 500
 MALICE, SECRET = "malice", "secret-of-the-other"
 DOCUMENTED = {200, 204, 400, 404, 409, 502}
-AT_ONCE = 12
+AT_ONCE = 20
 TIME_SCALE = 0.05
 """Of the seconds that a guest is given for anything."""
 PATIENCE = 10.0
@@ -217,7 +217,7 @@ async def attack(bad: Side, good: Side, steps: list[Any]) -> bytes:
         ]
         asking = [asyncio.create_task(request) for request in requests]
         await play(guest, steps, parents)
-        await asyncio.wait(asking[:1], timeout=1)
+        await asyncio.wait(asking[:1], timeout=0.5)
         if not asking[0].done():  # it waits for a cell that the kernel says still runs: not longer than the sandbox
             await bad.end()
         _, hung = await asyncio.wait(asking, timeout=PATIENCE)
