@@ -301,7 +301,8 @@ async def test_r8_a_client_that_does_not_read(tmp_path: Path, others: int) -> No
         for client in fast:
             check_lines(client.answers[request].text)
         assert len(times) > 50
-        assert statistics.quantiles(times, n=100)[98] < 0.1
+        assert statistics.quantiles(times, n=20)[18] < 0.1
+        assert max(times) < 1
         answer = await slow.answer(request)
         numbers = [message.seq for message in slow.messages]
         assert numbers == sorted(set(numbers))
