@@ -5,7 +5,7 @@ import hashlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -257,15 +257,26 @@ class Kernel:
 
     # -- what clients say
 
-    async def send(self, parts: list[bytes], session: str) -> None:
-        """Pass a client's message on; its replies go to the client's `session`. Waits while the kernel is restarting.
+    def send(self, parts: list[bytes], session: str) -> Coroutine[Any, Any, None] | None:
+        """Pass a client's message on; its replies go to the client's `session`.
 
-        Raises:
-            SandboxDied: the sandbox has ended.
+        Most messages are on their way when this returns. Else there is something to await: the kernel is restarting, or
+        behind; it raises SandboxDied if the sandbox ends meanwhile.
         """
-        head = message.header(parts[HEADER])
         if not self._usable.is_set():
-            await self._usable.wait()
+            return self._send_later(parts, session)
+        if not self._expect(parts, session) or self._link.send_at_once(parts):
+            return None
+        return self._link.send_kernel_message(parts)
+
+    async def _send_later(self, parts: list[bytes], session: str) -> None:
+        await self._usable.wait()
+        if self._expect(parts, session):
+            await self._link.send_kernel_message(parts)
+
+    def _expect(self, parts: list[bytes], session: str) -> bool:
+        """Remember who asked; False if there is no kernel that could answer."""
+        head = message.header(parts[HEADER])
         if head.msg_type.endswith("_request"):
             if len(self._pending) >= MAX_PENDING:
                 del self._pending[next(each for each in self._pending if each not in self.executions)]
@@ -277,9 +288,7 @@ class Kernel:
             if self._condition == "dead":
                 reason = f"the kernel is dead ({self.reason}); restart it"
                 self._end_request(head.msg_id, CellError("DeadKernel", reason, code="kernel_restarted"))
-                return
-        if self._condition != "dead":
-            await self._link.send_kernel_message(parts)
+        return self._condition != "dead"
 
     async def answer_input(self, text: str) -> None:
         """Answer the cell that waits for input."""

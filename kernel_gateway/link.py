@@ -263,6 +263,21 @@ class Link(asyncio.Protocol):
             raise GuestUnresponsive("the resume handshake was not acknowledged as it must be")
         return resumed
 
+    def send_at_once(self, parts: list[bytes]) -> bool:
+        """Send a kernel message if it is small and nothing is in its way; else False, and `send_kernel_message` waits.
+
+        Nearly all are, and a task for each would cost more than the sending.
+        """
+        number = wire.KERNEL_CONTROL if parts[0] == b"control" else wire.KERNEL
+        buffers = wire.pack_parts(parts)
+        size = sum(map(len, buffers))
+        is_free = self._writable.is_set() and not self._kernel_sending[number].locked()
+        if not is_free or size > wire.CHUNK or self._kernel_credit[number] <= 0 or self.closed.done():
+            return False
+        self._kernel_credit[number] -= size
+        self.write(b"".join([wire.header(FrameType.DATA, number, size), *buffers]))
+        return True
+
     async def send_kernel_message(self, parts: list[bytes]) -> None:
         """Send one kernel message, its channel's name first. Control messages have a lane of their own."""
         number = wire.KERNEL_CONTROL if parts[0] == b"control" else wire.KERNEL

@@ -1,5 +1,7 @@
 """Jupyter's WebSocket, `/api/kernels/{id}/channels`: kernel messages to and from clients, in either layout."""
 
+from collections.abc import Awaitable
+
 import msgspec
 
 from kernel_gateway.api.socket import MALFORMED, NOT_ALLOWED, Socket
@@ -79,17 +81,21 @@ class Channels(Socket):
             metadata={"cellvm": {"seq": gap.seq, "missing": gap.messages}},
         )
 
-    async def on_message(self, frame: str | bytes) -> None:
+    def on_message(self, frame: str | bytes) -> Awaitable[None] | None:
         """Pass a client's message on; the next one is read when this one is on its way."""
         try:
             parts = layout.from_v1(frame) if self.is_binary and isinstance(frame, bytes) else layout.from_legacy(frame)
         except layout.LayoutError as error:
             self.close(MALFORMED, str(error)[:100])
-            return
+            return None
         if parts[CHANNEL] not in message.SENT_BY_CLIENT:
             self.close(NOT_ALLOWED, "a client may send on the channels shell, control and stdin")
-            return
+            return None
+        sending = self.kernel.send(parts, self.session)
+        return None if sending is None else self._until_sent(sending)
+
+    async def _until_sent(self, sending: Awaitable[None]) -> None:
         try:
-            await self.kernel.send(parts, self.session)
+            await sending
         except CellvmError:
             pass  # the journal ends, and the connection with it

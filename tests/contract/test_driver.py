@@ -400,7 +400,8 @@ async def ask(guest: Guest, kind: str, channel: str = "shell", **content: Any) -
     """What answers a message as a Jupyter client sends it."""
     after = guest.kernel.journal.last
     parts = message.new(channel, kind, content, session="theirs")
-    await guest.kernel.send(parts, "mine")
+    if sending := guest.kernel.send(parts, "mine"):
+        await sending
     return await records_of(guest, message.header(parts[1]).msg_id, after)
 
 
@@ -473,7 +474,8 @@ async def test_a_request_whose_kernel_ends(guest: Guest) -> None:
         for code in ("import os; os._exit(3)", "1")
     )
     for parts in (first, second):
-        await guest.kernel.send(parts, "mine")
+        if sending := guest.kernel.send(parts, "mine"):
+            await sending
     for parts in (first, second):
         found = await records_of(guest, message.header(parts[1]).msg_id, after)
         (reply,) = (message.content(each.parts[4]) for each in found if each.kind == "execute_reply")
