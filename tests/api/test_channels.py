@@ -434,11 +434,11 @@ CLIENTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CLIENTS)
 async def test_clients_as_they_are(real: Service, kernel: str, name: str) -> None:
-    """Messages without a channel, buffers or a date, in one-part binary frames, over connections without a session."""
+    """No channel, buffers or date, one-part binary frames, no session, a key in the query, compression offered."""
     message = {**CLIENTS[name], "content": {**CELL, "code": "print(6 * 7)"}}
     message["header"] = {**message["header"], "msg_id": uuid.uuid4().hex}
     uri = address(real, f"/api/kernels/{kernel}/channels", token=real.key)
-    async with opening(uri, None, v1=False) as socket, asyncio.timeout(TIMEOUT):
+    async with opening(uri, None, v1=False, compression="deflate") as socket, asyncio.timeout(TIMEOUT):
         text = json.dumps(message).encode()
         one_part = (1).to_bytes(4, "big") + (8).to_bytes(4, "big") + text
         await socket.send(one_part if name == "jupyter_kernel_client" else text.decode())

@@ -227,6 +227,17 @@ async def test_idle_kernels_end(tmp_path: Path) -> None:
         await eventually(lambda: not alive)
 
 
+async def test_a_sandbox_keeps_to_its_timeout(service: Service) -> None:
+    """One that was made with a lifetime ends at its end, whoever is connected, and says why."""
+    box = await service.create(timeout=1)
+    kernel = (await get(service, f"/sandboxes/{box}"))["kernelID"]
+    begun = time.monotonic()
+    async with channels(service, kernel) as client:
+        assert await client.close_code() == 4410
+        assert "timeout" in (client.socket.close_reason or "")
+    assert 0.5 < time.monotonic() - begun < 2
+
+
 async def test_environments_do_not_mix(tmp_path: Path) -> None:
     """Eight kernels started at once with a secret each: every one sees its own, and one without sees none."""
     async with serving(tmp_path, Unisolated(tmp_path), max_sandboxes=9) as service:

@@ -151,6 +151,17 @@ async def close_code(socket: Any) -> int:
     return int(socket.close_code)
 
 
+async def test_a_timeout_counts_from_the_start(service: Service, box: str) -> None:
+    """While somebody else's cell runs in the kernel, a cell waits, and its time has not begun."""
+    kernel = json.loads((await service.call("GET", f"/sandboxes/{box}")).body)["kernelID"]
+    async with channels(service, kernel) as jupyter:
+        slow = await jupyter.start("time.sleep(0.6)")
+        await jupyter.until_kind("execute_input")
+        cell = await service.execute(box, "1", timeout=0.2)
+        assert (cell["error"], cell["results"][0]["data"]) == (None, {"text/plain": "1"})
+        assert (await jupyter.answer(slow)).reply["status"] == "ok"
+
+
 # -- one id, one run
 
 
