@@ -403,7 +403,7 @@ async def test_forged_sessions(real: Service, kernel: str) -> None:
         assert not forger.answers[slow].replies
 
 
-# -- clients as they are, by contract section 1.4
+# -- clients as they are
 
 CELL = {"silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": False}
 CLIENTS: dict[str, dict[str, Any]] = {
