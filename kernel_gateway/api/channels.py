@@ -86,7 +86,7 @@ class Channels(Socket):
         try:
             parts = layout.from_v1(frame) if self.is_binary and isinstance(frame, bytes) else layout.from_legacy(frame)
         except layout.LayoutError as error:
-            self.close(MALFORMED, str(error)[:100])
+            self.end(MALFORMED, str(error))
             return None
         if parts[CHANNEL] not in message.SENT_BY_CLIENT:
             self.close(NOT_ALLOWED, "a client may send on the channels shell, control and stdin")

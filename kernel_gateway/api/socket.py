@@ -147,7 +147,7 @@ class Socket(WebSocketHandler, Handler):
                     texts = texts + 1 if all(isinstance(r, Record) and r.kind == "stream" for r in records) else 0
                     if texts >= FLOOD:
                         await asyncio.sleep(FLOOD_PAUSE)
-            self.close(ENDED, self.kernel.reason[:100])
+            self.end(ENDED, self.kernel.reason)
         except (WebSocketClosedError, StreamClosedError):
             pass  # `on_close` is told too
 
@@ -168,6 +168,10 @@ class Socket(WebSocketHandler, Handler):
                 pieces, size = [], 0
         if pieces:
             await stream.write(b"".join(pieces))
+
+    def end(self, code: int, text: str) -> None:
+        """Close with a reason, which may have 123 bytes."""
+        self.close(code, text.encode()[:120].decode("utf-8", "ignore"))
 
     def _acknowledge_soon(self) -> None:
         if not self._is_soon:

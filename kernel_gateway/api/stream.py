@@ -65,7 +65,7 @@ class AgentStream(Socket):
         try:
             command = _command.decode(frame)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            self.close(MALFORMED, str(error)[:100])
+            self.end(MALFORMED, str(error))
             return
         try:
             await self._obey(command)

@@ -192,6 +192,7 @@ MALFORMED = [
     "", "{", "[]", "7", "null", '{"type": "nope"}', '{"code": "1"}', '{"type": "execute"}', b"\xff\xfe", b"",
     '{"type": "execute", "code": 1}', '{"type": "execute", "code": "1", "timeout": 0}', '{"type": "input"}',
     '{"type": "execute", "code": "1", "timeout": "x"}', '{"type": "execute", "code": "1", "id": 5}', "[" * 100_000,
+    '{"type": "' + "ä" * 300 + '"}',
 ]  # fmt: skip
 
 
