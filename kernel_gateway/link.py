@@ -24,6 +24,8 @@ STRIKES = 100
 EVENTS_PER_CONVERSATION = 4
 SMALL = 2048
 """Pieces of DATA below this many bytes are joined while they wait."""
+FLOOD_WINDOW, FLOOD_READS, FLOOD_PAUSE = 0.02, 40, 0.004
+"""So many small reads within so many seconds are a flood; then reading pauses for so many seconds at a time."""
 WRITE_BUFFER = 1024 * 1024
 WRITE_DEADLINE = 10.0
 """Seconds the guest may leave our bytes unread, times the driver's time scale."""
@@ -166,6 +168,8 @@ class Link(asyncio.Protocol):
         self._writable = asyncio.Event()
         self._writable.set()
         self._strikes = 0
+        self._flood_since = 0.0
+        self._small_reads = 0
         self._deadline: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
@@ -354,12 +358,29 @@ class Link(asyncio.Protocol):
         transport.set_write_buffer_limits(high=WRITE_BUFFER)
 
     def data_received(self, data: bytes) -> None:
+        if len(data) < SMALL:
+            self._small_read()
         self._decoder.receive_data(data)
         try:
             for frame in self._decoder.frames():
                 self._receive(frame)
         except wire.FrameError as error:
             self.close(GuestUnresponsive(f"the guest broke the protocol: {error}"))
+
+    def _small_read(self) -> None:
+        """In a flood of small reads, let some milliseconds gather in one: most of what each costs is the waking up."""
+        now = self._loop.time()
+        if now - self._flood_since > FLOOD_WINDOW:
+            self._flood_since, self._small_reads = now, 0
+        self._small_reads += 1
+        if self._small_reads > FLOOD_READS and self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+            self._loop.call_later(FLOOD_PAUSE, self._read_on)
+            self._flood_since, self._small_reads = now, FLOOD_READS
+
+    def _read_on(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def _receive(self, frame: Frame) -> None:
         if frame.stream in self._joiners:
