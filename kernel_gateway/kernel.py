@@ -182,8 +182,11 @@ class Kernel:
             return
         reason = event.reason[:500]
         cause = {"reason": reason, "exitCode": event.exit_code, "signal": event.signal}
-        if self._is_ending:
-            self.on_shutdown()  # it has gone without a reply
+        if self._is_ending:  # it has gone, and its reply has not come
+            self._lose(
+                CellError("KernelShutDown", "the kernel was shut down", code="kernel_restarted", stateKept=False)
+            )
+            self.on_shutdown()
             return
         if event.state in ("restarting", "dead"):
             self._lose(CellError("KernelRestarted", reason, code="kernel_restarted", stateKept=False))
@@ -237,7 +240,9 @@ class Kernel:
 
         if pending.kind == "execute_request":
             say("iopub", "error", content)
-        say(pending.channel, pending.kind.removesuffix("_request") + "_reply", {"status": "error", **content})
+        is_done = pending.kind == "shutdown_request"  # a kernel that has ended is what that one asked for
+        outcome = {"status": "ok", "restart": False} if is_done else {"status": "error", **content}
+        say(pending.channel, pending.kind.removesuffix("_request") + "_reply", outcome)
         say("iopub", "status", {"execution_state": "idle"}, ends=True)
 
     def close(self, reason: str) -> None:
