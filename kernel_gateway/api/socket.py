@@ -34,7 +34,7 @@ noticed by TCP, see `_keep_watch`."""
 HALF_OPEN = 40
 """Seconds that bytes may stay unacknowledged, or untaken, before TCP gives the connection up."""
 
-MALFORMED, NOT_ALLOWED, TOO_LARGE, GOING_DOWN, ENDED, REPLACED = 1007, 1008, 1009, 1012, 4410, 1000
+MALFORMED, NOT_ALLOWED, GOING_DOWN, ENDED, REPLACED = 1007, 1008, 1012, 4410, 1000
 """Close codes; `docs/errors.md` explains them."""
 
 
