@@ -5,12 +5,14 @@ import os
 import time
 from pathlib import Path
 
-from guest_agent import files, process, resume, wire
+from guest_agent import files, ports, process, resume, wire
 from guest_agent.channel import AgentError, Channel, Stream
 from guest_agent.kernel import Kernel
 
 # Touch the paths that first cells take (parse, run, display, publish; format a traceback), then forget what `_` held.
 EXERCISES = ("1 + 1", "1 / 0", "1 / 0", "get_ipython().displayhook.flush()")
+
+CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 
 
 class Agent:
@@ -39,7 +41,10 @@ class Agent:
             "E2B_SANDBOX": "true",
         }
         if uid is not None:
-            self._base_env["VIRTUAL_ENV"] = "/opt/venv"
+            # Python's own clients trust a list of their own, not the machine's, which holds the operator's too.
+            self._base_env |= {"VIRTUAL_ENV": "/opt/venv", "PIP_DISABLE_PIP_VERSION_CHECK": "1"} | dict.fromkeys(
+                ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PIP_CERT", "NODE_EXTRA_CA_CERTS"), CA_BUNDLE
+            )
             if " avx2 " in Path("/proc/cpuinfo").read_text():
                 self._base_env["POLARS_PREFER_PKG"] = "32"  # its fast build; the image has one for old processors too
         self._env = self._base_env
@@ -53,6 +58,8 @@ class Agent:
         match body:
             case wire.Spawn():
                 await process.spawn(stream, body, self._env, self._uid)
+            case wire.Connect():
+                await ports.connect(stream, body)
             case wire.Read():
                 await files.read(stream, body)
             case wire.Write():

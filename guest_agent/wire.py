@@ -236,6 +236,20 @@ class Exited(Body):
     timed_out: bool = False
 
 
+class Connect(Body):
+    """Open a TCP connection to a service inside the sandbox.
+
+    Answered by the EVENT Connected, then what the gateway sends as DATA and END on STDIN goes to the service, and what
+    the service says comes as DATA on STDOUT, up to the REPLY Done when the service has closed the connection.
+    """
+
+    port: int
+
+
+class Connected(Body):
+    """An EVENT on the stream of a Connect: the service has accepted."""
+
+
 class Stat(Body):
     path: str
 
@@ -351,6 +365,7 @@ FAILURES = frozenset(
         "no_space",
         "invalid",
         "cannot_run",
+        "port_closed",
         "kernel_unavailable",
         "failed",
     }
@@ -358,10 +373,10 @@ FAILURES = frozenset(
 
 Request = (
     Resume | Warm | Flush | Ping | Spawn | Stat | ListDir | Read | Write | MakeDir | Move | Delete | GetMetrics
-    | Interrupt | Restart
+    | Interrupt | Restart | Connect
 )  # fmt: skip
 Reply = Resumed | Done | Exited | Entry | Entries | Metrics
-Event = Started | Entry | KernelStatus
+Event = Started | Entry | KernelStatus | Connected
 
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[FrameType, msgspec.msgpack.Decoder[Any]] = {

@@ -56,6 +56,7 @@ STATUS: dict[str, int] = {
     "no_space": 507,
     "invalid": 400,
     "cannot_run": 502,
+    "port_closed": 502,
     "kernel_unavailable": 502,
     "failed": 502,
 }

@@ -14,12 +14,40 @@ class Capabilities:
     """What a user may rely on.
 
     `isolation` names the boundary round a sandbox, `accelerator` how its processors run, `time_scale` how much slower
-    than the host they are, roughly: timeouts that wait for a guest are multiplied by it.
+    than the host they are, roughly: timeouts that wait for a guest are multiplied by it. `network` is how sandboxes
+    reach the internet: "netns" or "passt", through a filter of ours; "off", not at all; "host", as the host itself
+    does, with nothing in between.
     """
 
     isolation: str
     accelerator: str
     time_scale: float
+    network: str = "off"
+
+
+class Nic(Protocol):
+    """A machine's network card, seen from the host: `tap` is the open descriptor of an Ethernet device."""
+
+    @property
+    def tap(self) -> int: ...
+
+    def close(self) -> None:
+        """Release the device and all that belongs to it. Idempotent."""
+
+
+class Nics(Protocol):
+    """Hands out network cards, ready and behind their filter."""
+
+    @property
+    def mechanism(self) -> str:
+        """What `Capabilities.network` says."""
+
+    async def take(self) -> Nic:
+        """A card that nobody has used.
+
+        Raises:
+            DriverError: none could be made.
+        """
 
 
 class Vm(Protocol):
@@ -37,6 +65,14 @@ class Vm(Protocol):
 
     async def kill(self) -> None:
         """End the machine now and release all it held. Idempotent; never raises."""
+
+
+@runtime_checkable
+class Networked(Protocol):
+    """A machine with a network card of its own."""
+
+    @property
+    def nic(self) -> Nic | None: ...
 
 
 @runtime_checkable

@@ -55,7 +55,7 @@ class UnisolatedVm:
 class Unisolated:
     """Starts agents. `argv` replaces the agent's command; it gets `--fd`, `--home` and `--runtime`."""
 
-    capabilities = Capabilities(isolation="none", accelerator="native", time_scale=1.0)
+    capabilities = Capabilities(isolation="none", accelerator="native", time_scale=1.0, network="host")
 
     def __init__(self, directory: Path, argv: list[str] | None = None) -> None:
         self._directory = directory
