@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ISOLATIONS = ("auto", "qemu-kvm", "qemu-tcg", "unisolated")
+NETWORKS = ("auto", "netns", "passt", "off")
 
 
 def _xdg(name: str, fallback: str) -> str:
@@ -42,6 +43,20 @@ class Settings:
     qemu: str = setting("qemu-system-x86_64", "The QEMU program.")
     ca_bundle: str = setting(
         "/etc/ssl/certs/ca-certificates.crt", "CA certificates copied into guests; empty keeps Debian's own."
+    )
+    extra_ca: str = setting("", "File of CA certificates (PEM) that guests trust besides those of --ca-bundle.")
+    network: str = setting(
+        "auto", "How sandboxes reach the internet: auto, netns (root), passt, or off (not at all).", choices=NETWORKS
+    )
+    egress_allow: str = setting(
+        "", "Exceptions to the addresses no sandbox may reach: CIDR blocks, separated by commas. Default: none."
+    )
+    dns: str = setting("", "Resolvers that sandboxes' names are looked up with. Default: those of /etc/resolv.conf.")
+    upstream_proxy: str = setting("", "HTTP proxy that sandboxes' web traffic goes through, as http://host:port.")
+    pip_index: str = setting("", "Package index for pip in sandboxes, as a URL. Default: pip's own.")
+    domain: str = setting("localhost", "Services in sandboxes are reached as PORT-SANDBOX.DOMAIN.")
+    allow_insecure_emulation: bool = setting(
+        False, "Listen beyond this machine though sandboxes are emulated (TCG): QEMU calls that no security boundary."
     )
     kernel_idle_timeout: int = setting(
         3600, "Seconds that a kernel made by a Jupyter client lives on unused and unconnected.", low=60, high=30 * 86400
@@ -86,7 +101,9 @@ class Settings:
     def add_flags(cls, parser: argparse.ArgumentParser) -> None:
         """One flag for every setting."""
         for each in fields(cls):
-            parser.add_argument(flag(each), metavar="VALUE", dest=each.name, help=f"{help_text(each)}")
+            # A switch may stand alone on the command line; a variable has a value.
+            switch: dict[str, Any] = {"nargs": "?", "const": "yes"} if each.type in (bool, "bool") else {}
+            parser.add_argument(flag(each), metavar="VALUE", dest=each.name, help=f"{help_text(each)}", **switch)
 
     @classmethod
     def load(cls, given: Mapping[str, str | None], environment: Mapping[str, str]) -> "Settings":
@@ -112,6 +129,10 @@ def _parse(each: "Field[Any]", text: str, source: str) -> Any:
         if not re.fullmatch(r"-?[0-9]{1,9}", text) or not kind["low"] <= int(text) <= kind["high"]:
             raise SettingsError(f"{source} takes a number from {kind['low']} to {kind['high']}, not {text!r}")
         return int(text)
+    if each.type is bool or each.type == "bool":
+        if text.lower() not in ("yes", "true", "1", "no", "false", "0", ""):
+            raise SettingsError(f"{source} takes yes or no, not {text!r}")
+        return text.lower() in ("yes", "true", "1")
     if "choices" in kind and text not in kind["choices"]:
         raise SettingsError(f"{source} takes one of {', '.join(kind['choices'])}, not {text!r}")
     return text
@@ -127,5 +148,5 @@ def variable(each: "Field[Any]") -> str:
 
 def help_text(each: "Field[Any]") -> str:
     """What a setting does, its default, and its variable."""
-    default = "" if each.default == "" else f" Default: {each.default}."
+    default = "" if each.default in ("", False) else f" Default: {each.default}."
     return f"{each.metadata['doc']}{default} [{variable(each)}]"

@@ -49,13 +49,27 @@ def test_limits_are_allowed_themselves() -> None:
     assert load(PORT="65535", MAX_SANDBOXES="10000", POOL_SIZE="1000").pool_size == 1000
 
 
+def test_a_switch_needs_no_value() -> None:
+    """A setting that is yes or no may stand alone as a flag, or have a value; other words are refused."""
+    parser = argparse.ArgumentParser()
+    Settings.add_flags(parser)
+    for words, meant in (
+        (["--allow-insecure-emulation"], True),
+        (["--allow-insecure-emulation", "no"], False),
+        ([], False),
+    ):
+        assert Settings.load(vars(parser.parse_args(words)), {}).allow_insecure_emulation is meant
+    with pytest.raises(SettingsError, match="yes or no"):
+        load(ALLOW_INSECURE_EMULATION="perhaps")
+
+
 def test_every_setting_is_in_help() -> None:
     """`--help` lists each setting's flag, variable and meaning."""
     parser = argparse.ArgumentParser(prog="cellvm serve")
     Settings.add_flags(parser)
     text = " ".join(parser.format_help().split())
     for each in fields(Settings):
-        assert f"{flag(each)} VALUE" in text
+        assert re.search(rf"{flag(each)} \[?VALUE", text)
         assert f"[{variable(each)}]" in text
         assert each.metadata["doc"].split()[0] in text
 
