@@ -10,6 +10,7 @@ that another process could open. Why each choice:
 - no default devices, no monitor but QMP, full seccomp sandbox, no core dumps of guest memory, no page merging.
 """
 
+import json
 from dataclasses import dataclass
 
 ROOT_SET, DISK_SET = 1, 2
@@ -63,6 +64,21 @@ KERNEL_COMMAND_LINE = (
     "8250.nr_uarts=1 i8042.noaux random.trust_cpu=off tsc=reliable"
 )
 
+# What one guest may take of the host's disk: more than a program that works with files needs, less than what stalls
+# the neighbours. For one second it may be twice as much.
+DISK_LIMITS = json.dumps(
+    {
+        "qom-type": "throttle-group",
+        "id": "disk-limits",
+        "limits": {
+            "iops-total": 20_000,
+            "iops-total-max": 40_000,
+            "bps-total": 400_000_000,
+            "bps-total-max": 800_000_000,
+        },
+    }
+)
+
 
 def drop_privileges(setpriv: str, uid: int | None) -> list[str]:
     """The prefix that makes the machine die with the server, own nothing, and run as `uid` (None: unchanged)."""
@@ -112,7 +128,9 @@ def qemu(binary: str, machine: Machine, fds: Descriptors, *, template: bool) -> 
         "-device", "virtio-blk-device,drive=root",
         "-blockdev", f"driver=file,node-name=disk-file,filename=/dev/fdset/{DISK_SET},discard=unmap,locking=off,"
         "aio=threads,cache.direct=off,cache.no-flush=on",
-        "-blockdev", "driver=raw,node-name=disk,file=disk-file,discard=unmap",
+        "-blockdev", "driver=raw,node-name=disk-raw,file=disk-file,discard=unmap",
+        "-object", DISK_LIMITS,
+        "-blockdev", "driver=throttle,node-name=disk,file=disk-raw,throttle-group=disk-limits,discard=unmap",
         "-device", "virtio-blk-device,drive=disk,werror=report,rerror=report,discard=on",
         "-device", "virtio-serial-device,max_ports=2",
         "-chardev", f"socket,id=channel,fd={fds.channel}",

@@ -1,6 +1,7 @@
 """QEMU's command line: compared with a file, and the parts that the boundary rests on asserted one by one."""
 
 import itertools
+import json
 import os
 from pathlib import Path
 
@@ -69,6 +70,21 @@ def test_a_restored_machine_can_not_change_the_template(accelerator: str) -> Non
     roots = [value for value in options(argv(accelerator, False), "-blockdev") if "node-name=root" in value]
     assert len(roots) == 2
     assert all("read-only=on" in value for value in roots)
+
+
+@pytest.mark.parametrize(("accelerator", "template"), CASES)
+def test_the_guests_disk_is_throttled(accelerator: str, template: bool) -> None:
+    """The disk that the guest can write is behind a limit of operations and bytes; no other node leads to it."""
+    command = argv(accelerator, template)
+    (limits,) = [json.loads(value) for value in options(command, "-object") if "throttle-group" in value]
+    assert limits["limits"]["iops-total"] == 20_000
+    assert limits["limits"]["bps-total"] == 400_000_000
+    (node,) = [value for value in options(command, "-blockdev") if "node-name=disk," in value]
+    assert {"driver=throttle", f"throttle-group={limits['id']}"} <= set(node.split(","))
+    assert [value.split(",")[1] for value in options(command, "-device") if "blk" in value] == [
+        "drive=root",
+        "drive=disk",
+    ]
 
 
 @pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
