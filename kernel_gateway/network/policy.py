@@ -3,10 +3,23 @@
 The floor refuses every address that is not on the public internet, and the host itself. Only the operator makes
 exceptions. Above it a policy decides, in this order: `allow` wins over `deny`, `deny` over the default, and the default
 is everything, or nothing when `allow_internet` is false.
+
+An entry of a policy can be written in one way only. What others read as an address in some other way (`127.1`,
+`010.0.0.1`, `0x7f.1`), or as a name that is not one (a NUL, a user before an @), is refused, not interpreted.
 """
 
-from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network, IPv6Network, collapse_addresses, ip_address
+
+from kernel_gateway.errors import InvalidRequest
+
+MAX_ENTRIES = 500
+"""Entries of a policy, those that allow and those that deny together."""
+MAX_ENTRY = 255
+"""Characters of an entry."""
+MAX_NAME = 253
 
 DENIED = tuple(
     IPv4Network(block)
@@ -48,12 +61,28 @@ class Floor:
             return True
         return any(address in block for block in DENIED) and not any(address in block for block in self.exceptions)
 
+    def refuses_all(self, block: IPv4Network) -> bool:
+        """Whether no sandbox may reach anything in a block."""
+        # By counting: DENIED are disjoint, and of two blocks that overlap one holds the other.
+        denied = sum(min(each, block, key=_size).num_addresses for each in DENIED if each.overlaps(block))
+        ours = [address for address in self.host if address in block]
+        public = [address for address in ours if not any(address in each for each in DENIED)]
+        if denied + len(public) < block.num_addresses:
+            return False
+        excepted = [min(each, block, key=_size) for each in self.exceptions if each.overlaps(block)]
+        return all(sum(address in each for address in ours) == each.num_addresses for each in excepted)
+
+
+def _size(block: IPv4Network) -> int:
+    return block.num_addresses
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
     """What the owner of a sandbox allows it, above the floor.
 
     Names are in lower case without a dot at the end; `*.example.com` is every name below example.com, not itself.
+    `allow_out` and `deny_out` are the entries it was made of, to be shown; they change nothing of what it means.
     """
 
     allow_internet: bool = True
@@ -61,6 +90,13 @@ class Policy:
     allow_names: tuple[str, ...] = ()
     deny: tuple[IPv4Network, ...] = ()
     deny_names: tuple[str, ...] = ()
+    allow_out: tuple[str, ...] = field(default=(), compare=False)
+    deny_out: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def restricts(self) -> bool:
+        """Whether it refuses anything that the floor does not."""
+        return not self.allow_internet or bool(self.deny or self.deny_names)
 
     @property
     def has_names(self) -> bool:
@@ -107,3 +143,142 @@ class Refusal:
     reason: str
     count: int
     last: float
+
+
+# -- policies as people write them
+
+_OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+_IPV4 = re.compile(rf"{_OCTET}(?:\.{_OCTET}){{3}}(?:/(?:3[0-2]|[12]?[0-9]))?")
+_IPV6 = re.compile(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(?:/(?:12[0-8]|1[01][0-9]|[1-9]?[0-9]))?")
+_MAPPED = IPv6Network("::ffff:0:0/96")
+_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_NAME = re.compile(rf"(?:\*\.)?{_LABEL}(?:\.{_LABEL})*\.?")
+_FAULTS = [
+    (r"[^\x00-\x7f]", "is not ASCII", "write the name in punycode: xn--…"),
+    (r"[\x00-\x20\x7f]", "holds a blank or a control character", None),
+    (r"://", "is a URL", "name the host alone: example.com"),
+    (r"@", "holds a user's name", "name the host alone: example.com"),
+    (r"/", "holds a path, or is not a block as it must be written", "a host is example.com, a block 192.0.2.0/24"),
+    (r":", "holds a port, or is not an IPv6 address as it must be written", "a policy is about all ports of a host"),
+    # What browsers and libc take for an address: the last label is a number.
+    (
+        r"(?:\A|\.)(?:[0-9]+|0[xX][0-9A-Fa-f]*)\.?\Z",
+        "is not an address as it must be written",
+        "four numbers from 0 to 255 without zeros in front: 192.0.2.7",
+    ),
+]
+"""What an entry that is neither an address nor a block must not hold: where it is seen, why not, what to do."""
+
+
+def parse_policy(*, allow_internet: bool, allow_out: list[str], deny_out: list[str], floor: Floor) -> Policy:
+    """A policy of entries as a client wrote them: IPv4 addresses, CIDR blocks, names, `*.` and a name.
+
+    Raises:
+        InvalidRequest: an entry can't be right, or wants what no sandbox may reach; the text names it.
+    """
+    count = len(allow_out) + len(deny_out)
+    if count > MAX_ENTRIES:
+        raise InvalidRequest(
+            f"network.allowOut and network.denyOut may have {MAX_ENTRIES} entries together, not {count}",
+            hint="a block is one entry, and so is *.example.com",
+        )
+    allow = _parse_all("network.allowOut", allow_out)
+    for number, entry in enumerate(allow):
+        if isinstance(entry, IPv6Network):
+            raise _wrong(f"network.allowOut[{number}]", allow_out[number], "can't be allowed: IPv6 is off in sandboxes")
+        if isinstance(entry, IPv4Network) and floor.refuses_all(entry):
+            raise _wrong(
+                f"network.allowOut[{number}]",
+                allow_out[number],
+                "can't be allowed: it is private, special or the host's own",
+                "only the operator of the server makes exceptions, with --egress-allow",
+            )
+    deny = _parse_all("network.denyOut", deny_out)
+    denied = _blocks([_unmapped(entry) for entry in deny])
+    allow_internet = allow_internet and not any(block.prefixlen == 0 for block in denied)
+    return Policy(
+        allow_internet=allow_internet,
+        allow=_blocks(allow),
+        allow_names=_names(allow),
+        deny=denied if allow_internet else (),  # without the internet they change nothing
+        deny_names=_names(deny),
+        allow_out=_shown(allow),
+        deny_out=_shown(deny),
+    )
+
+
+Entry = IPv4Network | IPv6Network | str
+"""A name is a string; all else is a block, of one address perhaps."""
+
+
+def _parse_all(where: str, entries: list[str]) -> list[Entry]:
+    return [_parse(f"{where}[{number}]", entry) for number, entry in enumerate(entries)]
+
+
+def _parse(where: str, entry: str) -> Entry:
+    if not 0 < len(entry) <= MAX_ENTRY:
+        raise _wrong(where, entry, f"has {len(entry)} characters; it needs 1 to {MAX_ENTRY}")
+    if _IPV4.fullmatch(entry):
+        return _block(where, entry, IPv4Network(entry, strict=False))
+    if _IPV6.fullmatch(entry):
+        try:
+            return _block(where, entry, IPv6Network(entry, strict=False))
+        except ValueError:
+            pass  # what is wrong with it is said below
+    for pattern, fault, hint in _FAULTS:
+        if re.search(pattern, entry):
+            raise _wrong(where, entry, fault, hint)
+    name = entry.removesuffix(".").lower()
+    if not _NAME.fullmatch(entry) or len(name) > MAX_NAME:
+        raise _wrong(
+            where,
+            entry,
+            f"is not a name: that is labels of 1 to 63 letters, digits and inner hyphens, {MAX_NAME} characters in all",
+            "a star stands in front only, for whole labels: *.example.com; everything is 0.0.0.0/0",
+        )
+    return name
+
+
+def _block(where: str, entry: str, block: IPv4Network | IPv6Network) -> IPv4Network | IPv6Network:
+    """The block that was read from an entry.
+
+    Raises:
+        InvalidRequest: it does not begin at the entry's address.
+    """
+    address = entry.partition("/")[0]
+    if ip_address(address) != block.network_address:
+        raise _wrong(
+            where,
+            entry,
+            f"is not where its block begins; did you mean {block}?",
+            f"{address} without a length is that address alone",
+        )
+    return block
+
+
+def _unmapped(entry: Entry) -> Entry:
+    """What a guest reaches by an IPv4 address in the clothes of IPv6 is that IPv4 address, also with IPv6 off."""
+    if isinstance(entry, IPv6Network) and entry.subnet_of(_MAPPED):
+        return IPv4Network((int(entry.network_address) & 0xFFFFFFFF, entry.prefixlen - _MAPPED.prefixlen))
+    return entry
+
+
+def _blocks(entries: Iterable[Entry]) -> tuple[IPv4Network, ...]:
+    return tuple(collapse_addresses(entry for entry in entries if isinstance(entry, IPv4Network)))
+
+
+def _names(entries: Iterable[Entry]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(entry for entry in entries if isinstance(entry, str)))
+
+
+def _shown(entries: Iterable[Entry]) -> tuple[str, ...]:
+    """Each entry once, in its normal form: a block of one address is that address."""
+    return tuple(dict.fromkeys(entry if isinstance(entry, str) else _written(entry) for entry in entries))
+
+
+def _written(block: IPv4Network | IPv6Network) -> str:
+    return str(block.network_address if block.num_addresses == 1 else block)
+
+
+def _wrong(where: str, entry: str, fault: str, hint: str | None = None) -> InvalidRequest:
+    return InvalidRequest(f"{where}: {repr(entry[:100])[:100]} {fault}", hint=hint)
