@@ -24,7 +24,7 @@ from kernel_gateway.image import BuildError
 from kernel_gateway.jupyter.execution import CellError
 from kernel_gateway.notebook import Notebook, NotebookError, tags
 from kernel_gateway.pool import Guest, Guests
-from kernel_gateway.server import Server, builder, load_templates, make_driver, running
+from kernel_gateway.server import Server, builder, load_templates, opened_driver, running
 from kernel_gateway.settings import Settings, SettingsError
 from kernel_gateway.store import Store, new_key
 
@@ -102,7 +102,8 @@ async def build(settings: Settings) -> None:
         return
     with steps() as step:
         await install_packages(settings.qemu, step)
-        await make_driver(settings, load_templates(settings), step)
+        async with opened_driver(settings, load_templates(settings), step):
+            pass
     console.print("all templates are built")
 
 
@@ -133,15 +134,16 @@ async def fresh_guest(settings: Settings, template_id: str) -> AsyncIterator[Gue
     template = templates.find(template_id)
     if template is None:
         raise SettingsError(f"no template {template_id!r}")
-    with steps() as step:
-        if settings.isolation != "unisolated":
-            await install_packages(settings.qemu, step)
-        driver = await make_driver(settings, templates, step)
-    guest = await Guests(driver).start(template.id)
-    try:
-        yield guest
-    finally:
-        await guest.kill()
+    async with AsyncExitStack() as stack:
+        with steps() as step:
+            if settings.isolation != "unisolated":
+                await install_packages(settings.qemu, step)
+            driver, _ = await stack.enter_async_context(opened_driver(settings, templates, step))
+        guest = await Guests(driver, settings.guest_env).start(template.id)
+        try:
+            yield guest
+        finally:
+            await guest.kill()
 
 
 async def fetch(guest: Guest, paths: list[str]) -> None:

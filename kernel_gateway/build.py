@@ -82,7 +82,8 @@ class Builder:
         image = self.open_image(directory, initrd)
         machine = Machine(driver.capabilities.accelerator, template.vcpus, template.memory_mb)
         version = qemu_version(self.binary)
-        argv = driver.command(machine, Descriptors(*range(8)), template=True)[1:]
+        numbers = range(8 if driver.capabilities.network == "off" else 9)
+        argv = driver.command(machine, Descriptors(*numbers), template=True)[1:]
         key = content_hash(template.id, directory.name, initrd, version, repr(argv), repr(template))
         path = self.cache / "snapshots" / f"{template.id}-{key}"
         if not path.is_dir():

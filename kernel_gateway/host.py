@@ -20,6 +20,8 @@ PROGRAMS = {
     "mkfs.ext4": "e2fsprogs",
     "mount": "mount",
     "setpriv": "util-linux",
+    "ip": "iproute2",
+    "nft": "nftables",
 }
 """Programs that building and running need, and the Debian package of each."""
 NEEDED_DISK = 6 * 1024**3

@@ -42,10 +42,14 @@ class Guest:
 
 
 class Guests:
-    """Starts guests, and refuses one that is not distinct: a machine without fresh randomness must not be used."""
+    """Starts guests, and refuses one that is not distinct: a machine without fresh randomness must not be used.
 
-    def __init__(self, driver: VmDriver) -> None:
+    `env` is what the operator gives every sandbox; its owner's variables win.
+    """
+
+    def __init__(self, driver: VmDriver, env: dict[str, str] | None = None) -> None:
         self._driver = driver
+        self._env = env or {}
         self.capabilities = driver.capabilities
         self._samples: dict[bytes, None] = {}
 
@@ -71,7 +75,7 @@ class Guests:
         Raises:
             CellvmError: not acknowledged as it must be; the caller destroys the guest.
         """
-        resumed = await guest.link.resume(sandbox_id=sandbox_id, hostname=hostname, env=env)
+        resumed = await guest.link.resume(sandbox_id=sandbox_id, hostname=hostname, env={**self._env, **env})
         guest.home, sample = resumed.home, resumed.sample
         if sample in self._samples:
             log.critical("a guest's random sample was seen before: template clones are not being reseeded")

@@ -5,11 +5,13 @@ import fcntl
 import logging
 import os
 import shutil
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
 from tornado.httpserver import HTTPServer
@@ -18,11 +20,12 @@ from tornado.netutil import bind_sockets
 from kernel_gateway.api.app import application
 from kernel_gateway.api.socket import GOING_DOWN
 from kernel_gateway.build import Builder, qemu_version
-from kernel_gateway.drivers import VmDriver
+from kernel_gateway.drivers import DriverError, VmDriver
 from kernel_gateway.drivers.qemu import Qemu
 from kernel_gateway.drivers.unisolated import Unisolated
 from kernel_gateway.host import kvm_verdict
 from kernel_gateway.image import Progress
+from kernel_gateway.network.slots import Slots, choose
 from kernel_gateway.pool import Guests, Pool
 from kernel_gateway.sandboxes import Sandboxes
 from kernel_gateway.settings import Settings, SettingsError
@@ -68,10 +71,14 @@ def builder(settings: Settings) -> Builder:
     return Builder(cache, settings.qemu, settings.ca_path)
 
 
-async def make_driver(settings: Settings, templates: Templates, progress: Progress) -> VmDriver:
-    """The driver that the settings ask for, with every template built, verified and offered.
+@asynccontextmanager
+async def opened_driver(
+    settings: Settings, templates: Templates, progress: Progress
+) -> AsyncIterator[tuple[VmDriver, Slots | None]]:
+    """The driver that the settings ask for, with every template built, verified and offered, and its network.
 
     Raises:
+        SettingsError: a setting of the network can't be used here.
         BuildError: a template could not be built.
     """
     disks = settings.data_path / "disks"
@@ -80,10 +87,44 @@ async def make_driver(settings: Settings, templates: Templates, progress: Progre
         log.warning("ISOLATION IS OFF: code in a sandbox can do whatever this server can. For development only.")
         for left in disks.glob("agent-*"):  # of a server that was killed
             shutil.rmtree(left)
-        return Unisolated(disks)
+        yield Unisolated(disks), None
+        return
     building = builder(settings)
-    async with only_builder(settings.cache_path, progress):
-        return await _qemu(settings, templates, building, disks, progress)
+    async with opened_network(settings) as slots:
+        async with only_builder(settings.cache_path, progress):
+            driver = await _qemu(settings, templates, building, disks, slots, progress)
+        yield driver, slots
+
+
+@asynccontextmanager
+async def opened_network(settings: Settings) -> AsyncIterator[Slots | None]:
+    """The sandboxes' internet, behind its filter; None, and a word on why, when there can be none.
+
+    Raises:
+        SettingsError: the mechanism that was asked for by name does not work here.
+    """
+    exceptions = settings.egress_exceptions
+    mechanism, why = await choose(settings.network)
+    slots = None
+    if mechanism != "off":
+        slots = Slots(mechanism, exceptions, str(settings.data_path.resolve()))
+        try:
+            await slots.start()
+        except DriverError as error:
+            slots, why = None, str(error)
+    if slots is None:
+        if settings.network not in ("auto", "off"):
+            raise SettingsError(f"--network {settings.network}: {why}")
+        if settings.network == "auto":
+            log.warning("SANDBOXES HAVE NO NETWORK, for its filter can't be installed: %s", why)
+        yield None
+        return
+    if exceptions:
+        log.warning("EXCEPTIONS TO THE EGRESS FILTER: every sandbox may reach %s", ", ".join(map(str, exceptions)))
+    try:
+        yield slots
+    finally:
+        await slots.close()
 
 
 @asynccontextmanager
@@ -107,13 +148,13 @@ async def only_builder(cache: Path, progress: Progress) -> AsyncIterator[None]:
 
 
 async def _qemu(
-    settings: Settings, templates: Templates, building: Builder, disks: Path, progress: Progress
+    settings: Settings, templates: Templates, building: Builder, disks: Path, slots: Slots | None, progress: Progress
 ) -> VmDriver:
     accelerator = settings.isolation.removeprefix("qemu-")
     if accelerator == "auto":
         verdict = await kvm_verdict(building, next(iter(templates)), disks, progress)
         accelerator = "kvm" if verdict else "tcg"
-    driver = Qemu(settings.qemu, accelerator, disks, as_root=os.geteuid() == 0)
+    driver = Qemu(settings.qemu, accelerator, disks, as_root=os.geteuid() == 0, nics=slots)
     for template in templates:
         await building.ready(template, driver, progress)
     if accelerator == "tcg":
@@ -161,56 +202,77 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
         left = store.end_all("host_restart")
         if left:
             log.warning("%d sandboxes ended with the server before this one", left)
-        driver = await make_driver(settings, templates, progress)
-        made = None  # only now: a key that was made before a failed start would never be shown
-        if settings.api_key:
-            store.add_key(settings.api_key, "CELLVM_API_KEY")
-        elif not store.list_keys():
-            made = new_key()
-            store.add_key(made, "first start")
-        guests = Guests(driver)
-        first = templates.default
-        pools = {first.id: Pool(guests, first.id, settings.pool_size)} if settings.pool_size else {}
-        journals = settings.data_path / "journals"
-        journals.mkdir(exist_ok=True, mode=0o700)
-        sandboxes = Sandboxes(templates, guests, pools, store, maximum=settings.max_sandboxes, journals=journals)
-        app = application(
-            sandboxes,
-            store,
-            origins=settings.origins,
-            base_url=settings.base_path,
-            max_message=settings.max_message_mb * 1024 * 1024,
-            kernel_idle_timeout=settings.kernel_idle_timeout,
-        )
-        http = HTTPServer(
-            app,
-            max_body_size=1 << 50,  # each route has its own limit; uploads have the sandbox's disk
-            max_header_size=MAX_HEADER,
-            idle_connection_timeout=IDLE_TIMEOUT,
-            chunk_size=CHUNK,
-            ssl_options=tls_context(settings),
-        )
-        http.add_sockets(sockets)
-        sandboxes.start()
-        host, port = sockets[0].getsockname()[:2]
-        try:
-            scheme = "https" if settings.tls_cert else "http"
-            url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{settings.base_path}"
-            yield Server(url, made, sandboxes, driver)
-        finally:
-            sandboxes.is_draining = True
-            http.stop()
-            await drain(app.settings["requests"], settings.shutdown_timeout)
-            for connection in list(app.settings["sockets"].values()):
-                connection.close(GOING_DOWN, "the server is going down")
-            await asyncio.sleep(0)  # the close frames go before the sandboxes do
-            await sandboxes.close()
-            await http.close_all_connections()
+        async with opened_driver(settings, templates, progress) as (driver, _):
+            check_bind(settings, sockets, driver)
+            made = None  # only now: a key that was made before a failed start would never be shown
+            if settings.api_key:
+                store.add_key(settings.api_key, "CELLVM_API_KEY")
+            elif not store.list_keys():
+                made = new_key()
+                store.add_key(made, "first start")
+            guests = Guests(driver, settings.guest_env)
+            first = templates.default
+            pools = {first.id: Pool(guests, first.id, settings.pool_size)} if settings.pool_size else {}
+            journals = settings.data_path / "journals"
+            journals.mkdir(exist_ok=True, mode=0o700)
+            sandboxes = Sandboxes(templates, guests, pools, store, maximum=settings.max_sandboxes, journals=journals)
+            app = application(
+                sandboxes,
+                store,
+                origins=settings.origins,
+                base_url=settings.base_path,
+                max_message=settings.max_message_mb * 1024 * 1024,
+                kernel_idle_timeout=settings.kernel_idle_timeout,
+            )
+            http = HTTPServer(
+                app,
+                max_body_size=1 << 50,  # each route has its own limit; uploads have the sandbox's disk
+                max_header_size=MAX_HEADER,
+                idle_connection_timeout=IDLE_TIMEOUT,
+                chunk_size=CHUNK,
+                ssl_options=tls_context(settings),
+            )
+            http.add_sockets(sockets)
+            sandboxes.start()
+            host, port = sockets[0].getsockname()[:2]
+            try:
+                scheme = "https" if settings.tls_cert else "http"
+                url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{settings.base_path}"
+                yield Server(url, made, sandboxes, driver)
+            finally:
+                sandboxes.is_draining = True
+                http.stop()
+                await drain(app.settings["requests"], settings.shutdown_timeout)
+                for connection in list(app.settings["sockets"].values()):
+                    connection.close(GOING_DOWN, "the server is going down")
+                await asyncio.sleep(0)  # the close frames go before the sandboxes do
+                await sandboxes.close()
+                await http.close_all_connections()
     finally:
         for sock in sockets:
             sock.close()
         store.close()
         os.close(lock)
+
+
+def check_bind(settings: Settings, sockets: list[socket.socket], driver: VmDriver) -> None:
+    """Refuse to offer to other machines what is no boundary, unless told to.
+
+    Raises:
+        SettingsError: the server would listen beyond this machine, and sandboxes are emulated or have no boundary.
+    """
+    is_local = all(ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback for sock in sockets)
+    if driver.capabilities.accelerator == "kvm" or is_local:
+        return
+    what = "sandboxes are emulated (TCG), which QEMU calls no security boundary"
+    if driver.capabilities.isolation == "none":
+        what = "code in sandboxes can do whatever this server can"
+    if not settings.allow_insecure_emulation:
+        raise SettingsError(
+            f"--host {settings.host} is beyond this machine, and {what}. Use KVM, or listen on 127.0.0.1; "
+            "--allow-insecure-emulation accepts it"
+        )
+    log.warning("LISTENING BEYOND THIS MACHINE, AND %s", what)
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:

@@ -5,10 +5,14 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 ISOLATIONS = ("auto", "qemu-kvm", "qemu-tcg", "unisolated")
+GUEST_PROXY = "http://198.19.0.1:3128"
+"""Where sandboxes find the gate, when there is an upstream proxy behind it."""
 NETWORKS = ("auto", "netns", "passt", "off")
 
 
@@ -89,6 +93,61 @@ class Settings:
         )
 
     @property
+    def egress_exceptions(self) -> tuple[IPv4Network, ...]:
+        """Blocks that sandboxes may reach though they are on no public network.
+
+        Raises:
+            SettingsError: an entry is no IPv4 block.
+        """
+        try:
+            return tuple(IPv4Network(text) for text in _listed(self.egress_allow))
+        except ValueError as error:
+            raise SettingsError(f"--egress-allow takes IPv4 blocks as 10.20.0.0/16: {error}") from None
+
+    @property
+    def resolvers(self) -> list[tuple[str, int]]:
+        """Where names are looked up, as addresses and ports; empty for what the host itself uses.
+
+        Raises:
+            SettingsError: an entry is no address with an optional port.
+        """
+        found = []
+        for text in _listed(self.dns):
+            address, _, port = text.partition(":")
+            try:
+                found.append((str(IPv4Address(address)), int(port or 53)))
+            except ValueError as error:
+                raise SettingsError(f"--dns takes IPv4 addresses as 9.9.9.9 or 10.0.0.53:5353: {error}") from None
+        return found
+
+    @property
+    def proxy(self) -> tuple[str, int] | None:
+        """Host and port of the upstream proxy.
+
+        Raises:
+            SettingsError: it is not an address of the form http://host:port.
+        """
+        if not self.upstream_proxy:
+            return None
+        parts = urlsplit(self.upstream_proxy)
+        try:
+            port = parts.port or 3128
+        except ValueError:
+            port = 0
+        if parts.scheme != "http" or not parts.hostname or not port or parts.username is not None or parts.query:
+            raise SettingsError("--upstream-proxy takes an address as http://proxy.example:3128")
+        return parts.hostname, port
+
+    @property
+    def guest_env(self) -> dict[str, str]:
+        """What every process in every sandbox is told of the network it is in."""
+        env = {"PIP_INDEX_URL": self.pip_index} if self.pip_index else {}
+        if self.proxy:
+            env |= dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), GUEST_PROXY)
+            env |= dict.fromkeys(("no_proxy", "NO_PROXY"), "localhost,127.0.0.1")
+        return env
+
+    @property
     def cache_path(self) -> Path:
         return Path(self.cache_dir or _xdg("XDG_CACHE_HOME", ".cache"))
 
@@ -121,6 +180,10 @@ class Settings:
             if text is not None:
                 values[each.name] = _parse(each, text, source)
         return cls(**values)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _parse(each: "Field[Any]", text: str, source: str) -> Any:

@@ -19,7 +19,7 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel_gateway.drivers import Capabilities, DriverError
+from kernel_gateway.drivers import Capabilities, DriverError, Nic, Nics
 from kernel_gateway.drivers.qemu_argv import Descriptors, Machine, drop_privileges, qemu
 from kernel_gateway.drivers.qmp import Qmp
 from kernel_gateway.snapshot import Snapshot, copy_disk
@@ -45,11 +45,17 @@ class Image:
 
 
 class QemuVm:
-    """One QEMU process. `stop` and `cont` make it a `Stops`."""
+    """One QEMU process. `stop` and `cont` make it a `Stops`, `nic` a `Networked`."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], channel: socket.socket, qmp: socket.socket, console: socket.socket
+        self,
+        process: subprocess.Popen[bytes],
+        channel: socket.socket,
+        qmp: socket.socket,
+        console: socket.socket,
+        nic: Nic | None,
     ) -> None:
+        self.nic = nic
         self._process = process
         self._channel = channel
         self._console = console
@@ -120,6 +126,8 @@ class QemuVm:
             self._qmp.close()
         self._qmp_socket.close()
         self._channel.close()
+        if self.nic is not None:
+            self.nic.close()
         self._ended.set_result(f"killed by {signal.Signals(-code).name}" if code < 0 else f"QEMU exited with {code}")
 
     def _console_readable(self) -> None:
@@ -157,13 +165,17 @@ class Qemu:
         accelerator: "kvm" or "tcg".
         disk_dir: where disks without a name take their space.
         as_root: whether machines can be given users of their own.
+        nics: where machines get their network cards; None for none.
     """
 
-    def __init__(self, binary: str, accelerator: str, disk_dir: Path, *, as_root: bool) -> None:
+    def __init__(
+        self, binary: str, accelerator: str, disk_dir: Path, *, as_root: bool, nics: Nics | None = None
+    ) -> None:
         self._binary = binary
         self._accelerator = accelerator
         self._disk_dir = disk_dir
         self._as_root = as_root
+        self._nics = nics
         self._next_uid = 0
         self._setpriv = shutil.which("setpriv") or "/usr/bin/setpriv"
         self._templates: dict[str, tuple[Snapshot, Image, Machine]] = {}
@@ -172,6 +184,7 @@ class Qemu:
             isolation="microvm",
             accelerator=accelerator,
             time_scale=1.0 if hardware else TCG_TIME_SCALE,
+            network="off" if nics is None else nics.mechanism,
         )
 
     def offer(self, template_id: str, snapshot: Snapshot, image: Image, machine: Machine) -> None:
@@ -192,7 +205,7 @@ class Qemu:
             # Each reader needs a file position of its own: opened anew, not duplicated.
             state = os.open(f"/proc/self/fd/{snapshot.state}", os.O_RDONLY | os.O_CLOEXEC)
             opened.callback(os.close, state)
-            vm = self._spawn(machine, image, snapshot.memory, disk, state)
+            vm = self._spawn(machine, image, snapshot.memory, disk, state, await self._card())
         async with _whole_or_nothing(vm):
             qmp = await vm.control()
             await qmp.execute("migrate-set-capabilities", capabilities=_CAPABILITIES)
@@ -203,7 +216,7 @@ class Qemu:
 
     async def boot(self, image: Image, machine: Machine, memory: int, disk: int) -> QemuVm:
         """Start the guest's kernel on a shared memory file and a disk, both the caller's."""
-        vm = self._spawn(machine, image, memory, disk, None)
+        vm = self._spawn(machine, image, memory, disk, None, await self._card())
         async with _whole_or_nothing(vm):
             await vm.control()
         return vm
@@ -217,11 +230,17 @@ class Qemu:
         await qmp.execute("migrate", uri="fd:state")
         await qmp.event("MIGRATION", status="completed")
 
+    async def _card(self) -> Nic | None:
+        return None if self._nics is None else await self._nics.take()
+
     def command(self, machine: Machine, fds: Descriptors, *, template: bool) -> list[str]:
         """The command line, for manifests and tests."""
         return qemu(self._binary, machine, fds, template=template)
 
-    def _spawn(self, machine: Machine, image: Image, memory: int, disk: int, state: int | None) -> QemuVm:
+    def _spawn(
+        self, machine: Machine, image: Image, memory: int, disk: int, state: int | None, nic: Nic | None
+    ) -> QemuVm:
+        """Start QEMU; from here on the card is the machine's."""
         uid = FIRST_UID + self._next_uid if self._as_root else None
         self._next_uid = (self._next_uid + 1) % UIDS
         (channel, its_channel), (qmp, its_qmp), (console, its_console) = (socket.socketpair() for _ in range(3))
@@ -235,6 +254,7 @@ class Qemu:
                 channel=its_channel.fileno(),
                 qmp=its_qmp.fileno(),
                 console=its_console.fileno(),
+                tap=None if nic is None else nic.tap,
             )
             argv = drop_privileges(self._setpriv, uid) + self.command(machine, fds, template=state is None)
             # The parent-death signal is tied to the thread that spawns: this must be the main one.
@@ -250,8 +270,10 @@ class Qemu:
         except BaseException:
             for sock in (channel, qmp, console):
                 sock.close()
+            if nic is not None:
+                nic.close()
             raise
         finally:
             for sock in (its_channel, its_qmp, its_console):
                 sock.close()
-        return QemuVm(process, channel, qmp, console)
+        return QemuVm(process, channel, qmp, console, nic)

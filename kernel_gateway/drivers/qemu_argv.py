@@ -11,7 +11,9 @@ that another process could open. Why each choice:
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+
+from kernel_gateway.drivers import GUEST_MAC
 
 ROOT_SET, DISK_SET = 1, 2
 
@@ -38,7 +40,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Descriptors:
-    """File descriptors that QEMU inherits."""
+    """File descriptors that QEMU inherits. Without a `tap` the machine has no network card."""
 
     kernel: int
     initrd: int
@@ -48,11 +50,10 @@ class Descriptors:
     channel: int
     qmp: int
     console: int
+    tap: int | None = None
 
     def all(self) -> tuple[int, ...]:
-        return (
-            self.kernel, self.initrd, self.memory, self.root, self.disk, self.channel, self.qmp, self.console
-        )  # fmt: skip
+        return tuple(fd for fd in astuple(self) if fd is not None)
 
 
 # loglevel: the console tells how far a boot came. mitigations,
@@ -103,6 +104,10 @@ def qemu(binary: str, machine: Machine, fds: Descriptors, *, template: bool) -> 
         # wrongly, for QEMU before 10.0 gathers wrong elements (docs/adr/0008).
         # Not every feature can be taken from `max`: with `-svm` on 7.2.22 the guest's first static program aborts.
         accelerator = ["-accel", "tcg,thread=multi,tb-size=256", "-cpu", "max,-erms,-fsrm,-avx2"]
+    card = [
+        "-netdev", f"tap,id=net,fd={fds.tap},vhost=off",
+        "-device", f"virtio-net-device,netdev=net,mac={GUEST_MAC}",
+    ]  # fmt: skip
     return [
         binary,
         "-nodefaults",
@@ -137,6 +142,7 @@ def qemu(binary: str, machine: Machine, fds: Descriptors, *, template: bool) -> 
         "-device", "virtserialport,chardev=channel,name=cellvm",
         "-object", "rng-random,id=rng,filename=/dev/urandom",
         "-device", "virtio-rng-device,rng=rng",
+        *(card if fds.tap is not None else []),
         "-chardev", f"socket,id=console,fd={fds.console}",
         "-serial", "chardev:console",
         "-chardev", f"socket,id=qmp,fd={fds.qmp}",

@@ -1,5 +1,6 @@
 """QEMU's command line: compared with a file, and the parts that the boundary rests on asserted one by one."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -10,7 +11,7 @@ import pytest
 from kernel_gateway.drivers.qemu_argv import Descriptors, Machine, drop_privileges, qemu
 
 SNAPSHOT = Path(__file__).parent / "qemu_argv.txt"
-FDS = Descriptors(kernel=10, initrd=11, memory=12, root=13, disk=14, channel=15, qmp=16, console=17)
+FDS = Descriptors(kernel=10, initrd=11, memory=12, root=13, disk=14, channel=15, qmp=16, console=17, tap=18)
 BLESS = f"BLESS=1 python -m pytest tests/unit/{Path(__file__).name}"
 CASES = [(accelerator, template) for accelerator in ("tcg", "kvm") for template in (True, False)]
 
@@ -45,19 +46,28 @@ def test_the_whole_command_line() -> None:
 
 @pytest.mark.parametrize(("accelerator", "template"), CASES)
 def test_the_boundary(accelerator: str, template: bool) -> None:
-    """Full seccomp sandbox, no default devices, no network, no monitor but QMP, nothing opened by path."""
+    """Full seccomp sandbox, no default devices, one network card, no monitor but QMP, nothing opened by path."""
     command = argv(accelerator, template)
     assert options(command, "-sandbox") == [
         "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
     ]
     assert {"-nodefaults", "-no-user-config", "-no-reboot"} <= set(command)
     assert options(command, "-monitor") == options(command, "-display") == ["none"]
-    assert not {"-net", "-netdev", "-nic", "-vnc", "-usb", "-virtfs", "-fsdev", "-daemonize"} & set(command)
-    assert not [word for word in command if "net-device" in word or "vhost" in word or "9p" in word]
+    assert options(command, "-netdev") == ["tap,id=net,fd=18,vhost=off"]
+    assert not {"-net", "-nic", "-vnc", "-usb", "-virtfs", "-fsdev", "-daemonize"} & set(command)
+    assert len([word for word in command if "net-device" in word]) == 1
+    assert not [word for word in command if "vhost=on" in word or "vhost-" in word or "9p" in word]
     paths = [part for word in command for part in word.split(",") if "/" in part]
     allowed = ("/proc/self/fd/", "/dev/fdset/", "/dev/urandom")
     assert paths
     assert all(path.split("=")[-1].startswith(allowed) for path in paths), paths
+
+
+def test_without_a_tap_there_is_no_card() -> None:
+    """Where the network is off the machine has no network device at all."""
+    command = qemu("qemu", Machine("tcg", 2, 2048), dataclasses.replace(FDS, tap=None), template=False)
+    assert not [word for word in command if "net" in word]
+    assert dataclasses.replace(FDS, tap=None).all() == tuple(range(10, 18))
 
 
 @pytest.mark.parametrize("accelerator", ["tcg", "kvm"])

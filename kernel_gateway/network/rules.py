@@ -1,0 +1,205 @@
+"""nftables rules as text. Pure.
+
+A slot's filter lives in the slot's own namespace and sees everything its guest sends. What is refused is refused at
+once, with a reset or an ICMP error, and counted by destination and reason. Policies are judged per packet until a
+connection has been admitted under the present one (its `ct mark` is the policy's generation), so that a new policy
+cuts what it forbids.
+"""
+
+from collections.abc import Iterable
+from ipaddress import IPv4Address, IPv4Network
+
+from kernel_gateway.drivers import GUEST_MAC
+from kernel_gateway.network.policy import DENIED, Floor, Policy
+
+TAP, UPLINK = "tap0", "uplink"
+GUEST, GATEWAY = IPv4Address("198.19.0.2"), IPv4Address("198.19.0.1")
+GATEWAY_MAC = "02:63:76:00:00:01"
+"""The same in every slot: a guest wakes from its template's snapshot with all of it configured."""
+DNS_PORT, PROXY_PORT, GATE_PORT = 53, 3128, 8043
+LINKS = IPv4Network("198.18.0.0/16")
+"""Between host and slots, four addresses each; nothing outside the host sees them."""
+HOST_SIDE = "cvm"
+"""How the host's ends of the slots' links are named, with a number behind."""
+NEW_CONNECTIONS = "100/second burst 400 packets"
+MAX_CONNECTIONS = 2000
+REFUSALS_KEPT = 500
+REASONS = {1: "floor", 2: "policy", 3: "mail", 4: "dns", 5: "limit", 6: "protocol"}
+
+
+def elements(blocks: Iterable[IPv4Network | IPv4Address]) -> str:
+    """A set's content, as far as there is any."""
+    listed = ", ".join(str(block) for block in blocks)
+    return f"elements = {{ {listed} }};" if listed else ""
+
+
+def slot(floor: Floor) -> str:
+    """The whole filter of a new slot. It lets nothing out until `policy` has been applied."""
+    refusals = "\n".join(f"    chain refuse_{name} {{ meta mark set {n} goto refuse; }}" for n, name in REASONS.items())
+    return f"""
+table netdev slot {{
+    chain from_guest {{
+        type filter hook ingress device "{TAP}" priority 0; policy drop;
+        ether saddr != {GUEST_MAC} drop
+        ether type arp accept
+        ip saddr {GUEST} accept
+    }}
+}}
+table inet slot {{
+    set floor {{ type ipv4_addr; flags interval; auto-merge; {elements(DENIED)} }}
+    set excepted {{ type ipv4_addr; flags interval; auto-merge; {elements(floor.exceptions)} }}
+    set host {{ type ipv4_addr; {elements(sorted(floor.host))} }}
+    set allowed {{ type ipv4_addr; flags interval; auto-merge; }}
+    set denied {{ type ipv4_addr; flags interval; auto-merge; }}
+    set pinned {{ type ipv4_addr; flags timeout; }}
+    set open {{ type ipv4_addr; flags dynamic; }}
+    set refused {{
+        type mark . ipv4_addr . inet_proto . inet_service; flags dynamic, timeout; timeout 1d; size {REFUSALS_KEPT};
+        counter;
+    }}
+    set refused_other {{
+        type mark . ipv4_addr . inet_proto; flags dynamic, timeout; timeout 1d; size {REFUSALS_KEPT}; counter;
+    }}
+    chain input {{
+        type filter hook input priority 0; policy drop;
+        iifname != "{TAP}" drop
+        ct status dnat tcp dport {GATE_PORT} accept
+        ip daddr != {GATEWAY} goto refuse_floor
+        udp dport {DNS_PORT} accept
+        tcp dport {{ {DNS_PORT}, {PROXY_PORT} }} accept
+        icmp type echo-request accept
+        goto refuse_floor
+    }}
+    chain forward {{
+        type filter hook forward priority 0; policy drop;
+        iifname "{UPLINK}" oifname "{TAP}" ct state established, related accept
+        iifname != "{TAP}" drop
+        ip daddr @host goto refuse_floor
+        ip daddr @floor ip daddr != @excepted goto refuse_floor
+        meta l4proto != {{ tcp, udp, icmp }} goto refuse_protocol
+        meta l4proto icmp icmp type != echo-request goto refuse_protocol
+        meta l4proto {{ tcp, udp }} th dport {{ 53, 853 }} goto refuse_dns
+        tcp dport 25 goto refuse_mail
+        goto owner
+    }}
+    chain owner {{
+        goto refuse_policy
+    }}
+    chain admit {{
+        ct state new limit rate over {NEW_CONNECTIONS} goto refuse_limit
+        ct state new add @open {{ ip saddr ct count over {MAX_CONNECTIONS} }} goto refuse_limit
+    }}
+{refusals}
+    chain refuse {{
+        meta l4proto {{ tcp, udp }} update @refused {{ meta mark . ip daddr . meta l4proto . th dport counter }}
+        meta l4proto tcp reject with tcp reset
+        meta l4proto != udp update @refused_other {{ meta mark . ip daddr . meta l4proto counter }}
+        reject with icmp admin-prohibited
+    }}
+    chain redirected {{
+        type nat hook prerouting priority dstnat;
+        iifname "{TAP}" jump gate
+    }}
+    chain gate {{
+    }}
+    chain masqueraded {{
+        type nat hook postrouting priority srcnat;
+        oifname "{UPLINK}" masquerade
+    }}
+}}
+"""
+
+
+def policy(wanted: Policy, generation: int) -> str:
+    """Replace a slot's policy. `generation` is another number for each, from 1."""
+    judged = [f"ct mark {generation} accept"]
+    if wanted.allow:
+        judged.append("ip daddr @allowed goto admitted")
+    if wanted.has_names:
+        # What is inside QUIC can't be read: names are checked in TCP only.
+        judged.append("udp dport 443 goto refuse_policy")
+    if wanted.allow_names:
+        judged.append("ip daddr @pinned goto admitted")
+    if not wanted.allow_internet:
+        judged.append("goto refuse_policy")
+    else:
+        judged.append("ip daddr @denied goto refuse_policy")
+        judged.append("goto admitted")
+    gate = ""
+    if wanted.has_names:
+        gate = (
+            "add rule inet slot gate ip daddr @host return\n"
+            "add rule inet slot gate ip daddr @floor ip daddr != @excepted return\n"
+            "add rule inet slot gate ip daddr @allowed return\n"
+            f"add rule inet slot gate tcp dport {{ 80, 443 }} redirect to :{GATE_PORT}\n"
+        )
+    lines = [
+        "flush chain inet slot owner",
+        "flush chain inet slot gate",
+        "flush set inet slot allowed",
+        "flush set inet slot denied",
+        "flush set inet slot pinned",
+        "add chain inet slot admitted",
+        "flush chain inet slot admitted",
+        *_fill("allowed", wanted.allow),
+        *_fill("denied", wanted.deny),
+        "add rule inet slot admitted jump admit",
+        f"add rule inet slot admitted ct mark set {generation} accept",
+        *(f"add rule inet slot owner {rule}" for rule in judged),
+    ]
+    return "\n".join(lines) + "\n" + gate
+
+
+def _fill(name: str, blocks: tuple[IPv4Network, ...]) -> list[str]:
+    return [f"add element inet slot {name} {{ {', '.join(map(str, blocks))} }}"] if blocks else []
+
+
+def pin(addresses: Iterable[IPv4Address], seconds: float) -> str:
+    """Let addresses of an allowed name through for so many seconds from now."""
+    timeout = max(1, round(seconds))
+    # An element's time starts anew only when it is added anew.
+    listed = list(addresses)
+    plain = ", ".join(map(str, listed))
+    timed = ", ".join(f"{address} timeout {timeout}s" for address in listed)
+    return (
+        f"add element inet slot pinned {{ {plain} }}\ndelete element inet slot pinned {{ {plain} }}\n"
+        f"add element inet slot pinned {{ {timed} }}\n"
+    )
+
+
+def host_addresses(addresses: Iterable[IPv4Address]) -> str:
+    """Replace the host's own addresses in a slot."""
+    listed = ", ".join(map(str, sorted(addresses)))
+    return "flush set inet slot host\n" + (f"add element inet slot host {{ {listed} }}\n" if listed else "")
+
+
+def host(table: str, *, only_ours: bool) -> str:
+    """The host's side of all links: the host itself is out of reach, one slot from another, and the way out is there.
+
+    Args:
+        table: a name of the server's own, so that two servers do not share one.
+        only_ours: forwarding was switched on for us; nobody else's packets are to be forwarded by it.
+    """
+    return f"""
+add table inet {table}
+delete table inet {table}
+table inet {table} {{
+    chain input {{
+        type filter hook input priority -5;
+        iifname "{HOST_SIDE}*" meta l4proto tcp reject with tcp reset
+        iifname "{HOST_SIDE}*" reject
+    }}
+    chain forward {{
+        type filter hook forward priority -5;
+        iifname "{HOST_SIDE}*" oifname "{HOST_SIDE}*" drop
+        iifname "{HOST_SIDE}*" accept
+        oifname "{HOST_SIDE}*" ct state established, related accept
+        oifname "{HOST_SIDE}*" drop
+        {"drop" if only_ours else ""}
+    }}
+    chain masqueraded {{
+        type nat hook postrouting priority srcnat;
+        ip saddr {LINKS} masquerade
+    }}
+}}
+"""

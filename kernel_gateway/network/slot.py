@@ -1,0 +1,228 @@
+"""One sandbox's network: a namespace of its own, the filter in it, and the way out.
+
+It hangs on open descriptors and, with passt, a process that dies with the server: closing it, or the end of the server
+in whatever way, leaves nothing.
+"""
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any
+
+from kernel_gateway.drivers import DriverError
+from kernel_gateway.network import rules
+from kernel_gateway.network.policy import Floor, Policy, Refusal
+
+INSIDE = Path(__file__).with_name("inside.py")
+REFUSALS_KEPT = 500
+MAKE_TIMEOUT = 20.0
+
+
+async def command(argv: list[str], text: str, fds: Iterable[int] = ()) -> str:
+    """Run a program with `text` on its standard input; returns what it prints.
+
+    Raises:
+        DriverError: it failed; says how.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=tuple(fds)
+    )
+    try:
+        out, err = await process.communicate(text.encode())
+    except BaseException:
+        process.kill()
+        await process.wait()
+        raise
+    if process.returncode:
+        raise DriverError(f"{' '.join(argv)[:200]}: {err.decode('utf-8', 'replace').strip()[-500:]}")
+    return out.decode()
+
+
+class Slot:
+    """A network that one machine uses, once. Made by `Slots`, which connects it and gives it its names' service.
+
+    `tap` is the machine's end. `sockets` are bound to the gateway's address: the resolver's UDP and TCP, the gate's,
+    the proxy's.
+    """
+
+    def __init__(self, mechanism: str, net: int, user: int, tap: int, sockets: list[socket.socket]) -> None:
+        self.mechanism = mechanism
+        self.net = net
+        self._user = user
+        self._tap = tap
+        self.sockets = sockets
+        self.policy = Policy()
+        self.closing = ExitStack()
+        self._generation = 1
+        self._lock = asyncio.Lock()
+        self._refused: dict[tuple[str, int, str, str], Refusal] = {}
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        return f"<Slot {self.mechanism} {'closed' if self._is_closed else 'open'}>"
+
+    @classmethod
+    async def make(cls, mechanism: str, floor: Floor) -> "Slot":
+        """A namespace with the guest's side and the filter of the default policy, not connected to anything yet.
+
+        Raises:
+            DriverError: it could not be made.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        spaces = ["--net"] if mechanism == "netns" else ["--user", "--map-root-user", "--net"]
+        with ours:
+            with theirs:
+                process = subprocess.Popen(
+                    ["unshare", *spaces, "--", sys.executable, "-I", "-S", str(INSIDE)], stdin=theirs.fileno()
+                )
+            wanted = {
+                "tap": rules.TAP,
+                "ip": f"link set {rules.TAP} address {rules.GATEWAY_MAC}\n"
+                f"addr add {rules.GATEWAY}/30 dev {rules.TAP}\nlink set {rules.TAP} up\n",
+                "nft": rules.slot(floor) + rules.policy(Policy(), 1),
+                "address": str(rules.GATEWAY),
+                "dns": rules.DNS_PORT,
+                "gate": rules.GATE_PORT,
+                "proxy": rules.PROXY_PORT,
+            }
+            fds: list[int] = []
+            try:
+                ours.setblocking(False)
+                ours.send(json.dumps(wanted).encode())
+                async with asyncio.timeout(MAKE_TIMEOUT):
+                    await _readable(ours)
+                answer, fds, _, _ = socket.recv_fds(ours, 64 * 1024, 16)
+            except (OSError, TimeoutError) as error:
+                raise DriverError(f"a network could not be made: {error}") from error
+            finally:
+                if not fds:
+                    process.kill()
+                await asyncio.to_thread(process.wait)
+        if not fds:
+            said = json.loads(answer)["error"] if answer else "it ended without a word"
+            raise DriverError(f"a network could not be made: {said}")
+        net, user, tap, *rest = fds
+        for fd in fds:
+            os.set_inheritable(fd, False)
+        sockets = [socket.socket(fileno=fd) for fd in rest]
+        for sock in sockets:
+            sock.setblocking(False)
+        return cls(mechanism, net, user, tap, sockets)
+
+    @property
+    def tap(self) -> int:
+        return self._tap
+
+    @property
+    def fds(self) -> tuple[int, int]:
+        """What `enter` needs to be inherited."""
+        return self.net, self._user
+
+    @property
+    def enter(self) -> list[str]:
+        """The prefix of commands that are to run inside."""
+        user = [] if self.mechanism == "netns" else ["--preserve-credentials", f"--user=/proc/self/fd/{self._user}"]
+        return ["nsenter", *user, f"--net=/proc/self/fd/{self.net}", "--"]
+
+    async def run(self, *argv: str, text: str = "") -> str:
+        """Run a program inside.
+
+        Raises:
+            DriverError: it failed, or the slot is closed.
+        """
+        if self._is_closed:
+            raise DriverError("the network is closed")
+        return await command([*self.enter, *argv], text, self.fds)
+
+    async def apply(self, policy: Policy) -> None:
+        """Replace the policy; connections that the new one forbids are cut.
+
+        Raises:
+            DriverError: the filter refused it; the old one is still in force.
+        """
+        async with self._lock:
+            await self.run("nft", "-f", "-", text=rules.policy(policy, self._generation + 1))
+            self._generation += 1
+            self.policy = policy
+
+    async def pin(self, addresses: list[IPv4Address], seconds: float) -> None:
+        """Let the addresses of an allowed name through for a while."""
+        async with self._lock:
+            await self.run("nft", "-f", "-", text=rules.pin(addresses, seconds))
+
+    async def set_host(self, addresses: Iterable[IPv4Address]) -> None:
+        """Tell the filter which addresses are the host's own now."""
+        async with self._lock:
+            await self.run("nft", "-f", "-", text=rules.host_addresses(addresses))
+
+    def refused(self, destination: str, port: int, protocol: str, reason: str) -> None:
+        """Count what was refused by name."""
+        key = (destination, port, protocol, reason)
+        before = self._refused.pop(key, None)
+        if before is None and len(self._refused) >= REFUSALS_KEPT:
+            del self._refused[next(iter(self._refused))]
+        count = before.count + 1 if before else 1
+        self._refused[key] = Refusal(destination, port, protocol, reason, count, time.time())
+
+    async def refusals(self) -> list[Refusal]:
+        """What was refused, by name and by address, newest first.
+
+        Raises:
+            DriverError: the filter can't be read.
+        """
+        found = list(self._refused.values())
+        for name in ("refused", "refused_other"):
+            text = await self.run("nft", "--json", "list", "set", "inet", "slot", name)
+            found += _listed(json.loads(text), time.time())
+        return sorted(found, key=lambda refusal: refusal.last, reverse=True)[:REFUSALS_KEPT]
+
+    def close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            self.closing.close()
+            # Taking a device down makes the kernel wait, tens of milliseconds: not in the event loop.
+            asyncio.get_running_loop().run_in_executor(None, self._release)
+
+    def _release(self) -> None:
+        for sock in self.sockets:
+            sock.close()
+        for fd in (self.net, self._user, self._tap):
+            os.close(fd)
+
+
+async def _readable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(sock, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(sock)
+
+
+def _listed(document: dict[str, Any], now: float) -> list[Refusal]:
+    """The elements of one of the filter's sets of refusals, as `nft --json` shows them."""
+    found = []
+    for part in document["nftables"]:
+        for element in part.get("set", {}).get("elem", []):
+            fields = element["elem"]
+            reason, address, protocol, *port = fields["val"]["concat"]
+            found.append(
+                Refusal(
+                    destination=address,
+                    port=int(port[0]) if port else 0,
+                    protocol=str(protocol),
+                    reason=rules.REASONS[int(reason)],
+                    count=fields["counter"]["packets"],
+                    last=now - (fields["timeout"] - fields["expires"]),
+                )
+            )
+    return found

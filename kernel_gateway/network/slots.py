@@ -1,0 +1,232 @@
+"""Makes slots ahead of need and connects them to the outside, by one of two mechanisms.
+
+`netns`, as root: a veth pair joins each slot to the host, which masquerades. A table of our own keeps slots away from
+the host and from each other. `passt`, where the server is not root or must not touch the host's tables: a passt process
+per slot turns its packets into ordinary sockets. The filter inside a slot is the same for both.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import subprocess
+import time
+from collections import deque
+from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+
+from kernel_gateway.drivers import DriverError
+from kernel_gateway.network import rules
+from kernel_gateway.network.policy import Floor
+from kernel_gateway.network.slot import Slot, command
+
+log = logging.getLogger(__name__)
+
+SPARE = 2
+"""Slots kept ready beyond those that machines of the pool have."""
+LOOK = 5.0
+"""Seconds between looks at the host's addresses."""
+UPLINK_TIMEOUT = 10.0
+FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
+OURS = Path("/run/cellvm/ip_forward")
+"""Says that forwarding was switched on by us, not by the host's owner."""
+PROGRAMS = {"netns": ("ip", "nft", "nsenter", "unshare"), "passt": ("ip", "nft", "nsenter", "unshare", "pasta")}
+
+
+async def choose(wanted: str) -> tuple[str, str]:
+    """The mechanism to use, "off" when there is none, and a sentence on what did not work.
+
+    Args:
+        wanted: "auto", or the one to use and no other.
+    """
+    if wanted == "off":
+        return "off", "switched off"
+    candidates = ["netns", "passt"] if wanted == "auto" else [wanted]
+    reasons = []
+    for mechanism in candidates:
+        missing = [program for program in PROGRAMS[mechanism] if shutil.which(program) is None]
+        if mechanism == "netns" and os.geteuid():
+            reasons.append("netns: needs root")
+        elif missing:
+            reasons.append(f"{mechanism}: no {', '.join(missing)}")
+        else:
+            try:
+                slot = await Slot.make(mechanism, Floor())
+            except DriverError as error:
+                reasons.append(f"{mechanism}: {error}")
+            else:
+                slot.close()
+                return mechanism, "; ".join(reasons)
+    return "off", "; ".join(reasons)
+
+
+async def host_addresses() -> frozenset[IPv4Address]:
+    """Every IPv4 address of the host itself, but those of loopback."""
+    found = json.loads(await command(["ip", "-json", "-4", "addr"], ""))
+    own = (IPv4Address(entry["local"]) for link in found for entry in link["addr_info"])
+    return frozenset(address for address in own if not address.is_loopback and address not in rules.LINKS)
+
+
+class Slots:
+    """All slots of a server; `take` is how machines get theirs.
+
+    Args:
+        mechanism: "netns" or "passt".
+        exceptions: blocks that the operator takes out of the floor.
+        owner: names the server's own table on the host.
+        outfit: gives a new slot what serves its names; called once for each, its result is closed with it.
+    """
+
+    def __init__(self, mechanism: str, exceptions: tuple[IPv4Network, ...], owner: str) -> None:
+        self.mechanism = mechanism
+        self.floor = Floor(exceptions)
+        self._table = "cellvm_" + hashlib.sha256(owner.encode()).hexdigest()[:12]
+        self._numbers = itertools.count(os.getpid())
+        self._spare: deque[Slot] = deque()
+        self._open: set[Slot] = set()
+        self._wanted = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def __repr__(self) -> str:
+        return f"<Slots {self.mechanism} {len(self._spare)} spare>"
+
+    async def start(self) -> None:
+        """Prepare the host; from here on slots are made ahead.
+
+        Raises:
+            DriverError: the filter can't be installed. Then there must be no network.
+        """
+        self.floor = Floor(self.floor.exceptions, await host_addresses())
+        if self.mechanism == "netns":
+            only_ours = OURS.exists() or FORWARD.read_text().strip() == "0"
+            await command(["nft", "-f", "-"], rules.host(self._table, only_ours=only_ours))
+            if only_ours:
+                OURS.parent.mkdir(mode=0o700, exist_ok=True)
+                OURS.touch()
+                FORWARD.write_text("1")
+        self._tasks = [asyncio.create_task(self._refill()), asyncio.create_task(self._watch_host())]
+
+    async def close(self) -> None:
+        """Take everything down that is ours."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for slot in list(self._open):
+            slot.close()
+        if self.mechanism == "netns":
+            await command(["nft", "-f", "-"], f"add table inet {self._table}\ndelete table inet {self._table}\n")
+            await self._stop_forwarding()
+
+    async def _stop_forwarding(self) -> None:
+        """Switch forwarding off again, when we switched it on and no other server of ours needs it."""
+        tables = json.loads(await command(["nft", "--json", "list", "tables"], ""))["nftables"]
+        if OURS.exists() and not any(part.get("table", {}).get("name", "").startswith("cellvm_") for part in tables):
+            FORWARD.write_text("0")
+            OURS.unlink()
+
+    async def take(self) -> Slot:
+        """A slot that nobody has used.
+
+        Raises:
+            DriverError: none could be made.
+        """
+        self._wanted.set()
+        return self._spare.popleft() if self._spare else await self._make()
+
+    async def _refill(self) -> None:
+        pause = 1.0
+        while True:
+            if len(self._spare) >= SPARE:
+                self._wanted.clear()
+                await self._wanted.wait()
+                continue
+            try:
+                self._spare.append(await self._make())
+                pause = 1.0
+            except DriverError as error:
+                log.error("a sandbox's network could not be prepared: %s", error)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 30.0)
+
+    async def _make(self) -> Slot:
+        slot = await Slot.make(self.mechanism, self.floor)
+        self._open.add(slot)
+        slot.closing.callback(self._open.discard, slot)
+        try:
+            if self.mechanism == "netns":
+                await self._link(slot)
+            else:
+                await self._start_passt(slot)
+        except BaseException:
+            slot.close()
+            raise
+        return slot
+
+    async def _link(self, slot: Slot) -> None:
+        """A veth pair to the host. Its number makes its name and addresses; the kernel takes no name twice."""
+        for number in self._free_numbers():
+            name, base = f"{rules.HOST_SIDE}{number}", rules.LINKS[4 * number]
+            ours, theirs = base + 1, base + 2
+            link = f"link add {name} type veth peer name {rules.UPLINK} netns /proc/self/fd/{slot.net}\n"
+            try:
+                await command(["ip", "-batch", "-"], link, slot.fds)
+            except DriverError as error:
+                if "File exists" in str(error):
+                    continue
+                raise
+            await command(["ip", "-batch", "-"], f"addr add {ours}/30 dev {name}\nlink set {name} up\n")
+            inner = (
+                f"addr add {theirs}/30 dev {rules.UPLINK}\nlink set {rules.UPLINK} up\nroute add default via {ours}\n"
+            )
+            await slot.run("ip", "-batch", "-", text=inner)
+            return
+        raise DriverError("no link between host and sandboxes is free")
+
+    def _free_numbers(self) -> Iterator[int]:
+        room = rules.LINKS.num_addresses // 4
+        return (number % room for number in itertools.islice(self._numbers, room))
+
+    async def _start_passt(self, slot: Slot) -> None:
+        """The way out as a process, which ends with the slot or with the server."""
+        link = rules.LINKS[0]
+        process = subprocess.Popen(
+            [
+                "setpriv", "--pdeathsig=KILL", "--", "pasta", "--foreground", "--quiet", "--ipv4-only", "--config-net",
+                "--no-map-gw", "--no-dhcp", "-t", "none", "-u", "none", "-T", "none", "-U", "none", "--mtu", "1500",
+                "--address", str(link + 2), "--netmask", "30", "--gateway", str(link + 1), "--ns-ifname", rules.UPLINK,
+                "--runas", str(os.geteuid()), "--netns", f"/proc/self/fd/{slot.net}", "--userns",
+                f"/proc/self/fd/{slot.fds[1]}",
+            ],
+            pass_fds=slot.fds, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+        def end() -> None:
+            process.kill()
+            process.wait()
+
+        slot.closing.callback(end)
+        deadline = time.monotonic() + UPLINK_TIMEOUT
+        while not (await slot.run("ip", "route", "show", "default")).strip():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise DriverError(f"passt did not connect a network (status {process.poll()})")
+            await asyncio.sleep(0.02)
+
+    async def _watch_host(self) -> None:
+        """Keep every filter's list of the host's own addresses up to date."""
+        while True:
+            await asyncio.sleep(LOOK)
+            try:
+                found = await host_addresses()
+                if found == self.floor.host:
+                    continue
+                self.floor = Floor(self.floor.exceptions, found)
+                for slot in list(self._open):
+                    with contextlib.suppress(DriverError):  # closed meanwhile
+                        await slot.set_host(found)
+            except DriverError as error:
+                log.error("the host's addresses can't be read: %s", error)
