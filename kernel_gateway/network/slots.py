@@ -33,8 +33,8 @@ LOOK = 5.0
 """Seconds between looks at the host's addresses."""
 UPLINK_TIMEOUT = 10.0
 FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
-OURS = Path("/run/cellvm/ip_forward")
-"""Says that forwarding was switched on by us, not by the host's owner."""
+OURS = Path("/run/cellvm")
+"""Where a file says that forwarding was switched on by us, not by the host's owner: one for each network namespace."""
 PROGRAMS = {"netns": ("ip", "nft", "nsenter", "unshare"), "passt": ("ip", "nft", "nsenter", "unshare", "pasta")}
 
 
@@ -91,6 +91,7 @@ class Slots:
         self._open: set[Slot] = set()
         self._wanted = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._switched = OURS / f"ip_forward-{Path('/proc/self/ns/net').stat().st_ino}"
 
     def __repr__(self) -> str:
         return f"<Slots {self.mechanism} {len(self._spare)} spare>"
@@ -103,11 +104,11 @@ class Slots:
         """
         self.floor = Floor(self.floor.exceptions, await host_addresses())
         if self.mechanism == "netns":
-            only_ours = OURS.exists() or FORWARD.read_text().strip() == "0"
+            only_ours = self._switched.exists() or FORWARD.read_text().strip() == "0"
             await command(["nft", "-f", "-"], rules.host(self._table, only_ours=only_ours))
             if only_ours:
-                OURS.parent.mkdir(mode=0o700, exist_ok=True)
-                OURS.touch()
+                OURS.mkdir(mode=0o700, exist_ok=True)
+                self._switched.touch()
                 FORWARD.write_text("1")
         self._tasks = [asyncio.create_task(self._refill()), asyncio.create_task(self._watch_host())]
 
@@ -125,9 +126,10 @@ class Slots:
     async def _stop_forwarding(self) -> None:
         """Switch forwarding off again, when we switched it on and no other server of ours needs it."""
         tables = json.loads(await command(["nft", "--json", "list", "tables"], ""))["nftables"]
-        if OURS.exists() and not any(part.get("table", {}).get("name", "").startswith("cellvm_") for part in tables):
+        is_last = not any(part.get("table", {}).get("name", "").startswith("cellvm_") for part in tables)
+        if is_last and self._switched.exists():
             FORWARD.write_text("0")
-            OURS.unlink()
+            self._switched.unlink()
 
     async def take(self) -> Slot:
         """A slot that nobody has used.

@@ -24,20 +24,29 @@ SLOWNESS = {"kvm": 1.0, "tcg": 2.0}
 
 
 class Server:
-    """A `cellvm serve` process with its data directory."""
+    """A `cellvm serve` process with its data directory. `flags` are further ones, `environment` further variables."""
 
-    def __init__(self, data: Path, *, pool_size: int, max_sandboxes: int) -> None:
+    def __init__(
+        self,
+        data: Path,
+        *,
+        pool_size: int,
+        max_sandboxes: int,
+        flags: dict[str, object] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         assert shutil.which("qemu-system-x86_64"), "these tests need QEMU: run `cellvm doctor`"
         self.data = data
         self.log = data.with_name(f"{data.name}.log")
-        flags = {"--port": 0, "--data-dir": data, "--pool-size": pool_size, "--max-sandboxes": max_sandboxes}
-        command = [str(CELLVM), "serve", *(str(part) for flag in flags.items() for part in flag)]
+        given = {"--port": 0, "--data-dir": data, "--pool-size": pool_size, "--max-sandboxes": max_sandboxes}
+        command = [str(CELLVM), "serve", *(str(part) for flag in (given | (flags or {})).items() for part in flag)]
+        variables = {**os.environ, "CELLVM_API_KEY": KEY, **(environment or {})}
         self.pool_size = pool_size
         started = time.monotonic()
         with self.log.open("ab") as log:
             offset = log.tell()
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "CELLVM_API_KEY": KEY}
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables
             )
         self.pid = self.process.pid
         self.http = requests.Session()
