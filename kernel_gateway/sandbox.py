@@ -8,11 +8,13 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+from kernel_gateway.drivers import Networked, Vm
 from kernel_gateway.errors import Conflict, SandboxDied
 from kernel_gateway.kernel import Kernel
 from kernel_gateway.lifecycle import Event, State, decide
+from kernel_gateway.network.policy import Policy, Refusal
 from kernel_gateway.pool import Guest
 from kernel_gateway.templates import Template
 
@@ -46,12 +48,37 @@ def sandbox_id(kernel: str) -> str:
     return PREFIX + digits.rjust(ID_LENGTH, "0")
 
 
+@runtime_checkable
+class Filter(Protocol):
+    """A network card that lets through what a policy permits, and counts the rest."""
+
+    async def apply(self, policy: Policy) -> None:
+        """Replace the policy; connections that the new one forbids are cut.
+
+        Raises:
+            DriverError: it could not be; the one before is still in force.
+        """
+
+    async def refusals(self) -> list[Refusal]:
+        """What was refused so far, newest first.
+
+        Raises:
+            DriverError: nobody can say.
+        """
+
+
+def filter_of(vm: Vm) -> Filter | None:
+    """What stands between a machine and the internet; None for one without a network card of its own."""
+    card = vm.nic if isinstance(vm, Networked) else None
+    return card if isinstance(card, Filter) else None
+
+
 class Sandbox:
     """A sandbox of one owner.
 
     `deadline` is on the monotonic clock, so that a step of the host's clock moves no lifetime; `ends_at` is what we
     tell people. With `idle_timeout` it lives on as long as somebody is connected to its kernel or the kernel works, and
-    that many seconds longer.
+    that many seconds longer. `policy` is what it may reach; whoever replaces it holds `applying`.
     """
 
     def __init__(
@@ -63,6 +90,7 @@ class Sandbox:
         timeout: int,
         metadata: dict[str, str],
         env: dict[str, str],
+        policy: Policy,
         idle_timeout: int | None = None,
         ended: Callable[["Sandbox", str], None],
     ) -> None:
@@ -71,6 +99,11 @@ class Sandbox:
         self.template = template
         self.metadata = metadata
         self.env = env
+        self.policy = policy
+        self.applying = asyncio.Lock()
+        self.open_ports: set[int] = set()
+        self.all_ports_open = False
+        self.port_connections = 0
         self.started_at = datetime.now(UTC)
         self.idle_timeout = idle_timeout
         self.state = State.CREATING
@@ -86,6 +119,10 @@ class Sandbox:
     def set_timeout(self, seconds: float) -> None:
         """Let it expire that many seconds from now."""
         self.deadline = time.monotonic() + seconds
+
+    def is_open(self, port: int) -> bool:
+        """Whether that port may be used without a key."""
+        return self.all_ports_open or port in self.open_ports
 
     @property
     def kernel_id(self) -> str:

@@ -6,12 +6,14 @@ import logging
 import re
 import time
 from pathlib import Path
+from typing import Protocol
 
 from kernel_gateway.drivers import DriverError
-from kernel_gateway.errors import CellvmError, Draining, HostFull, InvalidRequest, NotFound
+from kernel_gateway.errors import CellvmError, Draining, GuestFailure, HostFull, InvalidRequest, NotFound, Unavailable
 from kernel_gateway.lifecycle import Event, State
+from kernel_gateway.network.policy import Floor, Policy, Refusal
 from kernel_gateway.pool import Guest, Guests, Pool
-from kernel_gateway.sandbox import Sandbox, new_id
+from kernel_gateway.sandbox import Sandbox, filter_of, new_id
 from kernel_gateway.store import Store
 from kernel_gateway.templates import Template, Templates
 
@@ -19,14 +21,26 @@ log = logging.getLogger(__name__)
 
 LEGAL_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 START_ATTEMPTS = 2
+DEFAULT_POLICY = Policy()
 TICK = 0.25
 """Seconds between looks at the lifetimes: sandboxes end within this of their deadline."""
+
+
+class Network(Protocol):
+    """What the networks of all sandboxes have in common: how they are made, and what none of them reaches."""
+
+    @property
+    def mechanism(self) -> str: ...
+
+    @property
+    def floor(self) -> Floor: ...
 
 
 class Sandboxes:
     """The collection. `maximum` counts sandboxes that exist or are being created; the pool is not counted.
 
-    `journals` is where kernels' output goes that memory does not hold.
+    `journals` is where kernels' output goes that memory does not hold. `network` is None where machines have no network
+    card.
     """
 
     def __init__(
@@ -38,11 +52,13 @@ class Sandboxes:
         *,
         maximum: int,
         journals: Path | None = None,
+        network: Network | None = None,
     ) -> None:
         self.templates = templates
         self.maximum = maximum
         self.pools = pools
         self.capabilities = guests.capabilities
+        self.network = network
         self._guests = guests
         self._store = store
         self._journals = journals
@@ -82,14 +98,17 @@ class Sandboxes:
         timeout: int,
         metadata: dict[str, str],
         env: dict[str, str],
+        policy: Policy = DEFAULT_POLICY,
         idle_timeout: int | None = None,
     ) -> Sandbox:
-        """A running sandbox.
+        """A running sandbox. It never runs with another policy than that.
 
         Raises:
             HostFull: there are `maximum` already, or no machine could be started.
             Draining: the server is going down.
+            Unavailable: this server can't enforce the policy.
         """
+        self._check_enforceable(policy)
         if self.is_draining:
             raise Draining("the server is going down")
         if len(self._sandboxes) >= self.maximum:
@@ -102,6 +121,7 @@ class Sandboxes:
             timeout=timeout,
             metadata=metadata,
             env=env,
+            policy=policy,
             idle_timeout=idle_timeout,
             ended=self._forget,
         )
@@ -128,6 +148,8 @@ class Sandboxes:
             try:
                 guest = (await pool.take() if pool else None) or await self._guests.start(sandbox.template.id)
                 try:
+                    if sandbox.policy != DEFAULT_POLICY:  # which every filter begins with
+                        await self._enforce(guest, sandbox.policy)
                     await self._guests.resume(guest, sandbox_id=sandbox.id, hostname=sandbox.id, env=env)
                 except BaseException:
                     await guest.kill()
@@ -136,6 +158,68 @@ class Sandboxes:
             except (DriverError, CellvmError) as error:
                 log.error("sandbox %s: start %d failed: %.500s", sandbox.id, attempt + 1, error)
         raise HostFull("no machine could be started for the sandbox", hint="the server's log says why")
+
+    def _check_enforceable(self, policy: Policy) -> None:
+        if policy.restricts and self.capabilities.network == "host":
+            raise Unavailable(
+                "this server can't restrict what sandboxes reach: they are not isolated and use the host's own network",
+                hint="run it without --isolation unisolated",
+            )
+
+    async def _enforce(self, guest: Guest, policy: Policy) -> None:
+        """Let the guest's filter do what the policy says.
+
+        Raises:
+            DriverError: it does not.
+        """
+        between = filter_of(guest.vm)
+        if between is not None:
+            try:
+                await between.apply(policy)
+            except OSError as error:
+                raise DriverError(f"the filter could not be reached: {error}") from error
+        elif policy.restricts and self.capabilities.network != "off":
+            raise DriverError("the machine has no filter")
+
+    async def set_policy(self, sandbox: Sandbox, policy: Policy) -> None:
+        """Replace what a running sandbox may reach. Done to its end, also when whoever asked has gone.
+
+        Raises:
+            Unavailable: this server can't enforce it.
+            Conflict, SandboxDied: it is not running.
+            GuestFailure: it could not be applied; the one before is still in force.
+        """
+        self._check_enforceable(policy)
+        await asyncio.shield(asyncio.create_task(self._replace_policy(sandbox, policy)))
+
+    async def _replace_policy(self, sandbox: Sandbox, policy: Policy) -> None:
+        async with sandbox.applying:
+            guest = sandbox.guest
+            try:
+                await self._enforce(guest, policy)
+            except (DriverError, CellvmError) as error:
+                log.error("sandbox %s: the policy could not be applied: %.500s", sandbox.id, error)
+                _ = sandbox.guest  # one that has ended says so
+                message = "the network policy could not be applied; the one before is still in force"
+                raise GuestFailure("failed", message) from error
+            sandbox.policy = policy
+
+    async def refusals(self, sandbox: Sandbox) -> list[Refusal]:
+        """What the sandbox wanted to reach and may not, newest first.
+
+        Raises:
+            Conflict, SandboxDied: it is not running.
+            GuestFailure: it can't be told now.
+        """
+        between = filter_of(sandbox.guest.vm)
+        if between is None:
+            return []
+        try:
+            return await between.refusals()
+        except (DriverError, OSError) as error:
+            log.error("sandbox %s: refusals can't be read: %.500s", sandbox.id, error)
+            _ = sandbox.guest
+            raise GuestFailure("failed", "what was refused can't be told now") from error
 
     def get(self, owner: str, sandbox_id: str) -> Sandbox:
         """The owner's sandbox of that id.

@@ -30,6 +30,7 @@ from guest_agent import wire
 from guest_agent.wire import Body, FrameType
 from kernel_gateway.api.app import application
 from kernel_gateway.drivers import Capabilities, DriverError
+from kernel_gateway.network.policy import Floor, Policy, Refusal
 from kernel_gateway.pool import Guests, Pool
 from kernel_gateway.sandboxes import Sandboxes
 from kernel_gateway.store import Store
@@ -60,7 +61,8 @@ class Script:
     """What is wrong with a machine. By default nothing.
 
     `sample` makes a handshake's random sample, `resumed` may change the acknowledgement before it is sent,
-    `handlers` replace what is done for a request, `start_error` is raised instead of starting.
+    `handlers` replace what is done for a request, `start_error` is raised instead of starting, `filter_error` when a
+    network policy is applied and when refusals are read.
     """
 
     sample: Callable[[], bytes] = lambda: os.urandom(16)
@@ -68,6 +70,7 @@ class Script:
     handlers: dict[type[Body], Handler] = field(default_factory=dict)
     start_error: Exception | None = None
     start_delay: float = 0.0
+    filter_error: Exception | None = None
 
 
 class Stream:
@@ -635,10 +638,54 @@ OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
 # -- the driver
 
 
+class FakeSlot:
+    """A machine's network that only remembers: policies in the order they were applied, and refusals a test gives it.
+
+    While a test has cleared `may_apply`, applying waits.
+    """
+
+    tap = -1
+
+    def __init__(self, script: Script) -> None:
+        self.applied: list[Policy] = []
+        self.refused: list[Refusal] = []
+        self.may_apply = asyncio.Event()
+        self.may_apply.set()
+        self.is_closed = False
+        self._script = script
+
+    async def apply(self, policy: Policy) -> None:
+        await self.may_apply.wait()
+        self._work()
+        self.applied.append(policy)
+
+    async def refusals(self) -> list[Refusal]:
+        self._work()
+        return self.refused
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def _work(self) -> None:
+        if self._script.filter_error is not None:
+            raise self._script.filter_error
+        if self.is_closed:
+            raise DriverError("the network is closed")
+
+
+@dataclass
+class FakeNetwork:
+    """What `FakeSlot`s have in common."""
+
+    mechanism: str = "netns"
+    floor: Floor = field(default_factory=Floor)
+
+
 class FakeVm:
     """One machine. `die` ends it as if by itself."""
 
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, nic: FakeSlot | None = None) -> None:
+        self.nic = nic
         self.is_stopped = False
         self._ours, theirs = socket.socketpair()
         theirs.setblocking(False)
@@ -665,6 +712,8 @@ class FakeVm:
         if not self._ended.done():
             self._ended.set_result(reason)
             self._task.cancel()
+            if self.nic is not None:
+                self.nic.close()
             self._task.add_done_callback(lambda _: self._theirs.close())
             # What a dead process does to its sockets.
             with suppress(OSError):
@@ -690,10 +739,14 @@ class StoppableFakeVm(FakeVm):
 
 
 class FakeDriver:
-    """Starts fake machines by `script`, which holds for those started from then on; `machines` are all there were."""
+    """Starts fake machines by `script`, which holds for those started from then on; `machines` are all there were.
 
-    def __init__(self, *, time_scale: float = 1.0, stops: bool = True) -> None:
-        self.capabilities = Capabilities(isolation="none", accelerator="fake", time_scale=time_scale)
+    They have a network card unless `network` is "off" or "host"; `has_cards` may say otherwise.
+    """
+
+    def __init__(self, *, time_scale: float = 1.0, stops: bool = True, network: str = "off") -> None:
+        self.capabilities = Capabilities(isolation="none", accelerator="fake", time_scale=time_scale, network=network)
+        self.has_cards = network in ("netns", "passt")
         self.script = Script()
         self.machines: list[FakeVm] = []
         self._kind = StoppableFakeVm if stops else FakeVm
@@ -707,7 +760,7 @@ class FakeDriver:
         await asyncio.sleep(script.start_delay)
         if script.start_error is not None:
             raise script.start_error
-        vm = self._kind(script)
+        vm = self._kind(script, FakeSlot(script) if self.has_cards else None)
         self.machines.append(vm)
         return vm
 
@@ -789,9 +842,18 @@ class Service:
 
     def guest(self, sandbox_id: str) -> FakeGuest:
         """The fake behind a sandbox."""
+        return self._vm(sandbox_id).guest
+
+    def slot(self, sandbox_id: str) -> FakeSlot:
+        """The fake network of a sandbox."""
+        nic = self._vm(sandbox_id).nic
+        assert nic is not None
+        return nic
+
+    def _vm(self, sandbox_id: str) -> FakeVm:
         vm = self.sandboxes.get(self.owner, sandbox_id).guest.vm
         assert isinstance(vm, FakeVm)
-        return vm.guest
+        return vm
 
     def close(self) -> None:
         self._client.close()
@@ -805,6 +867,7 @@ async def serving(
     max_sandboxes: int = 4,
     pool_size: int = 0,
     store: str = "cellvm.db",
+    network: FakeNetwork | None = None,
     **options: Any,
 ) -> AsyncIterator[Service]:
     """A service for the time of the block; afterwards all of it is gone. `options` are the application's."""
@@ -812,7 +875,7 @@ async def serving(
     db = Store(directory / store)
     guests = Guests(driver)
     pools = {"code_interpreter": Pool(guests, "code_interpreter", pool_size)} if pool_size else {}
-    sandboxes = Sandboxes(Templates(TEMPLATES), guests, pools, db, maximum=max_sandboxes)
+    sandboxes = Sandboxes(Templates(TEMPLATES), guests, pools, db, maximum=max_sandboxes, network=network)
     http = HTTPServer(application(sandboxes, db, **options), max_body_size=1 << 50, max_header_size=64 * 1024)
     sock, port = bind_unused_port()
     http.add_sockets([sock])

@@ -25,6 +25,7 @@ from kernel_gateway.errors import CellvmError, GuestFailure, GuestUnresponsive, 
 from kernel_gateway.journal import Gap
 from kernel_gateway.jupyter import message
 from kernel_gateway.jupyter.execution import Cell, CellError, Collector, Events, StreamEvent
+from kernel_gateway.network.policy import Floor, Policy, parse_policy
 from kernel_gateway.notebook import session_notebook
 from kernel_gateway.pool import Guest
 from kernel_gateway.sandbox import Sandbox
@@ -48,17 +49,45 @@ Text = dict[str, str]
 # -- sandboxes
 
 
+class NetworkRules(Struct):
+    """What a sandbox may reach: addresses, CIDR blocks, names, and `*.` with a name. `allowOut` wins over `denyOut`.
+
+    `allowPublicTraffic` opens its ports to whoever has their address. The last three are E2B's and not offered.
+    """
+
+    allowOut: list[str] = []
+    denyOut: list[str] = []
+    allowPublicTraffic: bool | None = None
+    rules: Any = None
+    maskRequestHost: Any = None
+    egressProxy: Any = None
+
+
 class CreateSandbox(Struct):
-    """A new sandbox. `timeout` is its lifetime, `envVars` are seen by every process in it."""
+    """A new sandbox. `timeout` is its lifetime, `envVars` are seen by every process in it.
+
+    `allow_internet_access` and `allowInternetAccess` are one field in two spellings.
+    """
 
     templateID: str
     timeout: Timeout = 300
     metadata: Text = {}
     envVars: Text = {}
+    network: NetworkRules | None = None
+    allow_internet_access: bool | None = None
+    allowInternetAccess: bool | None = None
+
+
+class NetworkModel(Struct):
+    """What a sandbox may reach, as its owner has said."""
+
+    allowOut: list[str]
+    denyOut: list[str]
+    allowPublicTraffic: bool
 
 
 class SandboxModel(Struct, omit_defaults=True):
-    """A sandbox. `status` is SandBase's word for its state, `state` E2B's."""
+    """A sandbox. `status` is SandBase's word for its state, `state` E2B's. Only one asked for alone has a network."""
 
     sandboxID: str
     templateID: str
@@ -74,6 +103,8 @@ class SandboxModel(Struct, omit_defaults=True):
     envdVersion: str
     kernelID: str
     alias: str | None = None
+    allowInternetAccess: bool | None = None
+    network: NetworkModel | None = None
 
 
 class SandboxFilter(Struct):
@@ -150,11 +181,17 @@ async def create_sandbox(call: Call, body: CreateSandbox) -> SandboxModel:
         raise InvalidRequest(f"unknown template: {body.templateID[:100]}", hint=f"this server offers {known}")
     check_env(body.envVars)
     check_text(*body.metadata, *body.metadata.values())
-    return model(
-        await call.sandboxes.create(
-            call.owner, template, timeout=body.timeout, metadata=body.metadata, env=body.envVars
-        )
+    network = body.network or NetworkRules()
+    sandbox = await call.sandboxes.create(
+        call.owner,
+        template,
+        timeout=body.timeout,
+        metadata=body.metadata,
+        env=body.envVars,
+        policy=read_policy(call, network, body.allow_internet_access, body.allowInternetAccess),
     )
+    sandbox.all_ports_open = network.allowPublicTraffic is True
+    return model(sandbox)
 
 
 async def list_sandboxes(call: Call) -> list[SandboxModel]:
@@ -177,7 +214,15 @@ def parse_metadata(text: str) -> Text:
 
 async def get_sandbox(call: Call) -> SandboxModel:
     """One sandbox."""
-    return model(call.sandbox)
+    sandbox = call.sandbox
+    described = model(sandbox)
+    described.allowInternetAccess = sandbox.policy.allow_internet
+    described.network = NetworkModel(
+        allowOut=list(sandbox.policy.allow_out),
+        denyOut=list(sandbox.policy.deny_out),
+        allowPublicTraffic=sandbox.all_ports_open,
+    )
+    return described
 
 
 async def delete_sandbox(call: Call) -> None:
@@ -210,6 +255,97 @@ async def later(call: Call) -> None:
     if "id" in call.path:
         _ = call.sandbox  # an id that is not yours is 404 here too
     raise Unavailable("this server does not offer pause, resume, events and webhooks yet")
+
+
+# -- the network
+
+
+class SetNetwork(Struct):
+    """What a sandbox may reach from now on: all of it is replaced, what is absent is the default.
+
+    Fields are those of a new sandbox. Without `allowPublicTraffic` its ports stay as they are.
+    """
+
+    allowOut: list[str] = []
+    denyOut: list[str] = []
+    allow_internet_access: bool | None = None
+    allowInternetAccess: bool | None = None
+    allowPublicTraffic: bool | None = None
+    rules: Any = None
+    maskRequestHost: Any = None
+    egressProxy: Any = None
+
+
+class RefusalModel(Struct):
+    """Something a sandbox wanted to reach and may not, how often, and when last. `reason` is one of docs/network.md."""
+
+    destination: str
+    port: int
+    protocol: str
+    reason: str
+    count: int
+    last: str
+
+
+class NetworkState(Struct):
+    """What a sandbox may reach, by which mechanism it does, and what was refused, newest first."""
+
+    mechanism: str
+    allowInternetAccess: bool
+    allowOut: list[str]
+    denyOut: list[str]
+    refused: list[RefusalModel]
+    refusedTotal: int
+
+
+def read_policy(call: Call, wanted: NetworkRules | SetNetwork, *access: bool | None) -> Policy:
+    """The policy that a body asks for; `access` are the spellings of whether the internet is allowed."""
+    for name in ("rules", "maskRequestHost", "egressProxy"):
+        if getattr(wanted, name) not in (None, [], {}):
+            raise Unavailable(f"this server does not offer network.{name}")
+    given = {each for each in access if each is not None}
+    if len(given) > 1:
+        raise InvalidRequest("allow_internet_access and allowInternetAccess contradict each other")
+    network = call.sandboxes.network
+    return parse_policy(
+        allow_internet=False not in given,
+        allow_out=wanted.allowOut,
+        deny_out=wanted.denyOut,
+        floor=network.floor if network is not None else Floor(),
+    )
+
+
+async def set_network(call: Call, body: SetNetwork) -> None:
+    """Replace what the sandbox may reach; connections that are forbidden now are cut."""
+    sandbox = call.sandbox
+    policy = read_policy(call, body, body.allow_internet_access, body.allowInternetAccess)
+    await call.sandboxes.set_policy(sandbox, policy)
+    if body.allowPublicTraffic is not None:
+        sandbox.all_ports_open = body.allowPublicTraffic
+
+
+async def get_network(call: Call) -> NetworkState:
+    """What the sandbox may reach, and what it was refused."""
+    sandbox = call.sandbox
+    refused = await call.sandboxes.refusals(sandbox)
+    return NetworkState(
+        mechanism=call.sandboxes.capabilities.network,
+        allowInternetAccess=sandbox.policy.allow_internet,
+        allowOut=list(sandbox.policy.allow_out),
+        denyOut=list(sandbox.policy.deny_out),
+        refused=[
+            RefusalModel(
+                destination=each.destination,
+                port=each.port,
+                protocol=each.protocol,
+                reason=each.reason,
+                count=each.count,
+                last=rfc3339(datetime.fromtimestamp(each.last, UTC)),
+            )
+            for each in refused
+        ],
+        refusedTotal=sum(each.count for each in refused),
+    )
 
 
 # -- commands
@@ -851,6 +987,7 @@ class Health(Struct):
     version: str
     isolation: str
     accelerator: str
+    network: str
     sandboxes: int
     maxSandboxes: int
     pool: list[PoolModel]
@@ -867,6 +1004,7 @@ async def health(call: Call) -> Health:
         version=__version__,
         isolation=capabilities.isolation,
         accelerator=capabilities.accelerator,
+        network=capabilities.network,
         sandboxes=len(sandboxes),
         maxSandboxes=sandboxes.maximum,
         pool=[PoolModel(pool.template_id, pool.ready, pool.size) for pool in sandboxes.pools.values()],

@@ -86,6 +86,28 @@ def test_the_core_is_pure(name: str) -> None:
     assert not imports(name) & {"asyncio", "socket", "subprocess", "os", "time"}
 
 
+@pytest.mark.parametrize("name", ["kernel_gateway.network.policy", "kernel_gateway.network.rules"])
+def test_policies_and_rules_are_pure(name: str) -> None:
+    """What a sandbox may reach is decided without I/O: text and values in, text and values out."""
+    assert outside(name) == set()
+    allowed = {"kernel_gateway.network.rules": {"kernel_gateway.network.policy", "kernel_gateway.drivers"}}
+    assert ours(name) <= allowed.get(name, {"kernel_gateway.errors"})
+    assert not imports(name) & {"asyncio", "socket", "subprocess", "os", "time"}
+
+
+@pytest.mark.parametrize("name", below("kernel_gateway.network"))
+def test_networks_know_nothing_above_them(name: str) -> None:
+    """A network knows errors and what a driver is; no driver, no sandbox, no HTTP."""
+    allowed = {"kernel_gateway.errors", "kernel_gateway.drivers", *below("kernel_gateway.network")}
+    assert ours(name) <= allowed
+
+
+@pytest.mark.parametrize("name", below("kernel_gateway.api"))
+def test_the_api_knows_only_policies_of_the_network(name: str) -> None:
+    """HTTP reads policies; what enforces them is a machine's."""
+    assert ours(name) & set(below("kernel_gateway.network")) <= {"kernel_gateway.network.policy"}
+
+
 @pytest.mark.parametrize("name", below("kernel_gateway.drivers"))
 def test_drivers_know_nothing_above_them(name: str) -> None:
     """A driver knows snapshots and other driver modules; no sandboxes, no HTTP, no kernel."""
