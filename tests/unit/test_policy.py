@@ -5,6 +5,7 @@ import socket
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from kernel_gateway.errors import InvalidRequest
 from kernel_gateway.network.policy import DENIED, MAX_ENTRIES, MAX_ENTRY, MAX_NAME, Floor, Policy, parse_policy
+from kernel_gateway.network.rules import REASONS
 
 ADDRESSES = st.integers(0, 2**32 - 1).map(IPv4Address)
 BLOCKS = st.builds(lambda address, length: IPv4Network((address, length), strict=False), ADDRESSES, st.integers(0, 32))
@@ -222,6 +224,16 @@ def test_the_normal_form_means_the_same(entries: list[str]) -> None:
 
 
 # -- the floor
+
+
+def test_the_floor_is_documented() -> None:
+    """docs/network.md lists every block, and every reason of a refusal."""
+    text = (Path(__file__).parents[2] / "docs" / "network.md").read_text()
+    parts = {part.partition("\n")[0]: part for part in text.split("\n## ")}
+    blocks = re.findall(r"`(\d+\.\d+\.\d+\.\d+(?:/\d+)?)`", parts["What no sandbox reaches"])
+    assert {IPv4Network(block) for block in blocks} == set(DENIED)
+    rows = re.findall(r"^\| `(\w+)` \|", parts["What was refused"], re.MULTILINE)
+    assert set(rows) == set(REASONS.values())
 
 
 def test_blocks_of_the_floor_are_disjoint() -> None:
