@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernel_gateway.build import Builder, qemu_version
+from kernel_gateway.drivers.jail import Jail
 from kernel_gateway.drivers.qemu import Qemu
 from kernel_gateway.image import BuildError, Progress, content_hash, run
 from kernel_gateway.settings import Settings
@@ -61,8 +62,11 @@ async def kvm_verdict(builder: Builder, template: Template, disks: Path, step: P
     key = content_hash(cpu, os.uname().release, qemu_version(builder.binary))
     path = builder.cache / "kvm" / key
     if not path.exists():
-        driver = Qemu(builder.binary, "kvm", disks, as_root=os.geteuid() == 0)
-        verdict = await builder.probe_kvm(template, driver, step)
+        jail = Jail.open(builder.binary, kvm=True)
+        try:
+            verdict = await builder.probe_kvm(template, Qemu(builder.binary, "kvm", disks, jail), step)
+        finally:
+            jail.close()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("yes" if verdict else "no")
     return path.read_text() == "yes"

@@ -21,6 +21,7 @@ from kernel_gateway.api.app import application
 from kernel_gateway.api.socket import GOING_DOWN
 from kernel_gateway.build import Builder, qemu_version
 from kernel_gateway.drivers import DriverError, VmDriver
+from kernel_gateway.drivers.jail import Jail
 from kernel_gateway.drivers.qemu import Qemu
 from kernel_gateway.drivers.unisolated import Unisolated
 from kernel_gateway.host import kvm_verdict
@@ -154,7 +155,8 @@ async def _qemu(
     if accelerator == "auto":
         verdict = await kvm_verdict(building, next(iter(templates)), disks, progress)
         accelerator = "kvm" if verdict else "tcg"
-    driver = Qemu(settings.qemu, accelerator, disks, as_root=os.geteuid() == 0, nics=slots)
+    jail = Jail.open(settings.qemu, kvm=accelerator == "kvm")
+    driver = Qemu(settings.qemu, accelerator, disks, jail, nics=slots)
     for template in templates:
         await building.ready(template, driver, progress)
     if accelerator == "tcg":
@@ -202,7 +204,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
         left = store.end_all("host_restart")
         if left:
             log.warning("%d sandboxes ended with the server before this one", left)
-        async with opened_driver(settings, templates, progress) as (driver, _):
+        async with opened_driver(settings, templates, progress) as (driver, slots):
             check_bind(settings, sockets, driver)
             made = None  # only now: a key that was made before a failed start would never be shown
             if settings.api_key:
@@ -215,7 +217,15 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
             pools = {first.id: Pool(guests, first.id, settings.pool_size)} if settings.pool_size else {}
             journals = settings.data_path / "journals"
             journals.mkdir(exist_ok=True, mode=0o700)
-            sandboxes = Sandboxes(templates, guests, pools, store, maximum=settings.max_sandboxes, journals=journals)
+            sandboxes = Sandboxes(
+                templates,
+                guests,
+                pools,
+                store,
+                maximum=settings.max_sandboxes,
+                journals=journals,
+                network=slots,
+            )
             app = application(
                 sandboxes,
                 store,
@@ -223,6 +233,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 base_url=settings.base_path,
                 max_message=settings.max_message_mb * 1024 * 1024,
                 kernel_idle_timeout=settings.kernel_idle_timeout,
+                domain=settings.domain,
             )
             http = HTTPServer(
                 app,

@@ -10,7 +10,6 @@ Two ways to run one: `boot` starts the guest's kernel (only to make a template, 
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,13 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernel_gateway.drivers import Capabilities, DriverError, Nic, Nics
-from kernel_gateway.drivers.qemu_argv import Descriptors, Machine, drop_privileges, qemu
+from kernel_gateway.drivers.jail import Cell, Jail
+from kernel_gateway.drivers.qemu_argv import Descriptors, Machine, qemu
 from kernel_gateway.drivers.qmp import Qmp
 from kernel_gateway.snapshot import Snapshot, copy_disk
 
-FIRST_UID = 1_879_048_192
-"""Machines run as users from here on, each as another; no account has such a number."""
-UIDS = 65_536
 CONSOLE_KEPT = 64 * 1024
 """Bytes of console output kept for error messages."""
 START_TIMEOUT = 20.0
@@ -54,8 +51,10 @@ class QemuVm:
         qmp: socket.socket,
         console: socket.socket,
         nic: Nic | None,
+        cell: Cell,
     ) -> None:
         self.nic = nic
+        self.cell = cell
         self._process = process
         self._channel = channel
         self._console = console
@@ -128,7 +127,10 @@ class QemuVm:
         self._channel.close()
         if self.nic is not None:
             self.nic.close()
-        self._ended.set_result(f"killed by {signal.Signals(-code).name}" if code < 0 else f"QEMU exited with {code}")
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"QEMU exited with {code}"
+        if self.cell.release():
+            how += ": it took more memory of the host than a machine may"
+        self._ended.set_result(how)
 
     def _console_readable(self) -> None:
         try:
@@ -164,20 +166,16 @@ class Qemu:
         binary: the QEMU program.
         accelerator: "kvm" or "tcg".
         disk_dir: where disks without a name take their space.
-        as_root: whether machines can be given users of their own.
+        jail: what stands round them.
         nics: where machines get their network cards; None for none.
     """
 
-    def __init__(
-        self, binary: str, accelerator: str, disk_dir: Path, *, as_root: bool, nics: Nics | None = None
-    ) -> None:
+    def __init__(self, binary: str, accelerator: str, disk_dir: Path, jail: Jail, *, nics: Nics | None = None) -> None:
         self._binary = binary
         self._accelerator = accelerator
         self._disk_dir = disk_dir
-        self._as_root = as_root
+        self._jail = jail
         self._nics = nics
-        self._next_uid = 0
-        self._setpriv = shutil.which("setpriv") or "/usr/bin/setpriv"
         self._templates: dict[str, tuple[Snapshot, Image, Machine]] = {}
         hardware = accelerator == "kvm"
         self.capabilities = Capabilities(
@@ -207,6 +205,7 @@ class Qemu:
             opened.callback(os.close, state)
             vm = self._spawn(machine, image, snapshot.memory, disk, state, await self._card())
         async with _whole_or_nothing(vm):
+            await vm.cell.confine(vm.pid)
             qmp = await vm.control()
             await qmp.execute("migrate-set-capabilities", capabilities=_CAPABILITIES)
             await qmp.execute("migrate-incoming", uri=f"fd:{state}")
@@ -218,6 +217,7 @@ class Qemu:
         """Start the guest's kernel on a shared memory file and a disk, both the caller's."""
         vm = self._spawn(machine, image, memory, disk, None, await self._card())
         async with _whole_or_nothing(vm):
+            await vm.cell.confine(vm.pid)
             await vm.control()
         return vm
 
@@ -241,8 +241,7 @@ class Qemu:
         self, machine: Machine, image: Image, memory: int, disk: int, state: int | None, nic: Nic | None
     ) -> QemuVm:
         """Start QEMU; from here on the card is the machine's."""
-        uid = FIRST_UID + self._next_uid if self._as_root else None
-        self._next_uid = (self._next_uid + 1) % UIDS
+        cell = self._jail.cell(machine, os.fstat(disk).st_size)
         (channel, its_channel), (qmp, its_qmp), (console, its_console) = (socket.socketpair() for _ in range(3))
         try:
             fds = Descriptors(
@@ -256,7 +255,7 @@ class Qemu:
                 console=its_console.fileno(),
                 tap=None if nic is None else nic.tap,
             )
-            argv = drop_privileges(self._setpriv, uid) + self.command(machine, fds, template=state is None)
+            argv = cell.command(self.command(machine, fds, template=state is None))
             # The parent-death signal is tied to the thread that spawns: this must be the main one.
             process = subprocess.Popen(
                 argv,
@@ -272,8 +271,9 @@ class Qemu:
                 sock.close()
             if nic is not None:
                 nic.close()
+            cell.release()
             raise
         finally:
             for sock in (its_channel, its_qmp, its_console):
                 sock.close()
-        return QemuVm(process, channel, qmp, console, nic)
+        return QemuVm(process, channel, qmp, console, nic, cell)

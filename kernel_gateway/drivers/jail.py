@@ -1,0 +1,477 @@
+"""What stands round a QEMU process besides its own seccomp sandbox: a user, a view of the files, and limits.
+
+- **A user of its own.** A server claims a block of user ids; each of its machines gets one nobody else has.
+- **A view.** All machines of a server live in one set of namespaces: a read-only root with the programs and libraries
+  that QEMU is made of and nothing else, a /proc that shows a process only itself, no network, no System V IPC, another
+  host name. No machine has a file with a name, so one view does for all. It is made once by a child that then ends; the
+  server holds the namespaces by descriptors, and with the last of those they are gone.
+- **Limits.** A control group for memory, processors and threads, and limits of the process for files and core dumps.
+
+What a server that was killed has left (empty control groups; a process, if the parent-death signal ever failed) is
+removed when the next one starts. docs/adr/0010 says why each.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernel_gateway.drivers import DriverError
+from kernel_gateway.drivers.cgroup import MEMBERSHIP, MOUNTS, Cgroups, Group, Limits
+from kernel_gateway.drivers.qemu_argv import Machine, drop_privileges
+
+log = logging.getLogger(__name__)
+
+FIRST_UID = 1_879_113_728
+"""Machines run as users from here on; no account has such a number."""
+UIDS = 65_536
+"""User ids of one server."""
+TRIAL_UID = FIRST_UID - 1
+"""Who tries whether QEMU runs in a view."""
+SERVERS = 1024
+OPEN_FILES = 256
+THREADS = 128
+"""QEMU has one per processor, up to 64 for the disk, and a handful."""
+SPARE_CPU = 0.5
+"""Processors beyond those of the guest, for the devices."""
+OVERHEAD_MB = {"kvm": 192, "tcg": 448}
+"""Memory of QEMU itself; under TCG 256 MiB of it are translated code."""
+DIRECTORIES = ("/usr/bin", "/usr/lib", "/usr/lib64", "/bin", "/lib", "/lib64", "/usr/share/qemu", "/usr/share/seabios")
+"""What QEMU consists of: programs, libraries, firmware."""
+DEVICES = ("null", "urandom")
+NAMESPACES = {"mount": "mnt", "net": "net", "ipc": "ipc", "uts": "uts"}
+"""Those of a view, by the names of nsenter's flags and of the files in /proc/PID/ns."""
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class JailError(Exception):
+    """A part of the jail can't be had on this host; the text says why."""
+
+
+# -- users
+
+
+class Users:
+    """A block of user ids that this process holds, by a lock, as long as it lives."""
+
+    def __init__(self, number: int, lock: int) -> None:
+        self.number = number
+        self._lock = lock
+        self._taken: set[int] = set()
+        self._next = 0
+
+    @property
+    def name(self) -> str:
+        """This server's name among those of the host."""
+        return f"cellvm-{self.number}"
+
+    def take(self) -> int:
+        """A user id that no living machine has."""
+        for _ in range(UIDS):
+            uid = FIRST_UID + self.number * UIDS + self._next
+            self._next = (self._next + 1) % UIDS
+            if uid not in self._taken:
+                self._taken.add(uid)
+                return uid
+        raise DriverError(f"all {UIDS} users of this server are taken")
+
+    def give_back(self, uid: int) -> None:
+        self._taken.discard(uid)
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+
+def claims_directory() -> Path:
+    """Where the locks are: no other user may hold one, or say that it is free.
+
+    Raises:
+        JailError: there is no such place.
+    """
+    uid = os.geteuid()
+    runtime = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    path = Path("/run/cellvm") if uid == 0 else Path(runtime, f"cellvm-{uid}")
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+        if found.st_uid != uid or not path.is_dir() or path.is_symlink():
+            raise JailError(f"{path} belongs to somebody else")
+        path.chmod(0o700)
+    except OSError as error:
+        raise JailError(f"{path}: {error.strerror}") from error
+    return path
+
+
+def hold(directory: Path, number: int) -> int | None:
+    """The lock of a block, as a descriptor; None when another process holds it."""
+    lock = os.open(directory / f"uids-{number}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def claim(directory: Path) -> Users:
+    """The first block that nobody holds."""
+    for number in range(SERVERS):
+        if (lock := hold(directory, number)) is not None:
+            return Users(number, lock)
+    raise JailError(f"there are {SERVERS} servers on this host")
+
+
+# -- leftovers
+
+
+def block_of(uid: int) -> int | None:
+    """The block a user id is in."""
+    number = (uid - FIRST_UID) // UIDS
+    return number if 0 <= number < SERVERS else None
+
+
+def strays() -> Iterator[tuple[int, int]]:
+    """Processes of machines in this process's own PID namespace, with the block of each."""
+    namespace = os.readlink("/proc/self/ns/pid")
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            number = _block_of_process(entry)
+            # In a container the same numbers are other users, and its locks are not ours.
+            if number is not None and os.readlink(entry / "ns/pid") == namespace:
+                yield int(entry.name), number
+
+
+def _block_of_process(entry: Path) -> int | None:
+    uids = re.search(r"^Uid:\s+(\d+)", (entry / "status").read_text(), re.MULTILINE)
+    return block_of(int(uids[1])) if uids else None
+
+
+def sweep(directory: Path, own: int, groups: Cgroups | None) -> None:
+    """Remove what servers that are no more have left: of every block that nobody holds, and of our own new one."""
+    processes = list(strays()) if os.geteuid() == 0 else []
+    names = groups.servers() if groups else set()
+    numbers = {number for _, number in processes} | {int(name.removeprefix("cellvm-")) for name in names}
+    for number in numbers:
+        # Held while we clean, so that nobody takes it meanwhile.
+        lock = None if number == own else hold(directory, number)
+        if lock is None and number != own:
+            continue
+        try:
+            for pid in (pid for pid, block in processes if block == number):
+                _end(pid, number)
+            if groups and f"cellvm-{number}" in names:
+                groups.remove(f"cellvm-{number}")
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+
+def _end(pid: int, number: int) -> None:
+    """Kill a process if it is still one of that block; its number may be another's by now."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if _block_of_process(Path(f"/proc/{pid}")) == number:
+            log.warning("process %d is a machine without a server: killed", pid)
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+    except (OSError, ProcessLookupError):
+        pass
+    finally:
+        os.close(process)
+
+
+# -- the view
+
+
+def folder_of(binary: str) -> Path | None:
+    """The folder of a QEMU program that is not in the system's directories, if machines may see it.
+
+    Only one that every user may read and nobody else may write: a program in a home directory does not open the home.
+    """
+    found = shutil.which(binary)
+    if found is None:
+        return None
+    folder = Path(found).resolve().parent
+    if any(folder.is_relative_to(each) for each in DIRECTORIES) or folder == Path("/"):
+        return None
+    return folder if folder.stat().st_mode & 0o007 == 0o005 else None
+
+
+def script(folders: list[Path], *, kvm: str | None, own_proc: bool) -> str:
+    """The shell script that makes a view, in namespaces of its own, and waits until its input ends.
+
+    Args:
+        folders: what machines may read and run; a link among them is made again.
+        kvm: the shell command that makes `dev/kvm` here, or None.
+        own_proc: whether this process may mount a /proc.
+    """
+    lines = ["set -e", "mount -t tmpfs -o mode=755,size=1m cellvm /sys", "cd /sys", "mkdir -p usr etc proc dev old"]
+
+    def bind(source: str, target: str) -> None:
+        # A mount's flags can only be changed once it is there.
+        lines.append(f"mount --bind {source} {target}")
+        lines.append(f"mount -o remount,bind,ro,nosuid,nodev {target}")
+
+    for folder in folders:
+        source, target = shlex.quote(str(folder)), shlex.quote(str(folder).lstrip("/"))
+        if folder.is_symlink():
+            lines.append(f"ln -s {shlex.quote(os.readlink(folder))} {target}")
+        else:
+            lines.append(f"mkdir -p {target}")
+            bind(source, target)
+    lines.append("touch etc/ld.so.cache dev/null dev/urandom")
+    bind("/etc/ld.so.cache", "etc/ld.so.cache")
+    lines += [f"mount --bind /dev/{name} dev/{name}" for name in DEVICES]
+    if kvm:
+        lines.append(kvm)
+    lines.append("hostname sandbox 2>/dev/null || echo sandbox >/proc/sys/kernel/hostname")
+    if own_proc:
+        # Linux before 5.8 knows no `subset`, and would apply `hidepid` to the host's own /proc: so that comes second.
+        lines.append("mount -t proc -o subset=pid,hidepid=invisible,nosuid,nodev,noexec proc proc")
+    else:
+        lines.append("mount --rbind /proc proc")
+    lines += ["pivot_root . old", "cd /", "umount -l /old", "rmdir /old", "mount -o remount,bind,ro,nosuid /"]
+    return "\n".join([*lines, "echo ready", "read -r _", ""])
+
+
+class View:
+    """The namespaces that machines live in, held by descriptors.
+
+    Root makes them as it is. Another user makes them within a user namespace; each machine then gets one more user
+    namespace within, so that they can't reach each other though they are all the same user.
+    """
+
+    def __init__(self, namespaces: dict[str, int]) -> None:
+        self._namespaces = namespaces
+
+    @classmethod
+    def make(cls, binary: str, *, kvm: bool) -> "View":
+        """Make one.
+
+        Raises:
+            JailError: this host does not allow it.
+        """
+        is_root = os.geteuid() == 0
+        flags = ["--mount", "--net", "--ipc", "--uts", "--propagation", "private"]
+        namespaces = dict(NAMESPACES)
+        if not is_root:
+            flags += ["--user", "--map-root-user"]
+            namespaces["user"] = "user"
+        folders = [path for path in map(Path, DIRECTORIES) if path.is_dir()]
+        if own := folder_of(binary):
+            folders.append(own)
+        text = script(folders, kvm=_kvm_command(as_root=is_root) if kvm else None, own_proc=is_root)
+        try:
+            process = subprocess.Popen(
+                ["unshare", *flags, "sh", "-c", text],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={"PATH": PATH},
+                cwd="/",
+            )
+        except OSError as error:
+            raise JailError(f"unshare: {error.strerror}") from error
+        with process:
+            assert process.stdout
+            assert process.stderr
+            if process.stdout.readline() != b"ready\n":
+                told = process.stderr.read().decode("utf-8", "replace").strip().splitlines()
+                raise JailError(told[0] if told else "the view could not be made")
+            opened: dict[str, int] = {}
+            try:
+                for flag, name in namespaces.items():
+                    opened[flag] = os.open(f"/proc/{process.pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                for fd in opened.values():
+                    os.close(fd)
+                raise JailError(f"the view can't be held: {error.strerror}") from error
+        return cls(opened)
+
+    def enter(self) -> list[str]:
+        """The prefix of a command that is to run inside; the process stays the one that was started."""
+        # By the server's number, not inherited: nsenter opens them, and QEMU has none of them.
+        ours = f"/proc/{os.getpid()}/fd"
+        flags = [f"--{flag}={ours}/{fd}" for flag, fd in self._namespaces.items()]
+        if "user" not in self._namespaces:
+            return ["nsenter", *flags, "--"]
+        return ["nsenter", "--preserve-credentials", *flags, "--", "unshare", "--user", "--"]
+
+    def close(self) -> None:
+        for fd in self._namespaces.values():
+            os.close(fd)
+
+
+def _kvm_command(*, as_root: bool) -> str:
+    """How /dev/kvm gets into a view: a node that every machine may open, where we can make one."""
+    bind = "touch dev/kvm; mount --bind /dev/kvm dev/kvm"
+    if not as_root:
+        return bind
+    device = os.stat("/dev/kvm").st_rdev
+    return f"mknod -m 666 dev/kvm c {os.major(device)} {os.minor(device)} 2>/dev/null || {{ {bind}; }}"
+
+
+# -- all of it
+
+
+def limits(machine: Machine) -> Limits:
+    """What a machine may use on the host, which is more than it shows its guest."""
+    return Limits(
+        memory=(machine.ram_mb * 2 + OVERHEAD_MB[machine.accelerator]) << 20,
+        cpus=machine.vcpus + SPARE_CPU,
+        threads=THREADS,
+    )
+
+
+class Cell:
+    """What one machine has of the jail; made before its process.
+
+    Args:
+        disk: how long the machine's disk is, in bytes: no file may get longer.
+    """
+
+    def __init__(self, jail: "Jail", machine: Machine, disk: int) -> None:
+        self._jail = jail
+        self._machine = machine
+        self._disk = disk
+        self._uid = jail.users.take() if os.geteuid() == 0 else None
+        self._group: Group | None = None
+
+    def command(self, argv: list[str]) -> list[str]:
+        """The command line that runs another one inside."""
+        # By a program in between, not by us afterwards: root in a container may not do that to another user's process.
+        return [*process_limits(self._disk), *inside(self._jail.view, self._uid, argv)]
+
+    async def confine(self, pid: int) -> None:
+        """Put the process that runs such a command into a control group; it must not have been waited for yet.
+
+        Raises:
+            DriverError: it can't be limited.
+        """
+        if self._jail.groups is None:
+            return
+        try:
+            self._group = self._jail.groups.make(self._jail.users.name, str(pid), limits(self._machine))
+            # The kernel takes its time for it, while QEMU starts.
+            await asyncio.to_thread(self._group.add, pid)
+        except ProcessLookupError:
+            pass  # it has ended already, as will be noticed
+        except OSError as error:
+            raise DriverError(f"the machine can't be limited: {error}") from error
+
+    def release(self) -> bool:
+        """Give everything back when the process has ended; whether it was killed because it took too much memory."""
+        if self._uid is not None:
+            self._jail.users.give_back(self._uid)
+        if self._group is None:
+            return False
+        starved = self._group.was_out_of_memory()
+        _until_gone(self._group.remove)
+        self._group = None
+        return starved
+
+
+def _until_gone(remove: Callable[[], bool], attempts: int = 100) -> None:
+    """The kernel may count a process for a moment after its end. What stays is left to the next start."""
+    if not remove() and attempts:
+        asyncio.get_running_loop().call_later(0.05, _until_gone, remove, attempts - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Jail:
+    """A server's jail. `view` and `groups` are None where the host has none to give."""
+
+    users: Users
+    view: View | None
+    groups: Cgroups | None
+
+    @classmethod
+    def open(cls, binary: str, *, kvm: bool) -> "Jail":
+        """Make it, and remove what dead servers have left. What can't be had is told in the log as a warning.
+
+        Raises:
+            DriverError: not even users for machines can be had.
+        """
+        try:
+            directory = claims_directory()
+            users = claim(directory)
+        except JailError as error:
+            raise DriverError(f"no users for machines: {error}") from error
+        groups = found_groups()
+        sweep(directory, users.number, groups)
+        if groups and (why := tried(groups, users.name)):
+            log.warning("MACHINES HAVE NO LIMITS of memory, processors and threads: %s", why)
+            groups = None
+        elif groups is None:
+            log.warning("MACHINES HAVE NO LIMITS of memory, processors and threads: no control group can be written")
+        view = None
+        try:
+            view = working_view(binary, kvm=kvm)
+        except JailError as error:
+            log.warning("MACHINES SEE THE HOST'S FILES, as far as everybody may read them: %s", error)
+        return cls(users, view, groups)
+
+    def cell(self, machine: Machine, disk: int) -> Cell:
+        return Cell(self, machine, disk)
+
+    def close(self) -> None:
+        """Let go of it, when its machines have ended."""
+        if self.view:
+            self.view.close()
+        self.users.close()
+
+
+def process_limits(file_size: int) -> list[str]:
+    """The prefix of a command that is to dump no core, open few files and write none longer than that."""
+    return ["prlimit", "--core=0:0", f"--nofile={OPEN_FILES}:{OPEN_FILES}", f"--fsize={file_size}:{file_size}", "--"]
+
+
+def inside(view: View | None, uid: int | None, argv: list[str]) -> list[str]:
+    """The command line that runs another one in a view, without privileges, and as that user."""
+    setpriv = shutil.which("setpriv") or "/usr/bin/setpriv"
+    return [*(view.enter() if view else []), *drop_privileges(setpriv, uid), *argv]
+
+
+def working_view(binary: str, *, kvm: bool) -> View:
+    """A view in which QEMU runs.
+
+    Raises:
+        JailError: there is none to be had.
+    """
+    view = View.make(binary, kvm=kvm)
+    command = inside(view, TRIAL_UID if os.geteuid() == 0 else None, [binary, "--version"])
+    ran = subprocess.run(command, capture_output=True, text=True, env={"PATH": os.defpath}, cwd="/")
+    if ran.returncode:
+        view.close()
+        told = ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"]
+        raise JailError(f"{binary} does not run in a view of its own: {told[-1]}")
+    return view
+
+
+def found_groups() -> Cgroups | None:
+    """What this host offers of control groups, as far as it can be written."""
+    try:
+        return Cgroups.find(MOUNTS.read_text(), MEMBERSHIP.read_text())
+    except OSError:
+        return None
+
+
+def tried(groups: Cgroups, server: str) -> str:
+    """Why a group can't be made after all; empty when one can."""
+    try:
+        groups.make(server, "try", Limits(memory=64 << 20, cpus=1, threads=1)).remove()
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    return ""
