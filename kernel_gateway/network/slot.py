@@ -211,8 +211,8 @@ async def _readable(sock: socket.socket) -> None:
 def _listed(document: dict[str, Any], now: float) -> list[Refusal]:
     """The elements of one of the filter's sets of refusals, as `nft --json` shows them."""
     found = []
-    for part in document["nftables"]:
-        for element in part.get("set", {}).get("elem", []):
+    for found_set in (part["set"] for part in document["nftables"] if "set" in part):
+        for element in found_set.get("elem", []):
             fields = element["elem"]
             reason, address, protocol, *port = fields["val"]["concat"]
             found.append(
@@ -222,7 +222,7 @@ def _listed(document: dict[str, Any], now: float) -> list[Refusal]:
                     protocol=str(protocol),
                     reason=rules.REASONS[int(reason)],
                     count=fields["counter"]["packets"],
-                    last=now - (fields["timeout"] - fields["expires"]),
+                    last=now - (found_set["timeout"] - fields["expires"]),
                 )
             )
     return found
