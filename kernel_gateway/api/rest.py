@@ -25,7 +25,7 @@ from kernel_gateway.errors import CellvmError, GuestFailure, GuestUnresponsive, 
 from kernel_gateway.journal import Gap
 from kernel_gateway.jupyter import message
 from kernel_gateway.jupyter.execution import Cell, CellError, Collector, Events, StreamEvent
-from kernel_gateway.network.policy import Floor, Policy, parse_policy
+from kernel_gateway.network.policy import MAX_ENTRY, Floor, Policy, parse_policy
 from kernel_gateway.notebook import session_notebook
 from kernel_gateway.pool import Guest
 from kernel_gateway.sandbox import Sandbox
@@ -335,7 +335,7 @@ async def get_network(call: Call) -> NetworkState:
         denyOut=list(sandbox.policy.deny_out),
         refused=[
             RefusalModel(
-                destination=each.destination,
+                destination=each.destination[:MAX_ENTRY].encode("utf-8", "replace").decode(),  # the guest's own words
                 port=each.port,
                 protocol=each.protocol,
                 reason=each.reason,

@@ -394,6 +394,14 @@ async def test_refusals(filtered: Service) -> None:
     assert told["refusedTotal"] == 5
 
 
+async def test_a_refusal_of_what_is_no_text(filtered: Service) -> None:
+    """Whatever a guest has asked for, the list can be read."""
+    box = await filtered.create()
+    filtered.slot(box).refused = [Refusal("\ud800\0<b>" + "x" * 5000, 443, "tcp", "policy", 1, 0.0)]
+    (refused,) = (await network(filtered, box))["refused"]
+    assert refused["destination"] == "?\0<b>" + "x" * 250
+
+
 async def test_refusals_that_can_not_be_read(filtered: Service) -> None:
     """502, not a list that looks empty."""
     box = await filtered.create()
