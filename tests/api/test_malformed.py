@@ -22,7 +22,14 @@ EXPECTED = {501, 502, 503, 507}
 BODIES = [route for route in ROUTES if route.body is not None]
 
 VALID: dict[str, dict[str, object]] = {
-    "CreateSandbox": {"templateID": "base", "timeout": 60, "metadata": {"a": "b"}, "envVars": {"A": "b"}},
+    "CreateSandbox": {
+        "templateID": "base",
+        "timeout": 60,
+        "metadata": {"a": "b"},
+        "envVars": {"A": "b"},
+        "network": {"allowOut": ["example.com"], "denyOut": ["0.0.0.0/0"]},
+    },
+    "SetNetwork": {"allowOut": ["example.com"], "denyOut": ["0.0.0.0/0"], "allow_internet_access": True},
     "SetTimeout": {"timeout": 60},
     "Connect": {"timeout": 60},
     "Refresh": {"duration": 60},

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kernel_gateway.api import rest
 from kernel_gateway.api.app import ROUTES
 from kernel_gateway.drivers import DriverError
 from kernel_gateway.sandbox import kernel_id
@@ -351,7 +352,7 @@ async def test_a_removed_key_is_out_at_once(service: Service) -> None:
 
 
 async def test_health(pooled: Service) -> None:
-    """Health needs no key and tells readiness, isolation, accelerator, use and stock."""
+    """Health needs no key and tells readiness, isolation, accelerator, network, use and stock."""
     await eventually(lambda: pooled.sandboxes.pools["code_interpreter"].ready == 1)
     answer = await pooled.call("GET", "/health", key=None)
     body = json.loads(answer.body)
@@ -362,6 +363,7 @@ async def test_health(pooled: Service) -> None:
             "ready": True,
             "isolation": "none",
             "accelerator": "fake",
+            "network": "off",
             "sandboxes": 0,
             "maxSandboxes": 4,
             "pool": [{"template": "code_interpreter", "ready": 1, "size": 1}],
@@ -380,7 +382,7 @@ async def test_templates(service: Service) -> None:
         assert error_of(await service.call("GET", path))["error"] == "not_found"
 
 
-LATER = [route for route in ROUTES if 501 in route.errors]
+LATER = [route for route in ROUTES if route.operation is rest.later]
 
 
 @pytest.mark.parametrize("route", LATER, ids=lambda route: f"{route.method} {route.path}")

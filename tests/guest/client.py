@@ -45,9 +45,7 @@ class Server:
         started = time.monotonic()
         with self.log.open("ab") as log:
             offset = log.tell()
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables
-            )
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables)
         self.pid = self.process.pid
         self.http = requests.Session()
         self.http.headers["Authorization"] = f"Bearer {KEY}"
