@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernel_gateway.build import Builder, qemu_version
-from kernel_gateway.drivers.jail import Jail
+from kernel_gateway.drivers.cgroup import CONTROLLERS
+from kernel_gateway.drivers.jail import Jail, JailError, claims_directory, found_groups, working_view
 from kernel_gateway.drivers.qemu import Qemu
 from kernel_gateway.image import BuildError, Progress, content_hash, run
 from kernel_gateway.settings import Settings
@@ -92,10 +93,7 @@ def examine(settings: Settings, kvm: bool | None) -> Iterator[Finding]:
     else:
         yield Finding("ok", f"QEMU {qemu_version(settings.qemu)} and the build tools are there", "")
     yield _kvm_finding(kvm)
-    if os.geteuid() == 0:
-        yield Finding("ok", "root", "each machine runs as an unprivileged user of its own")
-    else:
-        yield Finding("warn", "not root", "all machines run as you: one that broke out could reach the others")
+    yield from _jail(settings)
     yield from _space(settings)
     memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(memory["MemAvailable"].split()[0]) // 1024
@@ -120,6 +118,41 @@ def _kvm_finding(kvm: bool | None) -> Finding:
     if kvm is None:
         return Finding("warn", "/dev/kvm is there; not tried, because a guest image can't be built yet", slow)
     return Finding("warn", "/dev/kvm opens, but the real guest does not boot on it", slow)
+
+
+def _jail(settings: Settings) -> Iterator[Finding]:
+    is_root = os.geteuid() == 0
+    try:
+        claims_directory()
+    except JailError as error:
+        yield Finding("fail", f"no place to claim users for machines: {error}", "a server can't start")
+    try:
+        working_view(settings.qemu, kvm=False).close()
+    except JailError as error:
+        why = "one that broke out could read what everybody may read, and reach the host's network"
+        yield Finding("warn", f"machines can't have a view of their own: {error}", why)
+        apart = False
+    else:
+        yield Finding("ok", "a view of their own for machines", "they see QEMU's own files, and no network of the host")
+        apart = True
+    if is_root:
+        yield Finding("ok", "root", "each machine runs as an unprivileged user of its own")
+    elif apart:
+        why = "all machines run as you, in user namespaces: they see the list of processes, not each other"
+        yield Finding("warn", "not root", why)
+    else:
+        yield Finding("warn", "not root", "all machines run as you: one that broke out could reach the others")
+    groups = found_groups()
+    if groups is None:
+        why = "no limits of memory, processors and threads: run as root, or as a systemd service with Delegate=yes"
+        yield Finding("warn", "no control group can be written", why)
+        return
+    missing = [name for name in CONTROLLERS if name not in groups.controllers]
+    what = f"control groups, version {groups.version}: {', '.join(groups.controllers)}"
+    if missing:
+        yield Finding("warn", what, f"machines have no limits of {', '.join(missing)}")
+    else:
+        yield Finding("ok", what, "each machine's memory, processors and threads are limited")
 
 
 def _space(settings: Settings) -> Iterator[Finding]:
