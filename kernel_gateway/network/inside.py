@@ -18,6 +18,12 @@ import subprocess
 
 TUNSETIFF = 0x400454CA
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+SYSCTLS = {
+    "ipv6/conf/all/disable_ipv6": "1",
+    "ipv6/conf/default/disable_ipv6": "1",
+    "ipv4/ip_forward": "1",
+    "ipv4/icmp_ratelimit": "0",  # every refusal is told, not only the first few
+}
 
 
 def tap(name: str) -> int:
@@ -46,13 +52,11 @@ def main() -> None:
     channel = socket.socket(fileno=0)
     try:
         wanted = json.loads(channel.recv(1 << 20))
-        for name in ("all", "default"):
-            path = f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6"
+        for name, value in SYSCTLS.items():
+            path = f"/proc/sys/net/{name}"
             if os.path.exists(path):
                 with open(path, "w") as file:
-                    file.write("1")
-        with open("/proc/sys/net/ipv4/ip_forward", "w") as file:
-            file.write("1")
+                    file.write(value)
         device = tap(wanted["tap"])
         batch(["ip", "-batch", "-"], wanted["ip"])
         batch(["nft", "-f", "-"], wanted["nft"])

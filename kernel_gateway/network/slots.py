@@ -54,6 +54,8 @@ async def choose(wanted: str) -> tuple[str, str]:
             reasons.append("netns: needs root")
         elif missing:
             reasons.append(f"{mechanism}: no {', '.join(missing)}")
+        elif wanted == "auto" and mechanism == "netns" and (table := await forbids_forwarding()):
+            reasons.append(f"netns: the host's table `{table}` drops what is forwarded (Docker's does)")
         else:
             try:
                 slot = await Slot.make(mechanism, Floor())
@@ -63,6 +65,16 @@ async def choose(wanted: str) -> tuple[str, str]:
                 slot.close()
                 return mechanism, "; ".join(reasons)
     return "off", "; ".join(reasons)
+
+
+async def forbids_forwarding() -> str:
+    """The table of somebody else's that drops forwarded packets by default; empty when there is none to be seen."""
+    for part in json.loads(await command(["nft", "--json", "list", "chains"], ""))["nftables"]:
+        chain = part.get("chain", {})
+        ours = str(chain.get("table", "")).startswith("cellvm_")
+        if chain.get("hook") == "forward" and chain.get("policy") == "drop" and not ours:
+            return f"{chain['family']} {chain['table']}"
+    return ""
 
 
 async def host_addresses() -> frozenset[IPv4Address]:

@@ -134,6 +134,25 @@ def measure_creates(bench: Bench, server: Server, count: int) -> None:
         server.delete(bench.time("create, warm pool", server.create, 201).json()["sandboxID"])
 
 
+def measure_network(bench: Bench, count: int) -> None:
+    """Creates with a network card and without, in turns, each from a full pool."""
+    flags = ("--pool-size", str(count), "--templates", "code_interpreter")
+    with contextlib.ExitStack() as stack:
+        servers = {"with": Server(*flags), "without": Server(*flags, "--network", "off")}
+        for server in servers.values():
+            stack.callback(server.close)
+        for server in servers.values():
+            server.await_pool(count)
+        for _ in range(count):
+            for name, server in servers.items():
+                made = bench.time(f"create {name} network", server.create, 201)
+                server.delete(made.json()["sandboxID"])
+    for with_card, without in zip(
+        bench.samples["create with network"], bench.samples["create without network"], strict=True
+    ):
+        bench.add("create, what the network adds", with_card - without)
+
+
 def measure_burst(bench: Bench, server: Server, name: str) -> None:
     """Eight clients that create at the same moment: the time until the last has its sandbox."""
     with ThreadPoolExecutor(8) as threads:
@@ -223,11 +242,14 @@ def measure_memory(bench: Bench, server: Server) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--creates", type=int, default=20, help="sequential creates (default 20)")
-    parser.add_argument("--only", choices=("rest", "jupyter"), help="one part only")
+    parser.add_argument("--only", choices=("rest", "network", "jupyter"), help="one part only")
     options = parser.parse_args()
     bench = Bench()
-    health = measure_rest(bench, options.creates) if options.only != "jupyter" else None
-    if options.only != "rest":
+    health = measure_rest(bench, options.creates) if options.only in (None, "rest") else None
+    if options.only in (None, "network"):
+        print("creates with and without a network …", file=sys.stderr)
+        measure_network(bench, options.creates)
+    if options.only in (None, "jupyter"):
         print("Jupyter …", file=sys.stderr)
         jupyter.measure(bench.add)
     report(bench, health)
@@ -285,6 +307,9 @@ def report(bench: Bench, health: dict[str, Any] | None) -> None:
     print(f"\n{machine}, load {os.getloadavg()[0]:.1f}")
     if health:
         rest_table(bench)
+    if "create with network" in bench.samples:
+        for name in ("create with network", "create without network", "create, what the network adds"):
+            print(bench.line(name, "ms", "target <= 10" if "adds" in name else "", None))
     for line in jupyter.table(bench.samples):
         print(line)
     results = Path("bench-results")

@@ -1,0 +1,284 @@
+"""A slot's filter in the real kernel, without a machine: the test itself is the guest, and speaks Ethernet."""
+
+import asyncio
+import os
+import random
+import socket
+import struct
+from collections.abc import AsyncIterator, Iterator
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+
+import pytest
+
+from kernel_gateway.drivers import GUEST_MAC, DriverError
+from kernel_gateway.network import rules
+from kernel_gateway.network.policy import DENIED as BLOCKS
+from kernel_gateway.network.policy import Policy
+from kernel_gateway.network.slot import Slot
+from kernel_gateway.network.slots import Slots, choose
+from tests.guest.world import DENIED, HOST, OTHER_PUBLIC, PUBLIC, World
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes network namespaces; `doctor` says so")
+VNET = bytes(10)
+"""The header that a tap of ours puts before every frame."""
+ME, GATE = bytes.fromhex(GUEST_MAC.replace(":", "")), bytes.fromhex(rules.GATEWAY_MAC.replace(":", ""))
+
+
+def checksum(data: bytes) -> int:
+    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+class Guest:
+    """Sends packets into a slot and tells what comes back."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self._port = random.randrange(20_000, 60_000)
+
+    def send(self, payload: bytes, kind: int = 0x0800) -> None:
+        os.write(self.slot.tap, VNET + GATE + ME + struct.pack(">H", kind) + payload)
+
+    def packet(self, target: str, protocol: int, payload: bytes) -> bytes:
+        addresses = socket.inet_aton(str(rules.GUEST)) + socket.inet_aton(target)
+        head = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(payload), 1, 0, 64, protocol, 0) + addresses
+        return head[:10] + struct.pack(">H", checksum(head)) + head[12:] + payload
+
+    async def ask(self, target: str, port: int = 80, protocol: str = "tcp") -> str:
+        """What becomes of a first packet: open, reset, prohibited, or silence."""
+        self._port += 1
+        if protocol == "tcp":
+            head = struct.pack(">HHIIBBHHH", self._port, port, 1, 0, 0x50, 0x02, 64_000, 0, 0)
+            addresses = socket.inet_aton(str(rules.GUEST)) + socket.inet_aton(target)
+            total = checksum(addresses + struct.pack(">BBH", 0, 6, len(head)) + head)
+            self.send(self.packet(target, 6, head[:16] + struct.pack(">H", total) + head[18:]))
+        elif protocol == "udp":
+            self.send(self.packet(target, 17, struct.pack(">HHHH", self._port, port, 14, 0) + b"hello\n"))
+        else:
+            head = struct.pack(">BBHHH", 8, 0, 0, self._port, 1)
+            self.send(self.packet(target, 1, head[:2] + struct.pack(">H", checksum(head)) + head[4:]))
+        try:
+            async with asyncio.timeout(1.5):
+                return await self._answer(protocol)
+        except TimeoutError:
+            return "silence"
+
+    async def _answer(self, protocol: str) -> str:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                frame = os.read(self.slot.tap, 65536)[len(VNET) :]
+            except BlockingIOError:
+                ready = asyncio.Event()
+                loop.add_reader(self.slot.tap, ready.set)
+                try:
+                    await ready.wait()
+                finally:
+                    loop.remove_reader(self.slot.tap)
+                continue
+            kind, packet = struct.unpack(">H", frame[12:14])[0], frame[14:]
+            if kind == 0x0806:  # who has the guest's address?
+                sender = packet[8:18]
+                self.send(packet[:6] + b"\0\2" + ME + rules.GUEST.packed + sender, kind=0x0806)
+            elif kind == 0x0800:
+                proto, payload = packet[9], packet[20:]
+                if proto == 1 and payload[0] == 3:
+                    assert payload[1] == 13
+                    return "prohibited"
+                if proto == 1 and payload[0] == 0 and payload[4:6] == struct.pack(">H", self._port):
+                    return "open"
+                if proto in (6, 17) and struct.unpack(">H", payload[2:4])[0] == self._port:
+                    return "open" if proto == 17 or payload[13] & 0x12 == 0x12 else "reset"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    world = World(tmp_path_factory.mktemp("world"))
+    with world.host.inside():
+        yield world
+    world.close()
+
+
+@pytest.fixture(scope="module", params=["netns", "passt"])
+async def slots(world: World, request: pytest.FixtureRequest) -> AsyncIterator[Slots]:
+    slots = Slots(request.param, (IPv4Network("10.1.2.0/24"),), "a test")
+    await slots.start()
+    yield slots
+    await slots.close()
+    async with asyncio.timeout(10):
+        while [fd for fd in Path("/proc/self/fd").iterdir() if os.path.realpath(fd) == "/dev/net/tun"]:
+            await asyncio.sleep(0.02)
+        while "cvm" in world.host.run("ip -o link; nft list tables"):
+            await asyncio.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+async def guest(slots: Slots) -> AsyncIterator[Guest]:
+    slot = await slots.take()
+    yield Guest(slot)
+    slot.close()
+
+
+@pytest.fixture(autouse=True)
+async def default(guest: Guest) -> None:
+    await guest.slot.apply(Policy())
+
+
+async def test_out_and_back(guest: Guest) -> None:
+    """The public internet answers, by TCP, UDP and ping."""
+    assert [await guest.ask(PUBLIC, 80, protocol) for protocol in ("tcp", "udp", "icmp")] == ["open"] * 3
+
+
+async def test_the_floor(guest: Guest) -> None:
+    """Every block, and every address of the host, is refused at once; but for what the operator has excepted."""
+    for address in (*DENIED.values(), HOST, "10.200.0.1", "8.8.4.4", "198.18.0.1"):
+        if address in ("10.1.2.3", "127.0.0.1", "224.0.0.251", "250.1.2.3", "0.1.2.3"):
+            continue
+        assert await guest.ask(address) == "reset", address
+        assert await guest.ask(address, protocol="udp") == "prohibited", address
+    for address in ("127.0.0.1", "224.0.0.251", "0.1.2.3"):  # no router takes these in the first place
+        assert await guest.ask(address) in ("silence", "reset", "prohibited"), address
+    assert await guest.ask("250.1.2.3") == "reset"
+    assert await guest.ask("10.1.2.3") == "open"
+    assert await guest.ask("10.1.3.3") == "reset"
+
+
+async def test_ports_that_nobody_gets(guest: Guest) -> None:
+    """Mail, and other resolvers; of the gateway itself only what is for the guest."""
+    for port in (25, 53, 853):
+        assert await guest.ask(PUBLIC, port) == "reset"
+    assert await guest.ask(PUBLIC, 53, "udp") == "prohibited"
+    assert await guest.ask(str(rules.GATEWAY), 22) == "reset"
+    assert await guest.ask(str(rules.GATEWAY), rules.GATE_PORT) == "reset"
+
+
+async def test_other_protocols(guest: Guest) -> None:
+    """Packets of a protocol that is neither TCP, UDP nor ping come back as prohibited."""
+    for protocol in (4, 41, 47, 50, 132):
+        guest.send(guest.packet(PUBLIC, protocol, bytes(16)))
+        async with asyncio.timeout(2):
+            assert await guest._answer("") == "prohibited"
+
+
+async def test_the_filter_agrees_with_the_policy(guest: Guest) -> None:
+    """Random policies: what the kernel lets through is what `Policy` says."""
+    chance = random.Random(7)
+    candidates = [PUBLIC, OTHER_PUBLIC]
+    blocks = [IPv4Network(f"{address}/{size}", strict=False) for address in candidates for size in (0, 1, 8, 24, 32)]
+    verdicts = set()
+    for _ in range(25):
+        policy = Policy(
+            allow_internet=chance.random() < 0.6,
+            allow=tuple(chance.sample(blocks, chance.randrange(3))),
+            deny=tuple(chance.sample(blocks, chance.randrange(3))),
+        )
+        await guest.slot.apply(policy)
+        for address in candidates:
+            allowed = policy.permits_address(IPv4Address(address))
+            assert await guest.ask(address) == ("open" if allowed else "reset"), (policy, address)
+            verdicts.add(allowed)
+    assert verdicts == {True, False}
+
+
+async def test_names_pin_addresses(guest: Guest) -> None:
+    """An address is reached while it is pinned, but not for QUIC; web ports go to the gate."""
+    await guest.slot.apply(Policy(allow_internet=False, allow_names=("public.example.net",)))
+    assert await guest.ask(PUBLIC, 8080) == "reset"
+    await guest.slot.pin([IPv4Address(PUBLIC)], 60)
+    assert await guest.ask(PUBLIC, 8080) == "open"
+    assert await guest.ask(OTHER_PUBLIC, 8080) == "reset"
+    assert await guest.ask(PUBLIC, 443, "udp") == "prohibited"
+    for port in (80, 443):  # the gate's socket accepts for any address
+        assert await guest.ask(OTHER_PUBLIC, port) == "open"
+    assert await guest.ask("10.9.9.9", 443) == "reset"
+    await guest.slot.apply(Policy(allow_internet=False, allow_names=("other.example.net",)))
+    assert await guest.ask(PUBLIC, 8080) == "reset"
+
+
+async def test_refusals_are_counted(slots: Slots) -> None:
+    """By destination, port, protocol and reason, with the time of the last, newest first."""
+    slot = await slots.take()
+    try:
+        guest = Guest(slot)
+        for _ in range(3):
+            assert await guest.ask("192.168.1.1", 443) == "reset"
+        await guest.ask("192.168.1.1", protocol="icmp")
+        slot.refused("rebound.example.net", 0, "dns", "floor")
+        found = {(each.destination, each.port, each.protocol): each for each in await slot.refusals()}
+        assert {key: (each.reason, each.count) for key, each in found.items()} == {
+            ("192.168.1.1", 443, "tcp"): ("floor", 3),
+            ("192.168.1.1", 0, "icmp"): ("floor", 1),
+            ("rebound.example.net", 0, "dns"): ("floor", 1),
+        }
+    finally:
+        slot.close()
+
+
+async def test_a_thousand_refusals_do_not_pile_up(slots: Slots) -> None:
+    """What a guest can make us remember is bounded."""
+    slot = await slots.take()
+    try:
+        guest = Guest(slot)
+        for number in range(1000):
+            guest.send(guest.packet(f"10.9.{number >> 8}.{number & 255}", 17, struct.pack(">HHHH", 9, 9, 8, 0)))
+            slot.refused(f"{number}.example.net", 0, "dns", "floor")
+        assert len(await slot.refusals()) == 500
+    finally:
+        slot.close()
+
+
+async def test_a_policy_that_the_filter_refuses_changes_nothing(guest: Guest) -> None:
+    """The one before stays in force, as a whole."""
+    await guest.slot.apply(Policy(allow_internet=False))
+    with pytest.raises(DriverError):
+        await guest.slot.apply(Policy(allow=("no block",)))  # type: ignore[arg-type]
+    assert guest.slot.policy == Policy(allow_internet=False)
+    assert await guest.ask(PUBLIC) == "reset"
+
+
+async def test_the_hosts_addresses_are_followed(world: World, slots: Slots, guest: Guest) -> None:
+    """An address that the host gets later is out of reach, too."""
+    assert await guest.ask(OTHER_PUBLIC) == "open"
+    world.host.run(f"ip addr add {OTHER_PUBLIC}/32 dev lo")
+    try:
+        async with asyncio.timeout(15):
+            while await guest.ask(OTHER_PUBLIC) != "reset":
+                await asyncio.sleep(0.2)
+            while IPv4Address(OTHER_PUBLIC) not in slots.floor.host:
+                await asyncio.sleep(0.2)
+    finally:
+        world.host.run(f"ip addr del {OTHER_PUBLIC}/32 dev lo")
+        async with asyncio.timeout(15):
+            while IPv4Address(OTHER_PUBLIC) in slots.floor.host:
+                await asyncio.sleep(0.2)
+
+
+async def test_every_block_is_in_the_world() -> None:
+    """The test's list of denied addresses has one of each block, in the block."""
+    assert {IPv4Network(block) for block in DENIED} == set(BLOCKS)
+    assert all(IPv4Address(address) in IPv4Network(block) for block, address in DENIED.items())
+
+
+async def test_without_its_programs_there_is_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where the filter can't be installed the network is off, with a sentence on why."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    mechanism, why = await choose("auto")
+    assert mechanism == "off"
+    assert "nft" in why
+
+
+async def test_auto_avoids_a_host_that_forwards_nothing(world: World) -> None:
+    """Docker's firewall drops what is forwarded: then passt is the way out."""
+    assert await choose("auto") == ("netns", "")
+    world.host.run(
+        "nft add table ip filter; nft 'add chain ip filter F { type filter hook forward priority 0; policy drop; }'"
+    )
+    try:
+        mechanism, why = await choose("auto")
+        assert mechanism == "passt"
+        assert "ip filter" in why
+    finally:
+        world.host.run("nft delete table ip filter")
