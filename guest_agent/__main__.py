@@ -8,7 +8,7 @@ import pwd
 import sys
 from pathlib import Path
 
-from guest_agent import resume
+from guest_agent import limits, resume
 from guest_agent.agent import Agent
 
 VIRTIO_PORT = "/dev/virtio-ports/cellvm"
@@ -20,6 +20,7 @@ async def run(options: argparse.Namespace) -> None:
         runtime = Path("/run/cellvm")
         fd = os.open(VIRTIO_PORT, os.O_RDWR | os.O_CLOEXEC)
         path = "/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        limits.protect_agent()
         resume.act_as(user.pw_uid)
         agent = Agent(fd, user.pw_dir, runtime, user.pw_uid, path)
     else:

@@ -24,7 +24,7 @@ from typing import Any
 
 import zmq
 
-from guest_agent import wire
+from guest_agent import limits, wire
 from guest_agent.channel import AgentError, Channel, Stream
 from guest_agent.wire import KernelStatus
 
@@ -174,17 +174,18 @@ class Kernel:
     async def start_nursery(self, modules: list[str]) -> None:
         """Start the process that kernels fork from and let it import `modules`."""
         ours, theirs = socket.socketpair()
-        self._nursery_process = subprocess.Popen(
-            [sys.executable, "-m", "guest_agent.kernel_main", str(theirs.fileno())],
-            env={**self.env, "PYTHONPATH": str(Path(__file__).parent.parent)},
-            cwd=self.env["HOME"],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            user=self._uid,
-            group=self._uid,
-            extra_groups=None if self._uid is None else [],
-        )
+        with limits.limited_to(limits.FOR_KERNELS) if self._uid is not None else contextlib.nullcontext():
+            self._nursery_process = subprocess.Popen(
+                [sys.executable, "-m", "guest_agent.kernel_main", str(theirs.fileno())],
+                env={**self.env, "PYTHONPATH": str(Path(__file__).parent.parent)},
+                cwd=self.env["HOME"],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                user=self._uid,
+                group=self._uid,
+                extra_groups=None if self._uid is None else [],
+            )
         theirs.close()
         reader, self._nursery = await asyncio.open_connection(sock=ours)
         self._watch = asyncio.ensure_future(self._watch_nursery(reader))

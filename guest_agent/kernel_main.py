@@ -152,6 +152,16 @@ def run_kernel(connection_file: str, env: dict[str, str]) -> None:
     app.start()  # type: ignore[no-untyped-call]
 
 
+def fork() -> int:
+    """Fork. When there are as many processes as may be, those that were killed a moment ago are on their way out."""
+    for _ in range(200):
+        try:
+            return os.fork()
+        except BlockingIOError:
+            time.sleep(0.05)
+    return os.fork()
+
+
 def serve(channel: socket.socket) -> None:
     """Answer the agent until it closes the channel, then end, with all kernels."""
     wake_read, wake_write = os.pipe()
@@ -191,7 +201,7 @@ def serve(channel: socket.socket) -> None:
                     importlib.import_module(module)
                 tell(warmed=time.monotonic() - started)
             else:
-                pid = os.fork()
+                pid = fork()
                 if pid == 0:
                     signal.set_wakeup_fd(-1)
                     selector.close()
