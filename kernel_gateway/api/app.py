@@ -8,13 +8,15 @@ from urllib.parse import unquote
 from tornado.httputil import HTTPServerRequest
 from tornado.web import Application
 
-from kernel_gateway.api import jupyter, rest
+from kernel_gateway.api import jupyter, ports, rest
 from kernel_gateway.api.base import Endpoint, Missing, Route
 from kernel_gateway.api.channels import Channels
 from kernel_gateway.api.openapi import document, serve_document
+from kernel_gateway.api.ports import Preview
 from kernel_gateway.api.socket import Socket
 from kernel_gateway.api.stream import AgentStream
 from kernel_gateway.jupyter.execution import Cell
+from kernel_gateway.ports import Place, place_of_host, place_of_path
 from kernel_gateway.sandboxes import Sandboxes
 from kernel_gateway.store import Store
 
@@ -46,6 +48,8 @@ ROUTES = [
     Route("POST", f"{BOX}/resume", rest.later, status=204, errors=(501,)),
     Route("GET", f"{BOX}/network", rest.get_network, answer=rest.NetworkState),
     Route("PUT", f"{BOX}/network", rest.set_network, body=rest.SetNetwork, status=204, errors=(501,)),
+    Route("GET", f"{BOX}/ports", ports.list_ports, answer=ports.PortsModel),
+    Route("PUT", f"{BOX}/ports", ports.set_port, body=ports.SetPort, status=204),
     Route("POST", f"{BOX}/processes", rest.run_process, body=rest.RunProcess, answer=rest.ProcessResult),
     Route(
         "GET", f"{BOX}/executions/{{execution}}", rest.get_execution, query=rest.ExecutionQuery,
@@ -120,18 +124,28 @@ class Gateway(Application):
     """Routes requests, after the parts of a path that are not part of a route: the base URL, and `/t/KEY`.
 
     Some clients (jupyter_server's kernel client among them) can send a key with a WebSocket nowhere but in its path.
+    What is for a service in a sandbox goes past the table: a host name of such a service has nothing else.
     """
 
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
         """Called by Tornado for each request, before anything else reads or logs the path."""
+        if place := place_of_host(request.host_name, self.settings["domain_name"]):
+            return self._preview(request, place, request.path)
         path = request.path.removeprefix(self.settings["base_url"])
+        before = request.path.removesuffix(path)
         found = re.fullmatch(r"/+t/([^/]+)(/.*)?", path)
         if found is not None:
             path = found[2] or "/"
             if not request.headers.get("Authorization", "").partition(" ")[2]:
                 request.headers["Authorization"] = f"Bearer {unquote(found[1])}"
+        if place := place_of_path(path, before):
+            return self._preview(request, place, path[len(place.prefix) - len(before) :], key_in_path=found is not None)
         request.path = path
         return super().find_handler(request, **kwargs)
+
+    def _preview(self, request: HTTPServerRequest, place: Place, rest: str, **options: bool) -> Preview:
+        settings = self.settings
+        return Preview(settings["sandboxes"], settings["store"], settings["requests"], request, place, rest, **options)
 
 
 def application(
@@ -142,6 +156,7 @@ def application(
     base_url: str = "",
     max_message: int = 64 * 1024 * 1024,
     kernel_idle_timeout: int = 3600,
+    domain: str = "localhost",
 ) -> Application:
     """The Tornado application over a collection of sandboxes and a store of keys.
 
@@ -150,6 +165,7 @@ def application(
         base_url: what comes before every path, without a slash at its end.
         max_message: largest WebSocket message from a client, in bytes.
         kernel_idle_timeout: seconds that a Jupyter client's kernel lives on unused.
+        domain: services in sandboxes are reached as `{port}-{id}.{domain}`; it may name our port, too.
     """
     shared = {"sandboxes": sandboxes, "store": store}
     by_path: dict[str, dict[str, Route]] = {}
@@ -159,10 +175,14 @@ def application(
     handlers += [(pattern, kind, shared) for pattern, kind in SOCKETS]
     return Gateway(
         handlers,
+        sandboxes=sandboxes,
+        store=store,
         default_handler_class=Missing,
         default_handler_args={**shared, "routes": {}},
         origins=origins,
         base_url=base_url,
+        domain=domain,
+        domain_name=domain.partition(":")[0].strip(".").lower(),
         max_message=max_message,
         kernel_idle_timeout=kernel_idle_timeout,
         sessions=jupyter.Sessions(),

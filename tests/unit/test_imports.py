@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-USERS_OF_THE_WIRE = {"link", "kernel", "pool", "build", "api.rest", "__main__"}
+USERS_OF_THE_WIRE = {"link", "kernel", "pool", "build", "api.ports", "api.rest", "__main__"}
 """The only modules of the gateway that may import guest_agent.wire."""
 
 
@@ -148,6 +148,13 @@ def test_jupyter_server_stays_in_the_plugin() -> None:
     users = {name for name in below("kernel_gateway") if outside(name) & {"jupyter_server", "traitlets"}}
     assert users <= {"kernel_gateway.lab"}
     assert not {name for name in MODULES if "kernel_gateway.lab" in imports(name)}
+
+
+def test_what_crosses_to_services_is_pure() -> None:
+    """Heads of requests and answers are values: no I/O, no web server, only h11."""
+    assert outside("kernel_gateway.ports") == {"h11"}
+    assert ours("kernel_gateway.ports") == {"kernel_gateway.errors"}
+    assert not imports("kernel_gateway.ports") & {"asyncio", "socket", "subprocess", "os", "time"}
 
 
 def test_only_the_root_imports_the_root() -> None:

@@ -1,0 +1,488 @@
+"""Services in sandboxes, from outside: who may, and the bytes both ways (docs/ports.md).
+
+    client ── Tornado ── Preview ── Exchange (h11) ── Conversation ── agent ── service
+
+A Preview is not a RequestHandler: it answers what the service answers, any method, headers as they are. There is one
+connection to the service for each request; credit carries a slow reader at either end through to the other. Something
+that breaks before the head of the answer is one of our errors; after it, the client's connection is cut, so that nobody
+takes half an answer for a whole one.
+"""
+
+import asyncio
+import logging
+import re
+import socket
+from http import HTTPStatus
+from http.client import responses
+from typing import Annotated, Any
+
+import msgspec
+from tornado.http1connection import HTTP1Connection
+from tornado.httputil import HTTPHeaders, HTTPMessageDelegate, HTTPServerRequest, RequestStartLine, ResponseStartLine
+from tornado.iostream import IOStream, StreamClosedError
+
+from guest_agent import wire
+from kernel_gateway.api.base import DROPPED_BODY, OUTCOME_UNKNOWN, STATUS, Call, ErrorBody, key_of
+from kernel_gateway.errors import (
+    CellvmError,
+    Conflict,
+    Draining,
+    GuestFailure,
+    GuestUnresponsive,
+    HostFull,
+    InvalidRequest,
+    Unauthorized,
+)
+from kernel_gateway.link import Conversation
+from kernel_gateway.ports import (
+    Answer,
+    Carried,
+    Client,
+    Exchange,
+    Place,
+    answer_headers,
+    framing,
+    refuse_key_in_path,
+    without_keys,
+)
+from kernel_gateway.sandbox import Sandbox
+from kernel_gateway.sandboxes import Sandboxes
+from kernel_gateway.store import Store
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds a service may take to accept a connection, times the driver's time scale."""
+MAX_CONNECTIONS = 256
+"""Connections to the services of one sandbox at a time: strangers may open them, and each may hold some MiB."""
+STALL_TIMEOUT = 600.0
+"""Seconds a service may take nothing of a request's body: while it does not, nobody can tell whether the client is
+still there."""
+PIECE = 256 * 1024
+"""Bytes that are taken from a client at once where there is no HTTP any more."""
+MAX_EVENTS = 200
+"""Chunks of an answer that are read in one go: a service may send very many very small ones."""
+LINGER = 5.0
+"""Seconds a service gets to read what a client has sent before it hung up."""
+
+
+# -- which ports are open
+
+
+class PortModel(msgspec.Struct):
+    """A port that is open to everybody, and its addresses: a path on this server, and a host name."""
+
+    port: int
+    public: bool
+    path: str
+    host: str
+
+
+class PortsModel(msgspec.Struct):
+    """`allPublic`: every port is open. `ports` are those opened one by one."""
+
+    allPublic: bool
+    ports: list[PortModel]
+
+
+class SetPort(msgspec.Struct):
+    """Open a port to everybody, or close it again. Without `port`: all of them."""
+
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None
+    public: bool = False
+
+
+async def list_ports(call: Call) -> PortsModel:
+    """The ports of a sandbox that are open to everybody."""
+    sandbox, settings = call.sandbox, call.http.application.settings
+    return PortsModel(
+        sandbox.all_ports_open,
+        [
+            PortModel(
+                port,
+                True,
+                f"{settings['base_url']}/sandboxes/{sandbox.id}/ports/{port}/",
+                f"{port}-{sandbox.id}.{settings['domain']}",
+            )
+            for port in sorted(sandbox.open_ports)
+        ],
+    )
+
+
+async def set_port(call: Call, body: SetPort) -> None:
+    """Open a port, or all, to everybody who has its address; or close it, also for those who are connected."""
+    sandbox = call.sandbox
+    if body.port is None:
+        sandbox.all_ports_open = body.public
+        if not body.public:
+            sandbox.open_ports.clear()
+    elif body.public:
+        sandbox.open_ports.add(body.port)
+    elif sandbox.all_ports_open:
+        raise Conflict("all ports are open: one alone can't be closed", hint='close all with {"public": false} first')
+    else:
+        sandbox.open_ports.discard(body.port)
+
+
+# -- one request
+
+
+def client_of(request: HTTPServerRequest) -> Client:
+    return Client(request.remote_ip or "", f"{request.protocol}://{request.host}")
+
+
+class Preview(HTTPMessageDelegate):
+    """One request to a service, from its head to the end of its answer.
+
+    Args:
+        rest: what follows the port in the address, without the query, still encoded.
+        key_in_path: the address begins with `/t/KEY`.
+    """
+
+    def __init__(
+        self,
+        sandboxes: Sandboxes,
+        store: Store,
+        requests: set[Any],
+        request: HTTPServerRequest,
+        place: Place,
+        rest: str,
+        *,
+        key_in_path: bool = False,
+    ) -> None:
+        assert isinstance(request.connection, HTTP1Connection)
+        self._sandboxes = sandboxes
+        self._store = store
+        self._requests = requests
+        self._request = request
+        self._connection = request.connection
+        self._place = place
+        self._rest = rest
+        self._key_in_path = key_in_path
+        self._sandbox: Sandbox | None = None
+        self._is_visitor = False
+        self._exchange: Exchange | None = None
+        self._conversation: Conversation | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._is_begun = asyncio.Event()  # the request is on its way, and whether protocols are switched is settled
+        self._has_whole_body = asyncio.Event()
+        self._has_head = False
+        self._is_answered = False
+        self._is_last = False
+        self._dropped = 0
+        self._status = 0
+        self._ending: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Preview {self._place.sandbox}:{self._place.port} {self._status or '…'}>"
+
+    # -- called by Tornado
+
+    async def headers_received(self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders) -> None:
+        self._requests.add(self)
+        self._connection.set_close_callback(self.on_connection_close)
+        # Until Tornado reads again nobody else would notice that the client hangs up.
+        self._connection.stream.set_close_callback(self.on_connection_close)
+        self._connection.stream.set_nodelay(True)
+        self._task = asyncio.create_task(self._run())
+        self._task.add_done_callback(lambda _: self._finished())
+        await self._is_begun.wait()
+
+    async def data_received(self, chunk: bytes) -> None:
+        if self._is_answered or self._conversation is None or self._exchange is None:
+            # Answered already; read on all the same, for many clients listen only when they have sent everything.
+            self._dropped += len(chunk)
+            if self._dropped > DROPPED_BODY:
+                self._connection.close()
+        elif self._may_go_on:
+            await self._send(self._exchange.body(chunk))
+
+    def finish(self) -> None:
+        self._has_whole_body.set()
+        if self._exchange is not None and not self._is_answered and (last := self._exchange.end()):
+            self._ending = asyncio.create_task(self._send(last))
+
+    def on_connection_close(self) -> None:
+        """The client hung up: so do we, on the service."""
+        if self._task is not None:
+            self._task.cancel()
+
+    # -- the way there
+
+    async def _run(self) -> None:
+        try:
+            await self._answer()
+        except (StreamClosedError, asyncio.CancelledError):
+            self._connection.close()  # the client has gone: nobody is left to tell
+        except Exception as error:  # noqa: BLE001  `_fail` logs what it does not know
+            try:
+                await self._fail(error)
+            except (StreamClosedError, asyncio.CancelledError):
+                self._connection.close()
+
+    def _finished(self) -> None:
+        self._is_begun.set()
+        self._requests.discard(self)
+
+    async def _answer(self) -> None:
+        headers = list(self._request.headers.get_all())
+        self._is_last = True  # until it is known where the request ends
+        length = framing(headers)
+        self._is_last = False
+        port = self._place.number
+        if self._key_in_path:
+            raise InvalidRequest(
+                "a port's address may not begin with `/t/`: the page could read the key in it",
+                hint="send the key as `Authorization: Bearer <key>` or `X-API-Key: <key>`, or open the port",
+            )
+        if not self._rest:
+            await self._redirect()
+            return
+        if not self._rest.startswith("/") or self._request.method == "CONNECT":
+            raise InvalidRequest("a port is asked for paths, as GET /… does; it is no proxy")
+        refuse_key_in_path(self._rest, self._store.owner_of)
+        carried = without_keys(headers, self._request.query, self._store.owner_of)
+        sandbox = self._sandbox = self._find(carried)
+        if self._sandboxes.is_draining:
+            raise Draining("the server is going down")
+        link = sandbox.guest.link
+        if sandbox.port_connections >= MAX_CONNECTIONS:
+            raise HostFull(f"there are {MAX_CONNECTIONS} connections to ports of this sandbox; close some, or wait")
+        sandbox.port_connections += 1
+        try:
+            async with link.ask(wire.Connect(port=port)) as conversation:
+                await self._connect(conversation, CONNECT_TIMEOUT * link.time_scale)
+                await self._converse(conversation, carried, length)
+        finally:
+            sandbox.port_connections -= 1
+
+    def _find(self, carried: Carried) -> Sandbox:
+        """The sandbox, if whoever asks may.
+
+        Raises:
+            Unauthorized, NotFound: not; in the same words whether it exists or not.
+        """
+        sandbox = self._sandboxes.find(self._place.sandbox)
+        if sandbox is not None and sandbox.owner in carried.owners:
+            return sandbox
+        if sandbox is not None and sandbox.is_open(self._place.number):
+            self._is_visitor = True
+            return sandbox
+        for owner in carried.owners:
+            self._sandboxes.get(owner, self._place.sandbox)  # raises: it is not this owner's
+        raise Unauthorized(
+            "the key is not known" if key_of(self._request) else "a key is required",
+            hint="send `Authorization: Bearer <key>`; `cellvm keys` makes one",
+        )
+
+    @property
+    def _may_go_on(self) -> bool:
+        """A port that has been closed is closed for those who are connected, too."""
+        assert self._sandbox is not None
+        return not self._is_visitor or self._sandbox.is_open(self._place.number)
+
+    async def _redirect(self) -> None:
+        """To the address with a slash: relative links of the page begin there."""
+        if self._request.method not in ("GET", "HEAD"):
+            raise InvalidRequest("the service's paths begin with a slash", hint=f"ask {self._place.prefix}/")
+        location = self._place.prefix + "/" + (f"?{self._request.query}" if self._request.query else "")
+        await self._write_head(308, [("Location", location), ("Content-Length", "0")])
+        await self._end()
+
+    async def _connect(self, conversation: Conversation, timeout: float) -> None:
+        closed = f"the sandbox is running but port is not open: nothing listens on {self._place.number}"
+        try:
+            async with asyncio.timeout(timeout):
+                first = await conversation.receive()
+        except TimeoutError:
+            raise GuestFailure("port_closed", f"{closed}, or it does not accept connections") from None
+        except GuestFailure as error:
+            if error.code == "port_closed":
+                raise GuestFailure(error.code, closed) from None
+            raise
+        if not isinstance(first, wire.Connected):
+            raise GuestUnresponsive("the guest did not answer Connect as it must")
+
+    async def _converse(self, conversation: Conversation, carried: Carried, length: int | None) -> None:
+        request = self._request
+        named = re.search(r"\bupgrade\b", request.headers.get("Connection", ""), re.IGNORECASE)
+        upgrade = request.headers.get("Upgrade", "") if named and length == 0 else ""
+        exchange = Exchange(self._place)
+        target = self._rest + (f"?{carried.query}" if carried.query else "")
+        head = exchange.request(request.method or "", target, carried.headers, length, upgrade, client_of(request))
+        if upgrade:
+            head += exchange.end()  # it has no body; what the client sends from here on may be of another protocol
+        await conversation.send(head)
+        self._conversation = conversation
+        if not upgrade:
+            self._exchange = exchange
+            self._is_begun.set()
+        answer = await self._head(exchange, conversation)
+        if answer.switches:
+            await self._switch(conversation, answer, exchange.rest)
+            return
+        is_download = carried.in_address and not upgrade
+        await self._write_head(answer.status, answer_headers(answer, self._place, is_download=is_download))
+        self._is_begun.set()
+        while not exchange.is_over:
+            if data := self._body(exchange):
+                await self._connection.write(data)
+                await asyncio.sleep(0)
+            elif not exchange.is_over:
+                exchange.receive_data(await self._receive(conversation))
+        await self._end()
+
+    async def _send(self, data: bytes) -> None:
+        """Send to the service, as it reads; if nobody is there any more, whoever waits for the answer is told."""
+        assert self._conversation is not None
+        try:
+            async with asyncio.timeout(STALL_TIMEOUT):
+                await self._conversation.send(data)
+        except TimeoutError:
+            self._connection.close()
+        except CellvmError:
+            pass
+
+    # -- the way back
+
+    async def _head(self, exchange: Exchange, conversation: Conversation) -> Answer:
+        while not isinstance(piece := exchange.next_event(), Answer):
+            exchange.receive_data(await self._receive(conversation))
+        return piece
+
+    def _body(self, exchange: Exchange) -> bytes:
+        """What there is of the answer's body without waiting."""
+        pieces: list[bytes] = []
+        try:
+            while len(pieces) < MAX_EVENTS and isinstance(piece := exchange.next_event(), bytes) and piece:
+                pieces.append(piece)
+        except GuestFailure:
+            if not pieces:  # what came before still goes out; it is raised again then
+                raise
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def _receive(self, conversation: Conversation) -> bytes:
+        """What the service says next; nothing when it has closed the connection."""
+        while isinstance(item := await conversation.receive(), tuple):
+            if not self._may_go_on:
+                raise GuestFailure("failed", "the port has been closed")
+            if item[0] == wire.STDOUT:
+                return item[1]
+        return b""
+
+    async def _write_head(self, status: int, headers: list[tuple[str, str]]) -> None:
+        self._status = status
+        given = HTTPHeaders()
+        for name, value in headers:
+            given.add(name, value)
+        if self._request.version == "HTTP/1.0" and "Content-Length" not in given:
+            self._request.headers["Connection"] = "close"  # or Tornado says that it is kept
+            self._is_last = True  # which is how the client learns where the body ends
+        elif self._is_last:
+            given["Connection"] = "close"
+        self._has_head = True
+        line = ResponseStartLine("HTTP/1.1", status, responses.get(status, "Unknown"))
+        await self._connection.write_headers(line, given)
+
+    async def _end(self) -> None:
+        """The answer is whole. The request is over when its body is too, which is dropped from here on."""
+        self._is_answered = True
+        self._log()
+        if self._is_last and not self._is_begun.is_set():
+            # Taken from Tornado, which would go on to read a body and further requests from its buffer.
+            self._connection.detach().close()
+            return
+        self._is_begun.set()
+        if not self._is_last:
+            await self._has_whole_body.wait()
+        self._connection.finish()
+        if self._is_last:
+            self._connection.close()
+
+    async def _fail(self, error: Exception) -> None:
+        if self._has_head:
+            if not isinstance(error, CellvmError):
+                log.error("%r failed", self, exc_info=error)
+            # Too late for a status: cut the answer off, so that nobody takes it for whole.
+            self._connection.close()
+            return
+        if not isinstance(error, CellvmError):
+            log.error("%r failed", self, exc_info=error)
+            error = CellvmError("the server failed; its log says why")
+        status = STATUS[error.code]
+        outcome = "unknown" if error.code in OUTCOME_UNKNOWN else None
+        body = msgspec.json.encode(ErrorBody(status, str(error), error.code, error.hint, outcome))
+        headers = [
+            ("Server", "CellVM"),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(body))),
+        ]
+        if status == HTTPStatus.UNAUTHORIZED:
+            headers.append(("WWW-Authenticate", "Bearer"))
+        if error.retry_after is not None:
+            headers.append(("Retry-After", str(error.retry_after)))
+        if not self._is_begun.is_set() and "Expect" in self._request.headers:
+            self._is_last = True  # the body won't come
+        await self._write_head(status, headers)
+        if self._request.method != "HEAD":
+            await self._connection.write(body)
+        await self._end()
+
+    def _log(self) -> None:
+        """One line a request: neither the service's own path and query, nor anything it says."""
+        place, milliseconds = self._place, round(self._request.request_time() * 1000)
+        log.info(
+            "%s /sandboxes/%.64s/ports/%.5s/ %d %d ms",
+            self._request.method,
+            place.sandbox,
+            place.port,
+            self._status,
+            milliseconds,
+        )
+
+    # -- another protocol
+
+    async def _switch(self, conversation: Conversation, answer: Answer, first: bytes) -> None:
+        """From here on bytes are copied both ways, until one side closes."""
+        headers = answer_headers(answer, self._place, is_download=False)
+        headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
+        upgrade = next((value for name, value in answer.headers if name.lower() == "upgrade"), "")
+        await self._write_head(answer.status, [*headers, ("Connection", "Upgrade"), ("Upgrade", upgrade)])
+        self._log()
+        stream = self._connection.detach()
+        self._requests.discard(self)
+        self._is_begun.set()
+        if stream.socket is not None:
+            stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        up = asyncio.create_task(self._copy_up(stream, conversation))
+        down = asyncio.create_task(self._copy_down(stream, conversation, first))
+        try:
+            await asyncio.wait({up, down}, return_when=asyncio.FIRST_COMPLETED)
+            if not down.done():
+                await asyncio.wait({down}, timeout=LINGER)
+        finally:
+            up.cancel()
+            down.cancel()
+            await asyncio.wait({up, down})
+            stream.close()
+
+    async def _copy_up(self, stream: IOStream, conversation: Conversation) -> None:
+        try:
+            while self._may_go_on:
+                await conversation.send(await stream.read_bytes(PIECE, partial=True))
+        except (StreamClosedError, CellvmError):
+            pass
+        conversation.end()
+
+    async def _copy_down(self, stream: IOStream, conversation: Conversation, data: bytes) -> None:
+        try:
+            while True:
+                try:
+                    await stream.write(data)
+                except StreamClosedError:
+                    pass  # the client has gone; the service may still read what it has sent
+                if not (data := await self._receive(conversation)):
+                    return
+        except CellvmError:
+            pass

@@ -1,0 +1,391 @@
+"""What crosses the gateway on its way to a service inside a sandbox and back. Pure: values in, values out.
+
+The service is hostile, and so is the page it shows. Three things must hold:
+
+- No key of ours reaches it, wherever a client has put one (`without_keys`).
+- What it answers is read by h11 and written anew; what it says about the connection, about the gateway's origin or
+  about other previews stays here (`answer_headers`).
+- Where one request ends and the next begins is never its word, nor the client's: there is one connection for each
+  request, and a request whose length can be read in two ways is refused (`framing`).
+
+A preview has two kinds of address. By path it shares the gateway's origin, so its pages get an opaque one (CSP
+`sandbox`) and no cookies. By host name it has an origin of its own.
+"""
+
+import base64
+import binascii
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from http import HTTPStatus
+from urllib.parse import unquote, unquote_plus, urlsplit
+
+import h11
+
+from kernel_gateway.errors import GuestFailure, InvalidRequest
+
+HEAD_LIMIT = 64 * 1024
+"""Largest head of an answer, in bytes."""
+MAX_INFORMATIONAL = 100
+"""Answers of the kind 1xx that are skipped before the real one."""
+KEY_CANDIDATES = 64
+"""Words of an Authorization header that are looked at."""
+
+Headers = list[tuple[str, str]]
+OwnerOf = Callable[[str], str | None]
+
+HOP_BY_HOP = frozenset(
+    "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding"
+    " upgrade http2-settings".split()
+)
+NOT_FORWARDED = HOP_BY_HOP | frozenset("host content-length expect forwarded x-real-ip origin referer".split())
+"""Of a request: what is between the client and us, and what is written anew."""
+NOT_ANSWERED = HOP_BY_HOP | {"clear-site-data"}
+"""Of an answer: `Clear-Site-Data: "cookies"` reaches beyond the host it comes from."""
+NOT_OF_OUR_ORIGIN = frozenset(
+    "set-cookie set-cookie2 service-worker-allowed strict-transport-security alt-svc nel report-to reporting-endpoints"
+    " www-authenticate x-content-type-options referrer-policy".split()
+)
+"""Of an answer by path: what a browser would take as said by the gateway itself."""
+SANDBOXED = "sandbox allow-scripts allow-forms allow-popups allow-modals allow-downloads"
+PAGE_SAFETY: Headers = [
+    ("Content-Security-Policy", SANDBOXED),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a request goes. `prefix` is the part of its address before the service's own path, empty by host name."""
+
+    sandbox: str
+    port: str
+    prefix: str = ""
+
+    @property
+    def is_by_path(self) -> bool:
+        return bool(self.prefix)
+
+    @property
+    def number(self) -> int:
+        """The port.
+
+        Raises:
+            InvalidRequest: there is no such port.
+        """
+        if not re.fullmatch("[1-9][0-9]{0,4}", self.port) or int(self.port) > 65535:
+            raise InvalidRequest("a port is a number from 1 to 65535")
+        return int(self.port)
+
+
+def place_of_host(host: str, domain: str) -> Place | None:
+    """What a host name `{port}-{id}.{domain}` means; None when it is not of that kind. Neither has a port of its own.
+
+    A name that only begins like one is a place that does not exist: the gateway itself never answers by it.
+    """
+    name, _, rest = host.lower().removesuffix(".").partition(".")
+    found = re.fullmatch("([0-9]+)-(.*)", name)
+    if not domain or found is None:
+        return None
+    if rest == domain:
+        return Place(found[2], found[1])
+    return Place(found[2] + ".", found[1]) if rest.endswith(f".{domain}") else None
+
+
+def place_of_path(path: str, before: str) -> Place | None:
+    """What a path `/sandboxes/{id}/ports/{port}…` means; None when it is another one. `before` stood in front of it."""
+    found = re.match("/sandboxes/([^/]+)/ports/([^/]+)", path)
+    return None if found is None else Place(found[1], found[2], before + found[0])
+
+
+# -- keys ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """A request's headers and query without our keys, and the owners of the keys that were there.
+
+    `in_address`: one was in the query, where the page that is shown could read it.
+    """
+
+    headers: Headers
+    query: str
+    owners: frozenset[str]
+    in_address: bool
+
+
+def without_keys(headers: Iterable[tuple[str, str]], query: str, owner_of: OwnerOf) -> Carried:
+    """Take our keys out. What is none of ours is the service's own and stays, byte for byte."""
+    owners: set[str] = set()
+    kept: Headers = []
+    for name, value in headers:
+        words = _words(value) if name.lower() == "authorization" else {value} if name.lower() == "x-api-key" else set()
+        found = {owner for word in words if (owner := owner_of(word))}
+        owners |= found
+        if not found:
+            kept.append((name, value))
+    cleaned, in_query = _query_without_keys(query, owner_of)
+    return Carried(kept, cleaned, frozenset(owners | in_query), bool(in_query))
+
+
+def _words(value: str) -> set[str]:
+    """Everything in an Authorization header that could be a key, also as one half of `Basic`."""
+    scheme, _, rest = value.strip().partition(" ")
+    found = {value.strip(), rest.strip(), *re.split(r'[\s,;="]+', value)[:KEY_CANDIDATES]}
+    if scheme.lower() == "basic":
+        try:
+            found |= set(base64.b64decode(rest.strip(), validate=True).decode("utf-8", "replace").split(":", 1))
+        except binascii.Error:
+            pass  # not what it says: the service's to judge
+    return found - {""}
+
+
+def _query_without_keys(query: str, owner_of: OwnerOf) -> tuple[str, set[str]]:
+    owners: set[str] = set()
+    kept = []
+    for piece in query.split("&"):
+        name, _, value = piece.partition("=")
+        owner = owner_of(unquote_plus(value)) if value and unquote_plus(name) == "token" else None
+        if owner is None:
+            kept.append(piece)
+        else:
+            owners.add(owner)
+    return "&".join(kept), owners
+
+
+def refuse_key_in_path(path: str, owner_of: OwnerOf) -> None:
+    """A page could read its own address.
+
+    Raises:
+        InvalidRequest: a key of ours is in it.
+    """
+    found = re.match("/+t/([^/]+)", path, re.IGNORECASE)
+    if found is not None and owner_of(unquote(found[1])):
+        raise InvalidRequest(
+            "a port's address may not have a key in its path: the page could read it",
+            hint="send the key as `Authorization: Bearer <key>` or `X-API-Key: <key>`, or open the port",
+        )
+
+
+# -- the request --------------------------------------------------------------------------------------------------
+
+
+def framing(headers: Iterable[tuple[str, str]]) -> int | None:
+    """How long a request's body is; None if it comes in chunks.
+
+    Raises:
+        InvalidRequest: it can be read in more than one way.
+    """
+    lengths = [value for name, value in headers if name.lower() == "content-length"]
+    encodings = [value for name, value in headers if name.lower() == "transfer-encoding"]
+    if len(lengths) + len(encodings) > 1:
+        raise InvalidRequest("a request has one Content-Length or one Transfer-Encoding, not more")
+    if encodings:
+        if encodings[0].lower() != "chunked":
+            raise InvalidRequest("the only Transfer-Encoding there is is `chunked`")
+        return None
+    if lengths and not re.fullmatch("[0-9]{1,18}", lengths[0]):
+        raise InvalidRequest("Content-Length is not a number")
+    return int(lengths[0]) if lengths else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Who asks, as the service is told: `origin` is how a browser names the gateway (`http://host:port`)."""
+
+    address: str
+    origin: str
+
+    @property
+    def scheme(self) -> str:
+        return self.origin.partition(":")[0]
+
+    @property
+    def host(self) -> str:
+        return self.origin.partition("://")[2]
+
+
+class Exchange:
+    """One request and its answer, as bytes towards the service and from it."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_LIMIT)
+        self._skipped = 0
+        self.is_over = False
+
+    @property
+    def _service(self) -> str:
+        return f"http://localhost:{self._place.number}"
+
+    def request(
+        self, method: str, target: str, headers: Headers, length: int | None, upgrade: str, client: Client
+    ) -> bytes:
+        """The request's head.
+
+        Raises:
+            InvalidRequest: it has something in it that HTTP does not allow.
+        """
+        named = _named_by_connection(headers)
+        kept = [
+            (name, value)
+            for name, value in headers
+            if (lower := name.lower()) not in NOT_FORWARDED | named and not lower.startswith("x-forwarded-")
+            and not (lower == "cookie" and self._place.is_by_path)
+        ]  # fmt: skip
+        sent: Headers = [("Host", f"localhost:{self._place.number}"), *kept, *self._whence(headers, client)]
+        sent += [("Connection", "Upgrade"), ("Upgrade", upgrade)] if upgrade else [("Connection", "close")]
+        if length is None:
+            sent.append(("Transfer-Encoding", "chunked"))
+        elif length or method not in ("GET", "HEAD", "OPTIONS", "DELETE", "TRACE"):
+            sent.append(("Content-Length", str(length)))
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in sent]
+        try:
+            head = self._h11.send(h11.Request(method=method, target=target.encode("latin-1"), headers=raw))
+        except h11.LocalProtocolError:
+            raise InvalidRequest("the request's address or headers have characters that must be encoded") from None
+        return head or b""
+
+    def _whence(self, headers: Headers, client: Client) -> Headers:
+        """Where the request comes from; what was so said by the client itself is dropped."""
+        told = [
+            ("X-Forwarded-For", client.address),
+            ("X-Forwarded-Host", client.host),
+            ("X-Forwarded-Proto", client.scheme),
+        ]
+        if self._place.is_by_path:
+            told.append(("X-Forwarded-Prefix", self._place.prefix))
+        for name, value in headers:
+            if name.lower() == "origin":
+                # The service knows itself as localhost; so its own pages must be from there.
+                is_own = value.lower() == client.origin.lower() or (value == "null" and self._place.is_by_path)
+                told.append(("Origin", self._service if is_own else value))
+            elif name.lower() == "referer":
+                # Of other pages not even the address: one of the gateway's own may have a key in it.
+                start = f"{client.origin}{self._place.prefix}/"
+                if value.lower().startswith(start.lower()):
+                    told.append(("Referer", f"{self._service}/{value[len(start) :].partition('?')[0]}"))
+        return told
+
+    def body(self, data: bytes) -> bytes:
+        """A piece of the request's body."""
+        return self._h11.send(h11.Data(data=data)) or b""
+
+    def end(self) -> bytes:
+        """The end of the request's body."""
+        return self._h11.send(h11.EndOfMessage()) or b""
+
+    def receive_data(self, data: bytes) -> None:
+        """Take what the service has sent; empty when it has closed the connection."""
+        self._h11.receive_data(data)
+
+    def next_event(self) -> "Answer | bytes | None":
+        """The answer's head, then its body in pieces; None when more bytes are needed.
+
+        After the body's end, or after a head that switches protocols, `is_over` holds.
+
+        Raises:
+            GuestFailure: it is not HTTP, too long, or cut off.
+        """
+        while True:
+            try:
+                event = self._h11.next_event()
+            except h11.RemoteProtocolError:
+                raise GuestFailure(
+                    "failed", f"the service on port {self._place.number} did not answer as HTTP demands"
+                ) from None
+            match event:
+                case h11.InformationalResponse() if event.status_code != HTTPStatus.SWITCHING_PROTOCOLS:
+                    self._skipped += 1
+                    if self._skipped > MAX_INFORMATIONAL:
+                        raise GuestFailure("failed", f"the service on port {self._place.number} does not get to answer")
+                case h11.Response() | h11.InformationalResponse():
+                    return self._answer(event)
+                case h11.Data():
+                    return bytes(event.data)
+                case h11.NEED_DATA:
+                    return None
+                case _:  # the end, or a connection that is not HTTP's any more
+                    self.is_over = True
+                    return b""
+
+    def _answer(self, event: h11.Response | h11.InformationalResponse) -> "Answer":
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in event.headers.raw_items()]
+        if sum(len(name) + len(value) + 4 for name, value in headers) > HEAD_LIMIT:
+            raise GuestFailure("failed", f"the service on port {self._place.number} answered with too long a head")
+        return Answer(event.status_code, headers)
+
+    @property
+    def rest(self) -> bytes:
+        """What came after a head that switches protocols."""
+        return bytes(self._h11.trailing_data[0])
+
+
+# -- the answer ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The head of what a service answers, as it came."""
+
+    status: int
+    headers: Headers
+
+    @property
+    def switches(self) -> bool:
+        return self.status == HTTPStatus.SWITCHING_PROTOCOLS
+
+
+def _named_by_connection(headers: Headers) -> set[str]:
+    values = [value for name, value in headers if name.lower() == "connection"]
+    return {word.strip().lower() for value in values for word in value.split(",")}
+
+
+def answer_headers(answer: Answer, place: Place, *, is_download: bool) -> Headers:
+    """The headers that go on to the client. `is_download`: no browser may show it as a page."""
+    dropped = NOT_ANSWERED | _named_by_connection(answer.headers)
+    if any(name.lower() == "transfer-encoding" for name, _ in answer.headers) or answer.status == HTTPStatus.NO_CONTENT:
+        dropped = dropped | {"content-length"}
+    if place.is_by_path:
+        dropped = dropped | NOT_OF_OUR_ORIGIN
+    if is_download:
+        dropped = dropped | {"content-disposition", "referrer-policy"}
+    kept: Headers = []
+    for name, value in answer.headers:
+        lower = name.lower()
+        if lower in dropped:
+            continue
+        if lower in ("location", "content-location"):
+            value = relocated(value, place)
+        elif lower == "set-cookie":
+            value = _without_domain(value)
+        kept.append((name, value))
+    if place.is_by_path:
+        kept += PAGE_SAFETY
+    if is_download:
+        kept.append(("Content-Disposition", "attachment"))
+        if not place.is_by_path:
+            kept.append(("Referrer-Policy", "no-referrer"))
+    return kept
+
+
+def relocated(location: str, place: Place) -> str:
+    """An address in the service's eyes as one in the client's."""
+    try:
+        parts = urlsplit(location)
+        is_own = parts.hostname in ("localhost", "127.0.0.1") and (parts.port or 80) == place.number
+    except ValueError:
+        return location
+    if is_own and parts.scheme in ("http", "https", ""):
+        rest = location.partition("//")[2]
+        location = rest[len(parts.netloc) :]
+        location = location if location.startswith("/") else f"/{location}"
+        location = "/" + location.lstrip("/")
+    return place.prefix + location if location.startswith("/") and not location.startswith("//") else location
+
+
+def _without_domain(cookie: str) -> str:
+    """A cookie for this host alone: with a `Domain` other sandboxes' previews would get it too."""
+    first, *attributes = cookie.split(";")
+    return ";".join([first, *(each for each in attributes if each.partition("=")[0].strip().lower() != "domain")])
