@@ -95,6 +95,22 @@ def test_policies_and_rules_are_pure(name: str) -> None:
     assert not imports(name) & {"asyncio", "socket", "subprocess", "os", "time"}
 
 
+def test_a_hello_is_read_without_io() -> None:
+    """What a guest says first is bytes in, a name out."""
+    assert ours("kernel_gateway.network.hello") == set()
+    assert outside("kernel_gateway.network.hello") == {"h11"}
+    assert not imports("kernel_gateway.network.hello") & {"asyncio", "socket", "ssl", "os", "time"}
+
+
+def test_resolver_and_gate_know_no_namespaces() -> None:
+    """They are given sockets, and judge by policies."""
+    allowed = {"kernel_gateway.network.hello", "kernel_gateway.network.policy"}
+    for name in ("kernel_gateway.network.resolver", "kernel_gateway.network.gate"):
+        assert ours(name) == allowed
+        assert not imports(name) & {"os", "subprocess"}
+    assert {name for name in MODULES if "dns" in outside(name)} == {"kernel_gateway.network.resolver"}
+
+
 @pytest.mark.parametrize("name", below("kernel_gateway.network"))
 def test_networks_know_nothing_above_them(name: str) -> None:
     """A network knows errors and what a driver is; no driver, no sandbox, no HTTP."""

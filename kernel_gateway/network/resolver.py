@@ -1,0 +1,498 @@
+"""Names for one sandbox: what its guest asks is judged, asked anew, and only then answered.
+
+    guest ── UDP, TCP ── Resolver ── a query of our own ── the host's resolvers
+
+The guest is hostile: nothing of its bytes goes on but the question, which is parsed and written anew. What comes back
+is rebuilt: the chain of aliases and the records asked for, no others. An address that no sandbox may reach is never in
+an answer, so a public name can't be made to mean a private address, and the host's view of its own network stays there.
+
+Refused names do not exist (NXDOMAIN): programs give up at once, where REFUSED makes them try again for seconds.
+Tunnels through DNS stay possible wherever names are resolved.
+"""
+
+import asyncio
+import itertools
+import logging
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from typing import Any
+
+import dns.exception
+import dns.flags
+import dns.message
+import dns.name
+import dns.opcode
+import dns.rcode
+import dns.rdataclass
+import dns.rdatatype
+import dns.rrset
+
+from kernel_gateway.network.hello import Malformed, is_local, parse_host, reverse_address
+from kernel_gateway.network.policy import Floor, Policy
+
+log = logging.getLogger(__name__)
+
+PAYLOAD = 1232
+"""Bytes of a UDP answer that no network cuts into pieces."""
+MAX_QUERY = 4096
+MAX_ANSWER, MAX_RECORDS = 16 * 1024, 100
+"""More from a name's owner is not read: a large answer costs the event loop a fifth of a second."""
+MAX_CHAIN = 12
+MAX_TTL, MIN_PIN, SLACK = 3600, 60, 60
+"""Seconds. An address stays pinned a little longer than the guest may keep it."""
+ACCEPT_PAUSE = 0.5
+REMEMBERED = 4096
+"""Pairs of name and address that a slot's resolver remembers to have given."""
+
+_EMPTY = {dns.rdatatype.AAAA, dns.rdatatype.HTTPS, dns.rdatatype.SVCB}
+"""Answered without records: IPv6 is off, and the other two hold addresses as hints."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one guest may use, and how long things take."""
+
+    under_way: int = 64
+    per_second: float = 100.0
+    burst: float = 100.0
+    connections: int = 8
+    idle: float = 10.0
+    attempt: float = 2.0
+    total: float = 6.0
+
+
+class Unanswered(Exception):
+    """No resolver gave an answer that can be used."""
+
+
+class Resolver:
+    """The resolver of one slot.
+
+    Args:
+        upstreams: addresses and ports of the resolvers that are asked, the best first.
+        floor, policy: what is in force at the moment.
+        pin: called before an answer for a name that a rule allows is sent, with the name, its addresses, and for how
+            many seconds the filter is to let them through.
+        refused: called with a name and "floor", "policy" or "limit". The name is "*" where too many were asked for.
+    """
+
+    def __init__(
+        self,
+        *,
+        upstreams: list[tuple[str, int]],
+        floor: Callable[[], Floor],
+        policy: Callable[[], Policy],
+        pin: Callable[[str, list[IPv4Address], float], Awaitable[None]],
+        refused: Callable[[str, str], None],
+        limits: Limits = Limits(),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._upstreams = upstreams
+        self._floor = floor
+        self._policy = policy
+        self._pin = pin
+        self._refused = refused
+        self._limits = limits
+        self._clock = clock
+        self._tokens = limits.burst
+        self._counted_at = clock()
+        self._given: dict[tuple[str, IPv4Address], float] = {}
+        self._listening: list[socket.socket] = []
+        self._queries: set[asyncio.Task[None]] = set()
+        self._connections: set[asyncio.Task[None]] = set()
+
+    def start(self, udp: socket.socket, tcp: socket.socket) -> None:
+        """Answer on two bound sockets, the second one listening. They stay the caller's, to be closed after `close`."""
+        loop = asyncio.get_running_loop()
+        for sock, ready in ((udp, self._receive), (tcp, self._accept)):
+            sock.setblocking(False)
+            loop.add_reader(sock, ready, sock)
+            self._listening.append(sock)
+
+    def close(self) -> None:
+        """Stop answering, at once. May be called again."""
+        for sock in self._listening:
+            asyncio.get_running_loop().remove_reader(sock)
+        self._listening.clear()
+        for task in (*self._queries, *self._connections):
+            task.cancel()
+
+    def gave(self, name: str, address: IPv4Address) -> bool:
+        """Whether the guest was told not long ago that this name has this address."""
+        return self._given.get((name, address), 0.0) > self._clock()
+
+    async def addresses(self, name: str) -> list[IPv4Address]:
+        """All addresses of a name, not judged; none if it does not resolve."""
+        try:
+            answer = await self._ask(dns.name.from_text(name), dns.rdatatype.A)
+        except (Unanswered, dns.exception.DNSException):
+            return []
+        return _addresses(rebuild(answer)[0])
+
+    # -- from the guest
+
+    def _receive(self, udp: socket.socket) -> None:
+        """One datagram is there; the loop's other work comes before the next."""
+        try:
+            data, guest = udp.recvfrom(MAX_QUERY)
+        except OSError:
+            return
+        if not self._admits() or len(self._queries) >= self._limits.under_way:
+            self._refused("*", "limit")
+            return
+
+        async def answer() -> None:
+            response = await self.respond(data)
+            if response is not None:
+                udp.sendto(_write(response, min(max(response.request_payload, 512), PAYLOAD)), guest)
+
+        self._begin(self._queries, answer)
+
+    def _accept(self, tcp: socket.socket) -> None:
+        try:
+            guest, _ = tcp.accept()
+        except BlockingIOError:
+            return
+        except OSError:
+            # No descriptors, say. The socket stays ready: without a pause it would be tried without end.
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(tcp)
+            loop.call_later(ACCEPT_PAUSE, lambda: tcp in self._listening and loop.add_reader(tcp, self._accept, tcp))
+            return
+        if len(self._connections) >= self._limits.connections:
+            guest.close()
+            self._refused("*", "limit")
+            return
+        guest.setblocking(False)
+        self._begin(self._connections, lambda: self._converse(guest), guest)
+
+    async def _converse(self, guest: socket.socket) -> None:
+        """Queries of one connection, one after the other."""
+        while self._admits():
+            async with asyncio.timeout(self._limits.idle):
+                size = int.from_bytes(await _receive_exactly(guest, 2), "big")
+                if size > MAX_QUERY:
+                    return
+                data = await _receive_exactly(guest, size)
+            response = await self.respond(data)
+            if response is None:
+                return
+            wire = _write(response, 65535)
+            async with asyncio.timeout(self._limits.idle):
+                await asyncio.get_running_loop().sock_sendall(guest, len(wire).to_bytes(2, "big") + wire)
+        self._refused("*", "limit")
+
+    def _begin(
+        self,
+        tasks: set[asyncio.Task[None]],
+        work: Callable[[], Coroutine[Any, Any, None]],
+        guest: socket.socket | None = None,
+    ) -> None:
+        async def guarded() -> None:
+            try:
+                await work()
+            except (OSError, TimeoutError, EOFError):
+                pass  # the guest has gone, or is too slow
+            except Exception as error:  # noqa: BLE001  a guest must not reach the loop's handler
+                log.warning("a sandbox's query failed: %s %.200r", type(error).__name__, error)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            tasks.discard(task)
+            if guest is not None:
+                guest.close()  # here, since a task that is cancelled early never runs
+
+        task = asyncio.get_running_loop().create_task(guarded())
+        tasks.add(task)
+        task.add_done_callback(ended)
+
+    def _admits(self) -> bool:
+        """Whether one more query fits into this second."""
+        now = self._clock()
+        self._tokens = min(self._limits.burst, self._tokens + (now - self._counted_at) * self._limits.per_second)
+        self._counted_at = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+    # -- what is answered
+
+    async def respond(self, data: bytes) -> dns.message.Message | None:
+        """The answer to a query as it came; None where none may be given."""
+        query = read_query(data)
+        if query is None or query.flags & dns.flags.QR:
+            return query
+        response = _response(query)
+        (question,) = query.question
+        if query.edns > 0:
+            response.set_rcode(dns.rcode.BADVERS)
+        elif question.rdclass != dns.rdataclass.IN or _is_meta(question.rdtype) or question.name == dns.name.root:
+            response.set_rcode(dns.rcode.REFUSED)
+        else:
+            try:
+                await self._resolve(question, response)
+            except Unanswered:
+                response.set_rcode(dns.rcode.SERVFAIL)
+            except Exception as error:  # noqa: BLE001  the filter could not be told, say; a dead query helps nobody
+                log.warning("a sandbox's query failed: %s %.200r", type(error).__name__, error)
+                response = _response(query)
+                response.set_rcode(dns.rcode.SERVFAIL)
+        return response
+
+    async def _resolve(self, question: dns.rrset.RRset, response: dns.message.Message) -> None:
+        try:
+            name = read_name(question.name)
+            reason = judge_name(name, self._floor(), self._policy())
+        except Malformed:
+            response.set_rcode(dns.rcode.NXDOMAIN)
+            return
+        if reason is not None:
+            response.set_rcode(dns.rcode.NXDOMAIN)
+            if question.rdtype not in _EMPTY:  # asked for beside A by every program: counted once
+                self._refused(name, reason)
+            return
+        if question.rdtype in _EMPTY:
+            return
+        answer = await self._ask(dns.name.from_text(name), question.rdtype)
+        response.set_rcode(answer.rcode())
+        response.answer, response.authority = rebuild(answer)
+        if question.rdtype == dns.rdatatype.A:
+            await self._judge_addresses(name, response)
+
+    async def _judge_addresses(self, name: str, response: dns.message.Message) -> None:
+        """Take out of a response what the floor refuses; have the rest let through where a rule allows the name."""
+        found = _addresses(response.answer)
+        floor = self._floor()
+        addresses = [address for address in found if not floor.refuses(address)]
+        if found and not addresses:
+            self._refused(name, "floor")
+            response.set_rcode(dns.rcode.NXDOMAIN)
+            response.answer, response.authority = [], []
+            return
+        if len(addresses) < len(found):
+            last = response.answer.pop()
+            kept = [record for record in last if not floor.refuses(IPv4Address(record.address))]
+            response.answer.append(dns.rrset.from_rdata_list(last.name, last.ttl, kept))
+        if addresses:
+            seconds = max(min(rrset.ttl for rrset in response.answer), MIN_PIN) + SLACK
+            if self._policy().permits_name(name):
+                await self._pin(name, addresses, seconds)
+            self._remember(name, addresses, seconds)
+
+    def _remember(self, name: str, addresses: list[IPv4Address], seconds: float) -> None:
+        for address in addresses:
+            self._given.pop((name, address), None)  # the newest stand last
+            self._given[name, address] = self._clock() + seconds
+        while len(self._given) > REMEMBERED:
+            del self._given[next(iter(self._given))]
+
+    # -- upstream
+
+    async def _ask(self, name: dns.name.Name, kind: dns.rdatatype.RdataType) -> dns.message.Message:
+        """What the resolvers say: NOERROR or NXDOMAIN.
+
+        Raises:
+            Unanswered: none says so in time.
+        """
+        try:
+            async with asyncio.timeout(self._limits.total):
+                for upstream in itertools.islice(itertools.cycle(self._upstreams), 3):
+                    try:
+                        async with asyncio.timeout(self._limits.attempt):
+                            answer = await self._ask_one(upstream, name, kind)
+                    except (OSError, EOFError, TimeoutError, Unanswered, dns.exception.DNSException, ValueError):
+                        continue  # the next one may do better
+                    self._tokens -= (len(answer.answer) + sum(map(len, answer.answer))) / 10  # long ones cost more
+                    if answer.rcode() in (dns.rcode.NOERROR, dns.rcode.NXDOMAIN):
+                        return answer
+        except TimeoutError:
+            pass
+        raise Unanswered
+
+    async def _ask_one(
+        self, upstream: tuple[str, int], name: dns.name.Name, kind: dns.rdatatype.RdataType
+    ) -> dns.message.Message:
+        """One query over UDP, from a port and with a number that nobody can know; over TCP if the answer is long."""
+        query = dns.message.make_query(name, kind, use_edns=0, payload=PAYLOAD, id=secrets.randbelow(65536))
+        wire = query.to_wire()
+        loop = asyncio.get_running_loop()
+        with _socket(upstream, socket.SOCK_DGRAM) as sock:
+            await loop.sock_sendall(sock, wire)
+            while True:
+                answer = _read_answer(query, await loop.sock_recv(sock, MAX_QUERY))
+                if answer is not None:
+                    break
+        if answer.flags & dns.flags.TC:
+            with _socket(upstream, socket.SOCK_STREAM, connected=False) as sock:
+                await loop.sock_connect(sock, upstream)
+                await loop.sock_sendall(sock, len(wire).to_bytes(2, "big") + wire)
+                size = int.from_bytes(await _receive_exactly(sock, 2), "big")
+                if size > MAX_ANSWER:
+                    raise Unanswered
+                answer = _read_answer(query, await _receive_exactly(sock, size))
+        if answer is None or answer.flags & dns.flags.TC:
+            raise Unanswered
+        return answer
+
+
+# -- pure
+
+
+def read_query(data: bytes) -> dns.message.Message | None:
+    """A guest's query, with exactly one question; or the answer that is due instead; or None where none is.
+
+    Never answered are answers, which could go back and forth for ever, and what is too short to have an id.
+    """
+    if len(data) < 12:
+        return None
+    number, flags, questions, answers, authorities, additionals = struct.unpack("!6H", data[:12])
+    if flags & dns.flags.QR:
+        return None
+    opcode = dns.opcode.from_flags(flags)
+    if opcode != dns.opcode.QUERY:
+        return _error(number, flags, dns.rcode.NOTIMP)
+    if (questions, answers, authorities) != (1, 0, 0) or additionals > 1 or flags & dns.flags.TC:
+        return _error(number, flags, dns.rcode.FORMERR)
+    try:
+        query = dns.message.from_wire(data)
+    except (dns.exception.DNSException, ValueError):
+        return _error(number, flags, dns.rcode.FORMERR)
+    if query.additional or query.had_tsig or len(query.question) != 1:
+        return _error(number, flags, dns.rcode.FORMERR)
+    return query
+
+
+def read_name(name: dns.name.Name) -> str:
+    """A question's name in the form in which names are judged.
+
+    Raises:
+        Malformed: it is no host's or service's name; an address is not asked for either.
+    """
+    if any(b"." in label for label in name.labels):
+        raise Malformed("a dot within a label")
+    host = parse_host(b".".join(name.labels[:-1]).decode("latin-1"))
+    if not isinstance(host, str):
+        raise Malformed("an address")
+    return host
+
+
+def judge_name(name: str, floor: Floor, policy: Policy) -> str | None:
+    """Why a name is not asked for, or None.
+
+    Raises:
+        Malformed: it can't be asked for by anybody.
+    """
+    address = reverse_address(name)
+    if is_local(name) or (address is not None and floor.refuses(address)):
+        return "floor"
+    verdict = policy.permits_name(name)
+    # With address rules a name is resolved to see where it leads; the filter decides then.
+    if verdict is False or (verdict is None and not policy.allow_internet and not policy.allow):
+        return "policy"
+    return None
+
+
+def _is_meta(kind: dns.rdatatype.RdataType) -> bool:
+    """Whether a type is no records' type: ANY, zone transfers, what belongs to the protocol."""
+    return kind == 0 or dns.rdatatype.is_metatype(kind)
+
+
+def rebuild(answer: dns.message.Message) -> tuple[list[dns.rrset.RRset], list[dns.rrset.RRset]]:
+    """Answer and authority sections of an answer, of nothing but what was asked for.
+
+    The chain of aliases from the question's name to the records asked for; where there are none, the SOA record, which
+    says for how long that holds.
+    """
+    (question,) = answer.question
+    name = question.name
+    chain: list[dns.rrset.RRset] = []
+    for _ in range(MAX_CHAIN):
+        found = answer.get_rrset(answer.answer, name, dns.rdataclass.IN, question.rdtype)
+        alias = answer.get_rrset(answer.answer, name, dns.rdataclass.IN, dns.rdatatype.CNAME)
+        if found:
+            return [_bounded(each) for each in (*chain, found)], []
+        if not alias:
+            break
+        chain.append(alias)
+        name = alias[0].target
+    soa = [each for each in answer.authority if each.rdtype == dns.rdatatype.SOA][:1]
+    return [_bounded(each) for each in chain], [_bounded(each) for each in soa]
+
+
+def _bounded(rrset: dns.rrset.RRset) -> dns.rrset.RRset:
+    rrset.ttl = min(rrset.ttl, MAX_TTL)
+    return rrset
+
+
+def _addresses(records: list[dns.rrset.RRset]) -> list[IPv4Address]:
+    return [IPv4Address(each.address) for rrset in records if rrset.rdtype == dns.rdatatype.A for each in rrset]
+
+
+def _read_answer(query: dns.message.Message, data: bytes) -> dns.message.Message | None:
+    """An answer to our query; None if it is not one.
+
+    Raises:
+        Unanswered: it is too long to be read.
+        dns.exception.DNSException: it can't be read.
+    """
+    if len(data) < 12 or data[:2] != query.id.to_bytes(2, "big"):
+        return None
+    if sum(struct.unpack("!4H", data[4:12])) > MAX_RECORDS:
+        raise Unanswered
+    answer = dns.message.from_wire(data)
+    return answer if query.is_response(answer) and len(answer.question) == 1 else None
+
+
+def _response(query: dns.message.Message) -> dns.message.Message:
+    return dns.message.make_response(query, recursion_available=True, our_payload=PAYLOAD, pad=0)
+
+
+def _error(number: int, flags: int, rcode: dns.rcode.Rcode) -> dns.message.Message:
+    """An answer to what can't be read: a head alone."""
+    response = dns.message.QueryMessage(id=number)
+    response.flags = dns.flags.QR | dns.flags.RA | (flags & (dns.flags.RD | 0x7800))
+    response.set_rcode(rcode)
+    return response
+
+
+def _write(response: dns.message.Message, size: int) -> bytes:
+    """A response of at most so many bytes; one that does not fit says so, and the guest comes back over TCP."""
+    try:
+        return response.to_wire(max_size=size)
+    except dns.exception.TooBig:
+        response.answer, response.authority = [], []
+        response.flags |= dns.flags.TC
+        return response.to_wire(max_size=size)
+
+
+def _socket(upstream: tuple[str, int], kind: int, *, connected: bool = True) -> socket.socket:
+    """A socket for one query; the kernel chooses its port at random."""
+    sock = socket.socket(socket.AF_INET6 if ":" in upstream[0] else socket.AF_INET, kind)
+    try:
+        sock.setblocking(False)
+        if connected:
+            sock.connect(upstream)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def _receive_exactly(sock: socket.socket, size: int) -> bytes:
+    """So many bytes.
+
+    Raises:
+        EOFError: the other end has no more.
+    """
+    data = b""
+    while len(data) < size:
+        piece = await asyncio.get_running_loop().sock_recv(sock, size - len(data))
+        if not piece:
+            raise EOFError
+        data += piece
+    return data

@@ -1,0 +1,534 @@
+"""The resolver of one sandbox, on loopback, between a hostile guest and made-up resolvers."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any
+
+import dns.edns
+import dns.flags
+import dns.message
+import dns.opcode
+import dns.rcode
+import dns.rdatatype
+import dns.rrset
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernel_gateway.network.policy import Floor, Policy
+from kernel_gateway.network.resolver import Limits, Resolver, read_query
+
+PUBLIC, OTHER, PRIVATE = "93.184.215.14", "8.8.8.8", "10.0.0.7"
+
+
+def bound(kind: int) -> socket.socket:
+    sock = socket.socket(socket.AF_INET, kind)
+    sock.setblocking(False)
+    sock.bind(("127.0.0.1", 0))
+    if kind == socket.SOCK_STREAM:
+        sock.listen()
+    return sock
+
+
+Answer = Callable[[dns.message.Message], dns.message.Message | bytes | None]
+
+
+def answering(*records: str, rcode: dns.rcode.Rcode = dns.rcode.NOERROR, soa: str = "") -> Answer:
+    """An upstream that gives these records (`name ttl type data`) to every question."""
+
+    def answer(query: dns.message.Message) -> dns.message.Message:
+        response = dns.message.make_response(query)
+        response.set_rcode(rcode)
+        for record in records:
+            name, ttl, kind, data = record.split(" ", 3)
+            response.find_rrset(
+                response.answer, dns.name.from_text(name), dns.rdataclass.IN, dns.rdatatype.from_text(kind), create=True
+            ).update(dns.rrset.from_text(name, int(ttl), "IN", kind, data))
+        if soa:
+            response.authority.append(dns.rrset.from_text(soa, 60, "IN", "SOA", "ns. mail. 1 2 3 4 5"))
+        response.additional.append(dns.rrset.from_text("planted.example.", 60, "IN", "A", PUBLIC))
+        return response
+
+    return answer
+
+
+def silent(query: dns.message.Message) -> None:
+    return None
+
+
+@dataclass
+class Upstream:
+    """A resolver on loopback, over UDP and TCP on one port; keeps what it was asked and from where."""
+
+    answer: Answer
+    asked: list[tuple[str, str]] = field(default_factory=list)
+    queries: list[dns.message.Message] = field(default_factory=list)
+    ports: set[int] = field(default_factory=set)
+    address: tuple[str, int] = ("127.0.0.1", 0)
+    over_tcp: int = 0
+    truncates: bool = False
+
+    def reply(self, data: bytes) -> bytes | None:
+        query = dns.message.from_wire(data)
+        self.queries.append(query)
+        self.asked.append((query.question[0].name.to_text(), dns.rdatatype.to_text(query.question[0].rdtype)))
+        answer = self.answer(query)
+        return answer.to_wire(max_size=65535) if isinstance(answer, dns.message.Message) else answer
+
+    @asynccontextmanager
+    async def serve(self) -> AsyncIterator["Upstream"]:
+        upstream = self
+
+        class Udp(asyncio.DatagramProtocol):
+            def connection_made(self, transport: Any) -> None:
+                self.transport = transport
+
+            def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+                upstream.ports.add(addr[1])
+                reply = upstream.reply(data)
+                if upstream.truncates and reply is not None:
+                    short = dns.message.make_response(dns.message.from_wire(data))
+                    short.flags |= dns.flags.TC
+                    reply = short.to_wire()
+                if reply is not None:
+                    self.transport.sendto(reply, addr)
+
+        async def tcp(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            upstream.over_tcp += 1
+            data = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
+            reply = upstream.reply(data) or b""
+            writer.write(len(reply).to_bytes(2, "big") + reply)
+            writer.close()
+
+        server = await asyncio.start_server(tcp, "127.0.0.1", 0)
+        self.address = server.sockets[0].getsockname()
+        transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(Udp, local_addr=self.address)
+        try:
+            yield self
+        finally:
+            transport.close()
+            server.close()
+            await server.wait_closed()
+
+
+@dataclass
+class World:
+    """A resolver, what it was told to use, and what it has called."""
+
+    upstreams: list[Upstream]
+    policy: Policy = field(default_factory=Policy)
+    floor: Floor = field(default_factory=Floor)
+    limits: Limits = field(default_factory=Limits)
+    pinned: list[tuple[str, list[str], float]] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    now: float = 1000.0
+    filter_fails: bool = False
+
+    async def pin(self, name: str, addresses: list[IPv4Address], seconds: float) -> None:
+        if self.filter_fails:
+            raise RuntimeError("no filter")
+        self.pinned.append((name, [str(each) for each in addresses], seconds))
+
+    @asynccontextmanager
+    async def run(self) -> AsyncIterator["World"]:
+        async with AsyncExitStack() as stack:
+            for upstream in self.upstreams:
+                await stack.enter_async_context(upstream.serve())
+            self.resolver = Resolver(
+                upstreams=[upstream.address for upstream in self.upstreams],
+                floor=lambda: self.floor,
+                policy=lambda: self.policy,
+                pin=self.pin,
+                refused=lambda name, reason: self.refused.append((name, reason)),
+                limits=self.limits,
+                clock=lambda: self.now,
+            )
+            udp, tcp = bound(socket.SOCK_DGRAM), bound(socket.SOCK_STREAM)
+            self.address, self.tcp_address = udp.getsockname(), tcp.getsockname()
+            self.resolver.start(udp, tcp)
+            with udp, tcp:
+                try:
+                    yield self
+                finally:
+                    self.resolver.close()
+                    await asyncio.sleep(0)
+
+    async def raw(self, data: bytes, timeout: float = 20.0) -> bytes:
+        loop = asyncio.get_running_loop()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            sock.connect(self.address)
+            await loop.sock_sendall(sock, data)
+            async with asyncio.timeout(timeout):
+                return await loop.sock_recv(sock, 65536)
+
+    async def ask(self, name: str, kind: str = "A", **options: Any) -> dns.message.Message:
+        query = dns.message.make_query(name, kind, **options)
+        answer = dns.message.from_wire(await self.raw(query.to_wire()))
+        assert query.is_response(answer)
+        assert answer.flags & dns.flags.RA
+        assert not answer.additional
+        return answer
+
+
+def told(answer: dns.message.Message) -> list[str]:
+    return sorted(line for rrset in answer.answer for line in rrset.to_text().splitlines())
+
+
+async def test_a_name_is_asked_for_anew() -> None:
+    """The guest gets the records it asked for; upstream sees the question and nothing else of the guest's."""
+    upstream = Upstream(answering(f"Example.com. 90000 A {PUBLIC}", "planted.example. 60 A 8.8.8.8"))
+    async with World([upstream]).run() as world:
+        query = dns.message.make_query(
+            "eXample.com", "A", use_edns=0, payload=4096, options=[dns.edns.ECSOption("10.1.2.0", 24)], want_dnssec=True
+        )
+        answer = dns.message.from_wire(await world.raw(query.to_wire()))
+        assert answer.question[0].name.labels[0] == b"eXample"
+        assert told(answer) == [f"eXample.com. 3600 IN A {PUBLIC}"]
+        assert answer.payload == 1232
+        (asked,) = upstream.queries
+        assert asked.id != query.id
+        assert (asked.options, asked.payload, asked.ednsflags) == ((), 1232, 0)
+        assert upstream.asked == [("example.com.", "A")]
+        assert world.pinned == []
+        assert world.refused == []
+
+
+async def test_each_query_has_a_number_and_a_port_of_its_own() -> None:
+    """Who can't see our queries can't answer them."""
+    upstream = Upstream(answering(f"a.example. 60 A {PUBLIC}"))
+    async with World([upstream]).run() as world:
+        await asyncio.gather(*(world.ask("a.example") for _ in range(20)))
+        assert len({query.id for query in upstream.queries}) >= 19
+        assert len(upstream.ports) >= 15
+
+
+async def test_aliases_are_followed_and_strays_dropped() -> None:
+    """The chain and what is at its end, in this order."""
+    records = ["a.example. 30 CNAME b.example.", "b.example. 60 CNAME c.example.", f"c.example. 60 A {PUBLIC}"]
+    async with World([Upstream(answering(*records, f"d.example. 60 A {OTHER}"))]).run() as world:
+        answer = await world.ask("a.example")
+        assert [rrset.name.to_text() for rrset in answer.answer] == ["a.example.", "b.example.", "c.example."]
+        assert world.resolver.gave("a.example", IPv4Address(PUBLIC))
+        assert not world.resolver.gave("c.example", IPv4Address(PUBLIC))
+        assert not world.resolver.gave("a.example", IPv4Address(OTHER))
+    circle = ["a.example. 30 CNAME b.example.", "b.example. 60 CNAME a.example."]
+    async with World([Upstream(answering(*circle))]).run() as world:
+        assert not [rrset for rrset in (await world.ask("a.example")).answer if rrset.rdtype == dns.rdatatype.A]
+
+
+async def test_a_name_that_does_not_exist_says_for_how_long() -> None:
+    """Negative answers keep their SOA record."""
+    async with World([Upstream(answering(rcode=dns.rcode.NXDOMAIN, soa="example."))]).run() as world:
+        answer = await world.ask("no.example")
+        assert answer.rcode() == dns.rcode.NXDOMAIN
+        assert [rrset.rdtype for rrset in answer.authority] == [dns.rdatatype.SOA]
+
+
+async def test_other_records_pass() -> None:
+    """Mail servers, texts, services."""
+    records = ["a.example. 60 MX 10 m.example.", 'a.example. 60 TXT "hello"', "a.example. 60 SRV 1 2 3 s.example."]
+    async with World([Upstream(answering(*records))]).run() as world:
+        for kind, record in zip(("MX", "TXT", "SRV"), records, strict=True):
+            assert told(await world.ask("a.example", kind)) == [record.replace(" 60 ", " 60 IN ")]
+
+
+@pytest.mark.parametrize("kind", ["AAAA", "HTTPS", "SVCB"])
+async def test_ipv6_and_address_hints_are_empty(kind: str) -> None:
+    """Nothing is asked for and nothing found; the name exists all the same."""
+    upstream = Upstream(answering())
+    async with World([upstream]).run() as world:
+        answer = await world.ask("a.example", kind)
+        assert (answer.rcode(), answer.answer, upstream.asked) == (dns.rcode.NOERROR, [], [])
+
+
+@pytest.mark.parametrize("kind", ["ANY", "AXFR", "IXFR", "MAILB", "TYPE249", "TYPE0", "TYPE200"])
+async def test_wholesale_questions_are_refused(kind: str) -> None:
+    """Zone transfers and ANY ask for much with little."""
+    upstream = Upstream(answering())
+    async with World([upstream]).run() as world:
+        query = dns.message.make_query("a.example", "A")
+        wire = query.to_wire()[:-4] + dns.rdatatype.from_text(kind).to_bytes(2, "big") + b"\0\1"
+        answer = dns.message.from_wire(await world.raw(wire))
+        assert (answer.rcode(), upstream.asked) == (dns.rcode.REFUSED, [])
+
+
+async def test_private_answers_are_taken_out() -> None:
+    """A public name does not lead to a private address: the rest of its addresses is told, or it does not exist."""
+    upstream = Upstream(answering(f"a.example. 60 A {PRIVATE}", f"a.example. 60 A {PUBLIC}"))
+    async with World([upstream]).run() as world:
+        assert told(await world.ask("a.example")) == [f"a.example. 60 IN A {PUBLIC}"]
+        assert world.refused == []
+        assert not world.resolver.gave("a.example", IPv4Address(PRIVATE))
+        for address in (PRIVATE, "169.254.169.254", "127.0.0.1", "0.0.0.0", "100.64.0.1"):
+            upstream.answer = answering(f"a.example. 60 A {address}")
+            answer = await world.ask("a.example")
+            assert (answer.rcode(), answer.answer, answer.authority) == (dns.rcode.NXDOMAIN, [], [])
+        assert world.refused == [("a.example", "floor")] * 5
+        world.floor = Floor(exceptions=(IPv4Network("100.64.0.0/24"),), host=frozenset({IPv4Address(PUBLIC)}))
+        assert told(await world.ask("a.example")) == ["a.example. 60 IN A 100.64.0.1"]
+        upstream.answer = answering(f"a.example. 60 A {PUBLIC}")
+        assert (await world.ask("a.example")).rcode() == dns.rcode.NXDOMAIN
+
+
+@pytest.mark.parametrize(
+    "name", ["db", "localhost", "a.localhost", "printer.local", "metadata.google.internal", "7.0.0.10.in-addr.arpa"]
+)
+async def test_local_names_are_never_asked_for(name: str) -> None:
+    """A company's resolver would know them."""
+    upstream = Upstream(answering(f"{name}. 60 A {PUBLIC}"))
+    async with World([upstream]).run() as world:
+        for kind in ("A", "PTR", "TXT", "AAAA"):
+            assert (await world.ask(name, kind)).rcode() == dns.rcode.NXDOMAIN
+        assert upstream.asked == []
+        assert world.refused == [(name, "floor")] * 3
+
+
+@pytest.mark.parametrize(
+    "name", ["8.8.8.8", "a\\.b.example", "a\\000.example", "a\\@b.example", "1.0.ip6.arpa", "*.a.example"]
+)
+async def test_what_is_no_name_does_not_exist(name: str) -> None:
+    """Not asked for either."""
+    upstream = Upstream(answering())
+    async with World([upstream]).run() as world:
+        assert (await world.ask(name)).rcode() == dns.rcode.NXDOMAIN
+        assert upstream.asked == []
+
+
+async def test_public_addresses_have_names() -> None:
+    """The reverse of what is public is asked for."""
+    async with World([Upstream(answering("8.8.8.8.in-addr.arpa. 60 PTR dns.google."))]).run() as world:
+        assert told(await world.ask("8.8.8.8.in-addr.arpa", "PTR")) == ["8.8.8.8.in-addr.arpa. 60 IN PTR dns.google."]
+
+
+async def test_names_obey_the_policy() -> None:
+    """Denied names do not exist; allowed ones are let through before they are told; a new policy acts at once."""
+    upstream = Upstream(answering(f"a.example. 7 A {PUBLIC}", f"a.example. 7 A {PRIVATE}"))
+    async with World([upstream], policy=Policy(deny_names=("a.example",))).run() as world:
+        assert (await world.ask("A.Example")).rcode() == dns.rcode.NXDOMAIN
+        assert (await world.ask("a.example", "AAAA")).rcode() == dns.rcode.NXDOMAIN
+        assert world.refused == [("a.example", "policy")]
+        assert upstream.asked == []
+        world.policy = Policy(allow_internet=False, allow_names=("*.example",))
+        assert told(await world.ask("a.example")) == [f"a.example. 7 IN A {PUBLIC}"]
+        assert world.pinned == [("a.example", [PUBLIC], 120)]
+        assert (await world.ask("other.test")).rcode() == dns.rcode.NXDOMAIN
+        assert world.refused[1:] == [("other.test", "policy")]
+        world.policy = Policy(allow_internet=False)
+        assert (await world.ask("a.example")).rcode() == dns.rcode.NXDOMAIN
+        world.policy = Policy(allow_internet=False, allow=(IPv4Network("93.0.0.0/8"),))
+        assert told(await world.ask("a.example")) == [f"a.example. 7 IN A {PUBLIC}"]
+        assert len(world.pinned) == 1
+
+
+async def test_a_filter_that_fails_fails_the_query() -> None:
+    """An answer is not given when its addresses could not be let through."""
+    upstream = Upstream(answering(f"a.example. 7 A {PUBLIC}"))
+    async with World([upstream], policy=Policy(allow_names=("a.example",)), filter_fails=True).run() as world:
+        answer = await world.ask("a.example")
+        assert (answer.rcode(), answer.answer) == (dns.rcode.SERVFAIL, [])
+        assert not world.resolver.gave("a.example", IPv4Address(PUBLIC))
+
+
+async def test_what_was_given_is_remembered_for_a_while() -> None:
+    """As long as the filter lets it through, whatever the policy."""
+    async with World([Upstream(answering(f"a.example. 300 A {PUBLIC}"))]).run() as world:
+        await world.ask("a.example")
+        world.now += 359
+        assert world.resolver.gave("a.example", IPv4Address(PUBLIC))
+        world.now += 2
+        assert not world.resolver.gave("a.example", IPv4Address(PUBLIC))
+        assert await world.resolver.addresses("a.example") == [IPv4Address(PUBLIC)]
+        assert await world.resolver.addresses("b.example") == []
+
+
+async def test_the_next_resolver_is_asked() -> None:
+    """When one is silent, fails or answers rubbish; and when none answers there is a failure, in time."""
+    limits = Limits(attempt=0.2, total=0.5)
+    good = answering(f"a.example. 60 A {PUBLIC}")
+    for bad in (silent, answering(rcode=dns.rcode.SERVFAIL), answering(rcode=dns.rcode.REFUSED), lambda _: b"\0" * 12):
+        async with World([Upstream(bad), Upstream(good)], limits=limits).run() as world:
+            assert told(await world.ask("a.example")) == [f"a.example. 60 IN A {PUBLIC}"]
+    async with World([Upstream(silent)], limits=limits).run() as world:
+        assert (await world.ask("a.example")).rcode() == dns.rcode.SERVFAIL
+        assert len(world.upstreams[0].asked) == 3
+        assert await world.resolver.addresses("a.example") == []
+    async with World([], limits=limits).run() as world:
+        assert (await world.ask("a.example")).rcode() == dns.rcode.SERVFAIL
+
+
+async def test_answers_to_other_questions_are_not_believed() -> None:
+    """Another number, another name, no question at all."""
+
+    def forged(query: dns.message.Message) -> bytes:
+        other = dns.message.make_query("b.example", "A", id=query.id)
+        return answering(f"a.example. 60 A {OTHER}")(other).to_wire()  # type: ignore[union-attr]
+
+    def misnumbered(query: dns.message.Message) -> bytes:
+        query.id ^= 1
+        return answering(f"a.example. 60 A {OTHER}")(query).to_wire()  # type: ignore[union-attr]
+
+    def unasked(query: dns.message.Message) -> bytes:
+        response = answering(f"a.example. 60 A {OTHER}")(query)
+        response.question = []  # type: ignore[union-attr]
+        return response.to_wire()  # type: ignore[union-attr]
+
+    good = answering(f"a.example. 60 A {PUBLIC}")
+    for bad in (forged, misnumbered, unasked):
+        async with World([Upstream(bad), Upstream(good)], limits=Limits(attempt=0.2)).run() as world:
+            assert told(await world.ask("a.example")) == [f"a.example. 60 IN A {PUBLIC}"]
+
+
+async def test_long_answers_come_over_tcp() -> None:
+    """Upstream and to the guest, which is told so; very long ones are not read."""
+    records = [f"a.example. 60 A 93.184.{each}.1" for each in range(90)]
+    upstream = Upstream(answering(*records), truncates=True)
+    async with World([upstream]).run() as world:
+        short = await world.ask("a.example")
+        assert short.flags & dns.flags.TC
+        assert short.answer == []
+        assert upstream.over_tcp == 1
+        assert world.resolver._tokens < 95
+        reader, writer = await asyncio.open_connection(*world.tcp_address)
+        for _ in range(2):
+            query = dns.message.make_query("a.example", "A").to_wire()
+            writer.write(len(query).to_bytes(2, "big") + query)
+            answer = dns.message.from_wire(await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big")))
+            assert len(told(answer)) == 90
+        writer.close()
+        upstream.answer = answering(*(f"a.example. 60 A 93.184.{n}.{k}" for n in range(90) for k in range(2)))
+        assert (await world.ask("a.example")).rcode() == dns.rcode.SERVFAIL
+
+
+async def test_a_guest_has_its_share() -> None:
+    """So many queries at once and in a second, so many connections; the rest is dropped and counted."""
+    async with World([Upstream(silent)], limits=Limits(under_way=3, per_second=5, burst=10, total=5)).run() as world:
+        loop = asyncio.get_running_loop()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            sock.connect(world.address)
+            for number in range(20):
+                await loop.sock_sendall(sock, dns.message.make_query(f"a{number}.example", "A").to_wire())
+        async with asyncio.timeout(20):
+            while len(world.refused) < 17:
+                await asyncio.sleep(0.01)
+        assert world.refused == [("*", "limit")] * 17
+        assert len(world.resolver._queries) == 3
+        world.now += 1
+        assert [world.resolver._admits() for _ in range(6)] == [True] * 5 + [False]
+    async with World([Upstream(silent)], limits=Limits(connections=1, idle=0.2)).run() as world:
+        first, first_writer = await asyncio.open_connection(*world.tcp_address)
+        async with asyncio.timeout(20):
+            while not world.resolver._connections:
+                await asyncio.sleep(0.01)
+            second, second_writer = await asyncio.open_connection(*world.tcp_address)
+            assert await second.read() == b""
+            assert world.refused == [("*", "limit")]
+            assert await first.read() == b""  # it said nothing for too long
+        first_writer.close()
+        second_writer.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "rcode"),
+    [
+        ({2: 0x28}, dns.rcode.NOTIMP),  # an update
+        ({2: 0x20}, dns.rcode.NOTIMP),  # a notification
+        ({5: 0}, dns.rcode.FORMERR),  # no question
+        ({5: 2}, dns.rcode.FORMERR),
+        ({7: 1}, dns.rcode.FORMERR),  # an answer is promised
+        ({11: 1}, dns.rcode.FORMERR),
+        ({-1: 3}, dns.rcode.REFUSED),  # another class: CHAOS
+        ({-1: 255}, dns.rcode.REFUSED),
+        ({12: 200}, dns.rcode.FORMERR),
+    ],
+)
+async def test_bent_queries_get_short_answers(change: dict[int, int], rcode: dns.rcode.Rcode) -> None:
+    """Never longer than what was asked."""
+    async with World([Upstream(answering())]).run() as world:
+        query = bytearray(dns.message.make_query("a.example", "A").to_wire())
+        for at, byte in change.items():
+            query[at] = byte
+        answer = await world.raw(bytes(query))
+        assert answer[:2] == query[:2]
+        assert answer[3] & 15 == rcode
+        assert len(answer) <= len(query)
+
+
+async def test_a_later_edns_is_not_spoken() -> None:
+    """Version 1 is answered with BADVERS."""
+    async with World([Upstream(answering())]).run() as world:
+        query = dns.message.make_query("a.example", "A", use_edns=0)
+        query.ednsflags |= 1 << 16
+        assert dns.message.from_wire(await world.raw(query.to_wire())).rcode() == dns.rcode.BADVERS
+
+
+def test_answers_are_never_answered() -> None:
+    """Nor what has no whole head."""
+    answer = dns.message.make_response(dns.message.make_query("a.example", "A"))
+    assert read_query(answer.to_wire()) is None
+    assert read_query(b"\0" * 11) is None
+
+
+WIRE = dns.message.make_query("a.example", "A", use_edns=0).to_wire()
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=80) | st.tuples(st.integers(0, len(WIRE) - 1), st.binary(min_size=1, max_size=3)))
+def test_any_bytes_are_answered_shortly_or_not_at_all(data: bytes | tuple[int, bytes]) -> None:
+    """Random datagrams and bent queries: no exception, no question's worth of an answer more than was asked."""
+    if isinstance(data, tuple):
+        at, piece = data
+        data = WIRE[:at] + piece + WIRE[at + len(piece) :]
+    resolver = Resolver(
+        upstreams=[],
+        floor=Floor,
+        policy=lambda: Policy(allow_internet=False),
+        pin=lambda *_: asyncio.sleep(0),
+        refused=lambda name, reason: None,
+    )
+    answer = asyncio.run(resolver.respond(data))
+    if answer is not None:
+        assert len(answer.to_wire()) <= len(data) + 11  # an OPT record at most
+
+
+async def test_rubbish_over_the_wire_stops_nothing() -> None:
+    """Datagrams and connections of rubbish, and a query after them."""
+    async with World([Upstream(answering(f"a.example. 60 A {PUBLIC}"))]).run() as world:
+        loop = asyncio.get_running_loop()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            sock.connect(world.address)
+            for data in (b"", b"\0", b"\xff" * 4000, WIRE[:-1], WIRE + b"x"):
+                await loop.sock_sendall(sock, data)
+        for data in (b"", b"\0", b"\0\0", b"\xff\xff" + b"x" * 100, b"\0\x05hello", b"\0\x0c" + b"\xff" * 12):
+            reader, writer = await asyncio.open_connection(*world.tcp_address)
+            writer.write(data)
+            writer.write_eof()
+            try:
+                await asyncio.wait_for(reader.read(), 20)
+            except ConnectionResetError:
+                pass  # closed with bytes of ours unread
+            writer.close()
+        assert told(await world.ask("a.example")) == [f"a.example. 60 IN A {PUBLIC}"]
+
+
+async def test_closing_ends_all_that_is_under_way() -> None:
+    """Queries and connections; nothing is left, and it may be closed again."""
+    async with World([Upstream(silent)]).run() as world:
+        reader, writer = await asyncio.open_connection(*world.tcp_address)
+        query = asyncio.create_task(world.ask("a.example"))
+        async with asyncio.timeout(20):
+            while not (world.upstreams[0].asked and world.resolver._connections):
+                await asyncio.sleep(0.01)
+            world.resolver.close()
+            world.resolver.close()
+            assert await reader.read() == b""
+            while world.resolver._queries or world.resolver._connections:
+                await asyncio.sleep(0.01)
+        query.cancel()
+        writer.close()
