@@ -28,6 +28,8 @@ HEAD_LIMIT = 64 * 1024
 """Largest head of an answer, in bytes."""
 MAX_INFORMATIONAL = 100
 """Answers of the kind 1xx that are skipped before the real one."""
+CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
+"""What no header may have in it; h11 lets some of them pass."""
 KEY_CANDIDATES = 64
 """Words of an Authorization header that are looked at."""
 
@@ -44,7 +46,7 @@ NOT_ANSWERED = HOP_BY_HOP | {"clear-site-data"}
 """Of an answer: `Clear-Site-Data: "cookies"` reaches beyond the host it comes from."""
 NOT_OF_OUR_ORIGIN = frozenset(
     "set-cookie set-cookie2 service-worker-allowed strict-transport-security alt-svc nel report-to reporting-endpoints"
-    " www-authenticate x-content-type-options referrer-policy".split()
+    " www-authenticate accept-ch set-login use-as-dictionary x-content-type-options referrer-policy".split()
 )
 """Of an answer by path: what a browser would take as said by the gateway itself."""
 SANDBOXED = "sandbox allow-scripts allow-forms allow-popups allow-modals allow-downloads"
@@ -312,6 +314,8 @@ class Exchange:
 
     def _answer(self, event: h11.Response | h11.InformationalResponse) -> "Answer":
         headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in event.headers.raw_items()]
+        if any(CONTROL.search(value) for _, value in headers):
+            raise GuestFailure("failed", f"the service on port {self._place.number} did not answer as HTTP demands")
         if sum(len(name) + len(value) + 4 for name, value in headers) > HEAD_LIMIT:
             raise GuestFailure("failed", f"the service on port {self._place.number} answered with too long a head")
         return Answer(event.status_code, headers)

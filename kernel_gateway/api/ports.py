@@ -433,7 +433,7 @@ class Preview(HTTPMessageDelegate):
         """One line a request: neither the service's own path and query, nor anything it says."""
         place, milliseconds = self._place, round(self._request.request_time() * 1000)
         log.info(
-            "%s /sandboxes/%.64s/ports/%.5s/ %d %d ms",
+            "%.20s /sandboxes/%.64s/ports/%.5s/ %d %d ms",
             self._request.method,
             place.sandbox,
             place.port,
