@@ -95,7 +95,7 @@ class Cgroups:
         Raises:
             OSError: it can't be made; nothing is left.
         """
-        group = Group(self.version, tuple(place.path / server / name for place in self.places))
+        group = Group(tuple(place.path / server / name for place in self.places))
         try:
             for place, path in zip(self.places, group.paths, strict=True):
                 if self.version == 2:
@@ -133,8 +133,11 @@ class Cgroups:
 class Group:
     """One machine's group: one directory, or one for each controller."""
 
-    version: int
     paths: tuple[Path, ...]
+
+    @property
+    def name(self) -> str:
+        return self.paths[0].name
 
     def add(self, pid: int) -> None:
         """Move a process in, with all its threads. Takes about 10 ms, in the kernel.

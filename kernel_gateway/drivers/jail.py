@@ -371,16 +371,14 @@ class Cell:
         except OSError as error:
             raise DriverError(f"the machine can't be limited: {error}") from error
 
-    def release(self) -> bool:
-        """Give everything back when the process has ended; whether it was killed because it took too much memory."""
+    def release(self) -> None:
+        """Give everything back, when the process has ended."""
         if self._uid is not None:
             self._jail.users.give_back(self._uid)
-        if self._group is None:
-            return False
-        starved = self._group.was_out_of_memory()
-        _until_gone(self._group.remove)
-        self._group = None
-        return starved
+        if self._group is not None:
+            if self._group.was_out_of_memory():
+                log.warning("machine %s was killed: it took more memory of the host than it may", self._group.name)
+            _until_gone(self._group.remove)
 
 
 def _until_gone(remove: Callable[[], bool], attempts: int = 100) -> None:

@@ -127,10 +127,8 @@ class QemuVm:
         self._channel.close()
         if self.nic is not None:
             self.nic.close()
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"QEMU exited with {code}"
-        if self.cell.release():
-            how += ": it took more memory of the host than a machine may"
-        self._ended.set_result(how)
+        self.cell.release()
+        self._ended.set_result(f"killed by {signal.Signals(-code).name}" if code < 0 else f"QEMU exited with {code}")
 
     def _console_readable(self) -> None:
         try:

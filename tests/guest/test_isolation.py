@@ -1,18 +1,31 @@
 """What stands round a machine, and what one sandbox may learn of another, of the template or of the host."""
 
 import fcntl
+import json
 import os
 import re
+import signal
+import socket
 import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.guest.client import KEY, Sandbox, Server, until
+from kernel_gateway.drivers.cgroup import CONTROLLERS, Cgroups
+from kernel_gateway.drivers.jail import FIRST_UID, UIDS, block_of, found_groups
+from tests.guest.client import KEY, Sandbox, Server, comm, until
 
 CANARY = "canary-7f3a9c51e2"
+NAMESPACES = ("mnt", "net", "ipc", "uts")
+as_root = pytest.mark.skipif(
+    os.geteuid() != 0, reason="only root can give machines users of their own; `doctor` says so"
+)
 
 
 def status(path: Path) -> dict[str, str]:
@@ -39,7 +52,7 @@ def test_process_has_no_power(box: Sandbox, machines: set[int]) -> None:
             assert (found["NoNewPrivs"], found["Seccomp"]) == ("1", "2")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give machines users of their own; `doctor` says so")
+@as_root
 def test_process_has_its_own_user(box: Sandbox, machines: set[int]) -> None:
     """Every QEMU runs as a user and a group that nobody else has, in no other group, with an empty bounding set."""
     uids = set()
@@ -78,6 +91,293 @@ def test_template_memory_is_sealed(machines: set[int]) -> None:
                 assert fcntl.fcntl(opened, fcntl.F_GET_SEALS) & sealed == sealed
         maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
         assert not [line for line in maps if "/memfd:memory" in line and "s" in line.split()[1]]
+
+
+# -- the jail
+
+
+def test_process_has_a_view_of_its_own(server: Server, machines: set[int]) -> None:
+    """A QEMU is in no namespace of the server's but those of processes and users, and sees QEMU's own files alone."""
+    for pid in machines:
+        for name in NAMESPACES:
+            assert Path(f"/proc/{pid}/ns/{name}").readlink() != Path(f"/proc/{server.pid}/ns/{name}").readlink()
+        root = Path(f"/proc/{pid}/root")
+        assert {each.name for each in root.iterdir()} <= {"bin", "dev", "etc", "lib", "lib64", "proc", "usr"}
+        assert {each.name for each in (root / "usr").iterdir()} <= {"bin", "lib", "lib64", "share"}
+        assert {each.name for each in (root / "usr/share").iterdir()} <= {"qemu", "seabios"}
+        assert {each.name for each in (root / "etc").iterdir()} == {"ld.so.cache"}
+        assert {each.name for each in (root / "dev").iterdir()} <= {"null", "urandom", "kvm"}
+        mounts = [line.split() for line in Path(f"/proc/{pid}/mounts").read_text().splitlines()]
+        for _, place, kind, options, *_ in mounts:
+            flags = set(options.split(","))
+            assert "ro" in flags or kind in ("proc", "devtmpfs"), place
+            assert "nosuid" in flags or place.startswith("/dev/"), place
+
+
+def test_limits_of_the_process(machines: set[int]) -> None:
+    """No core dumps, few open files, no file longer than the disk: soft and hard."""
+    for pid in machines:
+        found = {
+            match[1]: match[2].split()[:2]
+            for line in Path(f"/proc/{pid}/limits").read_text().splitlines()[1:]
+            if (match := re.match(r"(Max [a-z ]+?)  +(.*)", line))
+        }
+        assert found["Max core file size"] == ["0", "0"]
+        assert found["Max open files"] == ["256", "256"]
+        (disk,) = (fd.stat().st_size for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.name == disk_of(pid))
+        assert found["Max file size"] == [str(disk)] * 2
+
+
+def disk_of(pid: int) -> str:
+    """The descriptor of a machine's disk: a file without a name. QEMU has two, one of them its copy."""
+    nameless = [
+        fd.name
+        for fd in Path(f"/proc/{pid}/fd").iterdir()
+        if "(deleted)" in str(fd.readlink()) and not str(fd.readlink()).startswith("/memfd:")
+    ]
+    return nameless[0]
+
+
+def groups_of(pid: int) -> dict[str, Path]:
+    """The control group of a process, by what is limited there."""
+    found = found_groups()
+    assert found, "nothing can be limited here; `doctor` says so"
+    moved = Cgroups.find(Path("/proc/self/mountinfo").read_text(), Path(f"/proc/{pid}/cgroup").read_text())
+    assert moved
+    return {controller: place.path for place in moved.places for controller in place.controllers}
+
+
+@as_root
+def test_limits_of_the_control_group(server: Server, machines: set[int]) -> None:
+    """Each QEMU is in a group of its own, with limits of memory, processors and threads, and nobody else is in it."""
+    seen = set()
+    for pid in machines:
+        groups = groups_of(pid)
+        assert set(groups) == set(CONTROLLERS)
+        for path in groups.values():
+            assert path.name == str(pid)
+            assert path not in groups_of(server.pid).values()
+            assert (path / "cgroup.procs").read_text().split() == [str(pid)]
+        memory = int(first_of(groups["memory"], "memory.limit_in_bytes", "memory.max"))
+        assert 2 * 2048 << 20 < memory < 5 << 30
+        assert first_of(groups["cpu"], "cpu.cfs_quota_us", "cpu.max").split()[0] == "250000"
+        assert first_of(groups["pids"], "pids.max") == "128"
+        assert len(list(Path(f"/proc/{pid}/task").iterdir())) < 128
+        seen.add(groups["memory"])
+    assert len(seen) == len(machines)
+
+
+def first_of(path: Path, *names: str) -> str:
+    """The content of the first of these files that is there."""
+    return next((path / name).read_text().strip() for name in names if (path / name).exists())
+
+
+@as_root
+def test_a_machine_over_its_memory(server: Server) -> None:
+    """A QEMU that takes more memory than it may dies like any other; the log tells why, and its group is gone."""
+    with server.sandbox(template="base") as sandbox:
+        pid = machine_of(server, sandbox)
+        path = groups_of(pid)["memory"]
+        file = path / ("memory.limit_in_bytes" if (path / "memory.limit_in_bytes").exists() else "memory.max")
+        used = int(first_of(path, "memory.usage_in_bytes", "memory.current"))
+        swap = path / "memory.memsw.limit_in_bytes"
+        file.write_text(str(used + (32 << 20)))
+        if swap.exists():
+            swap.write_text(str(used + (32 << 20)))
+        answer = sandbox.post("/execute", json={"code": "x = b'1' * (200 << 20)"})
+        assert (answer.status_code, answer.json()["error"]) == (502, "sandbox_died"), answer.text
+        until(lambda: not path.exists(), 5)
+        assert sandbox.get("").status_code == 404
+    assert f"machine {pid} was killed: it took more memory of the host than it may" in server.log.read_text()
+
+
+def machine_of(server: Server, sandbox: Sandbox) -> int:
+    """The QEMU of a sandbox: the one that gets work when it does."""
+    before = {pid: ticks(pid) for pid in server.machines()}
+    sandbox.shell("for i in $(seq 20000); do :; done")
+    return max(before, key=lambda pid: ticks(pid) - before[pid])
+
+
+def ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return int(fields[11]) + int(fields[12])
+
+
+# Run as a machine's user in its namespaces: by a process that has loaded what it needs before it enters.
+PROBE = """
+import ctypes, json, os, socket, sys
+asked = json.loads(sys.argv[1])
+libc = ctypes.CDLL(None, use_errno=True)
+namespaces = [os.open(f"/proc/{asked['pid']}/ns/{name}", os.O_RDONLY) for name in asked["namespaces"]]
+for fd in namespaces:
+    assert libc.setns(fd, 0) == 0, os.strerror(ctypes.get_errno())
+    os.close(fd)
+os.setgroups([])
+os.setresgid(*[asked["uid"]] * 3)
+os.setresuid(*[asked["uid"]] * 3)
+assert libc.prctl(4, 1, 0, 0, 0) == 0  # dumpable again, as a program that was started as this user would be
+
+def tried(what):
+    try:
+        return {"could": str(what())}
+    except OSError as error:
+        return {"could": None, "why": error.errno and os.strerror(error.errno)}
+
+def read(path):
+    return os.listdir(path) if os.path.isdir(path) else open(path, "rb").read(100)
+
+def connect(family, address):
+    with socket.socket(family) as sock:
+        sock.settimeout(5)
+        sock.connect(address)
+
+def attach(pid):
+    if libc.ptrace(16, pid, 0, 0):
+        raise OSError(ctypes.get_errno(), "")
+
+def read_memory(pid):
+    buffer = ctypes.create_string_buffer(8)
+    vector = (ctypes.c_size_t * 2)(ctypes.addressof(buffer), 8)
+    if libc.process_vm_readv(pid, vector, 1, vector, 1, 0) < 0:
+        raise OSError(ctypes.get_errno(), "")
+
+print(json.dumps({
+    "self": {"uid": os.getuid(), "host": os.uname().nodename, "pid": os.getpid(),
+             "status": "Seccomp" in open("/proc/self/status").read()},
+    "seen": {path: sorted(os.listdir(path)) for path in ("/", "/dev", "/etc", "/usr", "/usr/share", "/proc")},
+    "net": [name for _, name in socket.if_nameindex()],
+    "read": {path: tried(lambda: read(path)) for path in asked["read"]},
+    "write": {path: tried(lambda: open(path, "wb")) for path in asked["write"]},
+    "signal": {pid: tried(lambda: os.kill(int(pid), 0)) for pid in asked["others"]},
+    "attach": {pid: tried(lambda: attach(int(pid))) for pid in asked["others"]},
+    "memory": {pid: tried(lambda: read_memory(int(pid))) for pid in asked["others"]},
+    "tcp": tried(lambda: connect(socket.AF_INET, ("127.0.0.1", asked["port"]))),
+    "abstract": tried(lambda: connect(socket.AF_UNIX, chr(0) + asked["abstract"])),
+    "mount": tried(lambda: libc.mount(b"none", b"/proc", b"tmpfs", 0, None) and os.stat("/none")),
+}))
+"""
+
+
+@as_root
+def test_what_a_machines_user_can_reach(server: Server, box: Sandbox, machines: set[int]) -> None:
+    """A13: a program in a QEMU's place (its user, its namespaces) can read nothing of another machine, the server or
+    the host, reaches no socket of the host's, and sees exactly QEMU's own files.
+
+    It has more power than what breaks out of a guest: QEMU's seccomp filter does not hold for it.
+    """
+    machine, *others = sorted(machines)
+    assert others
+    uid = Path(f"/proc/{machine}").stat().st_uid
+    port = int(server.url.rsplit(":", 1)[1])
+    cache = Path.home() / ".cache/cellvm"
+    assert cache.is_dir()
+    foreign = [server.pid, 1, os.getpid(), *others]
+    read = [
+        *map(str, (server.data, server.data / "cellvm.db", server.log, cache)),
+        "/etc/shadow", "/etc/passwd", "/etc/hostname", "/root", "/home", "/tmp", "/var", "/run", "/sys", "/proc/sys",
+        "/proc/cmdline", "/proc/cpuinfo", "/proc/kallsyms", "/proc/net/unix", "/dev/vda", "/dev/kmsg", "/dev/mem",
+        *(f"/proc/{pid}/{name}" for pid in foreign for name in ("environ", "cmdline", "fd", "root", "mem", "status")),
+    ]  # fmt: skip
+    write = ["/file", "/etc/ld.so.cache", "/usr/bin/env", "/usr/lib/file", "/dev/file", "/usr/share/qemu/file"]
+    with socket.socket(socket.AF_UNIX) as listener:
+        abstract = f"cellvm-test-{os.getpid()}"
+        listener.bind("\0" + abstract)
+        listener.listen()
+        with socket.socket(socket.AF_UNIX) as control:
+            control.connect("\0" + abstract)  # from out here it can be reached
+        asked = {
+            "pid": machine, "uid": uid, "namespaces": ["net", "ipc", "uts", "mnt"], "read": read, "write": write,
+            "others": [str(pid) for pid in foreign], "port": port, "abstract": abstract,
+        }  # fmt: skip
+        ran = subprocess.run(
+            [sys.executable, "-c", PROBE, json.dumps(asked)], capture_output=True, text=True, timeout=60
+        )
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert found["self"] == {"uid": uid, "host": "sandbox", "pid": found["self"]["pid"], "status": True}
+    seen = found["seen"]
+    assert set(seen["/"]) <= {"bin", "dev", "etc", "lib", "lib64", "proc", "usr"}
+    assert set(seen["/dev"]) <= {"null", "urandom", "kvm"}
+    assert (seen["/etc"], seen["/usr/share"]) == (["ld.so.cache"], ["qemu", "seabios"])
+    assert set(seen["/usr"]) <= {"bin", "lib", "lib64", "share"}
+    processes = {name for name in seen["/proc"] if name.isdigit()}
+    assert processes == {str(machine), str(found["self"]["pid"])}
+    assert set(seen["/proc"]) - processes <= {"self", "thread-self"}
+    assert found["net"] == ["lo"]
+    for what in ("read", "write", "signal", "attach", "memory"):
+        assert [each for each, came in found[what].items() if came["could"] is not None] == [], what
+    assert {came["why"] for came in found["read"].values()} == {"No such file or directory"}
+    assert found["tcp"] == {"could": None, "why": "Network is unreachable"}
+    assert found["abstract"] == {"could": None, "why": "Connection refused"}
+    assert found["mount"]["could"] is None
+
+
+def test_devices_of_the_guest(server: Server, box: Sandbox) -> None:
+    """The guest has two disks, a serial line for the agent, randomness, a network card where there is one: no more."""
+    kinds = {"net": "0x0001", "disk": "0x0002", "serial": "0x0003", "random": "0x0004"}
+    found = Counter(box.shell("cat /sys/bus/virtio/devices/*/device").split())
+    has_net = server.get("/health").json()["network"] != "off"
+    assert found == Counter({kinds["disk"]: 2, kinds["serial"]: 1, kinds["random"]: 1, kinds["net"]: int(has_net)})
+    assert box.shell("ls /sys/bus/pci/devices 2>/dev/null || true") == ""
+    assert set(box.shell("ls /sys/block").split()) - {"vda", "vdb"} <= {f"loop{number}" for number in range(8)}
+    assert box.shell("ls /dev/virtio-ports; ls -d /dev/vport* /dev/fb* /dev/input /dev/snd 2>/dev/null || true").split()
+    assert "ttyS1" not in box.shell("cat /proc/tty/driver/serial 2>/dev/null; sudo cat /proc/tty/driver/serial")
+
+
+def test_two_servers_share_nothing(server: Server, box: Sandbox, start_server: Callable[..., Server]) -> None:
+    """Machines of two servers on one host have users of different blocks, and other namespaces."""
+    other = start_server(pool_size=1)
+    until(other.pool_ready, 60)
+    machines = [server.machines(), other.machines()]
+    assert all(machines)
+    views = [{Path(f"/proc/{pid}/ns/mnt").readlink() for pid in each} for each in machines]
+    assert [len(each) for each in views] == [1, 1]
+    assert views[0] != views[1]
+    if os.geteuid() == 0:
+        blocks = [{block_of(Path(f"/proc/{pid}").stat().st_uid) for pid in each} for each in machines]
+        assert [len(each) for each in blocks] == [1, 1]
+        assert None not in blocks[0] | blocks[1]
+        assert blocks[0] != blocks[1]
+
+
+@as_root
+def test_nothing_is_left_of_a_killed_server(start_server: Callable[..., Server]) -> None:
+    """After `kill -9` no process of its users is there; its empty control groups go when the next server starts."""
+    server = start_server(pool_size=1)
+    until(server.pool_ready, 60)
+    with ExitStack() as stack:
+        stack.enter_context(server.sandbox())
+        machines = server.machines()
+        number = block_of(Path(f"/proc/{min(machines)}").stat().st_uid)
+        assert number is not None
+        groups = {path.parent for pid in machines for path in groups_of(pid).values()}
+        assert {path.name for path in groups} == {f"cellvm-{number}"}
+        mounts = Path("/proc/self/mountinfo").read_text()
+        os.kill(server.pid, signal.SIGKILL)
+        server.process.wait()
+        until(lambda: not any(comm(pid) for pid in machines), 1)
+    assert users_processes(number) == []
+    assert [path for path in groups if path.exists()]
+    assert "cellvm" not in mounts
+    successor = start_server(pool_size=0)
+    left = [path for path in groups if any(path.glob("*/"))]
+    assert left == []
+    successor.close()
+    assert [path for path in groups if path.exists()] == []
+
+
+def users_processes(number: int) -> list[str]:
+    """Processes that run as a user of this block."""
+    first = FIRST_UID + number * UIDS
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            uid = int(status(process / "status")["Uid"].split()[0])
+        except OSError:
+            continue
+        if first <= uid < first + UIDS and comm(int(process.name)):
+            found.append(process.name)
+    return found
 
 
 MARK = f"""
@@ -128,9 +428,9 @@ def test_guest_does_not_see_the_host(box: Sandbox) -> None:
     assert [word for word in host if word in seen] == []
 
 
-def test_guest_has_no_network(box: Sandbox) -> None:
-    """There is no network yet: nothing but the loopback, so neither the host nor others can be reached."""
-    assert box.shell("ls /sys/class/net").split() == ["lo"]
+def test_guest_does_not_reach_the_server(box: Sandbox) -> None:
+    """A guest has one network card at most, and what it calls 127.0.0.1 is itself."""
+    assert set(box.shell("ls /sys/class/net").split()) <= {"lo", "eth0"}
     assert box.run("curl", "-sm", "5", box.server.url + "/health")["exitCode"] != 0
 
 
