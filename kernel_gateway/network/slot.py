@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -60,6 +60,7 @@ class Slot:
         self._tap = tap
         self.sockets = sockets
         self.policy = Policy()
+        self.policy_changed: Callable[[], None] = lambda: None
         self.closing = ExitStack()
         self._generation = 1
         self._lock = asyncio.Lock()
@@ -152,6 +153,7 @@ class Slot:
             await self.run("nft", "-f", "-", text=rules.policy(policy, self._generation + 1))
             self._generation += 1
             self.policy = policy
+        self.policy_changed()
 
     async def pin(self, addresses: list[IPv4Address], seconds: float) -> None:
         """Let the addresses of an allowed name through for a while."""

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import time
 from collections import deque
@@ -22,7 +23,9 @@ from pathlib import Path
 
 from kernel_gateway.drivers import DriverError
 from kernel_gateway.network import rules
+from kernel_gateway.network.gate import Gate
 from kernel_gateway.network.policy import Floor
+from kernel_gateway.network.resolver import Resolver
 from kernel_gateway.network.slot import Slot, command
 
 log = logging.getLogger(__name__)
@@ -84,6 +87,32 @@ async def host_addresses() -> frozenset[IPv4Address]:
     return frozenset(address for address in own if not address.is_loopback and address not in rules.LINKS)
 
 
+def system_resolvers() -> list[tuple[str, int]]:
+    """Where the host itself looks names up."""
+    lines = [line.split() for line in Path("/etc/resolv.conf").read_text().splitlines()]
+    return [(words[1], 53) for words in lines if words[:1] == ["nameserver"] and words[1:] and ":" not in words[1]]
+
+
+async def dial(address: IPv4Address, port: int) -> socket.socket:
+    """A connection for a gate, which has judged the address.
+
+    Raises:
+        OSError: there is none; or the address is the host's own, which the kernel knows first.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((str(address), port))  # sends nothing, but chooses what it would send from
+        if probe.getsockname()[0] == str(address):
+            raise ConnectionRefusedError("the address is the host's own")
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 class Slots:
     """All slots of a server; `take` is how machines get theirs.
 
@@ -91,11 +120,22 @@ class Slots:
         mechanism: "netns" or "passt".
         exceptions: blocks that the operator takes out of the floor.
         owner: names the server's own table on the host.
-        outfit: gives a new slot what serves its names; called once for each, its result is closed with it.
+        resolvers: where names are looked up; empty for what the host uses.
+        proxy: host and port of the proxy that web traffic is to go through; None for none.
     """
 
-    def __init__(self, mechanism: str, exceptions: tuple[IPv4Network, ...], owner: str) -> None:
+    def __init__(
+        self,
+        mechanism: str,
+        exceptions: tuple[IPv4Network, ...],
+        owner: str,
+        *,
+        resolvers: list[tuple[str, int]],
+        proxy: tuple[str, int] | None,
+    ) -> None:
         self.mechanism = mechanism
+        self._resolvers = resolvers
+        self._proxy = proxy
         self.floor = Floor(exceptions)
         self._table = "cellvm_" + hashlib.sha256(owner.encode()).hexdigest()[:12]
         self._numbers = itertools.count(os.getpid())
@@ -176,10 +216,40 @@ class Slots:
                 await self._link(slot)
             else:
                 await self._start_passt(slot)
+            self._serve(slot)
         except BaseException:
             slot.close()
             raise
         return slot
+
+    def _serve(self, slot: Slot) -> None:
+        """Give a slot its resolver and its gate."""
+
+        async def pin(_: str, addresses: list[IPv4Address], seconds: float) -> None:
+            await slot.pin(addresses, seconds)
+
+        resolver = Resolver(
+            upstreams=self._resolvers or system_resolvers(),
+            floor=lambda: self.floor,
+            policy=lambda: slot.policy,
+            pin=pin,
+            refused=lambda name, reason: slot.refused(name, 0, "dns", reason),
+        )
+        gate = Gate(
+            policy=lambda: slot.policy,
+            floor=lambda: self.floor,
+            pinned=resolver.gave,
+            resolve=resolver.addresses,
+            connect=dial,
+            refused=lambda host, port, reason: slot.refused(host, port, "tcp", reason),
+            proxy=self._proxy,
+        )
+        udp, tcp, redirected, proxy = slot.sockets
+        resolver.start(udp, tcp)
+        slot.closing.callback(resolver.close)
+        gate.start(redirected, proxy if self._proxy else None)
+        slot.closing.callback(gate.close)
+        slot.policy_changed = gate.judge_again
 
     async def _link(self, slot: Slot) -> None:
         """A veth pair to the host. Its number makes its name and addresses; the kernel takes no name twice."""

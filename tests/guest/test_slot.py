@@ -17,7 +17,7 @@ from kernel_gateway.network.policy import DENIED as BLOCKS
 from kernel_gateway.network.policy import Policy
 from kernel_gateway.network.slot import Slot
 from kernel_gateway.network.slots import Slots, choose
-from tests.guest.world import DENIED, HOST, OTHER_PUBLIC, PUBLIC, World
+from tests.guest.world import DENIED, HOST, NAME_SERVER, OTHER_PUBLIC, PUBLIC, World
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes network namespaces; `doctor` says so")
 VNET = bytes(10)
@@ -104,7 +104,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.fixture(scope="module", params=["netns", "passt"])
 async def slots(world: World, request: pytest.FixtureRequest) -> AsyncIterator[Slots]:
-    slots = Slots(request.param, (IPv4Network("10.1.2.0/24"),), "a test")
+    slots = Slots(request.param, (IPv4Network("10.1.2.0/24"),), "a test", resolvers=[(NAME_SERVER, 53)], proxy=None)
     await slots.start()
     yield slots
     await slots.close()
