@@ -60,7 +60,8 @@ async def kvm_verdict(builder: Builder, template: Template, disks: Path, step: P
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return False
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
-    key = content_hash(cpu, os.uname().release, qemu_version(builder.binary))
+    # 2: verdicts from before machines could open a device that is root's alone are not worth keeping.
+    key = content_hash("2", cpu, os.uname().release, qemu_version(builder.binary))
     path = builder.cache / "kvm" / key
     if not path.exists():
         jail = Jail.open(builder.binary, kvm=True)

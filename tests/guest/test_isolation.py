@@ -1,5 +1,6 @@
 """What stands round a machine, and what one sandbox may learn of another, of the template or of the host."""
 
+import ctypes
 import fcntl
 import json
 import os
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from kernel_gateway.drivers.cgroup import CONTROLLERS, Cgroups
-from kernel_gateway.drivers.jail import FIRST_UID, UIDS, block_of, found_groups
+from kernel_gateway.drivers.jail import FIRST_UID, UIDS, block_of, found_groups, inside, working_view
 from tests.guest.client import KEY, Sandbox, Server, comm, until
 
 CANARY = "canary-7f3a9c51e2"
@@ -310,6 +311,61 @@ def test_what_a_machines_user_can_reach(server: Server, box: Sandbox, machines: 
     assert found["tcp"] == {"could": None, "why": "Network is unreachable"}
     assert found["abstract"] == {"could": None, "why": "Connection refused"}
     assert found["mount"]["could"] is None
+
+
+NOBODY = 65_533
+LOOK_ROUND = """
+for pid in {pids}; do
+    for name in fd/0 fd/1 root exe cwd ns/mnt; do readlink /proc/$pid/$name && echo could $pid $name; done
+    for name in environ maps mem auxv; do (exec 3</proc/$pid/$name) 2>/dev/null && echo could $pid $name; done
+done
+readlink /proc/self/fd/0 /proc/self/root >/dev/null && (exec 3</proc/self/mem) && echo looked
+echo root: $(ls /) dev: $(ls /dev) etc: $(ls /etc) share: $(ls /usr/share)
+echo net: $(tail -n +3 /proc/self/net/dev | cut -d: -f1)
+touch /file /dev/file /etc/ld.so.cache 2>/dev/null && echo wrote
+grep -E "^(Uid|CapEff|CapPrm|NoNewPrivs)" /proc/self/status
+"""
+
+
+def test_the_view_without_root() -> None:
+    """A user who is not root gets the same view by user namespaces, and machines in it can't look into each other."""
+    if os.geteuid() == 0 and subprocess.run(["unshare", "--user", "true"], user=NOBODY).returncode:
+        pytest.skip("this host gives user namespaces to root only; `doctor` says so")
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, json.dumps(looked_round()).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader) as answer:
+        pids, text = json.loads(answer.read())
+    os.waitpid(child, 0)
+    lines = text.splitlines()
+    assert lines[0] == "looked", (pids, text)
+    assert "wrote" not in lines
+    assert lines[1] == "root: bin dev etc lib lib64 proc usr dev: null urandom etc: ld.so.cache share: qemu seabios"
+    assert lines[2] == "net: lo"
+    found = dict(line.split(":\t") for line in lines[3:])
+    assert (found["CapPrm"], found["CapEff"], found["NoNewPrivs"]) == ("0" * 16, "0" * 16, "1")
+
+
+def looked_round() -> tuple[list[int], str]:
+    """In a process of its own, as a user who is not root: what one machine sees of another and of its server."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # dumpable, as a server is that was started as this user
+    view = working_view("qemu-system-x86_64", kvm=False)
+    with subprocess.Popen(inside(view, None, ["sleep", "60"])) as other:
+        until(lambda: comm(other.pid) == "sleep", 10)
+        pids = [os.getpid(), other.pid]
+        script = LOOK_ROUND.format(pids=" ".join(map(str, pids)))
+        ran = subprocess.run(inside(view, None, ["sh", "-c", script]), capture_output=True, text=True)
+        other.kill()
+    return pids, ran.stdout
 
 
 def test_devices_of_the_guest(server: Server, box: Sandbox) -> None:
