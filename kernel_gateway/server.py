@@ -25,7 +25,7 @@ from kernel_gateway.drivers.jail import Jail
 from kernel_gateway.drivers.qemu import Qemu
 from kernel_gateway.drivers.unisolated import Unisolated
 from kernel_gateway.host import kvm_verdict
-from kernel_gateway.image import Progress
+from kernel_gateway.image import Progress, content_hash
 from kernel_gateway.network.slots import Slots, choose
 from kernel_gateway.pool import Guests, Pool
 from kernel_gateway.sandboxes import Sandboxes
@@ -69,7 +69,29 @@ def load_templates(settings: Settings) -> Templates:
 def builder(settings: Settings) -> Builder:
     cache = settings.cache_path
     cache.mkdir(parents=True, exist_ok=True)
-    return Builder(cache, settings.qemu, settings.ca_path)
+    return Builder(cache, settings.qemu, ca_file(settings))
+
+
+def ca_file(settings: Settings) -> Path | None:
+    """The CA certificates that guests are to trust, in one file; None for Debian's own.
+
+    Raises:
+        SettingsError: there is nothing to add the operator's own to, or they are no certificates.
+    """
+    bundle = settings.ca_path
+    if not settings.extra_ca:
+        return bundle
+    if bundle is None:
+        raise SettingsError(f"--extra-ca is added to --ca-bundle, and there is no file {settings.ca_bundle!r}")
+    try:
+        extra = Path(settings.extra_ca).read_bytes()
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=extra.decode("ascii"))
+    except (OSError, ValueError) as error:  # an SSLError is an OSError
+        raise SettingsError(f"--extra-ca {settings.extra_ca}: {error}") from error
+    whole = bundle.read_bytes() + b"\n" + extra
+    path = settings.cache_path / f"ca-{content_hash(whole)}.pem"
+    path.write_bytes(whole)
+    return path
 
 
 @asynccontextmanager

@@ -116,6 +116,8 @@ class Settings:
             address, _, port = text.partition(":")
             try:
                 found.append((str(IPv4Address(address)), int(port or 53)))
+                if not 0 < found[-1][1] < 65536:
+                    raise ValueError(f"no port {port}")
             except ValueError as error:
                 raise SettingsError(f"--dns takes IPv4 addresses as 9.9.9.9 or 10.0.0.53:5353: {error}") from None
         return found

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import subprocess
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from tornado.httpclient import AsyncHTTPClient, HTTPResponse
 
 from kernel_gateway.__main__ import main
-from kernel_gateway.server import Server, running
+from kernel_gateway.server import Server, builder, running
 from kernel_gateway.settings import Settings, SettingsError
 from tests.fakes import error_of, eventually
 
@@ -207,3 +208,34 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command in text
     if command == "serve":
         assert "--max-sandboxes" in text
+
+
+async def test_it_listens_beyond_this_machine_only_when_told(tmp_path: Path) -> None:
+    """What is no boundary is not offered to other machines by accident; the message says what to do."""
+    with pytest.raises(SettingsError, match="allow-insecure-emulation"):
+        async with running(settings(tmp_path, host="0.0.0.0", pool_size=0), print):
+            pass
+    async with running(settings(tmp_path, host="0.0.0.0", pool_size=0, allow_insecure_emulation=True), print) as server:
+        assert server.url.startswith("http://0.0.0.0:")
+
+
+def certificate(directory: Path) -> Path:
+    """A CA certificate of the test's own."""
+    path = directory / "own.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=ours", "-keyout", "/dev/null"]
+    subprocess.run([*command, "-out", path], check=True, capture_output=True)
+    return path
+
+
+def test_an_extra_ca_is_added(tmp_path: Path) -> None:
+    """Guests trust the bundle and the operator's own; what is no certificate is refused with its setting's name."""
+    bundle, own = tmp_path / "bundle.pem", certificate(tmp_path)
+    bundle.write_text("# the host's\n")
+    made = builder(settings(tmp_path, ca_bundle=str(bundle), extra_ca=str(own))).ca_bundle
+    assert made is not None
+    assert made.read_bytes() == bundle.read_bytes() + b"\n" + own.read_bytes()
+    assert builder(settings(tmp_path, ca_bundle=str(bundle))).ca_bundle == bundle
+    (tmp_path / "other.txt").write_text("hello")
+    for extra, base in ((tmp_path / "other.txt", bundle), (tmp_path / "none", bundle), (own, tmp_path / "none")):
+        with pytest.raises(SettingsError, match="--extra-ca"):
+            builder(settings(tmp_path, ca_bundle=str(base), extra_ca=str(extra)))

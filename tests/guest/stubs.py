@@ -15,7 +15,7 @@ import dns.rdatatype
 import dns.rrset
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.guest.world import NAME_SERVER, NAMES, PORTS
+from tests.guest.world import NAME_SERVER, NAMES, PORTS, PROXY_PORT
 
 IP_PKTINFO = 8
 log, role = Path(sys.argv[1]), sys.argv[2]
@@ -34,6 +34,11 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         if b"HTTP/" in first:
             while (await reader.readline()).strip():
                 pass
+            if first.startswith(b"CONNECT "):
+                writer.write(b"HTTP/1.1 200 Connected\r\n\r\n")
+                address, first = f"{address} for {first.split()[1].decode()}", await reader.readline()
+                while (await reader.readline()).strip():
+                    pass
             body = f"{role} {address} {first.decode('latin-1').strip()}\n".encode()
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body)
         else:
@@ -69,7 +74,7 @@ def resolve(data: bytes) -> bytes:
 
 
 async def main() -> None:
-    for port in (*PORTS, 9000):
+    for port in (*PORTS, PROXY_PORT, 9000):
         await asyncio.start_server(serve, "0.0.0.0", port)
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)

@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Iterator
 from ipaddress import IPv4Address
+from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 import pytest
@@ -57,3 +58,16 @@ def test_from_a_create_to_an_installed_package(online: Server, index: str) -> No
         assert status == 200
         assert PACKAGE in text
         assert box.get("/network").json()["refused"] == []
+
+
+def test_off_means_no_card(tmp_path: Path) -> None:
+    """With the network off a machine has no network device, and that is said."""
+    flags = {"--network": "off", "--templates": "base"}
+    server = Server(tmp_path / "data", pool_size=0, max_sandboxes=1, flags=flags)
+    try:
+        assert server.get("/health").json()["network"] == "off"
+        with server.sandbox("base", allow_internet_access=False) as box:
+            assert box.shell("ls /sys/class/net") == "lo\n"
+            assert box.get("/network").json()["mechanism"] == "off"
+    finally:
+        server.close()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.guest.client import Sandbox, Server, comm, until
-from tests.guest.world import DENIED, HOST, NAME_SERVER, OTHER_PUBLIC, PUBLIC, World
+from tests.guest.world import DENIED, HOST, NAME_SERVER, OTHER_PUBLIC, PROXY, PROXY_PORT, PUBLIC, World
 
 PROBE = """
 def probe(targets, limit=8):
@@ -123,7 +123,7 @@ def test_r29_no_denied_address_is_reached(world: World, box: Sandbox) -> None:
     addresses += ["10.0.2.2", "10.0.2.3", "255.255.255.255", "198.18.0.2", "198.19.0.3", "169.254.170.2"]
     targets = [(protocol, address, port) for address in addresses for protocol in ("tcp", "udp") for port in (80, 443)]
     with nothing_arrives(world):
-        found = probe(box, targets)
+        found = probe(box, targets, 3)
     assert len(found) == len(targets)
     for key, (said, took) in found.items():
         assert said in ("ConnectionRefusedError", "OSError", "PermissionError", "silence"), (key, said)
@@ -344,6 +344,38 @@ for _ in range(1500):
         assert box.execute(code, timeout=120)["error"] is None
         assert refused(box)[PUBLIC, 9000, "udp"] == "limit"
         assert probe(neighbour, [("tcp", PUBLIC, 80)])[f"tcp {PUBLIC} 80"][0] == f"internet {PUBLIC} 80"
+
+
+def test_behind_a_proxy(world: World, mechanism: str, tmp_path: Path) -> None:
+    """Where the host has a proxy, programs in sandboxes use it without being told how, and only for what they may."""
+    flags = {
+        "--network": mechanism,
+        "--dns": NAME_SERVER,
+        "--templates": "code_interpreter",
+        "--upstream-proxy": f"http://{PROXY}:{PROXY_PORT}",
+        "--pip-index": "https://index.example.net/simple",
+    }
+    server = Server(tmp_path / "data", pool_size=0, max_sandboxes=1, flags=flags)
+    try:
+        with server.sandbox() as box:
+            curl = "curl -sS --max-time 20 --proxytunnel"
+            assert box.shell("curl -sS --max-time 20 http://public.example.net/a") == (
+                f"internet {PROXY} GET http://public.example.net/a HTTP/1.1\n"
+            )
+            tunnelled = box.shell(f"{curl} http://public.example.net:8080/b")
+            assert tunnelled == f"internet {PROXY} for public.example.net:8080 GET /b HTTP/1.1\n"
+            for inside in (
+                "http://169.254.169.254/",
+                "http://metadata.example.net/",
+                f"http://{HOST}/",
+                f"http://{PROXY}/",
+            ):
+                with nothing_arrives(world, NAME_SERVER):
+                    assert box.run("curl", "-sS", "--fail", "--max-time", "20", inside)["exitCode"] == 22
+            assert probe(box, [("tcp", PROXY, PROXY_PORT)])[f"tcp {PROXY} {PROXY_PORT}"][0] == "ConnectionRefusedError"
+            assert box.shell("pip config get global.index-url || echo $PIP_INDEX_URL").endswith("example.net/simple\n")
+    finally:
+        server.close()
 
 
 def test_nothing_is_left(mechanism: str, tmp_path: Path) -> None:

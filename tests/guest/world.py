@@ -38,6 +38,8 @@ DENIED = {
 }
 """An address of every block that nobody may reach."""
 PORTS = (22, 25, 53, 80, 443, 853, 8080)
+PROXY, PROXY_PORT = "10.1.2.3", 3128
+"""A proxy on the host's network; it says what it was asked for instead of going there."""
 NAMES = {
     "public.example.net": [PUBLIC],
     "other.example.net": [OTHER_PUBLIC],

@@ -3,6 +3,7 @@
 import argparse
 import re
 from dataclasses import fields
+from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,27 @@ def test_limits_are_allowed_themselves() -> None:
     """The smallest and the largest number of a range are in it."""
     assert load(PORT="0", MAX_SANDBOXES="1", POOL_SIZE="0").port == 0
     assert load(PORT="65535", MAX_SANDBOXES="10000", POOL_SIZE="1000").pool_size == 1000
+
+
+def test_settings_of_the_network_are_read_strictly() -> None:
+    """Blocks, resolvers and a proxy, or a refusal that names the flag."""
+    good = load(
+        EGRESS_ALLOW="10.1.0.0/16, 192.168.7.9", DNS="9.9.9.9, 10.0.0.53:5353", UPSTREAM_PROXY="http://proxy:8080"
+    )
+    assert good.egress_exceptions == (IPv4Network("10.1.0.0/16"), IPv4Network("192.168.7.9/32"))
+    assert good.resolvers == [("9.9.9.9", 53), ("10.0.0.53", 5353)]
+    assert good.proxy == ("proxy", 8080)
+    assert good.guest_env["https_proxy"] == "http://198.19.0.1:3128"
+    assert load(PIP_INDEX="https://index.example/simple").guest_env == {"PIP_INDEX_URL": "https://index.example/simple"}
+    for text in ("10.1.2.3/16", "10.1", "::1", "example.com", "10.0.0.0/33"):
+        with pytest.raises(SettingsError, match="--egress-allow"):
+            _ = load(EGRESS_ALLOW=text).egress_exceptions
+    for text in ("example.com", "9.9.9.9:x", "9.9.9.9:70000", "::1"):
+        with pytest.raises(SettingsError, match="--dns"):
+            _ = load(DNS=text).resolvers
+    for text in ("proxy:3128", "https://proxy:3128", "http://", "http://proxy:x", "http://me:secret@proxy:3128"):
+        with pytest.raises(SettingsError, match="--upstream-proxy"):
+            _ = load(UPSTREAM_PROXY=text).proxy
 
 
 def test_a_switch_needs_no_value() -> None:
