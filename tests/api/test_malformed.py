@@ -30,6 +30,7 @@ VALID: dict[str, dict[str, object]] = {
         "network": {"allowOut": ["example.com"], "denyOut": ["0.0.0.0/0"]},
     },
     "SetNetwork": {"allowOut": ["example.com"], "denyOut": ["0.0.0.0/0"], "allow_internet_access": True},
+    "SetPort": {"port": 8000, "public": True},
     "SetTimeout": {"timeout": 60},
     "Connect": {"timeout": 60},
     "Refresh": {"duration": 60},
