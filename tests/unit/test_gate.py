@@ -66,6 +66,7 @@ class World:
     dialled: list[tuple[str, int]] = field(default_factory=list)
     looked_up: list[str] = field(default_factory=list)
     unreachable: bool = False
+    policy_while_dialling: Policy | None = None
     answer: bytes = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok"
     holds: bool = False
     """The server says nothing and copies what it gets back."""
@@ -119,6 +120,7 @@ class World:
 
     async def connect(self, address: IPv4Address, port: int) -> socket.socket:
         self.dialled.append((str(address), port))
+        self.policy = self.policy_while_dialling or self.policy
         if self.unreachable:
             raise OSError(errno.EHOSTUNREACH, "no way")
         sock = socket.socket()
@@ -351,6 +353,14 @@ async def test_a_refused_request_is_told_why(host: str, address: IPv4Address, re
         assert world.dialled == []
 
 
+async def test_a_number_that_is_not_the_address_is_refused() -> None:
+    """Also where both would be allowed: nobody sends that who means well."""
+    async with World(NOT_EVIL, going_to=(SITE, 80)).run() as world:
+        assert (await world.get("8.8.8.8")).startswith(b"HTTP/1.1 403 ")
+        assert await world.get(str(SITE)) == world.answer
+        assert world.refused == [("8.8.8.8", 80, "policy")]
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -548,6 +558,15 @@ async def test_a_new_policy_cuts_what_it_forbids() -> None:
         assert world.refused == [("8.8.8.8", 443, "policy")]
         site_writer.close()
         other_writer.close()
+
+
+async def test_a_policy_that_changes_while_dialling_holds() -> None:
+    """Not a byte of the guest's has gone out."""
+    async with World(NOT_EVIL, going_to=(OTHER, 443), policy_while_dialling=ONLY_SITE, holds=True).run() as world:
+        assert await world.hello("a.example") == b"RST"
+        assert world.dialled == [(str(OTHER), 443)]
+        assert world.refused == [("a.example", 443, "policy")]
+        assert world.received == b""
 
 
 async def test_a_guest_has_its_share_of_connections() -> None:
