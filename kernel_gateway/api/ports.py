@@ -53,8 +53,8 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 10.0
 """Seconds a service may take to accept a connection, times the driver's time scale."""
-MAX_CONNECTIONS = 256
-"""Connections to the services of one sandbox at a time: strangers may open them, and each may hold some MiB."""
+MAX_CONNECTIONS, MAX_VISITORS = 256, 192
+"""Connections to the services of one sandbox at a time, as each may hold some MiB; visitors leave some to the owner."""
 STALL_TIMEOUT = 600.0
 """Seconds a service may take nothing of a request's body: while it does not, nobody can tell whether the client is
 still there."""
@@ -246,8 +246,8 @@ class Preview(HTTPMessageDelegate):
         if self._sandboxes.is_draining:
             raise Draining("the server is going down")
         link = sandbox.guest.link
-        if sandbox.port_connections >= MAX_CONNECTIONS:
-            raise HostFull(f"there are {MAX_CONNECTIONS} connections to ports of this sandbox; close some, or wait")
+        if sandbox.port_connections >= (MAX_VISITORS if self._is_visitor else MAX_CONNECTIONS):
+            raise HostFull("there are too many connections to ports of this sandbox", hint="close some, or wait")
         sandbox.port_connections += 1
         try:
             async with link.ask(wire.Connect(port=port)) as conversation:

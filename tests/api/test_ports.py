@@ -112,6 +112,7 @@ async def connection(reader, writer):
     try:
         await answer(reader, writer)
         writer.close()
+        await writer.wait_closed()
     except (OSError, asyncio.IncompleteReadError):
         pass
     finally:
@@ -437,14 +438,14 @@ async def test_a_client_that_hangs_up(lab: Lab) -> None:
     for path in ("/hang", "/ticks?h", "/big/100"):
         begun, ended = await lab.value("[len(begun), len(closed)]")
         async with lab.raw(lab.head(path)):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while (await lab.value("len(begun)")) == begun:
                     await asyncio.sleep(0.01)
         await eventually(lambda: lab.sandbox.port_connections == 0)
         if path == "/ticks?h":  # it notices when it says more
             for _ in range(3):
                 await lab.call("GET", "/tick?h")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while (await lab.value("len(closed)")) <= ended:
                 await asyncio.sleep(0.01)
 
@@ -855,6 +856,19 @@ async def test_all_ports_at_once(lab: Lab) -> None:
     assert (await lab.call("GET", "/", key=None)).code == 401
 
 
+async def test_open_from_the_start(service: Service) -> None:
+    """`network.allowPublicTraffic` opens all ports when a sandbox is created, and closes them later."""
+    box = await service.create(network={"allowPublicTraffic": True})
+
+    async def closed(stream: Any, body: wire.Connect) -> None:
+        await stream.fail("port_closed", "no")
+
+    service.guest(box).script.handlers[wire.Connect] = closed
+    assert (await service.call("GET", f"/sandboxes/{box}/ports/8000/", key=None)).code == 502
+    await service.call("PUT", f"/sandboxes/{box}/network", {"allowPublicTraffic": False})
+    assert (await service.call("GET", f"/sandboxes/{box}/ports/8000/", key=None)).code == 401
+
+
 @pytest.mark.parametrize("body", [{"port": 0}, {"port": 65536}, {"port": "8000"}, {"port": 8.5}, {"public": 1}, []])
 async def test_ports_that_can_not_be_opened(lab: Lab, body: object) -> None:
     """A body that is not right opens nothing."""
@@ -866,10 +880,17 @@ async def test_ports_that_can_not_be_opened(lab: Lab, body: object) -> None:
 async def test_connections_are_limited(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the limit the answer is 503; the sandbox itself is still reached."""
     monkeypatch.setattr(ports, "MAX_CONNECTIONS", 2)
-    async with lab.raw(lab.head("/hang")), lab.raw(lab.head("/hang")):
-        await eventually(lambda: lab.sandbox.port_connections == 2)
-        answer = await lab.call("GET", "/")
-        assert (answer.code, error_of(answer)["error"], answer.headers["Retry-After"]) == (503, "host_full", "5")
+    monkeypatch.setattr(ports, "MAX_VISITORS", 1)
+    await lab.open()
+    async with lab.raw(lab.head("/hang", key=None)):
+        await eventually(lambda: lab.sandbox.port_connections == 1)
+        assert (await lab.call("GET", "/", key=None)).code == 503
+        assert (await lab.call("GET", "/")).code == 200
+        await eventually(lambda: lab.sandbox.port_connections == 1)
+        async with lab.raw(lab.head("/hang")):
+            await eventually(lambda: lab.sandbox.port_connections == 2)
+            answer = await lab.call("GET", "/")
+            assert (answer.code, error_of(answer)["error"], answer.headers["Retry-After"]) == (503, "host_full", "5")
     await eventually(lambda: lab.sandbox.port_connections == 0)
     assert (await lab.call("GET", "/")).code == 200
 
