@@ -130,8 +130,7 @@ async def opened_network(settings: Settings) -> AsyncIterator[Slots | None]:
     mechanism, why = await choose(settings.network)
     slots = None
     if mechanism != "off":
-        owner = str(settings.data_path.resolve())
-        slots = Slots(mechanism, exceptions, owner, resolvers=settings.resolvers, proxy=settings.proxy)
+        slots = Slots(mechanism, exceptions, resolvers=settings.resolvers, proxy=settings.proxy)
         try:
             await slots.start()
         except DriverError as error:

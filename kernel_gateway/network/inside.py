@@ -71,6 +71,7 @@ def main() -> None:
         socket.send_fds(channel, [b"{}"], [*spaces, device, *(sock.fileno() for sock in sockets)])
     except OSError as error:
         channel.send(json.dumps({"error": str(error)}).encode())
+    os._exit(0)  # at once: somebody waits
 
 
 main()

@@ -106,7 +106,7 @@ class Slot:
             finally:
                 if not fds:
                     process.kill()
-                await asyncio.to_thread(process.wait)
+                process.wait()  # at once: it ends as soon as it has answered
         if not fds:
             said = json.loads(answer)["error"] if answer else "it ended without a word"
             raise DriverError(f"a network could not be made: {said}")

@@ -7,7 +7,6 @@ per slot turns its packets into ordinary sockets. The filter inside a slot is th
 
 import asyncio
 import contextlib
-import hashlib
 import itertools
 import json
 import logging
@@ -35,6 +34,8 @@ SPARE = 2
 LOOK = 5.0
 """Seconds between looks at the host's addresses."""
 UPLINK_TIMEOUT = 10.0
+TABLE = "cellvm_"
+"""How the tables on the host are named, with the process id of their server behind."""
 FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 OURS = Path("/run/cellvm")
 """Where a file says that forwarding was switched on by us, not by the host's owner: one for each network namespace."""
@@ -74,10 +75,17 @@ async def forbids_forwarding() -> str:
     """The table of somebody else's that drops forwarded packets by default; empty when there is none to be seen."""
     for part in json.loads(await command(["nft", "--json", "list", "chains"], ""))["nftables"]:
         chain = part.get("chain", {})
-        ours = str(chain.get("table", "")).startswith("cellvm_")
+        ours = str(chain.get("table", "")).startswith(TABLE)
         if chain.get("hook") == "forward" and chain.get("policy") == "drop" and not ours:
             return f"{chain['family']} {chain['table']}"
     return ""
+
+
+async def tables() -> list[str]:
+    """The tables of all servers on this host."""
+    listed = json.loads(await command(["nft", "--json", "list", "tables", "inet"], ""))["nftables"]
+    names = [part["table"]["name"] for part in listed if "table" in part]
+    return [name for name in names if name.startswith(TABLE)]
 
 
 async def host_addresses() -> frozenset[IPv4Address]:
@@ -119,7 +127,6 @@ class Slots:
     Args:
         mechanism: "netns" or "passt".
         exceptions: blocks that the operator takes out of the floor.
-        owner: names the server's own table on the host.
         resolvers: where names are looked up; empty for what the host uses.
         proxy: host and port of the proxy that web traffic is to go through; None for none.
     """
@@ -128,7 +135,6 @@ class Slots:
         self,
         mechanism: str,
         exceptions: tuple[IPv4Network, ...],
-        owner: str,
         *,
         resolvers: list[tuple[str, int]],
         proxy: tuple[str, int] | None,
@@ -137,7 +143,7 @@ class Slots:
         self._resolvers = resolvers
         self._proxy = proxy
         self.floor = Floor(exceptions)
-        self._table = "cellvm_" + hashlib.sha256(owner.encode()).hexdigest()[:12]
+        self._table = f"{TABLE}{os.getpid()}"
         self._numbers = itertools.count(os.getpid())
         self._spare: deque[Slot] = deque()
         self._open: set[Slot] = set()
@@ -156,6 +162,9 @@ class Slots:
         """
         self.floor = Floor(self.floor.exceptions, await host_addresses())
         if self.mechanism == "netns":
+            for table in await tables():
+                if not Path(f"/proc/{table.removeprefix(TABLE)}").exists():  # its server was killed
+                    await command(["nft", "-f", "-"], f"delete table inet {table}\n")
             only_ours = self._switched.exists() or FORWARD.read_text().strip() == "0"
             await command(["nft", "-f", "-"], rules.host(self._table, only_ours=only_ours))
             if only_ours:
@@ -177,9 +186,7 @@ class Slots:
 
     async def _stop_forwarding(self) -> None:
         """Switch forwarding off again, when we switched it on and no other server of ours needs it."""
-        tables = json.loads(await command(["nft", "--json", "list", "tables"], ""))["nftables"]
-        is_last = not any(part.get("table", {}).get("name", "").startswith("cellvm_") for part in tables)
-        if is_last and self._switched.exists():
+        if self._switched.exists() and not await tables():
             FORWARD.write_text("0")
             self._switched.unlink()
 

@@ -380,7 +380,7 @@ def test_behind_a_proxy(world: World, mechanism: str, tmp_path: Path) -> None:
 
 def test_nothing_is_left(mechanism: str, tmp_path: Path) -> None:
     """After the server's end, also by force, there is no link, no process and no namespace of it; what it had put into
-    the host's tables goes with the next start on the same data, or with its own end."""
+    the host's tables goes with the next start, or with its own end."""
     world = World(tmp_path)
     flags = {"--network": mechanism, "--dns": NAME_SERVER, "--templates": "code_interpreter"}
 

@@ -104,7 +104,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.fixture(scope="module", params=["netns", "passt"])
 async def slots(world: World, request: pytest.FixtureRequest) -> AsyncIterator[Slots]:
-    slots = Slots(request.param, (IPv4Network("10.1.2.0/24"),), "a test", resolvers=[(NAME_SERVER, 53)], proxy=None)
+    slots = Slots(request.param, (IPv4Network("10.1.2.0/24"),), resolvers=[(NAME_SERVER, 53)], proxy=None)
     await slots.start()
     yield slots
     await slots.close()
