@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import resource
 import shutil
 import socket
 import ssl
@@ -215,6 +216,9 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
         BuildError: a template could not be built.
     """
     templates = load_templates(settings)
+    # A sandbox has some twenty descriptors here, and as many as its clients and its gate have connections.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     lock = claim(settings.data_path)
     try:
         sockets = bind_sockets(settings.port, settings.host)

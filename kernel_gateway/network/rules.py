@@ -22,6 +22,8 @@ LINKS = IPv4Network("198.18.0.0/16")
 HOST_SIDE = "cvm"
 """How the host's ends of the slots' links are named, with a number behind."""
 NEW_CONNECTIONS = "100/second burst 400 packets"
+NEW_QUERIES = "300/second burst 300 packets"
+"""For the resolver's socket; the resolver itself takes fewer."""
 MAX_CONNECTIONS = 2000
 REFUSALS_KEPT = 500
 REASONS = {1: "floor", 2: "policy", 3: "mail", 4: "dns", 5: "limit", 6: "protocol"}
@@ -63,9 +65,12 @@ table inet slot {{
     chain input {{
         type filter hook input priority 0; policy drop;
         iifname != "{TAP}" drop
+        udp dport {DNS_PORT} ip daddr {GATEWAY} limit rate over {NEW_QUERIES} drop
+        udp dport {DNS_PORT} ip daddr {GATEWAY} accept
+        ct state established accept
+        limit rate over {NEW_CONNECTIONS} goto refuse_limit
         ct status dnat tcp dport {GATE_PORT} accept
         ip daddr != {GATEWAY} goto refuse_floor
-        udp dport {DNS_PORT} accept
         tcp dport {{ {DNS_PORT}, {PROXY_PORT} }} accept
         icmp type echo-request accept
         goto refuse_floor
@@ -110,8 +115,13 @@ table inet slot {{
 """
 
 
-def policy(wanted: Policy, generation: int) -> str:
-    """Replace a slot's policy. `generation` is another number for each, from 1."""
+def policy(wanted: Policy, generation: int, *, to_gate: bool) -> str:
+    """Replace a slot's policy.
+
+    Args:
+        generation: another number for each, from 1.
+        to_gate: web traffic passes through the gate whatever the policy says, for the way out is a proxy.
+    """
     judged = [f"ct mark {generation} accept"]
     if wanted.allow:
         judged.append("ip daddr @allowed goto admitted")
@@ -126,12 +136,13 @@ def policy(wanted: Policy, generation: int) -> str:
         judged.append("ip daddr @denied goto refuse_policy")
         judged.append("goto admitted")
     gate = ""
-    if wanted.has_names:
+    if wanted.has_names or to_gate:
+        # What an address rule allows needs no name, but may need the proxy.
+        allowed = "" if to_gate else "add rule inet slot gate ip daddr @allowed return\n"
         gate = (
             "add rule inet slot gate ip daddr @host return\n"
             "add rule inet slot gate ip daddr @floor ip daddr != @excepted return\n"
-            "add rule inet slot gate ip daddr @allowed return\n"
-            f"add rule inet slot gate tcp dport {{ 80, 443 }} redirect to :{GATE_PORT}\n"
+            f"{allowed}add rule inet slot gate tcp dport {{ 80, 443 }} redirect to :{GATE_PORT}\n"
         )
     lines = [
         "flush chain inet slot owner",

@@ -53,8 +53,11 @@ class Slot:
     the proxy's.
     """
 
-    def __init__(self, mechanism: str, net: int, user: int, tap: int, sockets: list[socket.socket]) -> None:
+    def __init__(
+        self, mechanism: str, net: int, user: int, tap: int, sockets: list[socket.socket], *, to_gate: bool
+    ) -> None:
         self.mechanism = mechanism
+        self._to_gate = to_gate
         self.net = net
         self._user = user
         self._tap = tap
@@ -71,8 +74,11 @@ class Slot:
         return f"<Slot {self.mechanism} {'closed' if self._is_closed else 'open'}>"
 
     @classmethod
-    async def make(cls, mechanism: str, floor: Floor) -> "Slot":
+    async def make(cls, mechanism: str, floor: Floor, *, to_gate: bool = False) -> "Slot":
         """A namespace with the guest's side and the filter of the default policy, not connected to anything yet.
+
+        Args:
+            to_gate: all web traffic passes through its gate.
 
         Raises:
             DriverError: it could not be made.
@@ -88,7 +94,7 @@ class Slot:
                 "tap": rules.TAP,
                 "ip": f"link set {rules.TAP} address {rules.GATEWAY_MAC}\n"
                 f"addr add {rules.GATEWAY}/30 dev {rules.TAP}\nlink set {rules.TAP} up\n",
-                "nft": rules.slot(floor) + rules.policy(Policy(), 1),
+                "nft": rules.slot(floor) + rules.policy(Policy(), 1, to_gate=to_gate),
                 "address": str(rules.GATEWAY),
                 "dns": rules.DNS_PORT,
                 "gate": rules.GATE_PORT,
@@ -116,7 +122,7 @@ class Slot:
         sockets = [socket.socket(fileno=fd) for fd in rest]
         for sock in sockets:
             sock.setblocking(False)
-        return cls(mechanism, net, user, tap, sockets)
+        return cls(mechanism, net, user, tap, sockets, to_gate=to_gate)
 
     @property
     def tap(self) -> int:
@@ -150,7 +156,7 @@ class Slot:
             DriverError: the filter refused it; the old one is still in force.
         """
         async with self._lock:
-            await self.run("nft", "-f", "-", text=rules.policy(policy, self._generation + 1))
+            await self.run("nft", "-f", "-", text=rules.policy(policy, self._generation + 1, to_gate=self._to_gate))
             self._generation += 1
             self.policy = policy
         self.policy_changed()

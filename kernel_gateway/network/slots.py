@@ -215,7 +215,7 @@ class Slots:
                 pause = min(2 * pause, 30.0)
 
     async def _make(self) -> Slot:
-        slot = await Slot.make(self.mechanism, self.floor)
+        slot = await Slot.make(self.mechanism, self.floor, to_gate=self._proxy is not None)
         self._open.add(slot)
         slot.closing.callback(self._open.discard, slot)
         try:
