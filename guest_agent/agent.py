@@ -59,7 +59,7 @@ class Agent:
             case wire.Spawn():
                 await process.spawn(stream, body, self._env, self._uid)
             case wire.Connect():
-                await ports.connect(stream, body)
+                await ports.connect(stream, body, self._uid)
             case wire.Read():
                 await files.read(stream, body)
             case wire.Write():

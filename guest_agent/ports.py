@@ -5,31 +5,45 @@ import asyncio
 from guest_agent import wire
 from guest_agent.channel import AgentError, Stream
 
-ADDRESSES = ("127.0.0.1", "198.19.0.2")
-"""Where services listen: loopback or everywhere, or only on the machine's network card."""
+LOOPBACK, CARD = "127.0.0.1", "198.19.0.2"
 
 
-async def connect(stream: Stream, request: wire.Connect) -> None:
+async def connect(stream: Stream, request: wire.Connect, uid: int | None) -> None:
     """Join a service's connection and the stream until the service closes it. A CANCEL of the stream closes it too.
+
+    Args:
+        uid: the sandbox user; None where the machine's network is not ours.
 
     Raises:
         AgentError: port_closed, nothing listens there.
     """
-    reader, writer = await _open(request.port)
-    stream.event(wire.Connected())
-    moving = [asyncio.create_task(_receive(stream, reader)), asyncio.create_task(_send(stream, writer))]
+    # Most services listen on loopback or everywhere, some only on the machine's card.
+    addresses = (LOOPBACK,) if uid is None else (LOOPBACK, CARD)
+    moving = asyncio.create_task(_join(stream, request.port, addresses))
     cancelled = asyncio.create_task(stream.cancelled.wait())
     try:
-        await asyncio.wait({moving[0], cancelled}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({moving, cancelled}, return_when=asyncio.FIRST_COMPLETED)
+        if moving.done():
+            moving.result()
     finally:
-        for task in (*moving, cancelled):
-            task.cancel()
-        writer.transport.abort()
+        moving.cancel()
+        cancelled.cancel()
     stream.reply(wire.Done())
 
 
-async def _open(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    for address in ADDRESSES:
+async def _join(stream: Stream, port: int, addresses: tuple[str, ...]) -> None:
+    reader, writer = await _open(port, addresses)
+    stream.event(wire.Connected())
+    sending = asyncio.create_task(_send(stream, writer))
+    try:
+        await _receive(stream, reader)
+    finally:
+        sending.cancel()
+        writer.transport.abort()
+
+
+async def _open(port: int, addresses: tuple[str, ...]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    for address in addresses:
         try:
             return await asyncio.open_connection(address, port)
         except (OSError, OverflowError) as error:
@@ -40,8 +54,10 @@ async def _open(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
 async def _receive(stream: Stream, reader: asyncio.StreamReader) -> None:
     while True:
         await stream.wait_for_room()
+        if stream.cancelled.is_set():
+            return
         try:
-            data = await reader.read(max(stream.room, 1))
+            data = await reader.read(stream.room)
         except OSError:  # the service has reset the connection: what it said before has been passed on
             return
         if not data:
