@@ -195,18 +195,27 @@ def _end(pid: int, number: int) -> None:
 # -- the view
 
 
-def folder_of(binary: str) -> Path | None:
-    """The folder of a QEMU program that is not in the system's directories, if machines may see it.
+def folders_of(binary: str) -> list[Path]:
+    """The folders of a QEMU program that is not in the system's directories, as far as machines may see them.
 
-    Only one that every user may read and nobody else may write: a program in a home directory does not open the home.
+    That is: every user may read them and nobody else may write them. A program in a home does not open the home.
     """
     found = shutil.which(binary)
     if found is None:
-        return None
-    folder = Path(found).resolve().parent
-    if any(folder.is_relative_to(each) for each in DIRECTORIES) or folder == Path("/"):
-        return None
-    return folder if folder.stat().st_mode & 0o007 == 0o005 else None
+        return []
+    folders: list[Path] = []
+    for program in (Path(found).absolute(), Path(found).resolve()):
+        folders.append(program.parent)
+        if program.parent.name == "bin":
+            folders += [program.parents[1] / name for name in ("lib", "lib64", "share/qemu", "share/seabios")]
+    return [folder for folder in dict.fromkeys(folders) if _is_for_all(folder)]
+
+
+def _is_for_all(folder: Path) -> bool:
+    if not folder.is_dir() or folder == Path("/") or any(folder.is_relative_to(each) for each in DIRECTORIES):
+        return False
+    enterable = all(parent.stat().st_mode & 0o001 for parent in folder.parents)
+    return enterable and folder.stat().st_mode & 0o007 == 0o005
 
 
 def script(folders: list[Path], *, kvm: str | None, own_proc: bool) -> str:
@@ -227,6 +236,7 @@ def script(folders: list[Path], *, kvm: str | None, own_proc: bool) -> str:
     for folder in folders:
         source, target = shlex.quote(str(folder)), shlex.quote(str(folder).lstrip("/"))
         if folder.is_symlink():
+            lines.append(f"mkdir -p {shlex.quote(f'./{folder.parent}')}")
             lines.append(f"ln -s {shlex.quote(os.readlink(folder))} {target}")
         else:
             lines.append(f"mkdir -p {target}")
@@ -269,9 +279,7 @@ class View:
         if not is_root:
             flags += ["--user", "--map-root-user"]
             namespaces["user"] = "user"
-        folders = [path for path in map(Path, DIRECTORIES) if path.is_dir()]
-        if own := folder_of(binary):
-            folders.append(own)
+        folders = [path for path in map(Path, DIRECTORIES) if path.is_dir()] + folders_of(binary)
         text = script(folders, kvm=_kvm_command(as_root=is_root) if kvm else None, own_proc=is_root)
         try:
             process = subprocess.Popen(

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -167,23 +168,49 @@ def test_links_stay_links(tmp_path: Path) -> None:
     link.symlink_to("usr/lib")
     text = jail.script([link, odd], kvm="touch dev/kvm", own_proc=True)
     target = str(tmp_path).lstrip("/")
-    assert f"ln -s usr/lib {target}/lib\n" in text
+    assert f"mkdir -p ./{tmp_path}\nln -s usr/lib {target}/lib\n" in text
     assert f"mount --bind '{odd}' '{target}/a folder; rm'\n" in text
     assert text.index("touch dev/kvm") < text.index("pivot_root")
 
 
-def test_folders_of_other_qemus(tmp_path: Path) -> None:
-    """The folder of a program elsewhere is shown if all may read it already and nobody else may write it."""
-    program = tmp_path / "bin" / "qemu"
-    program.parent.mkdir()
+@pytest.fixture
+def prefix(tmp_path: Path) -> Path:
+    """A QEMU of one's own, installed somewhere."""
+    for name in ("opt/bin", "opt/lib", "opt/share/qemu", "opt/share/other"):
+        (tmp_path / name).mkdir(parents=True)
+    program = tmp_path / "opt/bin/qemu"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
-    modes = {0o755: program.parent, 0o700: None, 0o750: None, 0o777: None, 0o1777: None}
-    for mode, expected in modes.items():
-        program.parent.chmod(mode)
-        assert jail.folder_of(str(program)) == expected, oct(mode)
-    assert jail.folder_of("sh") is None
-    assert jail.folder_of(str(tmp_path / "none")) is None
+    return tmp_path / "opt"
+
+
+def test_folders_of_other_qemus(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program elsewhere is shown with its libraries and firmware, also when it is called through a link."""
+    monkeypatch.setattr(jail, "_is_for_all", Path.is_dir)
+    own = [prefix / name for name in ("bin", "lib", "share/qemu")]
+    assert jail.folders_of(str(prefix / "bin/qemu")) == own
+    link = prefix.parent / "tools" / "qemu"
+    link.parent.mkdir()
+    link.symlink_to(prefix / "bin/qemu")
+    assert jail.folders_of(str(link)) == [link.parent, *own]
+    assert jail.folders_of(str(prefix / "none")) == []
+
+
+def test_only_what_all_may_read_is_shown() -> None:
+    """Folders that others may not read, or may write, are not; nor those in the system's directories, which are."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        for mode, expected in {0o755: True, 0o555: True, 0o700: False, 0o750: False, 0o777: False}.items():
+            folder.chmod(mode)
+            assert jail._is_for_all(folder) is expected, oct(mode)
+        inner = folder / "inner"
+        inner.mkdir()
+        inner.chmod(0o755)
+        for mode, expected in {0o755: True, 0o700: False}.items():
+            folder.chmod(mode)
+            assert jail._is_for_all(inner) is expected, oct(mode)
+    assert [jail._is_for_all(Path(each)) for each in ("/", "/tmp", "/usr/bin", "/usr/lib/none")] == [False] * 4
+    assert jail.folders_of("sh") == []
 
 
 def test_limits_of_a_machine() -> None:
