@@ -579,14 +579,14 @@ async def test_r28_time_tells_nothing(service: Service, path: str) -> None:
 async def test_r26_random_requests_end_in_order(service: Service) -> None:
     """Creates, deletes, commands and deaths at random: every answer is a documented one, and nothing is left."""
     rng = random.Random(26)
-    codes: set[int] = set()
-    known: list[str] = []
+    codes: list[int] = []
+    known = [await service.create()]
 
     async def one() -> None:
-        await asyncio.sleep(rng.random() * 0.8)
+        await asyncio.sleep(rng.random() * 0.05)
         what = rng.choices(range(5), (4, 1, 5, 5, 1))[0]
-        box = rng.choice(known) if known else "sbxnone"
-        if what == 0 or not known:
+        box = rng.choice(known[-6:])  # some of them live, some have ended
+        if what == 0:
             answer = await service.call("POST", "/sandboxes", {"templateID": "base"})
             if answer.code == 201:
                 known.append(json.loads(answer.body)["sandboxID"])
@@ -598,13 +598,18 @@ async def test_r26_random_requests_end_in_order(service: Service) -> None:
             answer = await service.call("POST", f"/sandboxes/{box}/execute", {"code": "time.sleep(0.05)"})
         else:
             answer = await service.call("POST", f"/sandboxes/{box}/processes", {"cmd": "die"})
-        codes.add(answer.code)
+        codes.append(answer.code)
         if answer.code >= 400:
             assert error_of(answer)["error"] in {"not_found", "host_full", "sandbox_died", "conflict"}
 
-    await asyncio.gather(*(one() for _ in range(300)))
-    assert codes <= {200, 201, 204, 404, 409, 502, 503}
-    assert {200, 201, 204, 404} <= codes
+    async def client() -> None:
+        # One request after another: how many are under way at once does not depend on how busy the machine is.
+        while len(codes) < 300 or not {200, 201, 204, 404} <= set(codes):
+            await one()
+
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(client() for _ in range(30)))
+    assert set(codes) <= {200, 201, 204, 404, 409, 502, 503}
     for sandbox in json.loads((await service.call("GET", "/sandboxes")).body):
         await service.call("DELETE", f"/sandboxes/{sandbox['sandboxID']}")
     await eventually(lambda: not service.driver.alive)
