@@ -420,3 +420,64 @@ def test_groups_of_dead_servers_are_removed(tmp_path: Path, monkeypatch: pytest.
     finally:
         alive.close()
         own.close()
+
+
+# -- all of it
+
+
+@pytest.fixture
+def users(tmp_path: Path) -> Iterator[jail.Users]:
+    claimed = jail.claim(tmp_path)
+    yield claimed
+    claimed.close()
+
+
+def steps(command: list[str]) -> list[str]:
+    """The programs of a command line, each of which runs the next."""
+    starts = [0, *(at + 1 for at, word in enumerate(command) if word == "--")]
+    return [Path(command[at]).name for at in starts]
+
+
+def test_the_command_line_as_root(users: jail.Users, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits first, then the view, for which it takes root, then no power any more, then QEMU."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    view = jail.View({"mount": 7, "net": 8})
+    cell = jail.Jail(users, view, None).cell(Machine("tcg", 1, 512), 1000)
+    command = cell.command(["qemu", "-x"])
+    assert steps(command) == ["prlimit", "nsenter", "setpriv", "qemu"]
+    assert command[-2:] == ["qemu", "-x"]
+    assert f"--mount=/proc/{os.getpid()}/fd/7" in command
+    assert f"--reuid={jail.FIRST_UID + users.number * jail.UIDS}" in command
+    cell.release()
+
+
+def test_the_command_line_without_root(users: jail.Users, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user namespace for the view, one more for each machine, and no change of user."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    view = jail.View({"mount": 7, "user": 9})
+    command = jail.Jail(users, view, None).cell(Machine("tcg", 1, 512), 1000).command(["qemu"])
+    assert steps(command) == ["prlimit", "nsenter", "unshare", "setpriv", "qemu"]
+    assert {"--preserve-credentials", f"--user=/proc/{os.getpid()}/fd/9", "--no-new-privs"} <= set(command)
+    assert not [word for word in command if "uid" in word]
+
+
+def test_a_host_that_gives_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a view and control groups machines still run; the log says what is missing."""
+
+    def refuse(*_: object, **__: object) -> jail.View:
+        raise jail.JailError("unshare: Operation not permitted")
+
+    monkeypatch.setattr(jail, "claims_directory", lambda: tmp_path)
+    monkeypatch.setattr(jail, "strays", list)
+    monkeypatch.setattr(jail, "found_groups", lambda: None)
+    monkeypatch.setattr(jail.View, "make", refuse)
+    made = jail.Jail.open("qemu", kvm=False)
+    try:
+        assert steps(made.cell(Machine("tcg", 1, 512), 1000).command(["qemu"])) == ["prlimit", "setpriv", "qemu"]
+        assert "MACHINES HAVE NO LIMITS" in caplog.text
+        assert "MACHINES SEE THE HOST'S FILES" in caplog.text
+        assert "unshare: Operation not permitted" in caplog.text
+    finally:
+        made.close()
