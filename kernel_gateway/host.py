@@ -3,15 +3,20 @@
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from kernel_gateway.build import Builder, qemu_version
 from kernel_gateway.drivers.cgroup import CONTROLLERS
 from kernel_gateway.drivers.jail import Jail, JailError, claims_directory, found_groups, working_view
 from kernel_gateway.drivers.qemu import Qemu
 from kernel_gateway.image import BuildError, Progress, content_hash, run
+from kernel_gateway.network.policy import Floor
 from kernel_gateway.settings import Settings
 from kernel_gateway.templates import Template
 
@@ -83,8 +88,13 @@ class Finding:
     meaning: str
 
 
-def examine(settings: Settings, kvm: bool | None) -> Iterator[Finding]:
-    """Look at everything a server needs. `kvm` is the boot probe's verdict, None when it could not be made."""
+def examine(settings: Settings, kvm: bool | None, network: tuple[str, str]) -> Iterator[Finding]:
+    """Look at everything a server needs.
+
+    Args:
+        kvm: the boot probe's verdict, None when it could not be made.
+        network: the mechanism that sandboxes' networks would have, and what did not work (`network.slots.choose`).
+    """
     missing = missing_packages(settings.qemu)
     if missing:
         command = f"apt-get install --no-install-recommends {' '.join(missing)}"
@@ -95,6 +105,7 @@ def examine(settings: Settings, kvm: bool | None) -> Iterator[Finding]:
         yield Finding("ok", f"QEMU {qemu_version(settings.qemu)} and the build tools are there", "")
     yield _kvm_finding(kvm)
     yield from _jail(settings)
+    yield from _network(settings, *network)
     yield from _space(settings)
     memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(memory["MemAvailable"].split()[0]) // 1024
@@ -154,6 +165,47 @@ def _jail(settings: Settings) -> Iterator[Finding]:
         yield Finding("warn", what, f"machines have no limits of {', '.join(missing)}")
     else:
         yield Finding("ok", what, "each machine's memory, processors and threads are limited")
+
+
+def _network(settings: Settings, mechanism: str, why: str) -> Iterator[Finding]:
+    if mechanism == "off":
+        level = "ok" if settings.network == "off" else "warn"
+        yield Finding(level, "sandboxes have no network", why)
+        return
+    meaning = "public addresses only, through a filter for each" + (f"; {why}" if why else "")
+    yield Finding("ok", f"internet for sandboxes by {mechanism}", meaning)
+    floor = Floor(settings.egress_exceptions)
+    for name in sorted(installs_from(settings)):
+        refused = [address for address in addresses_of(name) if floor.refuses(address)]
+        if refused:
+            allow = ",".join(f"{address}/32" for address in refused)
+            meaning = f"pip or apt in sandboxes fail; --egress-allow {allow} lets them, if that address is meant"
+            yield Finding("warn", f"here {name} is {refused[0]}, which no sandbox reaches", meaning)
+
+
+def installs_from(settings: Settings) -> set[str]:
+    """Hosts that packages come from on this machine, as far as its tools tell."""
+    ask = (
+        [sys.executable, "-m", "pip", "config", "get", "global.index-url"],
+        [sys.executable, "-c", "from pip._internal.models.index import PyPI; print(PyPI.url)"],
+        ["apt-get", "indextargets", "--format", "$(REPO_URI)"],
+    )
+    found = settings.pip_index.split()
+    for command in ask:
+        try:
+            found += subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.split()
+        except (OSError, subprocess.TimeoutExpired):
+            continue  # no such tool here
+    return {host for url in found if (host := urlsplit(url).hostname)}
+
+
+def addresses_of(name: str) -> list[IPv4Address]:
+    """What this machine's own resolver says."""
+    try:
+        said = subprocess.run(["getent", "ahostsv4", name], capture_output=True, text=True, timeout=5).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return sorted({IPv4Address(line.split()[0]) for line in said.splitlines()})
 
 
 def _space(settings: Settings) -> Iterator[Finding]:

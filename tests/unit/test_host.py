@@ -1,0 +1,39 @@
+"""What `cellvm doctor` says of the network."""
+
+from pathlib import Path
+
+import pytest
+
+from kernel_gateway.host import Finding, _network
+from kernel_gateway.settings import Settings
+
+
+@pytest.fixture
+def resolver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host whose names lead to two addresses, one of them private."""
+    program = tmp_path / "getent"
+    program.write_text("#!/bin/sh\necho 10.9.8.7 STREAM $2\necho 10.9.8.7 DGRAM\necho 93.184.215.14 STREAM $2\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+
+def found(**settings: str) -> list[Finding]:
+    return list(_network(Settings(pip_index="https://index.example.net/simple", **settings), "netns", ""))
+
+
+@pytest.mark.usefixtures("resolver")
+def test_names_of_denied_addresses_are_noticed() -> None:
+    """Where the host's own resolver answers with what no sandbox reaches, the exception is suggested."""
+    (index,) = [each for each in found() if "index.example.net" in each.what]
+    assert index.level == "warn"
+    assert "10.9.8.7" in index.what
+    assert "--egress-allow 10.9.8.7/32 " in index.meaning
+    assert [each.level for each in found(egress_allow="10.9.0.0/16")] == ["ok"]
+
+
+def test_no_network_is_said() -> None:
+    """A network that can't be is a warning with its reason; one that was switched off is as wanted."""
+    (finding,) = _network(Settings(), "off", "netns: no nft")
+    assert (finding.level, finding.meaning) == ("warn", "netns: no nft")
+    (finding,) = _network(Settings(network="off"), "off", "switched off")
+    assert finding.level == "ok"
