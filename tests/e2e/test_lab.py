@@ -57,7 +57,7 @@ class Lab:
         self.http = requests.Session()
         self.http.headers["Authorization"] = f"token {TOKEN}"
         try:
-            self.url = until(self._address, 60, every=0.1)[1]
+            self.url = until(self._address, 120, every=0.1)[1]
         except BaseException:
             self.close()
             raise
@@ -72,7 +72,7 @@ class Lab:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(20)
+                self.process.wait(60)
             finally:
                 self.process.kill()
                 self.process.wait()
@@ -146,6 +146,9 @@ class Page:
             f"{lab.url.replace('http', 'ws')}/api/kernels/{kernel}/channels?{query}",
             subprotocols=[layout] if layout else None,
             max_size=None,
+            # On a busy machine a Jupyter server that has just started may take longer than these limits are by default.
+            open_timeout=60,
+            ping_interval=None,
         )
         self.received: list[dict[str, Any]] = []
 
