@@ -109,8 +109,8 @@ class World:
         self.host.run(f"ip link add eth0 type veth peer name eth0 netns {self.internet.pid}")
         self.host.run(
             f"ip addr add {HOST}/24 dev eth0; ip link set eth0 up; ip route add default via {ROUTER};"
-            # As distributions set it: passt pings without privileges.
-            "sysctl -qw net.ipv4.ping_group_range='0 2147483647';"
+            # As distributions set it: passt pings without privileges, and nothing is forwarded.
+            "sysctl -qw net.ipv4.ping_group_range='0 2147483647' net.ipv4.ip_forward=0;"
             # What a host's own networks look like: stubs of them are on the other side too.
             f"ip addr add 10.200.0.1/24 dev eth0; ip addr add 8.8.4.4/32 dev eth0"
         )
