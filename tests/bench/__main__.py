@@ -239,11 +239,33 @@ def measure_memory(bench: Bench, server: Server) -> None:
         server.delete(sandbox)
 
 
+def measure_neighbour() -> None:
+    """R32: `1 + 1` in one sandbox, alone and while another one keeps all its processors busy."""
+    server = Server("--pool-size", "0", "--max-sandboxes", "2", "--templates", "code_interpreter")
+    bench = Bench()
+    try:
+        quiet, noisy = (server.create().json()["sandboxID"] for _ in range(2))
+        for name in ("warm-up", "alone", "beside a busy one"):
+            if name == "beside a busy one":
+                script = "for _ in 1 2; do (while :; do :; done) & done"  # in the background; it ends with its sandbox
+                body = {"cmd": "bash", "args": ["-c", script]}
+                server.session.post(f"{server.url}/sandboxes/{noisy}/processes", json=body, timeout=60)
+            for _ in range(60):
+                bench.time(name, lambda: server.execute(quiet, "1 + 1"))
+        alone, beside = (statistics.quantiles(bench.samples[name], n=20)[-1] for name in ("alone", "beside a busy one"))
+        print(f"1 + 1, p95: alone {alone:.1f} ms, beside a busy sandbox {beside:.1f} ms, {beside / alone:.2f} times")
+    finally:
+        server.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--creates", type=int, default=20, help="sequential creates (default 20)")
-    parser.add_argument("--only", choices=("rest", "network", "jupyter"), help="one part only")
+    parser.add_argument("--only", choices=("rest", "network", "jupyter", "neighbour"), help="one part only")
     options = parser.parse_args()
+    if options.only == "neighbour":
+        measure_neighbour()
+        return
     bench = Bench()
     health = measure_rest(bench, options.creates) if options.only in (None, "rest") else None
     if options.only in (None, "network"):
