@@ -105,9 +105,9 @@ async def spawn(stream: Stream, request: Spawn, env: dict[str, str], uid: int | 
         if not exited.done():
             timed_out = not cancelled.done()
             # The leader is not reaped yet, so its group still exists and has not been reused.
-            if uid is not None:  # its end is what we wait for: not in a row with thousands of others
-                os.setpriority(os.PRIO_PROCESS, process.pid, -20)
             os.killpg(process.pid, signal.SIGKILL)
+            if uid is not None:
+                limits.let_go_first(process.pid)
         await exited
         if timed_out:
             with contextlib.suppress(ProcessLookupError):
