@@ -65,6 +65,7 @@ table inet slot {{
     chain input {{
         type filter hook input priority 0; policy drop;
         iifname != "{TAP}" drop
+        ct state invalid, untracked drop
         udp dport {DNS_PORT} ip daddr {GATEWAY} limit rate over {NEW_QUERIES} drop
         udp dport {DNS_PORT} ip daddr {GATEWAY} accept
         ct state established accept
@@ -79,6 +80,7 @@ table inet slot {{
         type filter hook forward priority 0; policy drop;
         iifname "{UPLINK}" oifname "{TAP}" ct state established, related accept
         iifname != "{TAP}" drop
+        ct state invalid, untracked drop
         ip daddr @host goto refuse_floor
         ip daddr @floor ip daddr != @excepted goto refuse_floor
         meta l4proto != {{ tcp, udp, icmp }} goto refuse_protocol
@@ -123,11 +125,15 @@ def policy(wanted: Policy, generation: int, *, to_gate: bool) -> str:
         to_gate: web traffic passes through the gate whatever the policy says, for the way out is a proxy.
     """
     judged = [f"ct mark {generation} accept"]
+    # Only a connection's first packet is redirected to the gate. One that began without it is not to go on past it.
+    past_the_gate = "tcp dport { 80, 443 } goto refuse_policy"
+    if to_gate:
+        judged.append(past_the_gate)
     if wanted.allow:
         judged.append("ip daddr @allowed goto admitted")
     if wanted.has_names:
         # What is inside QUIC can't be read: names are checked in TCP only.
-        judged.append("udp dport 443 goto refuse_policy")
+        judged += [past_the_gate, "udp dport 443 goto refuse_policy"]
     if wanted.allow_names:
         judged.append("ip daddr @pinned goto admitted")
     if not wanted.allow_internet:
@@ -203,6 +209,8 @@ table inet {table} {{
     chain forward {{
         type filter hook forward priority -5;
         iifname "{HOST_SIDE}*" oifname "{HOST_SIDE}*" drop
+        iifname "{HOST_SIDE}*" ip saddr != {LINKS} drop
+        iifname "{HOST_SIDE}*" ct state invalid, untracked drop
         iifname "{HOST_SIDE}*" accept
         oifname "{HOST_SIDE}*" ct state established, related accept
         oifname "{HOST_SIDE}*" drop
