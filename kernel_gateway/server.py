@@ -134,7 +134,7 @@ async def opened_network(settings: Settings) -> AsyncIterator[Slots | None]:
         slots = Slots(mechanism, exceptions, resolvers=settings.resolvers, proxy=settings.proxy)
         try:
             await slots.start()
-        except DriverError as error:
+        except (DriverError, OSError) as error:
             slots, why = None, str(error)
     if slots is None:
         if settings.network not in ("auto", "off"):

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,17 @@ async def command(argv: list[str], text: str, fds: Iterable[int] = ()) -> str:
     Raises:
         DriverError: it failed; says how.
     """
-    process = await asyncio.create_subprocess_exec(
-        *argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=tuple(fds)
-    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=tuple(fds)
+        )
+    except OSError as error:
+        raise DriverError(f"{argv[0]}: {error.strerror}") from error
     try:
         out, err = await process.communicate(text.encode())
     except BaseException:
-        process.kill()
+        with suppress(ProcessLookupError):  # it has ended just now
+            process.kill()
         await process.wait()
         raise
     if process.returncode:
@@ -83,38 +87,25 @@ class Slot:
         Raises:
             DriverError: it could not be made.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         spaces = ["--net"] if mechanism == "netns" else ["--user", "--map-root-user", "--net"]
-        with ours:
-            with theirs:
-                process = subprocess.Popen(
-                    ["unshare", *spaces, "--", sys.executable, "-I", "-S", str(INSIDE)], stdin=theirs.fileno()
-                )
-            wanted = {
-                "tap": rules.TAP,
-                "ip": f"link set {rules.TAP} address {rules.GATEWAY_MAC}\n"
-                f"addr add {rules.GATEWAY}/30 dev {rules.TAP}\nlink set {rules.TAP} up\n",
-                "nft": rules.slot(floor) + rules.policy(Policy(), 1, to_gate=to_gate),
-                "address": str(rules.GATEWAY),
-                "dns": rules.DNS_PORT,
-                "gate": rules.GATE_PORT,
-                "proxy": rules.PROXY_PORT,
-            }
-            fds: list[int] = []
-            try:
-                ours.setblocking(False)
-                ours.send(json.dumps(wanted).encode())
-                async with asyncio.timeout(MAKE_TIMEOUT):
-                    await _readable(ours)
-                answer, fds, _, _ = socket.recv_fds(ours, 64 * 1024, 16)
-            except (OSError, TimeoutError) as error:
-                raise DriverError(f"a network could not be made: {error}") from error
-            finally:
-                if not fds:
-                    process.kill()
-                process.wait()  # at once: it ends as soon as it has answered
+        wanted = {
+            "tap": rules.TAP,
+            "ip": f"link set {rules.TAP} address {rules.GATEWAY_MAC}\n"
+            f"addr add {rules.GATEWAY}/30 dev {rules.TAP}\nlink set {rules.TAP} up\n",
+            "nft": rules.slot(floor) + rules.policy(Policy(), 1, to_gate=to_gate),
+            "address": str(rules.GATEWAY),
+            "dns": rules.DNS_PORT,
+            "gate": rules.GATE_PORT,
+            "proxy": rules.PROXY_PORT,
+        }
+        argv = ["unshare", *spaces, "--", sys.executable, "-I", "-S", str(INSIDE)]
+        try:
+            said, fds = await _set_up(argv, json.dumps(wanted))
+        except TimeoutError as error:
+            raise DriverError(f"a network could not be made within {MAKE_TIMEOUT:.0f} s") from error
+        except OSError as error:
+            raise DriverError(f"a network could not be made: {error}") from error
         if not fds:
-            said = json.loads(answer)["error"] if answer else "it ended without a word"
             raise DriverError(f"a network could not be made: {said}")
         net, user, tap, *rest = fds
         for fd in fds:
@@ -204,6 +195,31 @@ class Slot:
             sock.close()
         for fd in (self.net, self._user, self._tap):
             os.close(fd)
+
+
+async def _set_up(argv: list[str], wanted: str) -> tuple[str, list[int]]:
+    """Run `inside.py`; what it hands out, or else no descriptors and what went wrong."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with theirs:
+            process = subprocess.Popen(argv, stdin=theirs.fileno(), stderr=subprocess.PIPE)
+        answer, fds = b"", list[int]()
+        with process:  # its end is waited for, which comes as soon as it has answered
+            assert process.stderr
+            try:
+                ours.setblocking(False)
+                with suppress(ConnectionError):  # it has ended already; its last words say why
+                    ours.send(wanted.encode())
+                    async with asyncio.timeout(MAKE_TIMEOUT):
+                        await _readable(ours)
+                    answer, fds, _, _ = socket.recv_fds(ours, 64 * 1024, 16)
+                if fds:
+                    return "", fds
+                told = process.stderr.read().decode("utf-8", "replace").strip().splitlines()
+                return json.loads(answer)["error"] if answer else (told or ["it ended without a word"])[-1], fds
+            finally:
+                if not fds:
+                    process.kill()
 
 
 async def _readable(sock: socket.socket) -> None:

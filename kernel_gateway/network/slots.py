@@ -58,10 +58,10 @@ async def choose(wanted: str) -> tuple[str, str]:
             reasons.append("netns: needs root")
         elif missing:
             reasons.append(f"{mechanism}: no {', '.join(missing)}")
-        elif wanted == "auto" and mechanism == "netns" and (table := await forbids_forwarding()):
-            reasons.append(f"netns: the host's table `{table}` drops what is forwarded (Docker's does)")
         else:
             try:
+                if wanted == "auto" and mechanism == "netns" and (table := await forbids_forwarding()):
+                    raise DriverError(f"the host's table `{table}` drops what is forwarded (Docker's does)")
                 slot = await Slot.make(mechanism, Floor())
             except DriverError as error:
                 reasons.append(f"{mechanism}: {error}")
@@ -96,9 +96,11 @@ async def host_addresses() -> frozenset[IPv4Address]:
 
 
 def system_resolvers() -> list[tuple[str, int]]:
-    """Where the host itself looks names up."""
-    lines = [line.split() for line in Path("/etc/resolv.conf").read_text().splitlines()]
-    return [(words[1], 53) for words in lines if words[:1] == ["nameserver"] and words[1:] and ":" not in words[1]]
+    """Where the host itself looks names up; empty where that is not to be found."""
+    with contextlib.suppress(OSError):
+        lines = [line.split() for line in Path("/etc/resolv.conf").read_text().splitlines()]
+        return [(words[1], 53) for words in lines if words[:1] == ["nameserver"] and words[1:]]
+    return []
 
 
 async def dial(address: IPv4Address, port: int) -> socket.socket:
@@ -160,6 +162,8 @@ class Slots:
         Raises:
             DriverError: the filter can't be installed. Then there must be no network.
         """
+        if not (self._resolvers or system_resolvers()):
+            log.warning("SANDBOXES HAVE NO NAMES: /etc/resolv.conf has no resolver; --dns gives them one")
         self.floor = Floor(self.floor.exceptions, await host_addresses())
         if self.mechanism == "netns":
             for table in await tables():
@@ -215,10 +219,13 @@ class Slots:
                 pause = min(2 * pause, 30.0)
 
     async def _make(self) -> Slot:
-        slot = await Slot.make(self.mechanism, self.floor, to_gate=self._proxy is not None)
+        floor = self.floor
+        slot = await Slot.make(self.mechanism, floor, to_gate=self._proxy is not None)
         self._open.add(slot)
         slot.closing.callback(self._open.discard, slot)
         try:
+            if floor != self.floor:  # the host got an address while it was being made
+                await slot.set_host(self.floor.host)
             if self.mechanism == "netns":
                 await self._link(slot)
             else:

@@ -270,6 +270,17 @@ async def test_without_its_programs_there_is_no_network(monkeypatch: pytest.Monk
     assert "nft" in why
 
 
+async def test_root_that_may_not_filter_has_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Root in a container, say: what the programs say is the reason, and no server fails to start for it."""
+    for program in ("ip", "nft", "nsenter", "unshare", "pasta"):
+        (tmp_path / program).write_text("#!/bin/sh\necho Operation not permitted >&2\nexit 1\n")
+        (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    mechanism, why = await choose("auto")
+    assert mechanism == "off"
+    assert why.count("Operation not permitted") == 2
+
+
 async def test_auto_avoids_a_host_that_forwards_nothing(world: World) -> None:
     """Docker's firewall drops what is forwarded: then passt is the way out."""
     assert await choose("auto") == ("netns", "")
