@@ -513,9 +513,9 @@ class Gate:
             self._refused(str(refusal.host), refusal.port, refusal.reason)
             _reset(guest)
             return
-        self._judged[task] = judge
         for sock in (guest, upstream):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._judged[task] = judge
         try:
             async with asyncio.timeout(self._limits.idle) as idle, asyncio.TaskGroup() as both:
                 both.create_task(self._copy(guest, upstream, to_upstream, idle, request))
