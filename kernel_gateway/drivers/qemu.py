@@ -13,8 +13,8 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,6 +157,15 @@ async def _whole_or_nothing(vm: QemuVm) -> AsyncIterator[None]:
         raise
 
 
+@contextmanager
+def _told_as_driver_error() -> Iterator[None]:
+    """What the host refuses (descriptors, processes, space) is a machine that could not be started."""
+    try:
+        yield
+    except OSError as error:
+        raise DriverError(f"the machine could not be started: {error}") from error
+
+
 class Qemu:
     """Runs QEMU processes. One per server; `start` needs snapshots, `boot` does not.
 
@@ -194,7 +203,7 @@ class Qemu:
             DriverError: it could not be started; nothing is left behind.
         """
         snapshot, image, machine = self._templates[template_id]
-        with ExitStack() as opened:
+        with ExitStack() as opened, _told_as_driver_error():
             disk = os.open(self._disk_dir, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
             opened.callback(os.close, disk)
             copy_disk(snapshot.disk, disk)
@@ -239,9 +248,18 @@ class Qemu:
         self, machine: Machine, image: Image, memory: int, disk: int, state: int | None, nic: Nic | None
     ) -> QemuVm:
         """Start QEMU; from here on the card is the machine's."""
-        cell = self._jail.cell(machine, os.fstat(disk).st_size)
-        (channel, its_channel), (qmp, its_qmp), (console, its_console) = (socket.socketpair() for _ in range(3))
-        try:
+        with ExitStack() as undo, ExitStack() as its:
+            if nic is not None:
+                undo.callback(nic.close)
+            cell = self._jail.cell(machine, os.fstat(disk).st_size)
+            undo.callback(cell.release)
+            pairs = []
+            for _ in range(3):
+                ours, theirs = socket.socketpair()
+                undo.callback(ours.close)
+                its.callback(theirs.close)
+                pairs.append((ours, theirs))
+            (channel, its_channel), (qmp, its_qmp), (console, its_console) = pairs
             fds = Descriptors(
                 kernel=image.kernel,
                 initrd=image.initrd,
@@ -264,14 +282,5 @@ class Qemu:
                 cwd="/",
                 pass_fds=fds.all() if state is None else (*fds.all(), state),
             )
-        except BaseException:
-            for sock in (channel, qmp, console):
-                sock.close()
-            if nic is not None:
-                nic.close()
-            cell.release()
-            raise
-        finally:
-            for sock in (its_channel, its_qmp, its_console):
-                sock.close()
+            undo.pop_all()
         return QemuVm(process, channel, qmp, console, nic, cell)
