@@ -10,7 +10,7 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -114,10 +114,22 @@ async def opened_driver(
         yield Unisolated(disks), None
         return
     building = builder(settings)
-    async with opened_network(settings) as slots:
-        async with only_builder(settings.cache_path, progress):
-            driver = await _qemu(settings, templates, building, disks, slots, progress)
-        yield driver, slots
+    async with only_builder(settings.cache_path, progress):
+        accelerator = await _accelerator(settings, templates, building, disks, progress)
+    # The jail is first: the server may have to leave its control group to it, which it can only while it is alone.
+    with closing(Jail.open(settings.qemu, kvm=accelerator == "kvm")) as jail:
+        async with opened_network(settings) as slots:
+            driver = Qemu(settings.qemu, accelerator, disks, jail, nics=slots)
+            async with only_builder(settings.cache_path, progress):
+                for template in templates:
+                    await building.ready(template, driver, progress)
+            if accelerator == "tcg":
+                log.warning(
+                    "no usable KVM: sandboxes run emulated (TCG, QEMU %s). That is correct but slow, and QEMU does not "
+                    "call it a security boundary; `cellvm doctor` says more",
+                    qemu_version(settings.qemu),
+                )
+            yield driver, slots
 
 
 @asynccontextmanager
@@ -171,24 +183,14 @@ async def only_builder(cache: Path, progress: Progress) -> AsyncIterator[None]:
         os.close(lock)
 
 
-async def _qemu(
-    settings: Settings, templates: Templates, building: Builder, disks: Path, slots: Slots | None, progress: Progress
-) -> VmDriver:
+async def _accelerator(
+    settings: Settings, templates: Templates, building: Builder, disks: Path, progress: Progress
+) -> str:
     accelerator = settings.isolation.removeprefix("qemu-")
     if accelerator == "auto":
         verdict = await kvm_verdict(building, next(iter(templates)), disks, progress)
         accelerator = "kvm" if verdict else "tcg"
-    jail = Jail.open(settings.qemu, kvm=accelerator == "kvm")
-    driver = Qemu(settings.qemu, accelerator, disks, jail, nics=slots)
-    for template in templates:
-        await building.ready(template, driver, progress)
-    if accelerator == "tcg":
-        log.warning(
-            "no usable KVM: sandboxes run emulated (TCG, QEMU %s). That is correct but slow, and QEMU does not call it "
-            "a security boundary; `cellvm doctor` says more",
-            qemu_version(settings.qemu),
-        )
-    return driver
+    return accelerator
 
 
 def claim(data: Path) -> int:
