@@ -147,15 +147,16 @@ class Slot:
             DriverError: the filter refused it; the old one is still in force.
         """
         async with self._lock:
-            await self.run("nft", "-f", "-", text=rules.policy(policy, self._generation + 1, to_gate=self._to_gate))
-            self._generation += 1
+            self._generation += 1  # also when it fails: nobody knows how far it came
+            await self.run("nft", "-f", "-", text=rules.policy(policy, self._generation, to_gate=self._to_gate))
             self.policy = policy
         self.policy_changed()
 
-    async def pin(self, addresses: list[IPv4Address], seconds: float) -> None:
-        """Let the addresses of an allowed name through for a while."""
+    async def pin(self, name: str, addresses: list[IPv4Address], seconds: float) -> None:
+        """Let the addresses of a name through for a while, if the policy (still) allows the name."""
         async with self._lock:
-            await self.run("nft", "-f", "-", text=rules.pin(addresses, seconds))
+            if self.policy.permits_name(name):
+                await self.run("nft", "-f", "-", text=rules.pin(addresses, seconds))
 
     async def set_host(self, addresses: Iterable[IPv4Address]) -> None:
         """Tell the filter which addresses are the host's own now."""

@@ -149,6 +149,7 @@ class Slots:
         self._numbers = itertools.count(os.getpid())
         self._spare: deque[Slot] = deque()
         self._open: set[Slot] = set()
+        self._only_ours = False
         self._wanted = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._switched = OURS / f"ip_forward-{Path('/proc/self/ns/net').stat().st_ino}"
@@ -169,13 +170,16 @@ class Slots:
             for table in await tables():
                 if not Path(f"/proc/{table.removeprefix(TABLE)}").exists():  # its server was killed
                     await command(["nft", "-f", "-"], f"delete table inet {table}\n")
-            only_ours = self._switched.exists() or FORWARD.read_text().strip() == "0"
-            await command(["nft", "-f", "-"], rules.host(self._table, only_ours=only_ours))
-            if only_ours:
+            self._only_ours = self._switched.exists() or FORWARD.read_text().strip() == "0"
+            await self._put_table()
+            if self._only_ours:
                 OURS.mkdir(mode=0o700, exist_ok=True)
                 self._switched.touch()
                 FORWARD.write_text("1")
         self._tasks = [asyncio.create_task(self._refill()), asyncio.create_task(self._watch_host())]
+
+    async def _put_table(self) -> None:
+        await command(["nft", "-f", "-"], rules.host(self._table, only_ours=self._only_ours))
 
     async def close(self) -> None:
         """Take everything down that is ours."""
@@ -238,15 +242,11 @@ class Slots:
 
     def _serve(self, slot: Slot) -> None:
         """Give a slot its resolver and its gate."""
-
-        async def pin(_: str, addresses: list[IPv4Address], seconds: float) -> None:
-            await slot.pin(addresses, seconds)
-
         resolver = Resolver(
             upstreams=self._resolvers or system_resolvers(),
             floor=lambda: self.floor,
             policy=lambda: slot.policy,
-            pin=pin,
+            pin=slot.pin,
             refused=lambda name, reason: slot.refused(name, 0, "dns", reason),
         )
         gate = Gate(
@@ -315,10 +315,15 @@ class Slots:
             await asyncio.sleep(0.02)
 
     async def _watch_host(self) -> None:
-        """Keep every filter's list of the host's own addresses up to date."""
+        """Keep every filter's list of the host's own addresses up to date, and our table in its place."""
         while True:
             await asyncio.sleep(LOOK)
             try:
+                if self.mechanism == "netns" and self._table not in await tables():
+                    log.error(
+                        "somebody has deleted the table %s, as a firewall that starts does; it is put back", self._table
+                    )
+                    await self._put_table()
                 found = await host_addresses()
                 if found == self.floor.host:
                     continue
@@ -327,4 +332,4 @@ class Slots:
                     with contextlib.suppress(DriverError):  # closed meanwhile
                         await slot.set_host(found)
             except DriverError as error:
-                log.error("the host's addresses can't be read: %s", error)
+                log.error("the host's tables or addresses can't be read or written: %s", error)

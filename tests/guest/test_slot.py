@@ -1,8 +1,10 @@
 """A slot's filter in the real kernel, without a machine: the test itself is the guest, and speaks Ethernet."""
 
 import asyncio
+import json
 import os
 import random
+import shutil
 import socket
 import struct
 from collections.abc import AsyncIterator, Iterator
@@ -38,6 +40,7 @@ class Guest:
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
         self._port = random.randrange(20_000, 60_000)
+        self.last = b""
 
     def send(self, payload: bytes, kind: int = 0x0800) -> None:
         os.write(self.slot.tap, VNET + GATE + ME + struct.pack(">H", kind) + payload)
@@ -47,14 +50,39 @@ class Guest:
         head = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(payload), 1, 0, 64, protocol, 0) + addresses
         return head[:10] + struct.pack(">H", checksum(head)) + head[12:] + payload
 
+    def segment(self, target: str, ports: tuple[int, int], seq: int, ack: int, flags: int, data: bytes = b"") -> None:
+        """Send a TCP segment of an even length."""
+        head = struct.pack(">HHIIBBHHH", *ports, seq, ack, 0x50, flags, 64_000, 0, 0) + data
+        addresses = socket.inet_aton(str(rules.GUEST)) + socket.inet_aton(target)
+        total = checksum(addresses + struct.pack(">BBH", 0, 6, len(head)) + head)
+        self.send(self.packet(target, 6, head[:16] + struct.pack(">H", total) + head[18:]))
+
+    async def connect(self, target: str, port: int) -> tuple[tuple[int, int], int]:
+        """An open connection: its ports, and the number to acknowledge."""
+        self._port += 1
+        ports = (self._port, port)
+        self.segment(target, ports, 0, 0, 0x02)
+        async with asyncio.timeout(5):
+            while await self._answer("tcp") != "open":
+                pass
+        ack = struct.unpack(">I", self.last[24:28])[0] + 1
+        self.segment(target, ports, 1, ack, 0x10)
+        return ports, ack
+
+    async def goes_on(self, target: str, ports: tuple[int, int], ack: int) -> bool:
+        """Whether what is said on an open connection is answered, and not with a reset."""
+        self.segment(target, ports, 1, ack, 0x18, b"hi\r\n")
+        async with asyncio.timeout(5):
+            while True:
+                await self._answer("tcp")
+                if struct.unpack(">H", self.last[22:24])[0] == ports[0] and (self.last[33] & 0x04 or self.last[40:]):
+                    return not self.last[33] & 0x04
+
     async def ask(self, target: str, port: int = 80, protocol: str = "tcp") -> str:
         """What becomes of a first packet: open, reset, prohibited, or silence."""
         self._port += 1
         if protocol == "tcp":
-            head = struct.pack(">HHIIBBHHH", self._port, port, 1, 0, 0x50, 0x02, 64_000, 0, 0)
-            addresses = socket.inet_aton(str(rules.GUEST)) + socket.inet_aton(target)
-            total = checksum(addresses + struct.pack(">BBH", 0, 6, len(head)) + head)
-            self.send(self.packet(target, 6, head[:16] + struct.pack(">H", total) + head[18:]))
+            self.segment(target, (self._port, port), 1, 0, 0x02)
         elif protocol == "udp":
             self.send(self.packet(target, 17, struct.pack(">HHHH", self._port, port, 14, 0) + b"hello\n"))
         else:
@@ -85,6 +113,7 @@ class Guest:
                 self.send(packet[:6] + b"\0\2" + ME + rules.GUEST.packed + sender, kind=0x0806)
             elif kind == 0x0800:
                 proto, payload = packet[9], packet[20:]
+                self.last = packet
                 if proto == 1 and payload[0] == 3:
                     assert payload[1] == 13
                     return "prohibited"
@@ -157,7 +186,7 @@ async def test_ports_that_nobody_gets(guest: Guest) -> None:
 
 async def test_other_protocols(guest: Guest) -> None:
     """Packets of a protocol that is neither TCP, UDP nor ping come back as prohibited."""
-    for protocol in (4, 41, 47, 50, 132):
+    for protocol in (4, 41, 50, 51):
         guest.send(guest.packet(PUBLIC, protocol, bytes(16)))
         async with asyncio.timeout(2):
             assert await guest._answer("") == "prohibited"
@@ -187,7 +216,7 @@ async def test_names_pin_addresses(guest: Guest) -> None:
     """An address is reached while it is pinned, but not for QUIC; web ports go to the gate."""
     await guest.slot.apply(Policy(allow_internet=False, allow_names=("public.example.net",)))
     assert await guest.ask(PUBLIC, 8080) == "reset"
-    await guest.slot.pin([IPv4Address(PUBLIC)], 60)
+    await guest.slot.pin("public.example.net", [IPv4Address(PUBLIC)], 60)
     assert await guest.ask(PUBLIC, 8080) == "open"
     assert await guest.ask(OTHER_PUBLIC, 8080) == "reset"
     assert await guest.ask(PUBLIC, 443, "udp") == "prohibited"
@@ -196,6 +225,68 @@ async def test_names_pin_addresses(guest: Guest) -> None:
     assert await guest.ask("10.9.9.9", 443) == "reset"
     await guest.slot.apply(Policy(allow_internet=False, allow_names=("other.example.net",)))
     assert await guest.ask(PUBLIC, 8080) == "reset"
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [Policy(deny_names=("public.example.net",)), Policy(allow_internet=False, allow_names=("other.example.net",))],
+    ids=["denied", "allowed"],
+)
+async def test_web_connections_from_before_do_not_pass_the_gate_by(guest: Guest, policy: Policy) -> None:
+    """Only a first packet is redirected to the gate: a connection that began without it is cut, also when its address
+    belongs to an allowed name, too."""
+    ports, ack = await guest.connect(PUBLIC, 443)
+    assert await guest.goes_on(PUBLIC, ports, ack)
+    await guest.slot.apply(policy)
+    await guest.slot.pin("other.example.net", [IPv4Address(PUBLIC)], 60)
+    assert not await guest.goes_on(PUBLIC, ports, ack)
+
+
+async def test_a_late_answer_pins_nothing(guest: Guest) -> None:
+    """A name that was asked for under the policy before is not let through by the new one."""
+    await guest.slot.apply(Policy(allow_internet=False, allow_names=("other.example.net",)))
+    await guest.slot.pin("public.example.net", [IPv4Address(PUBLIC)], 60)
+    assert await guest.ask(PUBLIC, 8080) == "reset"
+
+
+async def test_a_policy_that_failed_late_leaves_no_marks(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The program dies after the filter has changed: what was admitted meanwhile is judged again by the next policy."""
+    program = tmp_path / "nft"
+    program.write_text(f'#!/bin/sh\n{shutil.which("nft")} "$@"\nkill -9 $$\n')
+    program.chmod(0o755)
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        with pytest.raises(DriverError):
+            await guest.slot.apply(Policy(deny=(IPv4Network("1.1.1.1/32"),)))
+    ports, ack = await guest.connect(PUBLIC, 8080)
+    await guest.slot.apply(Policy(allow_internet=False))
+    assert not await guest.goes_on(PUBLIC, ports, ack)
+
+
+async def test_packets_of_no_connection_go_nowhere(world: World, guest: Guest) -> None:
+    """What belongs to no connection is not counted and not masqueraded by the kernel: so it is not sent on either."""
+    world.internet.run(
+        "nft add table inet seen; nft 'add chain inet seen hook1 { type filter hook prerouting priority -300; }';"
+        "nft add rule inet seen hook1 tcp dport 22 counter"
+    )
+
+    def seen() -> int:
+        listed = json.loads(world.internet.run("nft --json list chain inet seen hook1"))["nftables"]
+        (counter,) = [
+            each["counter"] for part in listed for each in part.get("rule", {}).get("expr", []) if "counter" in each
+        ]
+        return int(counter["packets"])
+
+    for number in range(200):
+        for flags in (0x3F, 0x04, 0x00):
+            guest.segment(PUBLIC, (31_000 + number, 22), 5, 5, flags)
+    assert await guest.ask(PUBLIC, 8080) == "open"
+    assert seen() == 0
+    assert await guest.ask(PUBLIC, 22) == "open"
+    assert seen() > 0
+    world.internet.run("nft delete table inet seen")
 
 
 async def test_refusals_are_counted(slots: Slots) -> None:
@@ -254,6 +345,15 @@ async def test_the_hosts_addresses_are_followed(world: World, slots: Slots, gues
         async with asyncio.timeout(15):
             while IPv4Address(OTHER_PUBLIC) in slots.floor.host:
                 await asyncio.sleep(0.2)
+
+
+async def test_the_hosts_table_is_put_back(world: World, slots: Slots, guest: Guest) -> None:
+    """A firewall that is started flushes all tables: sandboxes are off the internet for some seconds, not for good."""
+    world.host.run("nft flush ruleset")
+    async with asyncio.timeout(15):
+        while ("cellvm_" in world.host.run("nft list tables")) != (slots.mechanism == "netns"):
+            await asyncio.sleep(0.2)
+    assert await guest.ask(PUBLIC, 8080) == "open"
 
 
 async def test_every_block_is_in_the_world() -> None:
