@@ -14,7 +14,7 @@ from requests.auth import AuthBase
 
 from tests.guest.client import CELLVM, KEY, Sandbox, Server, until
 
-LATER = 10
+LATER = 20
 """Sandboxes after the one with the canary. The promise is 20, and held when that many were tried; it takes 4 s each."""
 
 MEMORY = '''
