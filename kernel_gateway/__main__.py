@@ -309,6 +309,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     options = parser().parse_args(argv)
+    # Debian's users have no directory of sbin in their PATH, where nft and mkfs.ext4 are.
+    os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
     try:
         settings = Settings.load(vars(options), os.environ)
         logging.basicConfig(

@@ -38,8 +38,7 @@ NEEDED_DISK = 6 * 1024**3
 def missing_packages(qemu: str) -> list[str]:
     """Debian packages whose programs are not there."""
     programs = {(qemu if name.startswith("qemu") else name): package for name, package in PROGRAMS.items()}
-    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-    return [package for program, package in programs.items() if shutil.which(program, path=path) is None]
+    return [package for program, package in programs.items() if shutil.which(program) is None]
 
 
 async def install_packages(qemu: str, step: Progress) -> None:
