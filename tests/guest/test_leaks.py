@@ -15,7 +15,7 @@ from requests.auth import AuthBase
 from tests.guest.client import CELLVM, KEY, Sandbox, Server, until
 
 LATER = 20
-"""Sandboxes after the one with the canary. The promise is 20, and held when that many were tried; it takes 4 s each."""
+"""Sandboxes after the one with the canary; each takes 4 s."""
 
 MEMORY = '''
 import json, numpy as np, struct, sys
