@@ -261,6 +261,8 @@ class Slots:
         udp, tcp, redirected, proxy = slot.sockets
         resolver.start(udp, tcp)
         slot.closing.callback(resolver.close)
+        if not self._proxy:
+            proxy.close()  # nobody would answer there: the kernel refuses
         gate.start(redirected, proxy if self._proxy else None)
         slot.closing.callback(gate.close)
         slot.policy_changed = gate.judge_again

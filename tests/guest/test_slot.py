@@ -181,7 +181,8 @@ async def test_ports_that_nobody_gets(guest: Guest) -> None:
         assert await guest.ask(PUBLIC, port) == "reset"
     assert await guest.ask(PUBLIC, 53, "udp") == "prohibited"
     assert await guest.ask(str(rules.GATEWAY), 22) == "reset"
-    assert await guest.ask(str(rules.GATEWAY), rules.GATE_PORT) == "reset"
+    for port in (rules.GATE_PORT, rules.PROXY_PORT):
+        assert await guest.ask(str(rules.GATEWAY), port) == "reset"
 
 
 async def test_other_protocols(guest: Guest) -> None:
