@@ -174,7 +174,7 @@ def _remove(path: Path) -> bool:
     except FileNotFoundError:
         return True
     except OSError as error:
-        if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
+        if error.errno not in (errno.EBUSY, errno.ENOTEMPTY, errno.EACCES):  # in use, or another user's
             log.warning("the group %s can't be removed: %s", path, error.strerror)
         return False
     return True

@@ -194,6 +194,9 @@ class Gate:
             await serve(guest)
         except (OSError, TimeoutError, EOFError):
             _reset(guest)  # one of both ends has gone, or is too slow
+        except asyncio.CancelledError:
+            _reset(guest)  # cut by a policy: half an answer must not look like a whole one
+            raise
         except Exception as error:  # noqa: BLE001
             _reset(guest)
             log.warning("a sandbox's connection failed: %s %.200r", type(error).__name__, error)
