@@ -125,10 +125,13 @@ class QemuVm:
             self._qmp.close()
         self._qmp_socket.close()
         self._channel.close()
-        if self.nic is not None:
-            self.nic.close()
-        self.cell.release()
-        self._ended.set_result(f"killed by {signal.Signals(-code).name}" if code < 0 else f"QEMU exited with {code}")
+        try:
+            if self.nic is not None:
+                self.nic.close()
+            self.cell.release()
+        finally:  # whatever fails there: many wait for this
+            said = f"killed by {signal.Signals(-code).name}" if code < 0 else f"QEMU exited with {code}"
+            self._ended.set_result(said)
 
     def _console_readable(self) -> None:
         try:
