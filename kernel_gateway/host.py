@@ -29,6 +29,7 @@ PROGRAMS = {
     "setpriv": "util-linux",
     "ip": "iproute2",
     "nft": "nftables",
+    "conntrack": "conntrack",
 }
 """Programs that building and running need, and the Debian package of each."""
 NEEDED_DISK = 6 * 1024**3

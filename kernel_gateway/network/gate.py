@@ -38,7 +38,7 @@ BODY_PIECE = 4 * 1024
 MAX_READS = 100
 """A head in more pieces than this is not waited for: each is looked at from the start."""
 SO_ORIGINAL_DST = 80
-MAIL = 25
+MAIL, RESOLVERS = 25, (53, 853)
 ACCESS_DENIED = b"\x15\x03\x03\x00\x02\x02\x31"
 """A TLS alert: fatal, access_denied. OpenSSL prints it as `tlsv1 alert access denied`."""
 _STATUS = re.compile(rb"HTTP/1\.[01] 2[0-9]{2}[ \r]")
@@ -60,7 +60,7 @@ class Refused(Exception):
 
     Args:
         host, port: where.
-        reason: "floor", "policy" or "mail".
+        reason: "floor", "policy", "mail" or "dns".
     """
 
     def __init__(self, host: Host, port: int, reason: str) -> None:
@@ -72,7 +72,11 @@ class Refused(Exception):
     @property
     def text(self) -> str:
         """What a person reads."""
-        why = {"floor": "it is private, special or the host's own", "mail": "mail is not sent from sandboxes"}
+        why = {
+            "floor": "it is private, special or the host's own",
+            "mail": "mail is not sent from sandboxes",
+            "dns": "names are resolved by the sandbox's own resolver",
+        }
         return f"this sandbox may not reach {self.host}:{self.port}: {why.get(self.reason, 'its policy forbids it')}."
 
 
@@ -94,8 +98,8 @@ class Gate:
         pinned: whether the slot's resolver gave this address for this name (`Resolver.gave`).
         resolve: all addresses of a name, not judged, none if it does not resolve (`Resolver.addresses`).
         connect: dials from inside the slot, and returns a connected, non-blocking socket.
-        refused: called with a name or an address, a port, and "floor", "policy" or "mail"; with "*", 0 and "limit"
-            where there were too many.
+        refused: called with a name or an address, a port, and "floor", "policy", "mail" or "dns"; with "*", 0 and
+            "limit" where there were too many.
         proxy: the host's way out, dialled from outside the slot; None for the direct one.
         original: where a redirected connection was going.
     """
@@ -377,6 +381,8 @@ class Gate:
         verdict = policy.permits_name(host) if isinstance(host, str) else None
         if port == MAIL:
             raise Refused(host, port, "mail")
+        if port in RESOLVERS:
+            raise Refused(host, port, "dns")
         if isinstance(host, str) and is_local(host):
             raise Refused(host, port, "floor")
         # A name that no rule names is not even asked for where no address could be allowed.

@@ -285,6 +285,11 @@ class Resolver:
         answer = await self._ask(dns.name.from_text(name), question.rdtype)
         response.set_rcode(answer.rcode())
         response.answer, response.authority = rebuild(answer)
+        if leads_inside(response.answer, self._floor()):
+            self._refused(name, "floor")
+            response.set_rcode(dns.rcode.NXDOMAIN)
+            response.answer, response.authority = [], []
+            return
         if question.rdtype == dns.rdatatype.A:
             await self._judge_addresses(name, response)
 
@@ -402,6 +407,19 @@ def read_name(name: dns.name.Name) -> str:
     if not isinstance(host, str):
         raise Malformed("an address")
     return host
+
+
+def leads_inside(records: list[dns.rrset.RRset], floor: Floor) -> bool:
+    """Whether an alias is a name that nobody may ask for: the host's resolvers follow it into their own view."""
+    for target in (each.target for rrset in records if rrset.rdtype == dns.rdatatype.CNAME for each in rrset):
+        try:
+            name = read_name(target)
+        except Malformed:
+            return True
+        address = reverse_address(name)
+        if is_local(name) or (address is not None and floor.refuses(address)):
+            return True
+    return False
 
 
 def judge_name(name: str, floor: Floor, policy: Policy) -> str | None:

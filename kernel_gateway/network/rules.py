@@ -6,7 +6,7 @@ connection has been admitted under the present one (its `ct mark` is the policy'
 cuts what it forbids.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Address, IPv4Network
 
 from kernel_gateway.drivers import GUEST_MAC
@@ -25,6 +25,8 @@ NEW_CONNECTIONS = "100/second burst 400 packets"
 NEW_QUERIES = "300/second burst 300 packets"
 """For the resolver's socket; the resolver itself takes fewer."""
 MAX_CONNECTIONS = 2000
+MAX_HOST_CONNECTIONS = 2500
+"""The same seen from the host, whose list of connections is everybody's; it lets go of them later."""
 REFUSALS_KEPT = 500
 REASONS = {1: "floor", 2: "policy", 3: "mail", 4: "dns", 5: "limit", 6: "protocol"}
 
@@ -44,6 +46,10 @@ table netdev slot {{
         type filter hook ingress device "{TAP}" priority 0; policy drop;
         ether saddr != {GUEST_MAC} drop
         ether type arp accept
+        # What ends a connection in here must end it on the host, too: else it is counted no more and lives on there.
+        ip ttl < 2 drop
+        ip hdrlength > 5 drop
+        tcp flags & rst == rst meta length > 128 drop
         ip saddr {GUEST} accept
     }}
 }}
@@ -53,7 +59,7 @@ table inet slot {{
     set host {{ type ipv4_addr; {elements(sorted(floor.host))} }}
     set allowed {{ type ipv4_addr; flags interval; auto-merge; }}
     set denied {{ type ipv4_addr; flags interval; auto-merge; }}
-    set pinned {{ type ipv4_addr; flags timeout; }}
+    set pinned {{ type ipv4_addr; flags timeout; size 4096; }}
     set open {{ type ipv4_addr; flags dynamic; }}
     set refused {{
         type mark . ipv4_addr . inet_proto . inet_service; flags dynamic, timeout; timeout 1d; size {REFUSALS_KEPT};
@@ -117,10 +123,11 @@ table inet slot {{
 """
 
 
-def policy(wanted: Policy, generation: int, *, to_gate: bool) -> str:
+def policy(wanted: Policy, generation: int, *, to_gate: bool, pinned: Mapping[IPv4Address, float] | None = None) -> str:
     """Replace a slot's policy.
 
     Args:
+        pinned: addresses of names that it allows as the one before did, and for how many seconds.
         generation: another number for each, from 1.
         to_gate: web traffic passes through the gate whatever the policy says, for the way out is a proxy.
     """
@@ -162,6 +169,7 @@ def policy(wanted: Policy, generation: int, *, to_gate: bool) -> str:
         *_fill("denied", wanted.deny),
         "add rule inet slot admitted jump admit",
         f"add rule inet slot admitted ct mark set {generation} accept",
+        *([f"add element inet slot pinned {{ {_timed(pinned)} }}"] if pinned else []),
         *(f"add rule inet slot owner {rule}" for rule in judged),
     ]
     return "\n".join(lines) + "\n" + gate
@@ -171,17 +179,18 @@ def _fill(name: str, blocks: tuple[IPv4Network, ...]) -> list[str]:
     return [f"add element inet slot {name} {{ {', '.join(map(str, blocks))} }}"] if blocks else []
 
 
-def pin(addresses: Iterable[IPv4Address], seconds: float) -> str:
-    """Let addresses of an allowed name through for so many seconds from now."""
-    timeout = max(1, round(seconds))
+def pin(pinned: Mapping[IPv4Address, float]) -> str:
+    """Let addresses of allowed names through for so many seconds from now."""
     # An element's time starts anew only when it is added anew.
-    listed = list(addresses)
-    plain = ", ".join(map(str, listed))
-    timed = ", ".join(f"{address} timeout {timeout}s" for address in listed)
+    plain = ", ".join(map(str, pinned))
     return (
         f"add element inet slot pinned {{ {plain} }}\ndelete element inet slot pinned {{ {plain} }}\n"
-        f"add element inet slot pinned {{ {timed} }}\n"
+        f"add element inet slot pinned {{ {_timed(pinned)} }}\n"
     )
+
+
+def _timed(pinned: Mapping[IPv4Address, float]) -> str:
+    return ", ".join(f"{address} timeout {max(1, round(seconds))}s" for address, seconds in pinned.items())
 
 
 def host_addresses(addresses: Iterable[IPv4Address]) -> str:
@@ -206,11 +215,13 @@ table inet {table} {{
         iifname "{HOST_SIDE}*" meta l4proto tcp reject with tcp reset
         iifname "{HOST_SIDE}*" reject
     }}
+    set open {{ type ipv4_addr; flags dynamic; }}
     chain forward {{
         type filter hook forward priority -5;
         iifname "{HOST_SIDE}*" oifname "{HOST_SIDE}*" drop
         iifname "{HOST_SIDE}*" ip saddr != {LINKS} drop
         iifname "{HOST_SIDE}*" ct state invalid, untracked drop
+        iifname "{HOST_SIDE}*" ct state new add @open {{ ip saddr ct count over {MAX_HOST_CONNECTIONS} }} drop
         iifname "{HOST_SIDE}*" accept
         oifname "{HOST_SIDE}*" ct state established, related accept
         oifname "{HOST_SIDE}*" drop

@@ -53,6 +53,7 @@ async def command(argv: list[str], text: str, fds: Iterable[int] = ()) -> str:
 class Slot:
     """A network that one machine uses, once. Made by `Slots`, which connects it and gives it its names' service.
 
+    What belongs to it is on two stacks: `closing` is undone first, in the event loop; `closed` last, in a thread.
     `tap` is the machine's end. `sockets` are bound to the gateway's address: the resolver's UDP and TCP, the gate's,
     the proxy's.
     """
@@ -67,9 +68,11 @@ class Slot:
         self._tap = tap
         self.sockets = sockets
         self.policy = Policy()
+        self.host: frozenset[IPv4Address] = frozenset()
         self.policy_changed: Callable[[], None] = lambda: None
-        self.closing = ExitStack()
+        self.closing, self.closed = ExitStack(), ExitStack()
         self._generation = 1
+        self._pinned: dict[IPv4Address, tuple[str, float]] = {}
         self._lock = asyncio.Lock()
         self._refused: dict[tuple[str, int, str, str], Refusal] = {}
         self._is_closed = False
@@ -148,7 +151,15 @@ class Slot:
         """
         async with self._lock:
             self._generation += 1  # also when it fails: nobody knows how far it came
-            await self.run("nft", "-f", "-", text=rules.policy(policy, self._generation, to_gate=self._to_gate))
+            now = time.monotonic()
+            self._pinned = {
+                address: (name, until)
+                for address, (name, until) in self._pinned.items()
+                if until > now and policy.permits_name(name)
+            }
+            pinned = {address: until - now for address, (_, until) in self._pinned.items()}
+            text = rules.policy(policy, self._generation, to_gate=self._to_gate, pinned=pinned)
+            await self.run("nft", "-f", "-", text=text)
             self.policy = policy
         self.policy_changed()
 
@@ -156,12 +167,16 @@ class Slot:
         """Let the addresses of a name through for a while, if the policy (still) allows the name."""
         async with self._lock:
             if self.policy.permits_name(name):
-                await self.run("nft", "-f", "-", text=rules.pin(addresses, seconds))
+                await self.run("nft", "-f", "-", text=rules.pin(dict.fromkeys(addresses, seconds)))
+                now = time.monotonic()
+                self._pinned = {address: kept for address, kept in self._pinned.items() if kept[1] > now}
+                self._pinned |= dict.fromkeys(addresses, (name, now + seconds))
 
-    async def set_host(self, addresses: Iterable[IPv4Address]) -> None:
+    async def set_host(self, addresses: frozenset[IPv4Address]) -> None:
         """Tell the filter which addresses are the host's own now."""
         async with self._lock:
             await self.run("nft", "-f", "-", text=rules.host_addresses(addresses))
+            self.host = addresses
 
     def refused(self, destination: str, port: int, protocol: str, reason: str) -> None:
         """Count what was refused by name."""
@@ -196,6 +211,7 @@ class Slot:
             sock.close()
         for fd in (self.net, self._user, self._tap):
             os.close(fd)
+        self.closed.close()
 
 
 async def _set_up(argv: list[str], wanted: str) -> tuple[str, list[int]]:

@@ -39,7 +39,10 @@ TABLE = "cellvm_"
 FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 OURS = Path("/run/cellvm")
 """Where a file says that forwarding was switched on by us, not by the host's owner: one for each network namespace."""
-PROGRAMS = {"netns": ("ip", "nft", "nsenter", "unshare"), "passt": ("ip", "nft", "nsenter", "unshare", "pasta")}
+PROGRAMS = {
+    "netns": ("ip", "nft", "nsenter", "unshare", "conntrack"),
+    "passt": ("ip", "nft", "nsenter", "unshare", "pasta"),
+}
 
 
 async def choose(wanted: str) -> tuple[str, str]:
@@ -93,6 +96,17 @@ async def host_addresses() -> frozenset[IPv4Address]:
     found = json.loads(await command(["ip", "-json", "-4", "addr"], ""))
     own = (IPv4Address(entry["local"]) for link in found for entry in link["addr_info"])
     return frozenset(address for address in own if not address.is_loopback and address not in rules.LINKS)
+
+
+def forget_connections(source: IPv4Address, mask: str = "255.255.255.255") -> None:
+    """Take what came from links' addresses out of the host's list of connections, where it would stay for days.
+
+    Blocks until it is done.
+    """
+    command = ["conntrack", "--delete", "--family", "ipv4", "--src", str(source), "--mask-src", mask]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode and "0 flow entries" not in done.stderr:
+        log.error("the host's list of connections can't be cleaned: %.500s", done.stderr)
 
 
 def system_resolvers() -> list[tuple[str, int]]:
@@ -170,6 +184,8 @@ class Slots:
             for table in await tables():
                 if not Path(f"/proc/{table.removeprefix(TABLE)}").exists():  # its server was killed
                     await command(["nft", "-f", "-"], f"delete table inet {table}\n")
+            if not await tables():
+                forget_connections(rules.LINKS.network_address, str(rules.LINKS.netmask))
             self._only_ours = self._switched.exists() or FORWARD.read_text().strip() == "0"
             await self._put_table()
             if self._only_ours:
@@ -228,6 +244,7 @@ class Slots:
         self._open.add(slot)
         slot.closing.callback(self._open.discard, slot)
         try:
+            slot.host = floor.host
             if floor != self.floor:  # the host got an address while it was being made
                 await slot.set_host(self.floor.host)
             if self.mechanism == "netns":
@@ -280,6 +297,7 @@ class Slots:
                     continue
                 raise
             await command(["ip", "-batch", "-"], f"addr add {ours}/30 dev {name}\nlink set {name} up\n")
+            slot.closed.callback(forget_connections, theirs)
             inner = (
                 f"addr add {theirs}/30 dev {rules.UPLINK}\nlink set {rules.UPLINK} up\nroute add default via {ours}\n"
             )
@@ -305,11 +323,8 @@ class Slots:
             pass_fds=slot.fds, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
-        def end() -> None:
-            process.kill()
-            process.wait()
-
-        slot.closing.callback(end)
+        slot.closed.callback(process.wait)
+        slot.closing.callback(process.kill)
         deadline = time.monotonic() + UPLINK_TIMEOUT
         while not (await slot.run("ip", "route", "show", "default")).strip():
             if process.poll() is not None or time.monotonic() > deadline:
@@ -327,11 +342,10 @@ class Slots:
                     )
                     await self._put_table()
                 found = await host_addresses()
-                if found == self.floor.host:
-                    continue
-                self.floor = Floor(self.floor.exceptions, found)
-                for slot in list(self._open):
-                    with contextlib.suppress(DriverError):  # closed meanwhile
+                if found != self.floor.host:
+                    self.floor = Floor(self.floor.exceptions, found)
+                for slot in [slot for slot in self._open if slot.host != found]:
+                    with contextlib.suppress(DriverError):  # closed meanwhile; or it is told the next time
                         await slot.set_host(found)
             except DriverError as error:
                 log.error("the host's tables or addresses can't be read or written: %s", error)

@@ -45,17 +45,19 @@ class Guest:
     def send(self, payload: bytes, kind: int = 0x0800) -> None:
         os.write(self.slot.tap, VNET + GATE + ME + struct.pack(">H", kind) + payload)
 
-    def packet(self, target: str, protocol: int, payload: bytes) -> bytes:
+    def packet(self, target: str, protocol: int, payload: bytes, ttl: int = 64) -> bytes:
         addresses = socket.inet_aton(str(rules.GUEST)) + socket.inet_aton(target)
-        head = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(payload), 1, 0, 64, protocol, 0) + addresses
+        head = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(payload), 1, 0, ttl, protocol, 0) + addresses
         return head[:10] + struct.pack(">H", checksum(head)) + head[12:] + payload
 
-    def segment(self, target: str, ports: tuple[int, int], seq: int, ack: int, flags: int, data: bytes = b"") -> None:
+    def segment(
+        self, target: str, ports: tuple[int, int], seq: int, ack: int, flags: int, data: bytes = b"", ttl: int = 64
+    ) -> None:
         """Send a TCP segment of an even length."""
         head = struct.pack(">HHIIBBHHH", *ports, seq, ack, 0x50, flags, 64_000, 0, 0) + data
         addresses = socket.inet_aton(str(rules.GUEST)) + socket.inet_aton(target)
         total = checksum(addresses + struct.pack(">BBH", 0, 6, len(head)) + head)
-        self.send(self.packet(target, 6, head[:16] + struct.pack(">H", total) + head[18:]))
+        self.send(self.packet(target, 6, head[:16] + struct.pack(">H", total) + head[18:], ttl))
 
     async def connect(self, target: str, port: int) -> tuple[tuple[int, int], int]:
         """An open connection: its ports, and the number to acknowledge."""
@@ -224,6 +226,9 @@ async def test_names_pin_addresses(guest: Guest) -> None:
     for port in (80, 443):  # the gate's socket accepts for any address
         assert await guest.ask(OTHER_PUBLIC, port) == "open"
     assert await guest.ask("10.9.9.9", 443) == "reset"
+    ports, ack = await guest.connect(PUBLIC, 8080)
+    await guest.slot.apply(Policy(allow_internet=False, allow_names=("*.example.net",)))
+    assert await guest.goes_on(PUBLIC, ports, ack), "what both policies allow is not cut"
     await guest.slot.apply(Policy(allow_internet=False, allow_names=("other.example.net",)))
     assert await guest.ask(PUBLIC, 8080) == "reset"
 
@@ -241,6 +246,28 @@ async def test_web_connections_from_before_do_not_pass_the_gate_by(guest: Guest,
     await guest.slot.apply(policy)
     await guest.slot.pin("other.example.net", [IPv4Address(PUBLIC)], 60)
     assert not await guest.goes_on(PUBLIC, ports, ack)
+
+
+async def test_an_end_that_the_host_does_not_see_is_none(guest: Guest) -> None:
+    """A guest can't end a connection in its slot's eyes alone, to have more than it may in the host's."""
+    ports, ack = await guest.connect(PUBLIC, 8080)
+    guest.segment(PUBLIC, ports, 1, ack, 0x04, ttl=1)
+    guest.segment(PUBLIC, ports, 1, ack, 0x04, data=bytes(1400))
+    assert await guest.goes_on(PUBLIC, ports, ack)
+
+
+async def test_the_host_forgets_a_slots_connections(world: World, slots: Slots) -> None:
+    """What a sandbox had open is not in the host's list of connections for days after it."""
+    slot = await slots.take()
+    guest = Guest(slot)
+    await guest.connect(PUBLIC, 8080)
+    listed = "conntrack -L -f ipv4 -d " + PUBLIC + " 2>/dev/null | grep 198.18. || true"
+    assert bool(world.host.run(listed)) == (slots.mechanism == "netns")
+    before = set(world.host.run(listed).splitlines())
+    slot.close()
+    async with asyncio.timeout(10):
+        while len(world.host.run(listed).splitlines()) >= max(len(before), 1):
+            await asyncio.sleep(0.05)
 
 
 async def test_a_late_answer_pins_nothing(guest: Guest) -> None:
@@ -373,7 +400,7 @@ async def test_without_its_programs_there_is_no_network(monkeypatch: pytest.Monk
 
 async def test_root_that_may_not_filter_has_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Root in a container, say: what the programs say is the reason, and no server fails to start for it."""
-    for program in ("ip", "nft", "nsenter", "unshare", "pasta"):
+    for program in ("conntrack", "ip", "nft", "nsenter", "unshare", "pasta"):
         (tmp_path / program).write_text("#!/bin/sh\necho Operation not permitted >&2\nexit 1\n")
         (tmp_path / program).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
