@@ -24,9 +24,9 @@ import h11
 
 from kernel_gateway.errors import GuestFailure, InvalidRequest
 
-HEAD_LIMIT = 64 * 1024
+HEAD_LIMIT = 32 * 1024
 """Largest head of an answer, in bytes."""
-MAX_INFORMATIONAL = 100
+MAX_INFORMATIONAL = 10
 """Answers of the kind 1xx that are skipped before the real one."""
 CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
 """What no header may have in it; h11 lets some of them pass."""

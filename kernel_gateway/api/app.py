@@ -1,5 +1,6 @@
 """The route table, and nothing else."""
 
+import asyncio
 import logging
 import re
 from typing import Any
@@ -145,7 +146,8 @@ class Gateway(Application):
 
     def _preview(self, request: HTTPServerRequest, place: Place, rest: str, **options: bool) -> Preview:
         settings = self.settings
-        return Preview(settings["sandboxes"], settings["store"], settings["requests"], request, place, rest, **options)
+        sandboxes, store, requests, reading = (settings[key] for key in ("sandboxes", "store", "requests", "reading"))
+        return Preview(sandboxes, store, requests, reading, request, place, rest, **options)
 
 
 def application(
@@ -189,6 +191,7 @@ def application(
         sockets={},  # open ones, by kernel and session
         openapi=document(ROUTES),
         requests=set(),  # those being answered
+        reading=asyncio.Lock(),  # of services' answers, one at a time
         log_function=log_request,
     )
 

@@ -12,9 +12,10 @@ import asyncio
 import logging
 import re
 import socket
+from collections.abc import Callable
 from http import HTTPStatus
 from http.client import responses
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from tornado.http1connection import HTTP1Connection
@@ -51,6 +52,7 @@ from kernel_gateway.store import Store
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 CONNECT_TIMEOUT = 10.0
 """Seconds a service may take to accept a connection, times the driver's time scale."""
 MAX_CONNECTIONS, MAX_VISITORS = 256, 192
@@ -60,7 +62,7 @@ STALL_TIMEOUT = 600.0
 still there."""
 PIECE = 256 * 1024
 """Bytes that are taken from a client at once where there is no HTTP any more."""
-MAX_EVENTS = 200
+MAX_EVENTS = 50
 """Chunks of an answer that are read in one go: a service may send very many very small ones."""
 LINGER = 5.0
 """Seconds a service gets to read what a client has sent before it hung up."""
@@ -135,6 +137,7 @@ class Preview(HTTPMessageDelegate):
     """One request to a service, from its head to the end of its answer.
 
     Args:
+        reading: held while a piece of any service's answer is read.
         rest: what follows the port in the address, without the query, still encoded.
         key_in_path: the address begins with `/t/KEY`.
     """
@@ -144,6 +147,7 @@ class Preview(HTTPMessageDelegate):
         sandboxes: Sandboxes,
         store: Store,
         requests: set[Any],
+        reading: asyncio.Lock,
         request: HTTPServerRequest,
         place: Place,
         rest: str,
@@ -154,6 +158,7 @@ class Preview(HTTPMessageDelegate):
         self._sandboxes = sandboxes
         self._store = store
         self._requests = requests
+        self._reading = reading
         self._request = request
         self._connection = request.connection
         self._place = place
@@ -325,9 +330,8 @@ class Preview(HTTPMessageDelegate):
         await self._write_head(answer.status, answer_headers(answer, self._place, is_download=is_download))
         self._is_begun.set()
         while not exchange.is_over:
-            if data := self._body(exchange):
+            if data := await self._in_turn(lambda: self._body(exchange)):
                 await self._connection.write(data)
-                await asyncio.sleep(0)
             elif not exchange.is_over:
                 exchange.receive_data(await self._receive(conversation))
         await self._end()
@@ -346,8 +350,18 @@ class Preview(HTTPMessageDelegate):
     # -- the way back
 
     async def _head(self, exchange: Exchange, conversation: Conversation) -> Answer:
-        while not isinstance(piece := exchange.next_event(), Answer):
+        while not isinstance(piece := await self._in_turn(exchange.next_event), Answer):
             exchange.receive_data(await self._receive(conversation))
+        return piece
+
+    async def _in_turn(self, read: Callable[[], T]) -> T:
+        """Read a little of an answer: one of all answers under way, then the event loop's other work.
+
+        Thousands of headers, or of chunks of a byte, take long to read, and a service may send nothing else.
+        """
+        async with self._reading:
+            piece = read()
+            await asyncio.sleep(0)
         return piece
 
     def _body(self, exchange: Exchange) -> bytes:

@@ -24,6 +24,7 @@ from kernel_gateway.network.policy import Floor, Policy, Refusal
 INSIDE = Path(__file__).with_name("inside.py")
 REFUSALS_KEPT = 500
 MAKE_TIMEOUT = 20.0
+COMMAND_TIMEOUT = 20.0
 
 
 async def command(argv: list[str], text: str, fds: Iterable[int] = ()) -> str:
@@ -39,11 +40,14 @@ async def command(argv: list[str], text: str, fds: Iterable[int] = ()) -> str:
     except OSError as error:
         raise DriverError(f"{argv[0]}: {error.strerror}") from error
     try:
-        out, err = await process.communicate(text.encode())
-    except BaseException:
+        async with asyncio.timeout(COMMAND_TIMEOUT):
+            out, err = await process.communicate(text.encode())
+    except BaseException as error:
         with suppress(ProcessLookupError):  # it has ended just now
             process.kill()
         await process.wait()
+        if isinstance(error, TimeoutError):
+            raise DriverError(f"{argv[0]} did not end in {COMMAND_TIMEOUT:.0f} s") from None
         raise
     if process.returncode:
         raise DriverError(f"{' '.join(argv)[:200]}: {err.decode('utf-8', 'replace').strip()[-500:]}")
