@@ -3,6 +3,8 @@
 set -eu
 bin=${VENV:-.venv}/bin
 export PYTHONASYNCIODEBUG=1
-"$bin/ruff" format --check . && "$bin/ruff" check . && "$bin/mypy"
+"$bin/ruff" format --check .
+"$bin/ruff" check .
+"$bin/mypy"
 "$bin/cellvm" build
 exec "$bin/python" -m pytest tests/unit tests/api tests/contract tests/guest tests/e2e
