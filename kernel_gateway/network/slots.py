@@ -63,8 +63,8 @@ async def choose(wanted: str) -> tuple[str, str]:
             reasons.append(f"{mechanism}: no {', '.join(missing)}")
         else:
             try:
-                if wanted == "auto" and mechanism == "netns" and (table := await forbids_forwarding()):
-                    raise DriverError(f"the host's table `{table}` drops what is forwarded (Docker's does)")
+                if mechanism == "netns":
+                    await check_forwarding(whatever=wanted != "auto")
                 slot = await Slot.make(mechanism, Floor())
             except DriverError as error:
                 reasons.append(f"{mechanism}: {error}")
@@ -74,14 +74,23 @@ async def choose(wanted: str) -> tuple[str, str]:
     return "off", "; ".join(reasons)
 
 
-async def forbids_forwarding() -> str:
-    """The table of somebody else's that drops forwarded packets by default; empty when there is none to be seen."""
-    for part in json.loads(await command(["nft", "--json", "list", "chains"], ""))["nftables"]:
-        chain = part.get("chain", {})
-        ours = str(chain.get("table", "")).startswith(TABLE)
-        if chain.get("hook") == "forward" and chain.get("policy") == "drop" and not ours:
-            return f"{chain['family']} {chain['table']}"
-    return ""
+async def check_forwarding(*, whatever: bool) -> None:
+    """See whether the host can forward what slots send.
+
+    Args:
+        whatever: don't look at the rules of others, whose authors may have thought of us.
+
+    Raises:
+        DriverError: it can't; says why.
+    """
+    if FORWARD.read_text().strip() == "0" and not os.access(FORWARD, os.W_OK):
+        raise DriverError(f"forwarding is off, and {FORWARD} may not be written")
+    chains = json.loads(await command(["nft", "--json", "list", "chains"], ""))["nftables"]
+    for chain in (part["chain"] for part in chains if "chain" in part and not whatever):
+        is_ours = chain["table"].startswith(TABLE)
+        if chain.get("hook") == "forward" and chain.get("policy") == "drop" and not is_ours:
+            table = f"{chain['family']} {chain['table']}"
+            raise DriverError(f"the host's table `{table}` drops what is forwarded (Docker's does)")
 
 
 async def tables() -> list[str]:
