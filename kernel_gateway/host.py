@@ -30,6 +30,7 @@ PROGRAMS = {
     "ip": "iproute2",
     "nft": "nftables",
     "conntrack": "conntrack",
+    "pasta": "passt",
 }
 """Programs that building and running need, and the Debian package of each."""
 NEEDED_DISK = 6 * 1024**3

@@ -23,6 +23,8 @@ from kernel_gateway.network.policy import Floor, Policy, Refusal
 
 INSIDE = Path(__file__).with_name("inside.py")
 REFUSALS_KEPT = 500
+PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp"}
+"""As nft numbers them; their names are in a file that minimal systems do not have."""
 MAKE_TIMEOUT = 20.0
 COMMAND_TIMEOUT = 20.0
 
@@ -199,7 +201,7 @@ class Slot:
         """
         found = list(self._refused.values())
         for name in ("refused", "refused_other"):
-            text = await self.run("nft", "--json", "list", "set", "inet", "slot", name)
+            text = await self.run("nft", "--json", "--numeric-protocol", "list", "set", "inet", "slot", name)
             found += _listed(json.loads(text), time.time())
         return sorted(found, key=lambda refusal: refusal.last, reverse=True)[:REFUSALS_KEPT]
 
@@ -264,7 +266,7 @@ def _listed(document: dict[str, Any], now: float) -> list[Refusal]:
                 Refusal(
                     destination=address,
                     port=int(port[0]) if port else 0,
-                    protocol=str(protocol),
+                    protocol=PROTOCOLS.get(protocol, str(protocol)),
                     reason=rules.REASONS[int(reason)],
                     count=fields["counter"]["packets"],
                     last=now - (found_set["timeout"] - fields["expires"]),

@@ -13,6 +13,7 @@ import requests
 from pip._internal.models.index import PyPI
 
 from kernel_gateway.network.policy import Floor
+from kernel_gateway.settings import Settings
 from tests.guest.client import Server, until
 
 PACKAGE = "iniconfig"
@@ -27,7 +28,7 @@ def index() -> str:
 @pytest.fixture(scope="module")
 def online(index: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose sandboxes reach the index, also where its name leads to an address that is not public."""
-    page = requests.get(index, timeout=60)
+    page = requests.get(index, timeout=60, verify=str(Settings().ca_path or "") or True)
     page.raise_for_status()
     links = [urljoin(index, link) for link in re.findall(r'href="([^"]+)"', page.text)]
     hosts = {urlsplit(link).hostname for link in (index, *links)}
