@@ -59,10 +59,11 @@ class Descriptors:
 # loglevel: the console tells how far a boot came. mitigations,
 # init_on_alloc: inside one tenant's machine they cost much and protect nobody. tsc: emulated processors share one
 # counter, which Linux does not know; without it the guest's clock and timers go in steps of 4 ms. panic=-1 with
-# -no-reboot: a panic ends QEMU, and the server sees it at once.
+# -no-reboot: a panic ends QEMU, and the server sees it at once. reboot=t: by a triple fault, the one way that needs
+# nothing of a firmware; by another, some machines hang for ever instead.
 KERNEL_COMMAND_LINE = (
     "console=ttyS0 loglevel=7 panic=-1 mitigations=off init_on_alloc=0 transparent_hugepage=madvise "
-    "8250.nr_uarts=1 i8042.noaux random.trust_cpu=off tsc=reliable"
+    "8250.nr_uarts=1 i8042.noaux random.trust_cpu=off tsc=reliable reboot=t"
 )
 
 # What one guest may take of the host's disk: more than a program that works with files needs, less than what stalls
