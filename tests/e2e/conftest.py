@@ -41,6 +41,8 @@ def progress(request: pytest.FixtureRequest) -> Callable[[str], None]:
 def programs(progress: Callable[[str], None]) -> None:
     """All of PROGRAMS are there."""
     missing = sorted(package for program, package in PROGRAMS.items() if not shutil.which(program))
+    if not list(Path("/usr/lib").glob("*/libatomic.so.1")):  # playwright's own node needs it, and says so to nobody
+        missing.append("libatomic1")
     if not missing:
         return
     install = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]
