@@ -137,8 +137,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 @pytest.fixture(scope="module", params=["netns", "passt"])
 async def slots(world: World, request: pytest.FixtureRequest) -> AsyncIterator[Slots]:
     slots = Slots(request.param, (IPv4Network("10.1.2.0/24"),), resolvers=[(NAME_SERVER, 53)], proxy=None)
-    # Threads are in the namespace in which they were begun: these in the world.
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(4))
+    # Threads are in the namespace in which they were begun: these in the world, those of later tests outside.
+    loop, executor = asyncio.get_running_loop(), ThreadPoolExecutor(4)
+    loop.set_default_executor(executor)
     await slots.start()
     yield slots
     await slots.close()
@@ -147,6 +148,8 @@ async def slots(world: World, request: pytest.FixtureRequest) -> AsyncIterator[S
             await asyncio.sleep(0.02)
         while "cvm" in world.host.run("ip -o link; nft list tables"):
             await asyncio.sleep(0.02)
+    loop.set_default_executor(ThreadPoolExecutor())
+    executor.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,10 @@ class Space:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Sockets that this thread makes within the block, and programs it starts, are in this namespace."""
+        """Sockets that this thread makes within the block, and programs it starts, are in this namespace.
+
+        So are threads that begin within: whoever begins one must end it, or later tests would run in here.
+        """
         outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         try:
             assert _libc.setns(self._fd, CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
@@ -89,6 +92,9 @@ class Space:
         finally:
             assert _libc.setns(outside, CLONE_NEWNET) == 0
             os.close(outside)
+            here = os.fstat(self._fd).st_ino
+            threads = [task for task in Path("/proc/self/task").iterdir() if (task / "ns/net").stat().st_ino == here]
+            assert not threads, f"left in a network namespace of the tests: {threads}"
 
     def close(self) -> None:
         os.close(self._fd)
