@@ -22,7 +22,7 @@ from kernel_gateway.errors import CellvmError
 from kernel_gateway.host import examine, install_packages, kvm_verdict, missing_packages
 from kernel_gateway.image import BuildError
 from kernel_gateway.jupyter.execution import CellError
-from kernel_gateway.network.slots import choose
+from kernel_gateway.network.slots import choose, host_addresses
 from kernel_gateway.notebook import Notebook, NotebookError, tags
 from kernel_gateway.pool import Guest, Guests
 from kernel_gateway.server import Server, builder, load_templates, opened_driver, running
@@ -121,7 +121,11 @@ async def doctor(settings: Settings) -> int:
                 console.print(f"KVM could not be tried: {error}")
     failed = False
     marks = {"ok": "[green]ok[/]  ", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
-    for finding in examine(settings, kvm, await choose(settings.network)):
+    try:
+        own = await host_addresses()
+    except DriverError:  # no `ip`: then there is no network either, as is said below
+        own = frozenset()
+    for finding in examine(settings, kvm, await choose(settings.network), own):
         failed = failed or finding.level == "fail"
         print_line = f"{marks[finding.level]}  {finding.what}" + (f" — {finding.meaning}" if finding.meaning else "")
         Console(highlight=False, soft_wrap=True).print(print_line)

@@ -17,6 +17,7 @@ from kernel_gateway.drivers.jail import Jail, JailError, claims_directory, found
 from kernel_gateway.drivers.qemu import Qemu
 from kernel_gateway.image import BuildError, Progress, content_hash, run
 from kernel_gateway.network.policy import Floor
+from kernel_gateway.network.rules import MAX_HOST_CONNECTIONS as CONNECTIONS
 from kernel_gateway.settings import Settings
 from kernel_gateway.templates import Template
 
@@ -89,12 +90,15 @@ class Finding:
     meaning: str
 
 
-def examine(settings: Settings, kvm: bool | None, network: tuple[str, str]) -> Iterator[Finding]:
+def examine(
+    settings: Settings, kvm: bool | None, network: tuple[str, str], own: frozenset[IPv4Address]
+) -> Iterator[Finding]:
     """Look at everything a server needs.
 
     Args:
         kvm: the boot probe's verdict, None when it could not be made.
         network: the mechanism that sandboxes' networks would have, and what did not work (`network.slots.choose`).
+        own: the host's own addresses.
     """
     missing = missing_packages(settings.qemu)
     if missing:
@@ -106,7 +110,7 @@ def examine(settings: Settings, kvm: bool | None, network: tuple[str, str]) -> I
         yield Finding("ok", f"QEMU {qemu_version(settings.qemu)} and the build tools are there", "")
     yield _kvm_finding(kvm)
     yield from _jail(settings)
-    yield from _network(settings, *network)
+    yield from _network(settings, *network, own)
     yield from _space(settings)
     memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(memory["MemAvailable"].split()[0]) // 1024
@@ -168,20 +172,40 @@ def _jail(settings: Settings) -> Iterator[Finding]:
         yield Finding("ok", what, "each machine's memory, processors and threads are limited")
 
 
-def _network(settings: Settings, mechanism: str, why: str) -> Iterator[Finding]:
+def _network(settings: Settings, mechanism: str, why: str, own: frozenset[IPv4Address]) -> Iterator[Finding]:
     if mechanism == "off":
         level = "ok" if settings.network == "off" else "warn"
         yield Finding(level, "sandboxes have no network", why)
         return
     meaning = "public addresses only, through a filter for each" + (f"; {why}" if why else "")
     yield Finding("ok", f"internet for sandboxes by {mechanism}", meaning)
-    floor = Floor(settings.egress_exceptions)
+    floor = Floor(settings.egress_exceptions, own)
     for name in sorted(installs_from(settings)):
         refused = [address for address in addresses_of(name) if floor.refuses(address)]
-        if refused:
+        if not refused:
+            continue
+        what = f"here {name} is {refused[0]}, which no sandbox reaches"
+        if own.intersection(refused):
+            yield Finding("warn", what, "pip or apt in sandboxes fail: it is this host itself, which stays closed")
+        else:
             allow = ",".join(f"{address}/32" for address in refused)
             meaning = f"pip or apt in sandboxes fail; --egress-allow {allow} lets them, if that address is meant"
-            yield Finding("warn", f"here {name} is {refused[0]}, which no sandbox reaches", meaning)
+            yield Finding("warn", what, meaning)
+    if mechanism == "netns" and (most := connections_of_host()) and most < settings.max_sandboxes * CONNECTIONS:
+        yield Finding(
+            "warn",
+            f"the host keeps {most} connections in its list, {settings.max_sandboxes} sandboxes may have more",
+            f"when it is full nobody on this host connects any more: sysctl net.netfilter.nf_conntrack_max="
+            f"{2 * settings.max_sandboxes * CONNECTIONS}, or a smaller --max-sandboxes",
+        )
+
+
+def connections_of_host() -> int | None:
+    """How many connections the host's kernel keeps track of; None where it does not say."""
+    try:
+        return int(Path("/proc/sys/net/netfilter/nf_conntrack_max").read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def installs_from(settings: Settings) -> set[str]:

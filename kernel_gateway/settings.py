@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from kernel_gateway.network.policy import without_itself
+
 ISOLATIONS = ("auto", "qemu-kvm", "qemu-tcg", "unisolated")
 GUEST_PROXY = "http://198.19.0.1:3128"
 """Where sandboxes find the gate, when there is an upstream proxy behind it."""
@@ -97,12 +99,16 @@ class Settings:
         """Blocks that sandboxes may reach though they are on no public network.
 
         Raises:
-            SettingsError: an entry is no IPv4 block.
+            SettingsError: an entry is no IPv4 block, or holds nothing but addresses that mean the host itself.
         """
         try:
-            return tuple(IPv4Network(text) for text in _listed(self.egress_allow))
+            blocks = [IPv4Network(text) for text in _listed(self.egress_allow)]
         except ValueError as error:
             raise SettingsError(f"--egress-allow takes IPv4 blocks as 10.20.0.0/16: {error}") from None
+        for block in blocks:
+            if not without_itself(block):
+                raise SettingsError(f"--egress-allow {block}: these addresses mean the host itself, which stays closed")
+        return tuple(part for block in blocks for part in without_itself(block))
 
     @property
     def resolvers(self) -> list[tuple[str, int]]:

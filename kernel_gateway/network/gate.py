@@ -23,6 +23,7 @@ import struct
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import IPv4Address
 from typing import Any
 
@@ -224,7 +225,8 @@ class Gate:
                 is_tls = True
                 raise Refused(address, port, "policy") from None
             is_tls = hello.is_tls
-            self._judge(hello.host, address, port)
+            judge = partial(self._judge, hello.host, address, port, is_known=self._is_known(hello.host, address))
+            judge()
         except Refused as refusal:
             self._refused(str(refusal.host), port, refusal.reason)
             if is_tls:
@@ -238,13 +240,7 @@ class Gate:
             _reset(guest)
             return
         with upstream:
-            await self._splice(
-                guest,
-                upstream,
-                lambda: self._judge(hello.host, address, port),
-                to_upstream=first,
-                to_guest=early,
-            )
+            await self._splice(guest, upstream, judge, to_upstream=first, to_guest=early)
 
     async def _read_hello(self, guest: socket.socket) -> tuple[Hello, bytes]:
         """What a connection begins with, and its bytes. Who says nothing for long has no name."""
@@ -271,14 +267,12 @@ class Gate:
     async def _serve_http(self, guest: socket.socket, address: IPv4Address) -> None:
         request = Request()
 
-        def judge() -> None:
-            self._judge(request.host()[0], address, 80)
-
         try:
             self._judge_address(address, 80)
             await self._read_request(guest, request)
             path = request.path()
             host, port = request.host()
+            judge = partial(self._judge, host, address, 80, is_known=self._is_known(host, address))
             judge()
         except Malformed as error:
             await self._say(guest, _answer(400, "Bad Request", f"not sent on: {error}."))
@@ -299,13 +293,21 @@ class Gate:
         if self._floor().refuses(address):
             raise Refused(address, port, "floor")
 
-    def _judge(self, host: Host | None, address: IPv4Address, port: int) -> None:
-        """Whether a redirected connection may go on to `address` when it says that it wants `host`. Raises Refused."""
+    def _is_known(self, host: Host | None, address: IPv4Address) -> bool:
+        """Whether the guest has this address from our resolver, for this name."""
+        return isinstance(host, str) and self._pinned(host, address)
+
+    def _judge(self, host: Host | None, address: IPv4Address, port: int, *, is_known: bool) -> None:
+        """Whether a redirected connection may go on to `address` when it says that it wants `host`. Raises Refused.
+
+        Args:
+            is_known: whether the address was known to be the name's when the connection began; names change meanwhile.
+        """
         self._judge_address(address, port)
         policy = self._policy()
         if isinstance(host, str):
             verdict = policy.permits_name(host)
-            if verdict and self._pinned(host, address):
+            if verdict and is_known:
                 return
             if verdict is False:
                 raise Refused(host, port, "policy")
@@ -316,7 +318,7 @@ class Gate:
 
     def _name_for_proxy(self, host: Host | None, address: IPv4Address) -> str | None:
         """The name by which the proxy may be asked: one that stands for the address."""
-        return host if isinstance(host, str) and not is_local(host) and self._pinned(host, address) else None
+        return host if isinstance(host, str) and not is_local(host) and self._is_known(host, address) else None
 
     # -- as a proxy
 

@@ -43,13 +43,26 @@ DENIED = tuple(
     )
 )
 """Blocks that no sandbox reaches (IANA's special-purpose registry, and what clouds have made special)."""
+ITSELF = (IPv4Network("0.0.0.0/8"), IPv4Network("127.0.0.0/8"))
+"""Those of them by which every host reaches itself, so that nobody makes exceptions to them."""
+
+
+def without_itself(block: IPv4Network) -> list[IPv4Network]:
+    """What of a block an operator can take out of the floor."""
+    left = [block]
+    for own in ITSELF:
+        kept = [each for each in left if not each.overlaps(own)]
+        wider = [each for each in left if each.overlaps(own) and own.subnet_of(each)]
+        left = [*kept, *(part for each in wider for part in each.address_exclude(own))]
+    return sorted(left)
 
 
 @dataclass(frozen=True, slots=True)
 class Floor:
     """What is refused to every sandbox of the server.
 
-    `exceptions` are the operator's, taken out of DENIED. `host` are the host's own addresses, refused in any case.
+    `exceptions` are the operator's, taken out of DENIED; they hold nothing of ITSELF. `host` are the host's own
+    addresses, refused in any case.
     """
 
     exceptions: tuple[IPv4Network, ...] = ()

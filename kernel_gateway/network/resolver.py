@@ -16,8 +16,10 @@ import logging
 import secrets
 import socket
 import struct
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Any, TypeVar
@@ -47,7 +49,11 @@ MAX_ANSWER, MAX_RECORDS = 4 * 1024, 100
 """More from a name's owner is not read."""
 MAX_CHAIN = 12
 MAX_TTL, MIN_PIN, SLACK = 3600, 60, 60
-"""Seconds. An address stays pinned a little longer than the guest may keep it."""
+"""Seconds. An address stays good a little longer than the guest may keep it."""
+PIN_COST = 4
+"""Questions that cost the host as much as telling the filter."""
+DEBT = 2
+"""Bursts that a guest may be behind before what it has under way is dropped: many names at once are nothing bad."""
 ACCEPT_PAUSE = 0.5
 REMEMBERED = 4096
 """Pairs of name and address that a slot's resolver remembers to have given."""
@@ -77,6 +83,36 @@ class Unanswered(Exception):
     """No resolver gave an answer that can be used."""
 
 
+class Budget:
+    """What a guest's questions may cost, one each second on; it may go below nothing, and is then waited for."""
+
+    def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._left = limits.burst
+        self._counted_at = clock()
+        self._lock = threading.Lock()  # for charging, which is done where the work is
+
+    @property
+    def is_spent(self) -> bool:
+        return self._left < -DEBT * self._limits.burst
+
+    def admits(self) -> bool:
+        """Whether one more question fits in now; it is charged for."""
+        with self._lock:
+            now = self._clock()
+            self._left = min(self._limits.burst, self._left + (now - self._counted_at) * self._limits.per_second)
+            self._counted_at = now
+            if self._left < 1:
+                return False
+            self._left -= 1
+            return True
+
+    def charge(self, cost: float) -> None:
+        with self._lock:
+            self._left -= cost
+
+
 class Resolver:
     """The resolver of one slot.
 
@@ -84,8 +120,9 @@ class Resolver:
         upstreams: addresses and ports of the resolvers that are asked, the best first.
         floor, policy: what is in force at the moment.
         pin: called before an answer for a name that a rule allows is sent, with the name, its addresses, and for how
-            many seconds the filter is to let them through.
+            many seconds the filter is to let them through; answers whether that took any work.
         refused: called with a name and "floor", "policy" or "limit". The name is "*" where too many were asked for.
+        reader: where strangers' answers are read, one after the other; nothing else should wait for it.
     """
 
     def __init__(
@@ -94,8 +131,9 @@ class Resolver:
         upstreams: list[tuple[str, int]],
         floor: Callable[[], Floor],
         policy: Callable[[], Policy],
-        pin: Callable[[str, list[IPv4Address], float], Awaitable[None]],
+        pin: Callable[[str, list[IPv4Address], float], Awaitable[bool]],
         refused: Callable[[str, str], None],
+        reader: Executor,
         limits: Limits = Limits(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -104,10 +142,10 @@ class Resolver:
         self._policy = policy
         self._pin = pin
         self._refused = refused
+        self._reader = reader
         self._limits = limits
         self._clock = clock
-        self._tokens = limits.burst
-        self._counted_at = clock()
+        self._budget = Budget(limits, clock)
         self._given: dict[tuple[str, IPv4Address], float] = {}
         self._listening: list[socket.socket] = []
         self._queries: set[asyncio.Task[None]] = set()
@@ -149,7 +187,7 @@ class Resolver:
             data, guest = udp.recvfrom(MAX_QUERY)
         except OSError:
             return
-        if not self._admits() or len(self._queries) >= self._limits.under_way:
+        if not self._budget.admits() or len(self._queries) >= self._limits.under_way:
             self._refused("*", "limit")
             return
 
@@ -180,7 +218,7 @@ class Resolver:
 
     async def _converse(self, guest: socket.socket) -> None:
         """Queries of one connection, one after the other."""
-        while self._admits():
+        while self._budget.admits():
             async with asyncio.timeout(self._limits.idle):
                 size = int.from_bytes(await _receive_exactly(guest, 2), "big")
                 if size > MAX_QUERY:
@@ -203,8 +241,8 @@ class Resolver:
         async def guarded() -> None:
             try:
                 await work()
-            except (OSError, TimeoutError, EOFError):
-                pass  # the guest has gone, or is too slow
+            except (OSError, TimeoutError, EOFError, Unanswered):
+                pass  # the guest has gone, is too slow, or has used up what it may
             except Exception as error:  # noqa: BLE001  a guest must not reach the loop's handler
                 log.warning("a sandbox's query failed: %s %.200r", type(error).__name__, error)
 
@@ -220,27 +258,23 @@ class Resolver:
     async def _spend(self, work: Callable[..., T], *args: Any) -> T:
         """Do what strangers can make long beside the event loop, and charge it: a millisecond is as dear as a question.
 
-        An answer of 4 KB can take a fifth of a second to read: of names with a hundred labels, say.
+        An answer of 4 KB can take a second to read: of names with a hundred labels, say. So what this guest has waiting
+        behind such a one is not done any more.
+
+        Raises:
+            Unanswered: the guest has used up what it may.
         """
 
-        def timed() -> T:
+        def charged() -> T:
+            if self._budget.is_spent:
+                raise Unanswered
             began = time.thread_time()
             try:
                 return work(*args)
             finally:
-                self._tokens -= (time.thread_time() - began) * 1000
+                self._budget.charge((time.thread_time() - began) * 1000)
 
-        return await asyncio.to_thread(timed)
-
-    def _admits(self) -> bool:
-        """Whether one more query fits into this second."""
-        now = self._clock()
-        self._tokens = min(self._limits.burst, self._tokens + (now - self._counted_at) * self._limits.per_second)
-        self._counted_at = now
-        if self._tokens < 1:
-            return False
-        self._tokens -= 1
-        return True
+        return await asyncio.get_running_loop().run_in_executor(self._reader, charged)
 
     # -- what is answered
 
@@ -308,10 +342,10 @@ class Resolver:
             kept = [record for record in last if not floor.refuses(IPv4Address(record.address))]
             response.answer.append(dns.rrset.from_rdata_list(last.name, last.ttl, kept))
         if addresses:
-            seconds = max(min(rrset.ttl for rrset in response.answer), MIN_PIN) + SLACK
-            if self._policy().permits_name(name):
-                await self._pin(name, addresses, seconds)
-            self._remember(name, addresses, seconds)
+            seconds = max(min(rrset.ttl for rrset in response.answer), MIN_PIN)
+            if self._policy().permits_name(name) and await self._pin(name, addresses, seconds):
+                self._budget.charge(PIN_COST)
+            self._remember(name, addresses, seconds + SLACK)
 
     def _remember(self, name: str, addresses: list[IPv4Address], seconds: float) -> None:
         for address in addresses:

@@ -6,7 +6,7 @@ connection has been admitted under the present one (its `ct mark` is the policy'
 cuts what it forbids.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import IPv4Address, IPv4Network
 
 from kernel_gateway.drivers import GUEST_MAC
@@ -27,6 +27,8 @@ NEW_QUERIES = "300/second burst 300 packets"
 MAX_CONNECTIONS = 2000
 MAX_HOST_CONNECTIONS = 2500
 """The same seen from the host, whose list of connections is everybody's; it lets go of them later."""
+PINS = 4096
+"""Addresses of allowed names that a slot remembers."""
 REFUSALS_KEPT = 500
 REASONS = {1: "floor", 2: "policy", 3: "mail", 4: "dns", 5: "limit", 6: "protocol"}
 
@@ -45,7 +47,8 @@ table netdev slot {{
     chain from_guest {{
         type filter hook ingress device "{TAP}" priority 0; policy drop;
         ether saddr != {GUEST_MAC} drop
-        ether type arp accept
+        # Only as itself: the kernel's list of neighbours is one for all namespaces, and every other sender is an entry.
+        arp htype 1 arp ptype ip arp saddr ip {GUEST} arp saddr ether {GUEST_MAC} accept
         # What ends a connection in here must end it on the host, too: else it is counted no more and lives on there.
         ip ttl < 2 drop
         ip hdrlength > 5 drop
@@ -59,7 +62,8 @@ table inet slot {{
     set host {{ type ipv4_addr; {elements(sorted(floor.host))} }}
     set allowed {{ type ipv4_addr; flags interval; auto-merge; }}
     set denied {{ type ipv4_addr; flags interval; auto-merge; }}
-    set pinned {{ type ipv4_addr; flags timeout; size 4096; }}
+    set pinned {{ type ipv4_addr; flags timeout; size {PINS}; }}
+    set kept {{ type ipv4_addr; size {PINS}; }}
     set open {{ type ipv4_addr; flags dynamic; }}
     set refused {{
         type mark . ipv4_addr . inet_proto . inet_service; flags dynamic, timeout; timeout 1d; size {REFUSALS_KEPT};
@@ -84,7 +88,7 @@ table inet slot {{
     }}
     chain forward {{
         type filter hook forward priority 0; policy drop;
-        iifname "{UPLINK}" oifname "{TAP}" ct state established, related accept
+        iifname "{UPLINK}" oifname "{TAP}" ct state established, related goto answers
         iifname != "{TAP}" drop
         ct state invalid, untracked drop
         ip daddr @host goto refuse_floor
@@ -97,6 +101,9 @@ table inet slot {{
     }}
     chain owner {{
         goto refuse_policy
+    }}
+    chain answers {{
+        drop
     }}
     chain admit {{
         ct state new limit rate over {NEW_CONNECTIONS} goto refuse_limit
@@ -123,31 +130,22 @@ table inet slot {{
 """
 
 
-def policy(wanted: Policy, generation: int, *, to_gate: bool, pinned: Mapping[IPv4Address, float] | None = None) -> str:
+def policy(
+    wanted: Policy,
+    generation: int,
+    *,
+    to_gate: bool,
+    pinned: Mapping[IPv4Address, float] | None = None,
+    kept: Iterable[IPv4Address] = (),
+) -> str:
     """Replace a slot's policy.
 
     Args:
-        pinned: addresses of names that it allows as the one before did, and for how many seconds.
         generation: another number for each, from 1.
         to_gate: web traffic passes through the gate whatever the policy says, for the way out is a proxy.
+        pinned: addresses of names that it allows as the one before did, and for how many seconds.
+        kept: what addresses such names have had. Connections there go on, and no new ones begin.
     """
-    judged = [f"ct mark {generation} accept"]
-    # Only a connection's first packet is redirected to the gate. One that began without it is not to go on past it.
-    past_the_gate = "tcp dport { 80, 443 } goto refuse_policy"
-    if to_gate:
-        judged.append(past_the_gate)
-    if wanted.allow:
-        judged.append("ip daddr @allowed goto admitted")
-    if wanted.has_names:
-        # What is inside QUIC can't be read: names are checked in TCP only.
-        judged += [past_the_gate, "udp dport 443 goto refuse_policy"]
-    if wanted.allow_names:
-        judged.append("ip daddr @pinned goto admitted")
-    if not wanted.allow_internet:
-        judged.append("goto refuse_policy")
-    else:
-        judged.append("ip daddr @denied goto refuse_policy")
-        judged.append("goto admitted")
     gate = ""
     if wanted.has_names or to_gate:
         # What an address rule allows needs no name, but may need the proxy.
@@ -157,26 +155,64 @@ def policy(wanted: Policy, generation: int, *, to_gate: bool, pinned: Mapping[IP
             "add rule inet slot gate ip daddr @floor ip daddr != @excepted return\n"
             f"{allowed}add rule inet slot gate tcp dport {{ 80, 443 }} redirect to :{GATE_PORT}\n"
         )
+    judged = _judged(wanted, generation, "daddr", "dport", "goto admitted", "goto refuse_policy", to_gate=to_gate)
+    # What comes back is judged too: a peer that nothing more may be said to could go on talking, over UDP.
+    answers = _judged(wanted, generation, "saddr", "sport", "accept", "drop", to_gate=to_gate)
     lines = [
         "flush chain inet slot owner",
+        "flush chain inet slot answers",
         "flush chain inet slot gate",
         "flush set inet slot allowed",
         "flush set inet slot denied",
         "flush set inet slot pinned",
+        "flush set inet slot kept",
         "add chain inet slot admitted",
         "flush chain inet slot admitted",
         *_fill("allowed", wanted.allow),
         *_fill("denied", wanted.deny),
+        *_fill("kept", kept),
         "add rule inet slot admitted jump admit",
         f"add rule inet slot admitted ct mark set {generation} accept",
         *([f"add element inet slot pinned {{ {_timed(pinned)} }}"] if pinned else []),
         *(f"add rule inet slot owner {rule}" for rule in judged),
+        *(f"add rule inet slot answers {rule}" for rule in answers),
     ]
     return "\n".join(lines) + "\n" + gate
 
 
-def _fill(name: str, blocks: tuple[IPv4Network, ...]) -> list[str]:
-    return [f"add element inet slot {name} {{ {', '.join(map(str, blocks))} }}"] if blocks else []
+def _judged(
+    wanted: Policy, generation: int, peer: str, port: str, admit: str, refuse: str, *, to_gate: bool
+) -> Iterator[str]:
+    """What a policy says of packets one way, until their connection has been admitted under it.
+
+    Args:
+        peer, port: which end of a packet is the other one's.
+        admit, refuse: the verdicts.
+    """
+    yield f"ct mark {generation} accept"
+    # Only a connection's first packet is redirected to the gate. One that began without it is not to go on past it.
+    past_the_gate = f"tcp {port} {{ 80, 443 }} {refuse}"
+    if to_gate:
+        yield past_the_gate
+    if wanted.allow:
+        yield f"ip {peer} @allowed {admit}"
+    if wanted.has_names:
+        # What is inside QUIC can't be read: names are checked in TCP only.
+        yield past_the_gate
+        yield f"udp {port} 443 {refuse}"
+    if wanted.allow_names:
+        yield f"ip {peer} @pinned {admit}"
+        yield f"ct mark != 0 ip {peer} @kept {admit}"
+    if wanted.allow_internet:
+        yield f"ip {peer} @denied {refuse}"
+        yield admit
+    else:
+        yield refuse
+
+
+def _fill(name: str, content: Iterable[IPv4Network | IPv4Address]) -> list[str]:
+    listed = ", ".join(map(str, content))
+    return [f"add element inet slot {name} {{ {listed} }}"] if listed else []
 
 
 def pin(pinned: Mapping[IPv4Address, float]) -> str:
@@ -225,7 +261,7 @@ table inet {table} {{
         iifname "{HOST_SIDE}*" accept
         oifname "{HOST_SIDE}*" ct state established, related accept
         oifname "{HOST_SIDE}*" drop
-        {"drop" if only_ours else ""}
+        {"meta nfproto ipv4 drop" if only_ours else ""}
     }}
     chain masqueraded {{
         type nat hook postrouting priority srcnat;

@@ -23,6 +23,8 @@ from kernel_gateway.network.policy import Floor, Policy, Refusal
 
 INSIDE = Path(__file__).with_name("inside.py")
 REFUSALS_KEPT = 500
+PIN_SLACK = 60.0
+"""Seconds that an address is let through for longer than was asked: the next question then costs nothing."""
 PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp"}
 """As nft numbers them; their names are in a file that minimal systems do not have."""
 MAKE_TIMEOUT = 20.0
@@ -78,7 +80,7 @@ class Slot:
         self.policy_changed: Callable[[], None] = lambda: None
         self.closing, self.closed = ExitStack(), ExitStack()
         self._generation = 1
-        self._pinned: dict[IPv4Address, tuple[str, float]] = {}
+        self._pinned: dict[IPv4Address, tuple[str, float]] = {}  # those of the past, too: connections may go on there
         self._lock = asyncio.Lock()
         self._refused: dict[tuple[str, int, str, str], Refusal] = {}
         self._is_closed = False
@@ -159,24 +161,36 @@ class Slot:
             self._generation += 1  # also when it fails: nobody knows how far it came
             now = time.monotonic()
             self._pinned = {
-                address: (name, until)
-                for address, (name, until) in self._pinned.items()
-                if until > now and policy.permits_name(name)
+                address: (name, until) for address, (name, until) in self._pinned.items() if policy.permits_name(name)
             }
-            pinned = {address: until - now for address, (_, until) in self._pinned.items()}
-            text = rules.policy(policy, self._generation, to_gate=self._to_gate, pinned=pinned)
+            pinned = {address: until - now for address, (_, until) in self._pinned.items() if until > now}
+            text = rules.policy(
+                policy, self._generation, to_gate=self._to_gate, pinned=pinned, kept=self._pinned.keys()
+            )
             await self.run("nft", "-f", "-", text=text)
             self.policy = policy
         self.policy_changed()
 
-    async def pin(self, name: str, addresses: list[IPv4Address], seconds: float) -> None:
-        """Let the addresses of a name through for a while, if the policy (still) allows the name."""
+    async def pin(self, name: str, addresses: list[IPv4Address], seconds: float) -> bool:
+        """Let the addresses of a name through for at least so many seconds, if the policy (still) allows the name.
+
+        Returns:
+            Whether the filter had to be told, which takes a process.
+        """
         async with self._lock:
-            if self.policy.permits_name(name):
-                await self.run("nft", "-f", "-", text=rules.pin(dict.fromkeys(addresses, seconds)))
-                now = time.monotonic()
-                self._pinned = {address: kept for address, kept in self._pinned.items() if kept[1] > now}
-                self._pinned |= dict.fromkeys(addresses, (name, now + seconds))
+            now = time.monotonic()
+            found = [self._pinned.get(address, ("", 0.0)) for address in addresses]
+            if not self.policy.permits_name(name) or all(
+                pinned == name and until >= now + seconds for pinned, until in found
+            ):
+                return False
+            await self.run("nft", "-f", "-", text=rules.pin(dict.fromkeys(addresses, seconds + PIN_SLACK)))
+            for address in addresses:
+                self._pinned.pop(address, None)  # the newest stand last
+                self._pinned[address] = name, now + seconds + PIN_SLACK
+            while len(self._pinned) > rules.PINS:
+                del self._pinned[next(iter(self._pinned))]
+            return True
 
     async def set_host(self, addresses: frozenset[IPv4Address]) -> None:
         """Tell the filter which addresses are the host's own now."""

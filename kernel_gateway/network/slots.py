@@ -17,6 +17,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
@@ -175,6 +176,8 @@ class Slots:
         self._only_ours = False
         self._wanted = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        # Of their own, and no more than one: what strangers answer may take long, and nobody else's work is behind it.
+        self._reader = ThreadPoolExecutor(1, "names")
         self._switched = OURS / f"ip_forward-{Path('/proc/self/ns/net').stat().st_ino}"
 
     def __repr__(self) -> str:
@@ -213,6 +216,7 @@ class Slots:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for slot in list(self._open):
             slot.close()
+        self._reader.shutdown(wait=False, cancel_futures=True)
         if self.mechanism == "netns":
             await command(["nft", "-f", "-"], f"add table inet {self._table}\ndelete table inet {self._table}\n")
             await self._stop_forwarding()
@@ -242,7 +246,7 @@ class Slots:
             try:
                 self._spare.append(await self._make())
                 pause = 1.0
-            except DriverError as error:
+            except Exception as error:  # noqa: BLE001  without this task there would never be a slot in stock again
                 log.error("a sandbox's network could not be prepared: %s", error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 30.0)
@@ -274,6 +278,7 @@ class Slots:
             policy=lambda: slot.policy,
             pin=slot.pin,
             refused=lambda name, reason: slot.refused(name, 0, "dns", reason),
+            reader=self._reader,
         )
         gate = Gate(
             policy=lambda: slot.policy,
@@ -321,17 +326,18 @@ class Slots:
     async def _start_passt(self, slot: Slot) -> None:
         """The way out as a process, which ends with the slot or with the server."""
         link = rules.LINKS[0]
-        process = subprocess.Popen(
-            [
-                "setpriv", "--pdeathsig=KILL", "--", "pasta", "--foreground", "--quiet", "--ipv4-only", "--config-net",
-                "--no-map-gw", "--no-dhcp", "-t", "none", "-u", "none", "-T", "none", "-U", "none", "--mtu", "1500",
-                "--address", str(link + 2), "--netmask", "30", "--gateway", str(link + 1), "--ns-ifname", rules.UPLINK,
-                "--runas", str(os.geteuid()), "--netns", f"/proc/self/fd/{slot.net}", "--userns",
-                f"/proc/self/fd/{slot.fds[1]}",
-            ],
-            pass_fds=slot.fds, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-
+        argv = [
+            "setpriv", "--pdeathsig=KILL", "--", "pasta", "--foreground", "--quiet", "--ipv4-only", "--config-net",
+            "--no-map-gw", "--no-dhcp", "-t", "none", "-u", "none", "-T", "none", "-U", "none", "--mtu", "1500",
+            "--address", str(link + 2), "--netmask", "30", "--gateway", str(link + 1), "--ns-ifname", rules.UPLINK,
+            "--runas", str(os.geteuid()), "--netns", f"/proc/self/fd/{slot.net}", "--userns",
+            f"/proc/self/fd/{slot.fds[1]}",
+        ]  # fmt: skip
+        nothing = subprocess.DEVNULL
+        try:
+            process = subprocess.Popen(argv, pass_fds=slot.fds, stdin=nothing, stdout=nothing, stderr=nothing)
+        except OSError as error:
+            raise DriverError(f"{argv[0]}: {error.strerror}") from error
         slot.closed.callback(process.wait)
         slot.closing.callback(process.kill)
         deadline = time.monotonic() + UPLINK_TIMEOUT
@@ -356,5 +362,5 @@ class Slots:
                 for slot in [slot for slot in self._open if slot.host != found]:
                     with contextlib.suppress(DriverError):  # closed meanwhile; or it is told the next time
                         await slot.set_host(found)
-            except DriverError as error:
+            except Exception as error:  # noqa: BLE001  as above: it must be tried again
                 log.error("the host's tables or addresses can't be read or written: %s", error)

@@ -74,12 +74,16 @@ class Guest:
 
     async def goes_on(self, target: str, ports: tuple[int, int], ack: int) -> bool:
         """Whether what is said on an open connection is answered, and not with a reset."""
+        newest, self._port = self._port, ports[0]
         self.segment(target, ports, 1, ack, 0x18, b"hi\r\n")
-        async with asyncio.timeout(5):
-            while True:
-                await self._answer("tcp")
-                if struct.unpack(">H", self.last[22:24])[0] == ports[0] and (self.last[33] & 0x04 or self.last[40:]):
-                    return not self.last[33] & 0x04
+        try:
+            async with asyncio.timeout(5):
+                while True:
+                    await self._answer("tcp")
+                    if self.last[33] & 0x04 or self.last[40:]:
+                        return not self.last[33] & 0x04
+        finally:
+            self._port = newest
 
     async def ask(self, target: str, port: int = 80, protocol: str = "tcp") -> str:
         """What becomes of a first packet: open, reset, prohibited, or silence."""
@@ -254,12 +258,64 @@ async def test_web_connections_from_before_do_not_pass_the_gate_by(guest: Guest,
     assert not await guest.goes_on(PUBLIC, ports, ack)
 
 
+async def test_what_both_policies_allow_is_not_cut_when_its_answer_has_expired(guest: Guest) -> None:
+    """A connection may be older than any answer: a policy that still has its name leaves it, and lets no new one in."""
+    name, public = "public.example.net", IPv4Address(PUBLIC)
+    await guest.slot.apply(Policy(allow_internet=False, allow_names=(name,)))
+    assert await guest.slot.pin(name, [public], 60)
+    assert not await guest.slot.pin(name, [public], 60), "what is pinned for long enough costs nothing"
+    assert await guest.slot.pin(name, [public], 600)
+    connections = [await guest.connect(PUBLIC, 8080) for _ in range(2)]
+    guest.slot._pinned[public] = name, 0.0
+    await guest.slot.apply(Policy(allow_internet=False, allow_names=(name, "other.example.net")))
+    assert await guest.goes_on(PUBLIC, *connections[0])
+    assert await guest.ask(PUBLIC, 8080) == "reset"
+    await guest.slot.apply(Policy(allow_internet=False, allow_names=("other.example.net",)))
+    assert not await guest.goes_on(PUBLIC, *connections[1])
+
+
+@pytest.mark.parametrize("allowed", [False, True], ids=["forbidden", "allowed"])
+async def test_a_peer_is_not_heard_under_a_policy_that_forbids_it(world: World, guest: Guest, allowed: bool) -> None:
+    """Over UDP it could go on talking to a guest that may not answer any more."""
+    with world.internet.inside():
+        peer = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        peer.bind((PUBLIC, 9100))
+    with peer:
+        peer.settimeout(5)
+        ports = (23_456, 9100)
+        guest.send(guest.packet(PUBLIC, 17, struct.pack(">HHHH", *ports, 14, 0) + b"hello\n"))
+        _, address = peer.recvfrom(100)
+        guest._port = ports[0]
+
+        async def is_heard() -> bool:
+            peer.sendto(b"and you", address)
+            try:
+                async with asyncio.timeout(1.5):
+                    return await guest._answer("udp") == "open"
+            except TimeoutError:
+                return False
+
+        assert await is_heard()
+        await guest.slot.apply(Policy(allow_internet=False, allow=(IPv4Network(f"{PUBLIC}/32"),) if allowed else ()))
+        assert [await is_heard() for _ in range(3)] == [allowed] * 3
+
+
 async def test_an_end_that_the_host_does_not_see_is_none(guest: Guest) -> None:
     """A guest can't end a connection in its slot's eyes alone, to have more than it may in the host's."""
     ports, ack = await guest.connect(PUBLIC, 8080)
     guest.segment(PUBLIC, ports, 1, ack, 0x04, ttl=1)
     guest.segment(PUBLIC, ports, 1, ack, 0x04, data=bytes(1400))
     assert await guest.goes_on(PUBLIC, ports, ack)
+
+
+async def test_neighbours_are_not_made_up(guest: Guest) -> None:
+    """The kernel's list of neighbours is one for the whole host: a guest is in it once, whoever it says it is."""
+    for number in range(1, 200):
+        sender = ME + socket.inet_aton(f"198.19.{number}.7")
+        guest.send(struct.pack(">HHBBH", 1, 0x0800, 6, 4, 1) + sender + bytes(6) + rules.GATEWAY.packed, kind=0x0806)
+    assert await guest.ask(PUBLIC) == "open"
+    listed = (await guest.slot.run("ip", "neigh", "show", "dev", rules.TAP)).splitlines()
+    assert [line.split()[0] for line in listed] == [str(rules.GUEST)]
 
 
 async def test_the_host_forgets_a_slots_connections(world: World, slots: Slots) -> None:
@@ -388,6 +444,24 @@ async def test_the_hosts_table_is_put_back(world: World, slots: Slots, guest: Gu
         while ("cellvm_" in world.host.run("nft list tables")) != (slots.mechanism == "netns"):
             await asyncio.sleep(0.2)
     assert await guest.ask(PUBLIC, 8080) == "open"
+
+
+async def test_slots_go_on_being_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong with one is told, and tried again."""
+    slots = Slots("netns", (), resolvers=[], proxy=None)
+    made = iter([OSError("no more processes"), "first", ValueError("strange"), "second"])
+
+    async def make() -> str:
+        if isinstance(found := next(made), Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(slots, "_make", make)
+    task = asyncio.create_task(slots._refill())
+    async with asyncio.timeout(10):
+        while len(slots._spare) < 2:
+            await asyncio.sleep(0.05)
+    task.cancel()
 
 
 async def test_every_block_is_in_the_world() -> None:

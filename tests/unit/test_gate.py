@@ -546,6 +546,7 @@ async def test_a_new_policy_cuts_what_it_forbids() -> None:
             await (reader.readexactly(len(first)) if data is first else reader.readuntil(b"\r\n\r\nx"))
             connections.append((reader, writer))
         world.policy = ONLY_SITE
+        world.pins.clear()  # the answer has expired since
         world.gate.judge_again()
         (site, site_writer), (other, other_writer) = connections
         async with asyncio.timeout(20):

@@ -1,9 +1,12 @@
 """What `cellvm doctor` says of the network."""
 
+from ipaddress import IPv4Address
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kernel_gateway import host
 from kernel_gateway.host import Finding, _network
 from kernel_gateway.settings import Settings
 
@@ -17,8 +20,11 @@ def resolver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
 
 
-def found(**settings: str) -> list[Finding]:
-    return list(_network(Settings(pip_index="https://index.example.net/simple", **settings), "netns", ""))
+OWN = frozenset({IPv4Address("45.67.89.1")})
+
+
+def found(**settings: Any) -> list[Finding]:
+    return list(_network(Settings(pip_index="https://index.example.net/simple", **settings), "netns", "", OWN))
 
 
 @pytest.mark.usefixtures("resolver")
@@ -33,7 +39,25 @@ def test_names_of_denied_addresses_are_noticed() -> None:
 
 def test_no_network_is_said() -> None:
     """A network that can't be is a warning with its reason; one that was switched off is as wanted."""
-    (finding,) = _network(Settings(), "off", "netns: no nft")
+    (finding,) = _network(Settings(), "off", "netns: no nft", OWN)
     assert (finding.level, finding.meaning) == ("warn", "netns: no nft")
-    (finding,) = _network(Settings(network="off"), "off", "switched off")
+    (finding,) = _network(Settings(network="off"), "off", "switched off", OWN)
     assert finding.level == "ok"
+
+
+def test_an_index_on_the_host_itself_can_not_be_excepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Doctor does not suggest what would not help."""
+    (tmp_path / "getent").write_text("#!/bin/sh\necho 45.67.89.1 STREAM $2\n")
+    (tmp_path / "getent").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    (index,) = [each for each in found() if "index.example.net" in each.what]
+    assert (index.level, "--egress-allow" in index.meaning) == ("warn", False)
+
+
+@pytest.mark.usefixtures("resolver")
+def test_more_sandboxes_than_the_host_can_count_connections_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its list of connections is everybody's."""
+    monkeypatch.setattr(host, "connections_of_host", lambda: 65_536)
+    assert not [each for each in found(max_sandboxes=20) if "connections" in each.what]
+    (finding,) = [each for each in found(max_sandboxes=40) if "connections" in each.what]
+    assert "nf_conntrack_max=200000" in finding.meaning

@@ -2,7 +2,9 @@
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
@@ -127,11 +129,13 @@ class World:
     refused: list[tuple[str, str]] = field(default_factory=list)
     now: float = 1000.0
     filter_fails: bool = False
+    reader: Executor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
-    async def pin(self, name: str, addresses: list[IPv4Address], seconds: float) -> None:
+    async def pin(self, name: str, addresses: list[IPv4Address], seconds: float) -> bool:
         if self.filter_fails:
             raise RuntimeError("no filter")
         self.pinned.append((name, [str(each) for each in addresses], seconds))
+        return True
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator["World"]:
@@ -144,6 +148,7 @@ class World:
                 policy=lambda: self.policy,
                 pin=self.pin,
                 refused=lambda name, reason: self.refused.append((name, reason)),
+                reader=self.reader,
                 limits=self.limits,
                 clock=lambda: self.now,
             )
@@ -156,6 +161,7 @@ class World:
                 finally:
                     self.resolver.close()
                     await asyncio.sleep(0)
+                    self.reader.shutdown()
 
     async def raw(self, data: bytes, timeout: float = 20.0) -> bytes:
         loop = asyncio.get_running_loop()
@@ -315,7 +321,7 @@ async def test_names_obey_the_policy() -> None:
         assert upstream.asked == []
         world.policy = Policy(allow_internet=False, allow_names=("*.example",))
         assert told(await world.ask("a.example")) == [f"a.example. 7 IN A {PUBLIC}"]
-        assert world.pinned == [("a.example", [PUBLIC], 120)]
+        assert world.pinned == [("a.example", [PUBLIC], 60)]
         assert (await world.ask("other.test")).rcode() == dns.rcode.NXDOMAIN
         assert world.refused[1:] == [("other.test", "policy")]
         world.policy = Policy(allow_internet=False)
@@ -392,7 +398,7 @@ async def test_long_answers_come_over_tcp() -> None:
         assert short.flags & dns.flags.TC
         assert short.answer == []
         assert upstream.over_tcp == 1
-        assert world.resolver._tokens < 95
+        assert world.resolver._budget._left < 99
         reader, writer = await asyncio.open_connection(*world.tcp_address)
         for _ in range(2):
             query = dns.message.make_query("a.example", "A").to_wire()
@@ -419,7 +425,7 @@ async def test_a_guest_has_its_share() -> None:
         assert world.refused == [("*", "limit")] * 17
         assert len(world.resolver._queries) == 3
         world.now += 1
-        assert [world.resolver._admits() for _ in range(6)] == [True] * 5 + [False]
+        assert [world.resolver._budget.admits() for _ in range(6)] == [True] * 5 + [False]
     async with World([Upstream(silent)], limits=Limits(connections=1, idle=0.2)).run() as world:
         first, first_writer = await asyncio.open_connection(*world.tcp_address)
         async with asyncio.timeout(20):
@@ -431,6 +437,43 @@ async def test_a_guest_has_its_share() -> None:
             assert await first.read() == b""  # it said nothing for too long
         first_writer.close()
         second_writer.close()
+
+
+async def test_answers_that_take_long_to_read() -> None:
+    """Their guest pays for them, what it has waiting behind one is dropped, and others' questions come next."""
+    suffix = ".".join("a" * 118)
+    costly = dns.message.make_response(dns.message.make_query(f"x.{suffix}", "MX"))
+    costly.answer.append(
+        dns.rrset.from_text(f"x.{suffix}.", 60, "IN", "MX", *(f"{n} b{n}.{suffix}." for n in range(95)))
+    )
+    data = costly.to_wire(max_size=4096)
+    begun = time.thread_time()
+    dns.message.from_wire(data)
+    price = time.thread_time() - begun
+
+    def answer(query: dns.message.Message) -> bytes:
+        return query.id.to_bytes(2, "big") + data[2:]
+
+    limits = Limits(attempt=60, total=60)
+    async with World([Upstream(answer)], limits=limits).run() as hostile:
+        other = World([Upstream(answering(f"a.example. 60 A {PUBLIC}"))], reader=hostile.reader)
+        async with other.run():
+            loop = asyncio.get_running_loop()
+            used, begun = time.process_time(), time.monotonic()
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                sock.setblocking(False)
+                sock.connect(hostile.address)
+                for _ in range(40):
+                    await loop.sock_sendall(sock, dns.message.make_query(f"x.{suffix}", "MX").to_wire())
+                async with asyncio.timeout(60):
+                    while not hostile.upstreams[0].asked:
+                        await asyncio.sleep(0.01)
+                assert told(await other.ask("a.example")) == [f"a.example. 60 IN A {PUBLIC}"]
+                async with asyncio.timeout(60):
+                    while hostile.resolver._queries:
+                        await asyncio.sleep(0.01)
+            assert hostile.resolver._budget.is_spent
+            assert time.process_time() - used < 20 * price  # forty of them, and all their answers, would be eighty
 
 
 @pytest.mark.parametrize(
@@ -490,6 +533,7 @@ def test_any_bytes_are_answered_shortly_or_not_at_all(data: bytes | tuple[int, b
         policy=lambda: Policy(allow_internet=False),
         pin=lambda *_: asyncio.sleep(0),
         refused=lambda name, reason: None,
+        reader=ThreadPoolExecutor(1),  # not used: nobody is asked
     )
     answer = asyncio.run(resolver.respond(data))
     if answer is not None:

@@ -3,11 +3,12 @@
 import argparse
 import re
 from dataclasses import fields
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import pytest
 
+from kernel_gateway.network.policy import Floor
 from kernel_gateway.settings import Settings, SettingsError, flag, variable
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -60,9 +61,22 @@ def test_settings_of_the_network_are_read_strictly() -> None:
     assert good.proxy == ("proxy", 8080)
     assert good.guest_env["https_proxy"] == "http://198.19.0.1:3128"
     assert load(PIP_INDEX="https://index.example/simple").guest_env == {"PIP_INDEX_URL": "https://index.example/simple"}
-    for text in ("10.1.2.3/16", "10.1", "::1", "example.com", "10.0.0.0/33"):
+    for text in (
+        "10.1.2.3/16",
+        "10.1",
+        "::1",
+        "example.com",
+        "10.0.0.0/33",
+        "127.0.0.0/8",
+        "0.0.0.0/32",
+        "127.8.0.0/16",
+    ):
         with pytest.raises(SettingsError, match="--egress-allow"):
             _ = load(EGRESS_ALLOW=text).egress_exceptions
+    wide = Floor(load(EGRESS_ALLOW="0.0.0.0/0").egress_exceptions)
+    refused = ("0.0.0.0", "0.255.255.255", "127.0.0.1", "127.255.255.255")
+    assert all(wide.refuses(IPv4Address(address)) for address in refused), "the host itself is no exception's"
+    assert not any(wide.refuses(IPv4Address(address)) for address in ("1.0.0.0", "10.1.2.3", "126.9.9.9", "128.0.0.0"))
     for text in ("example.com", "9.9.9.9:x", "9.9.9.9:70000", "::1"):
         with pytest.raises(SettingsError, match="--dns"):
             _ = load(DNS=text).resolvers
