@@ -1,6 +1,7 @@
 """Connections to services inside the sandbox, with credit both ways: a slow reader at either end stops the other."""
 
 import asyncio
+import socket
 
 from guest_agent import wire
 from guest_agent.channel import AgentError, Stream
@@ -32,32 +33,42 @@ async def connect(stream: Stream, request: wire.Connect, uid: int | None) -> Non
 
 
 async def _join(stream: Stream, port: int, addresses: tuple[str, ...]) -> None:
-    reader, writer = await _open(port, addresses)
-    stream.event(wire.Connected())
-    sending = asyncio.create_task(_send(stream, writer))
-    try:
-        await _receive(stream, reader)
-    finally:
-        sending.cancel()
-        writer.transport.abort()
-
-
-async def _open(port: int, addresses: tuple[str, ...]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    for address in addresses:
+    with await _open(port, addresses) as sock:
+        stream.event(wire.Connected())
+        sending = asyncio.create_task(_send(stream, sock))
         try:
-            return await asyncio.open_connection(address, port)
+            await _receive(stream, sock)
+        finally:
+            sending.cancel()
+            await asyncio.wait({sending})
+
+
+async def _open(port: int, addresses: tuple[str, ...]) -> socket.socket:
+    """A connection. Not one of asyncio's streams: they throw away what has come when there is nobody to write to."""
+    for address in addresses:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await asyncio.get_running_loop().sock_connect(sock, (address, port))
         except (OSError, OverflowError) as error:
+            sock.close()
             failure = error
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
     raise AgentError("port_closed", f"port {port} is not open: {failure}") from failure
 
 
-async def _receive(stream: Stream, reader: asyncio.StreamReader) -> None:
+async def _receive(stream: Stream, sock: socket.socket) -> None:
     while True:
         await stream.wait_for_room()
         if stream.cancelled.is_set():
             return
         try:
-            data = await reader.read(stream.room)
+            data = await asyncio.get_running_loop().sock_recv(sock, stream.room)
         except OSError:  # the service has reset the connection: what it said before has been passed on
             return
         if not data:
@@ -65,11 +76,10 @@ async def _receive(stream: Stream, reader: asyncio.StreamReader) -> None:
         stream.send_now(data, wire.STDOUT)
 
 
-async def _send(stream: Stream, writer: asyncio.StreamWriter) -> None:
+async def _send(stream: Stream, sock: socket.socket) -> None:
     try:
         while (data := await stream.receive()) is not None:
-            writer.write(data)
-            await writer.drain()
-        writer.write_eof()
+            await asyncio.get_running_loop().sock_sendall(sock, data)
+        sock.shutdown(socket.SHUT_WR)
     except OSError:
         pass  # the service does not read any more; its end of the connection tells the rest

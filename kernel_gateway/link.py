@@ -21,6 +21,8 @@ from guest_agent.wire import Body, Failure, Frame, FrameType
 from kernel_gateway.errors import GuestFailure, GuestUnresponsive, SandboxDied, TooLarge
 
 STRIKES = 100
+MAX_CANCELLED = 1000
+"""Conversations whose cancelling the guest has not answered yet; one that lets more pile up answers none of them."""
 EVENTS_PER_CONVERSATION = 4
 SMALL = 2048
 """Pieces of DATA below this many bytes are joined while they wait."""
@@ -158,6 +160,7 @@ class Link(asyncio.Protocol):
         self._decoder = wire.Decoder()
         self._numbers = itertools.count(wire.FIRST_STREAM)
         self._conversations: dict[int, Conversation] = {}
+        self._cancelled: set[int] = set()
         self._joiners = {wire.KERNEL: wire.MessageJoiner(), wire.KERNEL_CONTROL: wire.MessageJoiner()}
         self._kernel_credit = dict.fromkeys(self._joiners, wire.INITIAL_CREDIT)
         self._kernel_granted = dict.fromkeys(self._joiners, wire.INITIAL_CREDIT)
@@ -217,10 +220,12 @@ class Link(asyncio.Protocol):
         finally:
             if conversation.is_open and not self.closed.done():
                 self.write(wire.header(FrameType.CANCEL, number, 0))
-                # The guest answers a cancelled request all the same; until then the number is taken.
                 conversation.close(GuestFailure("failed", "cancelled"))
-            else:
-                self._conversations.pop(number, None)
+                # The guest answers a cancelled request all the same; until then the number is taken, and no more of it.
+                self._cancelled.add(number)
+                if len(self._cancelled) > MAX_CANCELLED:
+                    self.close(GuestUnresponsive("the guest does not answer what is cancelled"))
+            self._conversations.pop(number, None)
 
     async def call(self, request: Body, reply_type: type[T], timeout: float = 30.0) -> T:
         """Ask and await the reply.
@@ -392,14 +397,16 @@ class Link(asyncio.Protocol):
 
     def _conversation_frame(self, frame: Frame) -> None:
         conversation = self._conversations.get(frame.stream)
-        if conversation is None or frame.type in (FrameType.REQUEST, FrameType.CANCEL):
+        is_known = conversation is not None or frame.stream in self._cancelled
+        if not is_known or frame.type in (FrameType.REQUEST, FrameType.CANCEL):
             self._strikes += 1
             if self._strikes >= STRIKES:
                 raise wire.FrameError(f"{STRIKES} frames that nobody asked for")
+        elif conversation is None:
+            if frame.type in (FrameType.REPLY, FrameType.FAILURE):
+                self._cancelled.discard(frame.stream)
         elif conversation.is_open:
             conversation.received(frame)
-        elif frame.type in (FrameType.REPLY, FrameType.FAILURE):
-            del self._conversations[frame.stream]
 
     def _kernel_frame(self, frame: Frame) -> None:
         if frame.type is FrameType.CREDIT:

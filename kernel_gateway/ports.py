@@ -118,7 +118,15 @@ class Carried:
 
 
 def without_keys(headers: Iterable[tuple[str, str]], query: str, owner_of: OwnerOf) -> Carried:
-    """Take our keys out. What is none of ours is the service's own and stays, byte for byte."""
+    """Take our keys out. What is none of ours is the service's own and stays, byte for byte.
+
+    Raises:
+        InvalidRequest: there are more headers for keys than a request has.
+    """
+    headers = list(headers)
+    for name in ("authorization", "x-api-key"):
+        if sum(given.lower() == name for given, _ in headers) > 1:
+            raise InvalidRequest(f"a request has one {name} header, not more")
     owners: set[str] = set()
     kept: Headers = []
     for name, value in headers:
@@ -194,18 +202,16 @@ def framing(headers: Iterable[tuple[str, str]]) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Who asks, as the service is told: `origin` is how a browser names the gateway (`http://host:port`)."""
+    """Who asks, as the service is told; `host` is the gateway's as the client names it, with a port perhaps."""
 
     address: str
-    origin: str
+    scheme: str
+    host: str
 
     @property
-    def scheme(self) -> str:
-        return self.origin.partition(":")[0]
-
-    @property
-    def host(self) -> str:
-        return self.origin.partition("://")[2]
+    def origins(self) -> tuple[str, str]:
+        """How a browser names the gateway. There may be TLS in front that we do not see."""
+        return f"http://{self.host.lower()}", f"https://{self.host.lower()}"
 
 
 class Exchange:
@@ -261,13 +267,13 @@ class Exchange:
         for name, value in headers:
             if name.lower() == "origin":
                 # The service knows itself as localhost; so its own pages must be from there.
-                is_own = value.lower() == client.origin.lower() or (value == "null" and self._place.is_by_path)
+                is_own = value.lower() in client.origins or (value == "null" and self._place.is_by_path)
                 told.append(("Origin", self._service if is_own else value))
             elif name.lower() == "referer":
                 # Of other pages not even the address: one of the gateway's own may have a key in it.
-                start = f"{client.origin}{self._place.prefix}/"
-                if value.lower().startswith(start.lower()):
-                    told.append(("Referer", f"{self._service}/{value[len(start) :].partition('?')[0]}"))
+                for start in (f"{origin}{self._place.prefix}/" for origin in client.origins):
+                    if value.lower().startswith(start.lower()):
+                        told.append(("Referer", f"{self._service}/{value[len(start) :].partition('?')[0]}"))
         return told
 
     def body(self, data: bytes) -> bytes:
@@ -386,7 +392,9 @@ def relocated(location: str, place: Place) -> str:
         location = rest[len(parts.netloc) :]
         location = location if location.startswith("/") else f"/{location}"
         location = "/" + location.lstrip("/")
-    return place.prefix + location if location.startswith("/") and not location.startswith("//") else location
+    is_told = location == place.prefix or location.startswith(f"{place.prefix}/")  # it has heeded X-Forwarded-Prefix
+    is_path = location.startswith("/") and not location.startswith("//")
+    return place.prefix + location if is_path and not (place.is_by_path and is_told) else location
 
 
 def _without_domain(cookie: str) -> str:

@@ -103,7 +103,7 @@ class Sandbox:
         self.applying = asyncio.Lock()
         self.open_ports: set[int] = set()
         self.all_ports_open = False
-        self.port_connections = 0
+        self.port_users: dict[asyncio.Task[None], int | None] = {}  # and the port, of those who are no owner
         self.started_at = datetime.now(UTC)
         self.idle_timeout = idle_timeout
         self.state = State.CREATING
@@ -123,6 +123,23 @@ class Sandbox:
     def is_open(self, port: int) -> bool:
         """Whether that port may be used without a key."""
         return self.all_ports_open or port in self.open_ports
+
+    def open_port(self, port: int, is_open: bool) -> None:
+        """Let everybody use a port, or nobody but the owner any more."""
+        (self.open_ports.add if is_open else self.open_ports.discard)(port)
+        self._cut_visitors()
+
+    def open_all_ports(self, is_open: bool) -> None:
+        """The same for all ports; closing them also closes those that were opened one by one."""
+        self.all_ports_open = is_open
+        if not is_open:
+            self.open_ports.clear()
+        self._cut_visitors()
+
+    def _cut_visitors(self) -> None:
+        for task, port in self.port_users.items():
+            if port is not None and not self.is_open(port):
+                task.cancel()
 
     @property
     def kernel_id(self) -> str:

@@ -181,8 +181,11 @@ class Sandboxes:
         elif policy.restricts and self.capabilities.network != "off":
             raise DriverError("the machine has no filter")
 
-    async def set_policy(self, sandbox: Sandbox, policy: Policy) -> None:
+    async def set_policy(self, sandbox: Sandbox, policy: Policy, ports_open: bool | None = None) -> None:
         """Replace what a running sandbox may reach. Done to its end, also when whoever asked has gone.
+
+        Args:
+            ports_open: open all its ports to everybody, or close them; None leaves them.
 
         Raises:
             Unavailable: this server can't enforce it.
@@ -190,9 +193,9 @@ class Sandboxes:
             GuestFailure: it could not be applied; the one before is still in force.
         """
         self._check_enforceable(policy)
-        await asyncio.shield(asyncio.create_task(self._replace_policy(sandbox, policy)))
+        await asyncio.shield(asyncio.create_task(self._replace_policy(sandbox, policy, ports_open)))
 
-    async def _replace_policy(self, sandbox: Sandbox, policy: Policy) -> None:
+    async def _replace_policy(self, sandbox: Sandbox, policy: Policy, ports_open: bool | None) -> None:
         async with sandbox.applying:
             guest = sandbox.guest
             try:
@@ -203,6 +206,8 @@ class Sandboxes:
                 message = "the network policy could not be applied; the one before is still in force"
                 raise GuestFailure("failed", message) from error
             sandbox.policy = policy
+            if ports_open is not None:
+                sandbox.open_all_ports(ports_open)
 
     async def refusals(self, sandbox: Sandbox) -> list[Refusal]:
         """What the sandbox wanted to reach and may not, newest first.

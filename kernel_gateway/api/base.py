@@ -388,8 +388,15 @@ class Endpoint(Handler):
         self._is_answered = True
         while not self._chunks.empty():
             self._chunks.get_nowait()  # whoever waits to add more finds that it is not wanted
+        if not self._has_whole_body:
+            asyncio.get_running_loop().call_later(JSON_BODY_TIMEOUT, self._give_up)
         with contextlib.suppress(StreamClosedError):  # nobody is left to tell
             await self.flush()
+
+    def _give_up(self) -> None:
+        """Who was refused and still has not sent the rest of the body is waited for no longer."""
+        if not self._has_whole_body and self in self.application.settings["requests"]:
+            self._connection.stream.close()
 
 
 class Missing(Endpoint):

@@ -11,6 +11,7 @@ takes half an answer for a whole one.
 import asyncio
 import logging
 import re
+import select
 import socket
 from collections.abc import Callable
 from http import HTTPStatus
@@ -64,6 +65,11 @@ PIECE = 256 * 1024
 """Bytes that are taken from a client at once where there is no HTTP any more."""
 MAX_EVENTS = 50
 """Chunks of an answer that are read in one go: a service may send very many very small ones."""
+HANG_UP_LOOK = 5.0
+"""Seconds between looks at whether the client is still there, which Tornado does not notice while it holds bytes of
+the next request."""
+IGNORED_BODY_TIMEOUT = 60.0
+"""Seconds that the rest of a request's body is waited for when it has been answered already."""
 LINGER = 5.0
 """Seconds a service gets to read what a client has sent before it hung up."""
 
@@ -115,22 +121,18 @@ async def set_port(call: Call, body: SetPort) -> None:
     """Open a port, or all, to everybody who has its address; or close it, also for those who are connected."""
     sandbox = call.sandbox
     if body.port is None:
-        sandbox.all_ports_open = body.public
-        if not body.public:
-            sandbox.open_ports.clear()
-    elif body.public:
-        sandbox.open_ports.add(body.port)
-    elif sandbox.all_ports_open:
+        sandbox.open_all_ports(body.public)
+    elif sandbox.all_ports_open and not body.public:
         raise Conflict("all ports are open: one alone can't be closed", hint='close all with {"public": false} first')
     else:
-        sandbox.open_ports.discard(body.port)
+        sandbox.open_port(body.port, body.public)
 
 
 # -- one request
 
 
 def client_of(request: HTTPServerRequest) -> Client:
-    return Client(request.remote_ip or "", f"{request.protocol}://{request.host}")
+    return Client(request.remote_ip or "", request.protocol, request.host)
 
 
 class Preview(HTTPMessageDelegate):
@@ -191,6 +193,7 @@ class Preview(HTTPMessageDelegate):
         self._connection.stream.set_nodelay(True)
         self._task = asyncio.create_task(self._run())
         self._task.add_done_callback(lambda _: self._finished())
+        self._look_at_client()
         await self._is_begun.wait()
 
     async def data_received(self, chunk: bytes) -> None:
@@ -204,13 +207,27 @@ class Preview(HTTPMessageDelegate):
 
     def finish(self) -> None:
         self._has_whole_body.set()
-        if self._exchange is not None and not self._is_answered and (last := self._exchange.end()):
+        if self._exchange is None or self._is_answered or not self._may_go_on:
+            return
+        if last := self._exchange.end():
             self._ending = asyncio.create_task(self._send(last))
 
     def on_connection_close(self) -> None:
         """The client hung up: so do we, on the service."""
         if self._task is not None:
             self._task.cancel()
+
+    def _look_at_client(self) -> None:
+        stream = self._connection.stream
+        if self not in self._requests or stream is None or stream.socket is None:
+            return
+        poll = select.poll()
+        poll.register(stream.socket, select.POLLRDHUP)
+        # While a body comes its end is one of two things, and Tornado finds out which.
+        if poll.poll(0) and (self._has_whole_body.is_set() or self._exchange is None):
+            self.on_connection_close()
+        else:
+            asyncio.get_running_loop().call_later(HANG_UP_LOOK, self._look_at_client)
 
     # -- the way there
 
@@ -251,15 +268,18 @@ class Preview(HTTPMessageDelegate):
         if self._sandboxes.is_draining:
             raise Draining("the server is going down")
         link = sandbox.guest.link
-        if sandbox.port_connections >= (MAX_VISITORS if self._is_visitor else MAX_CONNECTIONS):
+        if len(sandbox.port_users) >= (MAX_VISITORS if self._is_visitor else MAX_CONNECTIONS):
             raise HostFull("there are too many connections to ports of this sandbox", hint="close some, or wait")
-        sandbox.port_connections += 1
+        assert self._task is not None
+        sandbox.port_users[self._task] = port if self._is_visitor else None
         try:
             async with link.ask(wire.Connect(port=port)) as conversation:
                 await self._connect(conversation, CONNECT_TIMEOUT * link.time_scale)
                 await self._converse(conversation, carried, length)
         finally:
-            sandbox.port_connections -= 1
+            del sandbox.port_users[self._task]
+        if self._is_answered:
+            await self._end()
 
     def _find(self, carried: Carried) -> Sandbox:
         """The sandbox, if whoever asks may.
@@ -304,7 +324,8 @@ class Preview(HTTPMessageDelegate):
         except GuestFailure as error:
             if error.code == "port_closed":
                 raise GuestFailure(error.code, closed) from None
-            raise
+            # Whatever else the agent says of it: neither its words nor a status that it likes.
+            raise GuestFailure("failed", f"the sandbox could not connect to port {self._place.number}") from None
         if not isinstance(first, wire.Connected):
             raise GuestUnresponsive("the guest did not answer Connect as it must")
 
@@ -316,6 +337,7 @@ class Preview(HTTPMessageDelegate):
         target = self._rest + (f"?{carried.query}" if carried.query else "")
         head = exchange.request(request.method or "", target, carried.headers, length, upgrade, client_of(request))
         if upgrade:
+            request.headers.pop("Expect", None)  # there is no body to be asked for
             head += exchange.end()  # it has no body; what the client sends from here on may be of another protocol
         await conversation.send(head)
         self._conversation = conversation
@@ -334,7 +356,7 @@ class Preview(HTTPMessageDelegate):
                 await self._connection.write(data)
             elif not exchange.is_over:
                 exchange.receive_data(await self._receive(conversation))
-        await self._end()
+        self._is_answered = True
 
     async def _send(self, data: bytes) -> None:
         """Send to the service, as it reads; if nobody is there any more, whoever waits for the answer is told."""
@@ -377,11 +399,12 @@ class Preview(HTTPMessageDelegate):
 
     async def _receive(self, conversation: Conversation) -> bytes:
         """What the service says next; nothing when it has closed the connection."""
-        while isinstance(item := await conversation.receive(), tuple):
-            if not self._may_go_on:
-                raise GuestFailure("failed", "the port has been closed")
-            if item[0] == wire.STDOUT:
-                return item[1]
+        try:
+            while isinstance(item := await conversation.receive(), tuple):
+                if item[0] == wire.STDOUT and self._may_go_on:
+                    return item[1]
+        except GuestFailure:
+            raise GuestFailure("failed", f"the connection to port {self._place.number} broke") from None
         return b""
 
     async def _write_head(self, status: int, headers: list[tuple[str, str]]) -> None:
@@ -389,6 +412,9 @@ class Preview(HTTPMessageDelegate):
         given = HTTPHeaders()
         for name, value in headers:
             given.add(name, value)
+        # Tornado would ask for the body by this header now, in the middle of the answer; so the body won't come.
+        if self._request.headers.pop("Expect", None) is not None and not self._is_begun.is_set():
+            self._is_last = True
         if self._request.version == "HTTP/1.0" and "Content-Length" not in given:
             self._request.headers["Connection"] = "close"  # or Tornado says that it is kept
             self._is_last = True  # which is how the client learns where the body ends
@@ -408,7 +434,12 @@ class Preview(HTTPMessageDelegate):
             return
         self._is_begun.set()
         if not self._is_last:
-            await self._has_whole_body.wait()
+            try:
+                async with asyncio.timeout(IGNORED_BODY_TIMEOUT):
+                    await self._has_whole_body.wait()
+            except TimeoutError:
+                self._connection.close()
+                return
         self._connection.finish()
         if self._is_last:
             self._connection.close()
@@ -436,8 +467,6 @@ class Preview(HTTPMessageDelegate):
             headers.append(("WWW-Authenticate", "Bearer"))
         if error.retry_after is not None:
             headers.append(("Retry-After", str(error.retry_after)))
-        if not self._is_begun.is_set() and "Expect" in self._request.headers:
-            self._is_last = True  # the body won't come
         await self._write_head(status, headers)
         if self._request.method != "HEAD":
             await self._connection.write(body)
@@ -483,7 +512,7 @@ class Preview(HTTPMessageDelegate):
 
     async def _copy_up(self, stream: IOStream, conversation: Conversation) -> None:
         try:
-            while self._may_go_on:
+            while True:
                 await conversation.send(await stream.read_bytes(PIECE, partial=True))
         except (StreamClosedError, CellvmError):
             pass

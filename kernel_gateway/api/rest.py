@@ -190,7 +190,7 @@ async def create_sandbox(call: Call, body: CreateSandbox) -> SandboxModel:
         env=body.envVars,
         policy=read_policy(call, network, body.allow_internet_access, body.allowInternetAccess),
     )
-    sandbox.all_ports_open = network.allowPublicTraffic is True
+    sandbox.open_all_ports(network.allowPublicTraffic is True)
     return model(sandbox)
 
 
@@ -319,9 +319,7 @@ async def set_network(call: Call, body: SetNetwork) -> None:
     """Replace what the sandbox may reach; connections that are forbidden now are cut."""
     sandbox = call.sandbox
     policy = read_policy(call, body, body.allow_internet_access, body.allowInternetAccess)
-    await call.sandboxes.set_policy(sandbox, policy)
-    if body.allowPublicTraffic is not None:
-        sandbox.all_ports_open = body.allowPublicTraffic
+    await call.sandboxes.set_policy(sandbox, policy, body.allowPublicTraffic)
 
 
 async def get_network(call: Call) -> NetworkState:

@@ -24,9 +24,11 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from guest_agent import wire
-from kernel_gateway.api import ports
+from kernel_gateway import link
+from kernel_gateway.api import base, ports
 from kernel_gateway.api.base import STATUS
 from kernel_gateway.drivers.unisolated import Unisolated
+from kernel_gateway.lifecycle import State
 from kernel_gateway.sandbox import Sandbox
 from tests.fakes import Service, error_of, eventually, resident, serving
 
@@ -95,6 +97,9 @@ async def answer(reader, writer):
         await ticks[query].get()
     elif path == "/early":  # answers before the request is whole
         writer.write(b"HTTP/1.1 413 Too Large\\r\\nContent-Length: 2\\r\\n\\r\\nno")
+    elif path == "/refuse":  # the same, and then holds on to the connection without reading
+        writer.write(b"HTTP/1.1 413 Too Large\\r\\nContent-Length: 2\\r\\n\\r\\nno")
+        await ticks["refuse"].get()
     elif path == "/tunnel":
         writer.write(b"HTTP/1.1 101 Switching\\r\\nConnection: Upgrade\\r\\nUpgrade: echo\\r\\n\\r\\nfirst")
         while data := await reader.read(65536):
@@ -239,7 +244,7 @@ async def lab(shared: Lab) -> AsyncIterator[Lab]:
     """The service; afterwards its ports are closed, and it has seen no key."""
     yield shared
     await shared.open(public=False, port=None)
-    await eventually(lambda: shared.sandbox.port_connections == 0)
+    await eventually(lambda: len(shared.sandbox.port_users) == 0)
     basic = base64.b64encode(f"x:{shared.service.key}".encode()).decode()
     secrets = [shared.service.key, shared.service.other_key, basic, shared.service.key[4:].replace("a", "%61")]
     assert not any([await shared.has_seen(secret) for secret in secrets])
@@ -398,7 +403,7 @@ async def test_a_service_that_does_not_read(lab: Lab) -> None:
         assert resident() - before <= 16 * MIB + sent - writer.transport.get_write_buffer_size()
         writer.transport.abort()
     assert (await lab.call("GET", "/tick?s")).code == 200
-    await eventually(lambda: lab.sandbox.port_connections == 0)
+    await eventually(lambda: len(lab.sandbox.port_users) == 0)
 
 
 async def test_events_come_at_once(lab: Lab) -> None:
@@ -423,6 +428,30 @@ async def test_an_answer_before_the_request_is_whole(lab: Lab) -> None:
         assert b"200 OK" in await reader.read()
 
 
+async def test_an_answer_to_an_upload_that_nobody_reads(lab: Lab) -> None:
+    """The service has answered and reads no more: what is left of the body is dropped, and the client gets to read."""
+    size = 12 * MIB
+    async with lab.raw(lab.head("/refuse", "POST", f"Content-Length: {size}")) as (reader, writer), asyncio.timeout(20):
+        for _ in range(12):
+            writer.write(bytes(MIB))
+            await writer.drain()
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 413 ")
+        assert await reader.readexactly(2) == b"no"
+        writer.write(lab.head("/x", "GET", "Connection: close"))
+        assert b"200 OK" in await reader.read()
+    assert (await lab.call("GET", "/tick?refuse")).code == 200
+
+
+async def test_a_body_that_is_not_wanted_is_not_waited_for(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was refused and sends no body after all has no connection for ever; by the gateway's own routes neither."""
+    monkeypatch.setattr(ports, "IGNORED_BODY_TIMEOUT", 0.3)
+    monkeypatch.setattr(base, "JSON_BODY_TIMEOUT", 0.3)
+    assert (await lab.spoken(lab.head("/x", "POST", "Content-Length: 9", key="wrong"))).startswith(b"HTTP/1.1 401 ")
+    for line in ("POST /sandboxes", f"POST /sandboxes/{lab.box}/files", "PUT /nowhere"):
+        head = f"{line} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n".encode()
+        assert (await lab.spoken(head)).startswith((b"HTTP/1.1 401 ", b"HTTP/1.1 404 "))
+
+
 async def test_expect_100(lab: Lab) -> None:
     """Who waits to be asked for the body is asked; who is refused is not, and the connection ends there."""
     lines = ("Content-Length: 3", "Expect: 100-continue", "Connection: close")
@@ -431,6 +460,19 @@ async def test_expect_100(lab: Lab) -> None:
         writer.write(b"abc")
         assert b'"body": "abc"' in await reader.read()
     assert (await lab.spoken(lab.head("/x", "POST", *lines[:2], key="wrong"))).startswith(b"HTTP/1.1 401 ")
+    redirected = await lab.spoken(lab.head("", "GET", *lines[:2]))
+    assert redirected.startswith(b"HTTP/1.1 308 ")
+    assert redirected.count(b"HTTP/1.1") == 1
+
+
+async def test_expect_100_with_an_upgrade(lab: Lab) -> None:
+    """There is no body to be asked for, so nobody is asked in the middle of the answer."""
+    lines = ("Connection: Upgrade", "Upgrade: websocket", "Expect: 100-continue")
+    async with lab.raw(lab.head("/x", "GET", *lines) + lab.head("/y", "GET", "Connection: close")) as (reader, _):
+        async with asyncio.timeout(20):
+            spoken = await reader.read()
+    assert re.findall(rb"HTTP/1.1 (\d+)", spoken) == [b"200", b"200"]
+    assert b'"target": "/y"' in spoken
 
 
 async def test_a_client_that_hangs_up(lab: Lab) -> None:
@@ -441,13 +483,21 @@ async def test_a_client_that_hangs_up(lab: Lab) -> None:
             async with asyncio.timeout(60):
                 while (await lab.value("len(begun)")) == begun:
                     await asyncio.sleep(0.01)
-        await eventually(lambda: lab.sandbox.port_connections == 0)
+        await eventually(lambda: len(lab.sandbox.port_users) == 0)
         if path == "/ticks?h":  # it notices when it says more
             for _ in range(3):
                 await lab.call("GET", "/tick?h")
         async with asyncio.timeout(60):
             while (await lab.value("len(closed)")) <= ended:
                 await asyncio.sleep(0.01)
+
+
+async def test_a_client_that_hangs_up_behind_its_next_request(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that wait to be read do not hide that there is nobody any more."""
+    monkeypatch.setattr(ports, "HANG_UP_LOOK", 0.1)
+    async with lab.raw(lab.head("/hang") + b"G"):
+        await eventually(lambda: len(lab.sandbox.port_users) == 1)
+    await eventually(lambda: len(lab.sandbox.port_users) == 0)
 
 
 async def test_http_1_0(lab: Lab) -> None:
@@ -607,7 +657,7 @@ async def test_500_spoiled_requests(lab: Lab) -> None:
         await asyncio.gather(*(one(spoiled(rng, request)) for _ in range(100)))
     assert statuses.count(200) > 20
     assert statuses.count(400) > 20
-    await eventually(lambda: lab.sandbox.port_connections == 0)
+    await eventually(lambda: len(lab.sandbox.port_users) == 0)
 
 
 async def test_more_than_the_length_says(lab: Lab) -> None:
@@ -724,17 +774,17 @@ async def test_hop_by_hop_headers(lab: Lab) -> None:
 async def test_a_port_needs_the_owners_key(lab: Lab) -> None:
     """No key, an unknown one, another owner's: as everywhere else, also for sandboxes that do not exist."""
     nobody = f"/sandboxes/sbx{'a' * 20}/ports/{lab.port}"
-    for base in (lab.base, nobody, f"/sandboxes/x/ports/{lab.port}"):
+    for prefix in (lab.base, nobody, f"/sandboxes/x/ports/{lab.port}"):
         for headers, message in (
             ({}, "a key is required"),
             ({"Authorization": "Bearer wrong"}, "the key is not known"),
             ({"Authorization": "Basic eDp5"}, "a key is required"),
             ({"X-API-Key": "wrong"}, "the key is not known"),
         ):
-            answer = await lab.service.call("GET", base + "/", key=None, headers=headers)
+            answer = await lab.service.call("GET", prefix + "/", key=None, headers=headers)
             assert (answer.code, error_of(answer)["message"]) == (401, message)
             assert answer.headers["WWW-Authenticate"] == "Bearer"
-        answer = await lab.service.call("GET", base + "/", key=lab.service.other_key)
+        answer = await lab.service.call("GET", prefix + "/", key=lab.service.other_key)
         assert (answer.code, answer.body) == (404, b'{"code":404,"message":"sandbox not found","error":"not_found"}')
     answer = await lab.service.call("GET", nobody + "/")
     assert (answer.code, answer.body) == (404, b'{"code":404,"message":"sandbox not found","error":"not_found"}')
@@ -810,6 +860,14 @@ async def test_the_services_own_credentials(lab: Lab) -> None:
     assert "authorization" not in told["headers"]
 
 
+@pytest.mark.parametrize("name", ["Authorization", "X-API-Key"])
+async def test_keys_are_looked_for_in_one_header(lab: Lab, name: str) -> None:
+    """To look for them in a thousand would keep everybody waiting."""
+    lines = [f"{name}: {' '.join(f'x{n}' for n in range(60))}"] * 100
+    assert (await lab.spoken(lab.head("/x", "GET", *lines, "Connection: close"))).startswith(b"HTTP/1.1 400 ")
+    assert (await lab.call("GET", "/x")).code == 200
+
+
 async def test_addresses_of_the_gateways_pages_stay_here(lab: Lab) -> None:
     """A Referer from outside the preview is dropped: the gateway's own addresses may have a key in them."""
     origin = lab.service.url
@@ -865,6 +923,7 @@ async def test_open_from_the_start(service: Service) -> None:
 
     service.guest(box).script.handlers[wire.Connect] = closed
     assert (await service.call("GET", f"/sandboxes/{box}/ports/8000/", key=None)).code == 502
+    await service.call("PUT", f"/sandboxes/{box}/ports", {"port": 8000, "public": True})
     await service.call("PUT", f"/sandboxes/{box}/network", {"allowPublicTraffic": False})
     assert (await service.call("GET", f"/sandboxes/{box}/ports/8000/", key=None)).code == 401
 
@@ -883,15 +942,15 @@ async def test_connections_are_limited(lab: Lab, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ports, "MAX_VISITORS", 1)
     await lab.open()
     async with lab.raw(lab.head("/hang", key=None)):
-        await eventually(lambda: lab.sandbox.port_connections == 1)
+        await eventually(lambda: len(lab.sandbox.port_users) == 1)
         assert (await lab.call("GET", "/", key=None)).code == 503
         assert (await lab.call("GET", "/")).code == 200
-        await eventually(lambda: lab.sandbox.port_connections == 1)
+        await eventually(lambda: len(lab.sandbox.port_users) == 1)
         async with lab.raw(lab.head("/hang")):
-            await eventually(lambda: lab.sandbox.port_connections == 2)
+            await eventually(lambda: len(lab.sandbox.port_users) == 2)
             answer = await lab.call("GET", "/")
             assert (answer.code, error_of(answer)["error"], answer.headers["Retry-After"]) == (503, "host_full", "5")
-    await eventually(lambda: lab.sandbox.port_connections == 0)
+    await eventually(lambda: len(lab.sandbox.port_users) == 0)
     assert (await lab.call("GET", "/")).code == 200
 
 
@@ -959,20 +1018,28 @@ async def test_the_gateways_cors_is_not_the_ports(lab: Lab) -> None:
         ("//elsewhere.example/x", "//elsewhere.example/x", "//elsewhere.example/x"),
         ("http://[", "http://[", "http://["),
         ("http://localhost:99999/", "http://localhost:99999/", "http://localhost:99999/"),
+        ("{base}/login", "{base}/login", "{base}/login"),
+        ("{base}x/login", "{base}{base}x/login", "{base}x/login"),
     ],
 )
 async def test_redirects(lab: Lab, location: str, by_path: str, by_host: str) -> None:
     """Addresses as the service knows them become those that the client knows."""
-    raw = f"HTTP/1.1 302 Found\r\nLocation: {location.format(port=lab.port)}\r\nContent-Length: 0\r\n\r\n".encode()
+    location = location.format(port=lab.port, base=lab.base)
+    raw = f"HTTP/1.1 302 Found\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode()
     answer = await lab.answered(raw)
     assert (answer.code, answer.headers["Location"]) == (302, by_path.format(base=lab.base))
     answer = await lab.by_host("POST", "/raw", body=raw)
-    assert (answer.code, answer.headers["Location"]) == (302, by_host)
+    assert (answer.code, answer.headers["Location"]) == (302, by_host.format(base=lab.base))
 
 
 async def test_a_page_of_the_service_is_its_own(lab: Lab) -> None:
     """The service knows itself as localhost, so its own pages come from there; others from where they do."""
-    for call, own in ((lab.call, lab.service.url), (lab.call, "null"), (lab.by_host, f"http://{lab.host}")):
+    for call, own in (
+        (lab.call, lab.service.url),
+        (lab.call, "null"),
+        (lab.by_host, f"http://{lab.host}"),
+        (lab.by_host, f"https://{lab.host}"),
+    ):
         told = echoed(await call("GET", "/", headers={"Origin": own}))
         assert told["headers"]["origin"] == f"http://localhost:{lab.port}"
     for call in (lab.call, lab.by_host):
@@ -1072,7 +1139,7 @@ async def test_websockets(lab: Lab, by_host: bool) -> None:
         with pytest.raises(ConnectionClosed):
             await ws.recv()
         assert (ws.close_code, ws.close_reason) == (4321, "as asked")
-    await eventually(lambda: lab.sandbox.port_connections == 0)
+    await eventually(lambda: len(lab.sandbox.port_users) == 0)
 
 
 async def test_websockets_with_the_key_in_the_query(lab: Lab) -> None:
@@ -1100,7 +1167,7 @@ async def test_a_websocket_ends_with_its_sandbox(tmp_path: Any) -> None:
             asyncio.timeout(20),
         ):
             await half.readuntil(b"data: 0\n\n\r\n")
-            await eventually(lambda: lab.sandbox.port_connections == 3)
+            await eventually(lambda: len(lab.sandbox.port_users) == 3)
             await service.call("DELETE", f"/sandboxes/{lab.box}")
             with pytest.raises(ConnectionClosed):
                 await ws.recv()
@@ -1114,9 +1181,9 @@ async def test_a_websocket_ends_with_its_sandbox(tmp_path: Any) -> None:
 async def test_a_websocket_whose_client_vanishes(lab: Lab) -> None:
     """The service's connection ends too."""
     async with websocket(lab) as ws:
-        await eventually(lambda: lab.sandbox.port_connections == 1)
+        await eventually(lambda: len(lab.sandbox.port_users) == 1)
         ws.transport.abort()
-        await eventually(lambda: lab.sandbox.port_connections == 0)
+        await eventually(lambda: len(lab.sandbox.port_users) == 0)
 
 
 async def test_a_visitors_websocket_on_a_port_that_is_closed(lab: Lab) -> None:
@@ -1126,9 +1193,32 @@ async def test_a_visitors_websocket_on_a_port_that_is_closed(lab: Lab) -> None:
         await ws.send("x")
         assert await ws.recv() == "x"
         await lab.open(public=False, port=lab.sockets)
-        await ws.send("y")
         with pytest.raises(ConnectionClosed):
             await ws.recv()
+
+
+async def test_visitors_of_a_port_that_is_closed(lab: Lab) -> None:
+    """They are cut at once, whatever they wait for, and what they say is not passed on; the owner stays."""
+    await lab.open()
+    upgrade = ("Connection: Upgrade", "Upgrade: echo")
+    async with (
+        lab.raw(lab.head("/tunnel", "GET", *upgrade, key=None)) as (tunnel, speaking),
+        lab.raw(lab.head("/hang", key=None)) as (waiting, _),
+        lab.raw(lab.head("/x", "POST", "Content-Length: 10", key=None) + b"half") as (sending, _),
+        lab.raw(lab.head("/tunnel", "GET", *upgrade)) as (owners, owner),
+        asyncio.timeout(20),
+    ):
+        await tunnel.readuntil(b"first")
+        await owners.readuntil(b"first")
+        await eventually(lambda: len(lab.sandbox.port_users) == 4)
+        await lab.open(public=False)
+        speaking.write(b"after-the-end")
+        for reader in (tunnel, waiting, sending):
+            with suppress(ConnectionResetError):
+                assert await reader.read() == b""
+        owner.write(b"x")
+        assert await owners.readexactly(1) == b"X"
+    assert not await lab.has_seen("after-the-end")
 
 
 async def test_any_upgrade(lab: Lab) -> None:
@@ -1173,13 +1263,26 @@ async def test_agents_that_answer_nonsense(service: Service, box: str) -> None:
     async def closed(stream: Any, body: wire.Connect) -> None:
         await stream.fail("port_closed", "<script>")
 
+    async def refused(stream: Any, body: wire.Connect) -> None:
+        await stream.fail("no_space", "<script>")
+
+    async def broken(stream: Any, body: wire.Connect) -> None:
+        await stream.event(wire.Connected())
+        await stream.fail("permission_denied", "<script>")
+
     async def stderr(stream: Any, body: wire.Connect) -> None:
         await stream.event(wire.Connected())
         await stream.data(b"x" * 100, wire.STDERR)
         await stream.data(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", wire.STDOUT)
         await stream.reply(wire.Done())
 
-    for handler, expected in ((done, "guest_unresponsive"), (data, "guest_unresponsive"), (closed, "port_closed")):
+    for handler, expected in (
+        (done, "guest_unresponsive"),
+        (data, "guest_unresponsive"),
+        (closed, "port_closed"),
+        (refused, "failed"),
+        (broken, "failed"),
+    ):
         script.handlers[wire.Connect] = handler
         answer = await service.call("GET", f"/sandboxes/{box}/ports/8000/")
         assert (answer.code, error_of(answer)["error"]) == (STATUS[expected], expected)
@@ -1187,6 +1290,41 @@ async def test_agents_that_answer_nonsense(service: Service, box: str) -> None:
     script.handlers[wire.Connect] = stderr
     answer = await service.call("GET", f"/sandboxes/{box}/ports/8000/")
     assert (answer.code, answer.body) == (200, b"ok")
+
+
+async def test_agents_that_never_let_go(service: Service, box: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a client has left is not kept, and an agent that answers nothing any more loses its sandbox."""
+    monkeypatch.setattr(link, "MAX_CANCELLED", 20)
+
+    async def flood(stream: Any, body: wire.Connect) -> None:
+        await stream.event(wire.Connected())
+        await stream.data(b"HTTP/1.1 200 OK\r\n\r\n", wire.STDOUT)
+        for _ in range(3):
+            await stream.data(bytes(wire.CHUNK), wire.STDOUT)
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await is_over.wait()
+
+    is_over = asyncio.Event()
+    script = service.guest(box).script
+    script.handlers[wire.Connect] = flood
+    sandbox = service.sandboxes.get(service.owner, box)
+    head = f"GET /sandboxes/{box}/ports/80/ HTTP/1.1\r\nHost: x\r\nX-API-Key: {service.key}\r\n\r\n"
+
+    async def leave() -> None:
+        _, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        writer.write(head.encode())
+        await eventually(lambda: len(sandbox.port_users) == 1)
+        writer.transport.abort()
+        await eventually(lambda: len(sandbox.port_users) == 0)
+
+    for _ in range(20):
+        await leave()
+    assert sandbox.guest.link._conversations == {}
+    assert len(sandbox.guest.link._cancelled) == 20
+    await leave()
+    await eventually(lambda: sandbox.state is State.STOPPED)
+    is_over.set()
 
 
 async def test_connecting_is_bounded(service: Service, box: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1200,10 +1338,10 @@ async def test_connecting_is_bounded(service: Service, box: str, monkeypatch: py
     _, writer = await asyncio.open_connection("127.0.0.1", service.port)
     head = f"GET /sandboxes/{box}/ports/80/ HTTP/1.1\r\nHost: x\r\nX-API-Key: {service.key}\r\n\r\n"
     writer.write(head.encode())
-    await eventually(lambda: sandbox.port_connections == 1)
+    await eventually(lambda: len(sandbox.port_users) == 1)
     writer.close()
     await writer.wait_closed()
-    await eventually(lambda: sandbox.port_connections == 0)
+    await eventually(lambda: len(sandbox.port_users) == 0)
     monkeypatch.setattr(ports, "CONNECT_TIMEOUT", 0.2)
     begun = time.monotonic()
     answer = await service.call("GET", f"/sandboxes/{box}/ports/80/")

@@ -237,7 +237,7 @@ async def test_leaving_a_conversation_cancels(guest: Guest) -> None:
     async with guest.link.ask(wire.Spawn(argv=["sleep", "60"], env={}, cwd=guest.home)) as conversation:
         await conversation.receive()
     assert (await spawn(guest, "echo", "next"))[1] == b"next\n"
-    await eventually(lambda: not guest.link._conversations)
+    await eventually(lambda: not guest.link._conversations and not guest.link._cancelled)
 
 
 # -- files
