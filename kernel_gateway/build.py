@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,16 +109,14 @@ class Builder:
         try:
             vm = await self._boot(driver, image, machine, memory, disk)
             try:
-                link = await Link.open(vm.open(), time_scale=driver.capabilities.time_scale)
-                await self._answering(link, vm, BOOT_TIMEOUT)
-                step("warm the kernel")
-                await link.call(
-                    wire.Warm(modules=template.warm, exercise=template.exercise), wire.Done, timeout=WARM_TIMEOUT
-                )
-                await link.call(wire.Flush(), wire.Done)
-                step("save the snapshot")
-                await driver.save(vm, state)
-                link.close()
+                with closing(await Link.open(vm.open(), time_scale=driver.capabilities.time_scale)) as link:
+                    await self._answering(link, vm, BOOT_TIMEOUT)
+                    step("warm the kernel")
+                    warm = wire.Warm(modules=template.warm, exercise=template.exercise)
+                    await link.call(warm, wire.Done, timeout=WARM_TIMEOUT)
+                    await link.call(wire.Flush(), wire.Done)
+                    step("save the snapshot")
+                    await driver.save(vm, state)
             except CellvmError as error:
                 raise BuildError(f"the template did not get ready: {error}\n{vm.console_text[-3000:]}") from error
             finally:
@@ -178,9 +177,8 @@ class Builder:
             path.unlink()
             vm = await driver.boot(image, machine, memory, disk)
             try:
-                link = await Link.open(vm.open())
-                await self._answering(link, vm, KVM_PROBE_TIMEOUT)
-                link.close()
+                with closing(await Link.open(vm.open())) as link:
+                    await self._answering(link, vm, KVM_PROBE_TIMEOUT)
             finally:
                 await vm.kill()
         except (BuildError, CellvmError, DriverError):

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -13,7 +14,15 @@ from urllib.parse import urlsplit
 
 from kernel_gateway.build import Builder, qemu_version
 from kernel_gateway.drivers.cgroup import CONTROLLERS
-from kernel_gateway.drivers.jail import Jail, JailError, claims_directory, found_groups, working_view
+from kernel_gateway.drivers.jail import (
+    Jail,
+    JailError,
+    check_users,
+    claims_directory,
+    found_groups,
+    tried,
+    working_view,
+)
 from kernel_gateway.drivers.qemu import Qemu
 from kernel_gateway.image import BuildError, Progress, content_hash, run
 from kernel_gateway.network.policy import Floor
@@ -34,6 +43,8 @@ PROGRAMS = {
     "pasta": "passt",
 }
 """Programs that building and running need, and the Debian package of each."""
+VERDICT_HOLDS = 86_400
+"""Seconds before a KVM that did not work is tried again."""
 NEEDED_DISK = 6 * 1024**3
 """Free bytes in the cache directory that a first build needs."""
 
@@ -70,7 +81,8 @@ async def kvm_verdict(builder: Builder, template: Template, disks: Path, step: P
     # 2: verdicts from before machines could open a device that is root's alone are not worth keeping.
     key = content_hash("2", cpu, os.uname().release, qemu_version(builder.binary))
     path = builder.cache / "kvm" / key
-    if not path.exists():
+    # A "no" may have had other reasons, such as a full disk: it holds for a day.
+    if not path.exists() or (path.read_text() == "no" and time.time() - path.stat().st_mtime > VERDICT_HOLDS):
         jail = Jail.open(builder.binary, kvm=True)
         try:
             verdict = await builder.probe_kvm(template, Qemu(builder.binary, "kvm", disks, jail), step)
@@ -134,13 +146,17 @@ def _kvm_finding(kvm: bool | None) -> Finding:
         return Finding("warn", "/dev/kvm may not be opened", f"{slow}; join the group `kvm`")
     if kvm is None:
         return Finding("warn", "/dev/kvm is there; not tried, because a guest image can't be built yet", slow)
-    return Finding("warn", "/dev/kvm opens, but the real guest does not boot on it", slow)
+    return Finding(
+        "warn", "/dev/kvm opens, but the real guest does not boot on it", f"{slow}; it is tried again after a day"
+    )
 
 
 def _jail(settings: Settings) -> Iterator[Finding]:
     is_root = os.geteuid() == 0
     try:
         claims_directory()
+        if is_root:
+            check_users()
     except JailError as error:
         yield Finding("fail", f"no place to claim users for machines: {error}", "a server can't start")
     try:
@@ -158,11 +174,15 @@ def _jail(settings: Settings) -> Iterator[Finding]:
         why = "all machines run as you, in user namespaces: they see the list of processes, not each other"
         yield Finding("warn", "not root", why)
     else:
-        yield Finding("warn", "not root", "all machines run as you: one that broke out could reach the others")
+        why = "all machines run as you: one that broke out could reach the others, your files and your processes"
+        yield Finding("warn", "not root", why)
     groups = found_groups()
     if groups is None:
         why = "no limits of memory, processors and threads: run as root, or as a systemd service with Delegate=yes"
         yield Finding("warn", "no control group can be written", why)
+        return
+    if why := tried(groups, "cellvm-doctor"):
+        yield Finding("warn", f"control groups can't be made: {why}", "no limits of memory, processors and threads")
         return
     missing = [name for name in CONTROLLERS if name not in groups.controllers]
     what = f"control groups, version {groups.version}: {', '.join(groups.controllers)}"

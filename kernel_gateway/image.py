@@ -185,6 +185,7 @@ def build_initrd(image: Path, cache: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}")
     part.write_bytes(gzip.compress(archive.close(), 6, mtime=0))
+    part.chmod(0o644)  # machines' users read it, whatever the umask
     part.rename(path)
     return path
 

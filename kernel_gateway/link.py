@@ -187,10 +187,14 @@ class Link(asyncio.Protocol):
         on_kernel_message: Callable[[list[bytes]], None] = lambda parts: None,
         on_event: Callable[[Body], None] = lambda body: None,
     ) -> "Link":
-        """Take over a connected socket."""
-        _, link = await asyncio.get_running_loop().create_connection(
-            lambda: cls(time_scale, on_kernel_message, on_event), sock=sock
-        )
+        """Take over a connected socket, which is closed with the link, and also when this fails."""
+        try:
+            _, link = await asyncio.get_running_loop().create_connection(
+                lambda: cls(time_scale, on_kernel_message, on_event), sock=sock
+            )
+        except BaseException:
+            sock.close()
+            raise
         return link
 
     # -- asking

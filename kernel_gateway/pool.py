@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from guest_agent import wire
 from kernel_gateway.drivers import DriverError, Stops, Vm, VmDriver
-from kernel_gateway.errors import CellvmError, GuestUnresponsive
+from kernel_gateway.errors import GuestUnresponsive
 from kernel_gateway.kernel import Kernel
 from kernel_gateway.link import Link
 
@@ -62,10 +62,17 @@ class Guests:
         vm = await self._driver.start(template_id)
         try:
             link = await Link.open(vm.open(), time_scale=self._driver.capabilities.time_scale)
-            guest = Guest(vm, link, Kernel(link))
-            await self.resume(guest, sandbox_id="pool", hostname="sandbox", env={})
+        except OSError as error:
+            await vm.kill()
+            raise DriverError(f"the machine's agent can't be spoken to: {error}") from error
         except BaseException:
             await vm.kill()
+            raise
+        guest = Guest(vm, link, Kernel(link))
+        try:
+            await self.resume(guest, sandbox_id="pool", hostname="sandbox", env={})
+        except BaseException:
+            await guest.kill()
             raise
         return guest
 
@@ -126,8 +133,8 @@ class Pool:
         try:
             while True:
                 dead = [guest for guest in self._ready if guest.link.closed.done()]
+                self._ready = deque(guest for guest in self._ready if guest not in dead)
                 for guest in dead:
-                    self._ready.remove(guest)
                     await guest.kill()
                 if len(self._ready) >= self.size:
                     self._wanted.clear()
@@ -139,7 +146,7 @@ class Pool:
                 try:
                     self._add(await self._prepare())
                     pause = RETRY_AFTER_FAILURE[0]
-                except (DriverError, CellvmError) as error:
+                except Exception as error:  # noqa: BLE001  without this task every create would be a cold one
                     log.error("a machine for the pool could not be prepared: %s", error)
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, RETRY_AFTER_FAILURE[1])

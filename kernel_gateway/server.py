@@ -70,7 +70,8 @@ def load_templates(settings: Settings) -> Templates:
 def builder(settings: Settings) -> Builder:
     cache = settings.cache_path
     cache.mkdir(parents=True, exist_ok=True)
-    return Builder(cache, settings.qemu, ca_file(settings))
+    # Machines are started with another PATH than ours: both must mean the same program.
+    return Builder(cache, shutil.which(settings.qemu) or settings.qemu, ca_file(settings))
 
 
 def ca_file(settings: Settings) -> Path | None:
@@ -117,9 +118,9 @@ async def opened_driver(
     async with only_builder(settings.cache_path, progress):
         accelerator = await _accelerator(settings, templates, building, disks, progress)
     # The jail is first: the server may have to leave its control group to it, which it can only while it is alone.
-    with closing(Jail.open(settings.qemu, kvm=accelerator == "kvm")) as jail:
+    with closing(Jail.open(building.binary, kvm=accelerator == "kvm")) as jail:
         async with opened_network(settings) as slots:
-            driver = Qemu(settings.qemu, accelerator, disks, jail, nics=slots)
+            driver = Qemu(building.binary, accelerator, disks, jail, nics=slots)
             async with only_builder(settings.cache_path, progress):
                 for template in templates:
                     await building.ready(template, driver, progress)
@@ -127,7 +128,7 @@ async def opened_driver(
                 log.warning(
                     "no usable KVM: sandboxes run emulated (TCG, QEMU %s). That is correct but slow, and QEMU does not "
                     "call it a security boundary; `cellvm doctor` says more",
-                    qemu_version(settings.qemu),
+                    qemu_version(building.binary),
                 )
             yield driver, slots
 

@@ -688,6 +688,7 @@ class FakeVm:
         self.nic = nic
         self.is_stopped = False
         self._ours, theirs = socket.socketpair()
+        self._is_open = False
         theirs.setblocking(False)
         self._theirs = theirs
         self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -703,6 +704,7 @@ class FakeVm:
         return 0
 
     def open(self) -> socket.socket:
+        self._is_open = True
         return self._ours
 
     async def wait(self) -> str:
@@ -723,7 +725,8 @@ class FakeVm:
         self.die("killed")
         with suppress(asyncio.CancelledError):
             await asyncio.shield(asyncio.gather(self._task, return_exceptions=True))
-        self._ours.close()
+        if not self._is_open:
+            self._ours.close()
 
 
 class StoppableFakeVm(FakeVm):

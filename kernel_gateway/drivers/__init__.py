@@ -61,7 +61,7 @@ class Vm(Protocol):
         """The host process that is the machine."""
 
     def open(self) -> socket.socket:
-        """The byte stream to the agent; called once."""
+        """The byte stream to the agent, from then on the caller's to close; called once."""
 
     async def wait(self) -> str:
         """Return when the machine has ended, with a sentence for logs; may be awaited many times."""

@@ -233,7 +233,8 @@ def _places_v2(mounts: list[_Mount], own: dict[str, str]) -> tuple[Place, ...]:
         for each in (path, *path.parents):
             if not each.is_relative_to(mount.point):
                 break
-            aside = each == path and each != mount.point
+            # Only the very top of the hierarchy may have both; a container's top is a group like others.
+            aside = each == path and (each / "cgroup.type").exists()
             if place := _place_v2(each, aside=aside):
                 found.append(place)
         if found:

@@ -22,7 +22,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,8 @@ DEVICES = ("null", "urandom")
 NAMESPACES = {"mount": "mnt", "net": "net", "ipc": "ipc", "uts": "uts"}
 """Those of a view, by the names of nsenter's flags and of the files in /proc/PID/ns."""
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+SERVER = "CELLVM_SERVER"
+"""The variable that tells whose a machine is: its server's process id."""
 
 
 class JailError(Exception):
@@ -99,7 +101,9 @@ def claims_directory() -> Path:
         JailError: there is no such place.
     """
     uid = os.geteuid()
-    runtime = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if not os.access(runtime, os.W_OK):  # not set, or another user's, after `su`
+        runtime = tempfile.gettempdir()
     path = Path("/run/cellvm") if uid == 0 else Path(runtime, f"cellvm-{uid}")
     try:
         path.mkdir(mode=0o700, exist_ok=True)
@@ -110,6 +114,22 @@ def claims_directory() -> Path:
     except OSError as error:
         raise JailError(f"{path}: {error.strerror}") from error
     return path
+
+
+def check_users() -> None:
+    """See whether the users of machines exist here.
+
+    Raises:
+        JailError: root of a user namespace has only some, and these are not among them.
+    """
+    for line in Path("/proc/self/uid_map").read_text().splitlines():
+        first, _, count = map(int, line.split())
+        if first <= TRIAL_UID and first + count >= FIRST_UID + SERVERS * UIDS:
+            return
+    raise JailError(
+        f"the user ids from {TRIAL_UID} on are not in this user namespace (/proc/self/uid_map), as in rootless "
+        "containers; start the server as an ordinary user in there, or outside as root"
+    )
 
 
 def hold(directory: Path, number: int) -> int | None:
@@ -123,10 +143,10 @@ def hold(directory: Path, number: int) -> int | None:
     return lock
 
 
-def claim(directory: Path) -> Users:
-    """The first block that nobody holds."""
+def claim(directory: Path, used: Set[int] = frozenset()) -> Users:
+    """The first block that nobody holds, and that is not `used` by machines of servers whose locks we don't see."""
     for number in range(SERVERS):
-        if (lock := hold(directory, number)) is not None:
+        if number not in used and (lock := hold(directory, number)) is not None:
             return Users(number, lock)
     raise JailError(f"there are {SERVERS} servers on this host")
 
@@ -151,17 +171,39 @@ def strays() -> Iterator[tuple[int, int]]:
                 yield int(entry.name), number
 
 
+def used_blocks() -> set[int]:
+    """Blocks with machines of living servers: of one, say, that shares our process ids and has a /run of its own."""
+    found = set()
+    for pid, number in strays():
+        with contextlib.suppress(OSError, ValueError):
+            if _has_server(Path(f"/proc/{pid}")):
+                found.add(number)
+    return found
+
+
+def _has_server(machine: Path) -> bool:
+    """Whether the process that a machine was started by is still there."""
+    named = re.search(rb"(?:\A|\0)%b=([0-9]+)\0" % SERVER.encode(), (machine / "environ").read_bytes())
+    # One that began after its machine has only the same number.
+    return named is not None and _began(Path("/proc", named[1].decode())) <= _began(machine)
+
+
+def _began(process: Path) -> int:
+    """When a process was started, in ticks since the host was."""
+    return int((process / "stat").read_text().rpartition(")")[2].split()[19])
+
+
 def _block_of_process(entry: Path) -> int | None:
     uids = re.search(r"^Uid:\s+(\d+)", (entry / "status").read_text(), re.MULTILINE)
     return block_of(int(uids[1])) if uids else None
 
 
-def sweep(directory: Path, own: int, groups: Cgroups | None) -> None:
-    """Remove what servers that are no more have left: of every block that nobody holds, and of our own new one."""
-    processes = list(strays()) if os.geteuid() == 0 else []
+def sweep(directory: Path, own: int, groups: Cgroups | None, used: Set[int] = frozenset()) -> None:
+    """Remove what servers that are no more have left: of every block that nobody holds or uses, and of our own."""
+    processes = [each for each in strays() if each[1] not in used] if os.geteuid() == 0 else []
     names = groups.servers() if groups else set()
     numbers = {number for _, number in processes} | {int(name.removeprefix("cellvm-")) for name in names}
-    for number in numbers:
+    for number in numbers - used:
         # Held while we clean, so that nobody takes it meanwhile.
         lock = None if number == own else hold(directory, number)
         if lock is None and number != own:
@@ -410,13 +452,17 @@ class Jail:
         Raises:
             DriverError: not even users for machines can be had.
         """
+        used: set[int] = set()
         try:
             directory = claims_directory()
-            users = claim(directory)
+            if os.geteuid() == 0:
+                check_users()
+                used = used_blocks()
+            users = claim(directory, used)
         except JailError as error:
             raise DriverError(f"no users for machines: {error}") from error
         groups = found_groups()
-        sweep(directory, users.number, groups)
+        sweep(directory, users.number, groups, used)
         if groups and (why := tried(groups, users.name)):
             log.warning("MACHINES HAVE NO LIMITS of memory, processors and threads: %s", why)
             groups = None
@@ -426,7 +472,8 @@ class Jail:
         try:
             view = working_view(binary, kvm=kvm)
         except JailError as error:
-            log.warning("MACHINES SEE THE HOST'S FILES, as far as everybody may read them: %s", error)
+            who = "everybody" if os.geteuid() == 0 else "the server's user"
+            log.warning("MACHINES SEE THE HOST'S FILES, as far as %s may read them: %s", who, error)
         return cls(users, view, groups)
 
     def cell(self, machine: Machine, disk: int) -> Cell:
@@ -447,7 +494,9 @@ def process_limits(file_size: int) -> list[str]:
 def inside(view: View | None, uid: int | None, argv: list[str]) -> list[str]:
     """The command line that runs another one in a view, without privileges, and as that user."""
     setpriv = shutil.which("setpriv") or "/usr/bin/setpriv"
-    return [*(view.enter() if view else []), *drop_privileges(setpriv, uid), *argv]
+    # Whoever's server was killed before the parent-death signal was set has another parent by now.
+    if_server_lives = ["/bin/sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid())]
+    return [*(view.enter() if view else []), *drop_privileges(setpriv, uid), *if_server_lives, *argv]
 
 
 def working_view(binary: str, *, kvm: bool) -> View:

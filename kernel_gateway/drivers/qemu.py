@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernel_gateway.drivers import Capabilities, DriverError, Nic, Nics
-from kernel_gateway.drivers.jail import Cell, Jail
+from kernel_gateway.drivers.jail import SERVER, Cell, Jail
 from kernel_gateway.drivers.qemu_argv import Descriptors, Machine, qemu
 from kernel_gateway.drivers.qmp import Qmp
 from kernel_gateway.snapshot import Snapshot, copy_disk
@@ -56,7 +56,7 @@ class QemuVm:
         self.nic = nic
         self.cell = cell
         self._process = process
-        self._channel = channel
+        self._channel: socket.socket | None = channel
         self._console = console
         self._console_text = bytearray()
         self._printed = asyncio.Event()
@@ -83,7 +83,9 @@ class QemuVm:
         return "".join(c if c.isprintable() or c == "\n" else "·" for c in text)
 
     def open(self) -> socket.socket:
-        return self._channel
+        channel, self._channel = self._channel, None  # now the caller's, who closes it
+        assert channel is not None
+        return channel
 
     async def has_printed(self, text: bytes, timeout: float) -> bool:
         """Whether the console shows `text` within `timeout` seconds."""
@@ -121,10 +123,13 @@ class QemuVm:
         os.close(self._pidfd)
         self._loop.remove_reader(self._console)
         self._console.close()
+        # Only who listens on a descriptor may close it: its number may be somebody else's socket a moment later.
         if self._qmp is not None:
             self._qmp.close()
-        self._qmp_socket.close()
-        self._channel.close()
+        else:
+            self._qmp_socket.close()
+        if self._channel is not None:
+            self._channel.close()
         try:
             if self.nic is not None:
                 self.nic.close()
@@ -219,7 +224,7 @@ class Qemu:
             qmp = await vm.control()
             await qmp.execute("migrate-set-capabilities", capabilities=_CAPABILITIES)
             await qmp.execute("migrate-incoming", uri=f"fd:{state}")
-            await qmp.event("MIGRATION", status="completed")
+            await qmp.migrated()
             await qmp.execute("cont")
         return vm
 
@@ -238,7 +243,7 @@ class Qemu:
         await qmp.execute("stop")
         await qmp.pass_descriptor("state", state)
         await qmp.execute("migrate", uri="fd:state")
-        await qmp.event("MIGRATION", status="completed")
+        await qmp.migrated()
 
     async def _card(self) -> Nic | None:
         return None if self._nics is None else await self._nics.take()
@@ -281,9 +286,10 @@ class Qemu:
                 stdin=subprocess.DEVNULL,
                 stdout=its_console.fileno(),
                 stderr=its_console.fileno(),
-                env={"PATH": os.defpath},
+                env={"PATH": os.defpath, SERVER: str(os.getpid())},
                 cwd="/",
                 pass_fds=fds.all() if state is None else (*fds.all(), state),
+                start_new_session=True,  # Ctrl-C is for the server, which lets requests finish
             )
             undo.pop_all()
         return QemuVm(process, channel, qmp, console, nic, cell)

@@ -85,10 +85,11 @@ DISK_LIMITS = json.dumps(
 def drop_privileges(setpriv: str, uid: int | None) -> list[str]:
     """The prefix that makes the machine die with the server, own nothing, and run as `uid` (None: unchanged)."""
     identity = [] if uid is None else [
-        f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all",
+        f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--bounding-set=-all",
     ]  # fmt: skip
-    # setpriv sets the death signal after the identity, which would clear it.
-    return [setpriv, *identity, "--no-new-privs", "--pdeathsig=KILL", "--"]
+    # A server that is not root may have got some capabilities from systemd. setpriv sets the death signal after the
+    # identity, which would clear it.
+    return [setpriv, *identity, "--inh-caps=-all", "--ambient-caps=-all", "--no-new-privs", "--pdeathsig=KILL", "--"]
 
 
 def qemu(binary: str, machine: Machine, fds: Descriptors, *, template: bool) -> list[str]:

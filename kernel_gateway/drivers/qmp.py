@@ -11,6 +11,11 @@ from typing import Any
 
 from kernel_gateway.drivers import DriverError
 
+ANSWER_TIMEOUT = 20.0
+"""Seconds that QEMU may take to answer a command."""
+AWAITED = "MIGRATION"
+"""The only event that anybody waits for. Of others a guest can cause any number: none is kept."""
+
 
 class Qmp:
     """Controls one QEMU over a connected socket. Use `open`, then `execute`; `close` when done."""
@@ -20,7 +25,7 @@ class Qmp:
         self._reader = reader
         self._writer = writer
         self._answers: deque[asyncio.Future[Any]] = deque()
-        self._events: dict[str, list[Any]] = {}
+        self._events: list[Any] = []
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -44,36 +49,49 @@ class Qmp:
         """Run a command and return its answer.
 
         Raises:
-            DriverError: QEMU refused it or ended.
+            DriverError: QEMU refused it, ended, or does not answer.
         """
-        answer = asyncio.get_running_loop().create_future()
-        self._answers.append(answer)
+        answer = self._next_answer()
         self._writer.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
-        return await answer
+        return await self._answer(command, answer)
 
     async def pass_descriptor(self, name: str, fd: int) -> None:
         """Give QEMU an open file under a name (QEMU takes the file that came with the command)."""
         await self._writer.drain()
-        answer = asyncio.get_running_loop().create_future()
-        self._answers.append(answer)
+        answer = self._next_answer()
         command = json.dumps({"execute": "getfd", "arguments": {"fdname": name}}).encode() + b"\n"
         socket.send_fds(self._socket, [command], [fd])
-        await answer
+        await self._answer("getfd", answer)
 
-    async def event(self, name: str, **matching: Any) -> None:
-        """Return when an event of that name with those data has come, also one that came before.
+    def _next_answer(self) -> asyncio.Future[Any]:
+        if self._task is None or self._task.done():
+            raise DriverError("QEMU has ended")
+        answer = asyncio.get_running_loop().create_future()
+        self._answers.append(answer)
+        return answer
+
+    async def _answer(self, command: str, answer: asyncio.Future[Any]) -> Any:
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT):
+                return await answer
+        except TimeoutError:
+            raise DriverError(f"QEMU did not answer {command} in {ANSWER_TIMEOUT:.0f} s") from None
+
+    async def migrated(self) -> None:
+        """Return when a migration that was begun has completed.
 
         Raises:
             DriverError: QEMU ended first.
         """
-        while not any(matching.items() <= data.items() for data in self._events.get(name, [])):
+        while not any(data.get("status") == "completed" for data in self._events):
             if self._task is None or self._task.done():
-                raise DriverError(f"QEMU ended while waiting for {name}")
+                raise DriverError("QEMU ended before its state was moved")
             self._changed.clear()
             await self._changed.wait()
 
     def close(self) -> None:
-        self._writer.close()
+        """Let go of the socket, at once."""
+        self._writer.transport.abort()
         if self._task is not None:
             self._task.cancel()
 
@@ -82,8 +100,9 @@ class Qmp:
             while line := await self._reader.readline():
                 message = json.loads(line)
                 if "event" in message:
-                    self._events.setdefault(message["event"], []).append(message.get("data", {}))
-                    self._changed.set()
+                    if message["event"] == AWAITED:
+                        self._events.append(message.get("data", {}))
+                        self._changed.set()
                 elif self._answers:
                     answer = self._answers.popleft()
                     if answer.done():

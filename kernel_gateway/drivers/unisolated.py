@@ -21,7 +21,7 @@ class UnisolatedVm:
 
     def __init__(self, process: subprocess.Popen[bytes], channel: socket.socket, directory: Path) -> None:
         self._process = process
-        self._channel = channel
+        self._channel: socket.socket | None = channel
         self._directory = directory
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[str] = self._loop.create_future()
@@ -33,7 +33,9 @@ class UnisolatedVm:
         return self._process.pid
 
     def open(self) -> socket.socket:
-        return self._channel
+        channel, self._channel = self._channel, None
+        assert channel is not None
+        return channel
 
     async def wait(self) -> str:
         return await asyncio.shield(self._ended)
@@ -47,7 +49,8 @@ class UnisolatedVm:
         code = self._process.wait()
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
-        self._channel.close()
+        if self._channel is not None:
+            self._channel.close()
         shutil.rmtree(self._directory, ignore_errors=True)
         self._ended.set_result(f"the agent ended with {code}")
 

@@ -9,6 +9,7 @@ import struct
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,26 @@ async def test_a_machine_that_dies_on_stock_is_replaced(pooled: Service) -> None
     box = await pooled.create()
     assert (await pooled.run(box, "true"))["exitCode"] == 0
     await eventually(lambda: pool.ready == 1 and len(pooled.driver.alive) == 2)
+
+
+async def test_whatever_happens_the_pool_is_filled(
+    pooled: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its task survives what nobody thought of, and says so."""
+    pool = pooled.sandboxes.pools["code_interpreter"]
+    await eventually(lambda: pool.ready == 1)
+    start, failures = pooled.driver.start, iter([RuntimeError("can't start new thread"), OSError("EBADF")])
+
+    async def failing(template_id: str) -> Any:
+        if failure := next(failures, None):
+            raise failure
+        return await start(template_id)
+
+    monkeypatch.setattr(pooled.driver, "start", failing)
+    monkeypatch.setattr("kernel_gateway.pool.RETRY_AFTER_FAILURE", (0.01, 0.1))
+    pooled.driver.machines[0].die("killed by a test")
+    await eventually(lambda: pool.ready == 1 and len(pooled.driver.machines) == 2, 10)
+    assert caplog.text.count("could not be prepared") == 2
 
 
 async def test_the_pool_hands_out_a_machine_that_runs(pooled: Service) -> None:

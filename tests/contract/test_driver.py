@@ -157,6 +157,21 @@ async def test_the_link_tells_the_end_of_the_machine(driver: VmDriver) -> None:
     guest.link.close()
 
 
+async def test_the_channel_is_its_readers_to_close(driver: VmDriver) -> None:
+    """Closed by another, its number could be somebody else's socket while the loop still listens on it."""
+    vm = await driver.start("base")
+    link = await Link.open(vm.open())
+    await link.call(wire.Ping(), wire.Done)
+    await vm.kill()
+    await asyncio.wait_for(asyncio.shield(link.closed), 5)
+    vm = await driver.start("base")
+    sock = vm.open()
+    await asyncio.sleep(0.05)  # an agent has begun
+    await vm.kill()
+    assert sock.fileno() >= 0
+    sock.close()
+
+
 async def test_resume(driver: VmDriver) -> None:
     """The handshake tells nonce, generation, a fresh sample and the home; it can be done again."""
     vm = await driver.start("base")
@@ -573,6 +588,7 @@ async def test_the_agent_survives_nonsense_without_answering(tmp_path: Path) -> 
     await asyncio.get_running_loop().sock_sendall(sock, os.urandom(5000))
     assert await asyncio.wait_for(vm.wait(), 10)
     await vm.kill()
+    sock.close()
 
 
 async def test_kernel_messages_hold_no_key(real: Guest, tmp_path: Path) -> None:

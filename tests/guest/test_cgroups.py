@@ -32,7 +32,7 @@ def enter(name):
     (top / name).mkdir()
     (top / name / "cgroup.procs").write_text(str(os.getpid()))
 
-# Alone at the top of the tree, as in a container that shows a part of it: only the very top may have both.
+# Alone at the very top of the hierarchy, which alone may have both processes and limited groups.
 (top / "cgroup.procs").write_text(str(os.getpid()))
 groups = found()
 told["top"] = place(groups)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,12 +86,12 @@ def test_the_directory_of_claims_must_be_ours(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.fixture
-def process() -> Iterator[Callable[[int], subprocess.Popen[bytes]]]:
+def process() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     """Starts processes that sleep as some user."""
     started = []
 
-    def start(uid: int) -> subprocess.Popen[bytes]:
-        child = subprocess.Popen(["sleep", "60"], user=uid, group=uid, extra_groups=[])
+    def start(uid: int, **environment: str) -> subprocess.Popen[bytes]:
+        child = subprocess.Popen(["sleep", "60"], user=uid, group=uid, extra_groups=[], env=os.environ | environment)
         started.append(child)
         return child
 
@@ -102,7 +103,7 @@ def process() -> Iterator[Callable[[int], subprocess.Popen[bytes]]]:
 
 @is_root
 def test_strays_of_dead_servers_are_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: Callable[[int], subprocess.Popen[bytes]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     """A process with a user of a block that nobody holds ends; that of another server's block, or of no block, not."""
     # Other numbers than those of servers that may run here.
@@ -120,6 +121,30 @@ def test_strays_of_dead_servers_are_killed(
     finally:
         with_server.close()
         own.close()
+
+
+@is_root
+def test_machines_of_a_server_whose_locks_are_not_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    """Containers may share process ids and not /run: another's machines are let alone, and so are their users."""
+    monkeypatch.setattr(jail, "FIRST_UID", 1_700_000_000)
+    server, ended = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["true"])
+    ended.wait()
+    machine = process(jail.FIRST_UID, **{jail.SERVER: str(server.pid)})
+    orphan = process(jail.FIRST_UID + jail.UIDS, **{jail.SERVER: str(ended.pid)})
+    try:
+        assert jail.used_blocks() == {0}
+        own = jail.claim(tmp_path, {0})
+        own.close()
+        assert own.number == 1
+        jail.sweep(tmp_path, own.number, None, {0})
+        assert orphan.wait(5) == -9
+        assert machine.poll() is None
+    finally:
+        server.kill()
+        server.wait()
+    assert jail.used_blocks() == set()
 
 
 @is_root
@@ -257,13 +282,15 @@ def v1(root: Path, *names: str, own: str = "/box") -> tuple[str, str]:
 
 
 def v2(root: Path, own: str, groups: dict[str, tuple[str, str]]) -> tuple[str, str]:
-    """A tree of version 2: the controllers and the processes of each group, from the top."""
+    """A tree of version 2: the controllers and the processes of each group, from the top, which is the kernel's own."""
     for name, (controllers, processes) in groups.items():
         path = root / name.strip("/")
         path.mkdir(parents=True, exist_ok=True)
         (path / "cgroup.controllers").write_text(controllers)
         (path / "cgroup.procs").write_text(processes)
         (path / "cgroup.subtree_control").write_text("")
+        if path != root:
+            (path / "cgroup.type").write_text("domain")
     return f"40 31 0:40 / {root} rw,relatime - cgroup2 cgroup2 rw", f"0::{own}"
 
 
@@ -332,6 +359,14 @@ def test_version_2_alone_in_its_group(tmp_path: Path) -> None:
     # From now on this process is in the group aside; it still finds the same place.
     (own / "cgroup.procs").write_text("")
     assert found((trees[0], f"0::/svc/{ASIDE}")).places == groups.places
+
+
+def test_version_2_at_the_top_of_a_container(tmp_path: Path) -> None:
+    """What looks like the top there is a group like others: it may not have both processes and limited groups."""
+    trees = v2(tmp_path, "/", {"/": ("cpu memory pids", str(os.getpid()))})
+    assert [place.aside for place in found(trees).places] == [False], "the kernel's own top"
+    (tmp_path / "cgroup.type").write_text("domain")
+    assert [place.aside for place in found(trees).places] == [True]
 
 
 def test_version_2_among_others(tmp_path: Path) -> None:
@@ -444,8 +479,8 @@ def test_the_command_line_as_root(users: jail.Users, monkeypatch: pytest.MonkeyP
     view = jail.View({"mount": 7, "net": 8})
     cell = jail.Jail(users, view, None).cell(Machine("tcg", 1, 512), 1000)
     command = cell.command(["qemu", "-x"])
-    assert steps(command) == ["prlimit", "nsenter", "setpriv", "qemu"]
-    assert command[-2:] == ["qemu", "-x"]
+    assert steps(command) == ["prlimit", "nsenter", "setpriv", "sh"]
+    assert command[-3:] == [str(os.getpid()), "qemu", "-x"]
     assert f"--mount=/proc/{os.getpid()}/fd/7" in command
     assert f"--reuid={jail.FIRST_UID + users.number * jail.UIDS}" in command
     cell.release()
@@ -456,9 +491,29 @@ def test_the_command_line_without_root(users: jail.Users, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     view = jail.View({"mount": 7, "user": 9})
     command = jail.Jail(users, view, None).cell(Machine("tcg", 1, 512), 1000).command(["qemu"])
-    assert steps(command) == ["prlimit", "nsenter", "unshare", "setpriv", "qemu"]
+    assert steps(command) == ["prlimit", "nsenter", "unshare", "setpriv", "sh"]
     assert {"--preserve-credentials", f"--user=/proc/{os.getpid()}/fd/9", "--no-new-privs"} <= set(command)
     assert not [word for word in command if "uid" in word]
+
+
+def test_a_machine_whose_server_has_ended_does_not_begin() -> None:
+    """A server may be killed before its machine has the parent-death signal; nobody would end it then."""
+    command = jail.inside(None, None, ["echo", "begun"])
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "begun\n"
+    orphan = ["sh", "-c", '"$@"; exit $?', "sh", *command]
+    ran = subprocess.run(orphan, capture_output=True, text=True)
+    assert (ran.stdout, ran.returncode) == ("", 1)
+
+
+@is_root
+def test_root_of_a_user_namespace_is_told() -> None:
+    """There machines' users do not exist; said before any machine fails for it."""
+    jail.check_users()
+    code = "from kernel_gateway.drivers.jail import check_users; check_users()"
+    ran = subprocess.run(
+        ["unshare", "--user", "--map-root-user", sys.executable, "-c", code], capture_output=True, text=True
+    )
+    assert "JailError: the user ids from" in ran.stderr
 
 
 def test_a_host_that_gives_nothing(
@@ -475,7 +530,7 @@ def test_a_host_that_gives_nothing(
     monkeypatch.setattr(jail.View, "make", refuse)
     made = jail.Jail.open("qemu", kvm=False)
     try:
-        assert steps(made.cell(Machine("tcg", 1, 512), 1000).command(["qemu"])) == ["prlimit", "setpriv", "qemu"]
+        assert steps(made.cell(Machine("tcg", 1, 512), 1000).command(["qemu"])) == ["prlimit", "setpriv", "sh"]
         assert "MACHINES HAVE NO LIMITS" in caplog.text
         assert "MACHINES SEE THE HOST'S FILES" in caplog.text
         assert "unshare: Operation not permitted" in caplog.text
