@@ -17,6 +17,7 @@ import msgspec
 
 from guest_agent import wire
 from kernel_gateway.drivers import DriverError
+from kernel_gateway.drivers.jail import opened_for_machines
 from kernel_gateway.drivers.qemu import Image, Qemu, QemuVm
 from kernel_gateway.drivers.qemu_argv import Descriptors, Machine
 from kernel_gateway.errors import CellvmError
@@ -64,9 +65,7 @@ class Builder:
     def open_image(self, directory: Path, initrd: Path) -> Image:
         """The files that machines of this image read, opened for the server's life."""
         kernel = next((directory / "boot/boot").glob("vmlinuz-*"))
-        return Image(
-            *(os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in (kernel, initrd, directory / "root.erofs"))
-        )
+        return Image(*opened_for_machines([kernel, initrd, directory / "root.erofs"]))
 
     async def ready(self, template: Template, driver: Qemu, step: Progress) -> None:
         """Build what is missing, verify, and offer the template on the driver.

@@ -20,7 +20,9 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
@@ -362,6 +364,37 @@ class View:
     def close(self) -> None:
         for fd in self._namespaces.values():
             os.close(fd)
+
+
+OPENER = """
+import os, socket, subprocess, sys
+files = []
+for path in sys.argv[1:]:
+    subprocess.run(["mount", "--bind", path, path], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro,nosuid,nodev,noexec", path], check=True)
+    files.append(os.open(path, os.O_RDONLY))
+socket.send_fds(socket.socket(fileno=0), [b"opened"], files)
+"""
+"""Runs in a mount namespace of its own, which is gone after it but for what the descriptors keep."""
+
+
+def opened_for_machines(paths: list[Path]) -> list[int]:
+    """Open files that machines inherit, and that none may write to, though whoever has a descriptor can open it anew.
+
+    With users of their own machines may not. Without root they are the user whose files these are: so what they get
+    is opened through mounts that are read-only.
+    """
+    if os.geteuid():
+        ours, theirs = socket.socketpair()
+        with ours:
+            command = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, "-I", "-S", "-c", OPENER]
+            with theirs:
+                ran = subprocess.run([*command, *map(str, paths)], stdin=theirs.fileno(), capture_output=True, text=True)
+            _, files, _, _ = socket.recv_fds(ours, 16, len(paths), socket.MSG_CMSG_CLOEXEC)
+        if len(files) == len(paths):
+            return files
+        log.warning("A MACHINE THAT BROKE OUT COULD CHANGE THE IMAGES of later ones: %.300s", ran.stderr.strip())
+    return [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths]
 
 
 def _kvm_command(*, as_root: bool) -> str:

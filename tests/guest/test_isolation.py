@@ -10,6 +10,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -19,7 +20,15 @@ from typing import Any
 import pytest
 
 from kernel_gateway.drivers.cgroup import CONTROLLERS, Cgroups
-from kernel_gateway.drivers.jail import FIRST_UID, UIDS, block_of, found_groups, inside, working_view
+from kernel_gateway.drivers.jail import (
+    FIRST_UID,
+    UIDS,
+    block_of,
+    found_groups,
+    inside,
+    opened_for_machines,
+    working_view,
+)
 from tests.guest.client import KEY, Sandbox, Server, comm, until
 
 CANARY = "canary-7f3a9c51e2"
@@ -340,24 +349,28 @@ def test_the_view_without_root() -> None:
             os._exit(0)
     os.close(writer)
     with open(reader) as answer:
-        pids, text = json.loads(answer.read())
+        pids, text, *changed = json.loads(answer.read())
     os.waitpid(child, 0)
     lines = text.splitlines()
     assert lines[0] == "looked", (pids, text)
     assert "wrote" not in lines
+    assert changed == [["", "Read-only file system"], "an image"]
     assert lines[1] == "root: bin dev etc lib lib64 proc usr dev: null urandom etc: ld.so.cache share: qemu seabios"
     assert lines[2] == "net: lo"
     found = dict(line.split(":\t") for line in lines[3:])
     assert (found["CapPrm"], found["CapEff"], found["NoNewPrivs"]) == ("0" * 16, "0" * 16, "1")
 
 
-def looked_round() -> tuple[list[int], str]:
-    """In a process of its own, as a user who is not root: what one machine sees of another and of its server."""
+def looked_round() -> tuple[list[int], str, list[str], str]:
+    """In a process of its own, as a user who is not root: what one machine sees of another and of its server; and what
+    comes of writing to an image that it was given, which is its user's own file."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
         ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # dumpable, as a server is that was started as this user
+        if not os.access(sys.executable, os.X_OK):  # in root's home
+            sys.executable = "/usr/bin/python3"
     view = working_view("qemu-system-x86_64", kvm=False)
     with subprocess.Popen(inside(view, None, ["sleep", "60"])) as other:
         until(lambda: comm(other.pid) == "sleep", 10)
@@ -365,7 +378,14 @@ def looked_round() -> tuple[list[int], str]:
         script = LOOK_ROUND.format(pids=" ".join(map(str, pids)))
         ran = subprocess.run(inside(view, None, ["sh", "-c", script]), capture_output=True, text=True)
         other.kill()
-    return pids, ran.stdout
+    with tempfile.TemporaryDirectory() as directory:
+        image = Path(directory, "image")
+        image.write_text("an image")
+        (fd,) = opened_for_machines([image])
+        script = f"chmod 666 /proc/self/fd/{fd}; echo changed >>/proc/self/fd/{fd}"
+        wrote = subprocess.run(inside(view, None, ["sh", "-c", script]), capture_output=True, text=True, pass_fds=[fd])
+        said = [wrote.stdout, wrote.stderr.strip().rpartition(": ")[2]]
+        return pids, ran.stdout, said, image.read_text()
 
 
 def test_devices_of_the_guest(server: Server, box: Sandbox) -> None:
