@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 START_LIMIT = 120
 """Seconds a kernel may take to come back after its end, times the driver's time scale."""
 INTERRUPT_GRACE = 0.75
-"""Seconds a cell gets to end after an interrupt before its kernel is killed: the reply comes within a second."""
+"""Seconds a cell gets to end after an interrupt before its kernel is killed: the reply comes within a second.
+Twice as long in an emulated machine, where a loop may need most of one to notice."""
 KEPT = 1000
 """Executions and sessions that are remembered, each."""
 MAX_PENDING = 10_000
@@ -408,7 +409,7 @@ class Kernel:
                     execution.clock = time.monotonic()  # somebody else's cell runs; this one's time has not begun
                 else:
                     execution.timed_out = timed_out(execution.timeout, state_kept=True)
-                    deadline = time.monotonic() + INTERRUPT_GRACE
+                    deadline = time.monotonic() + INTERRUPT_GRACE * min(self._link.time_scale, 2)
                     await self.interrupt()
                 continue
             if execution.is_unwanted and execution.is_started and may_interrupt:

@@ -389,7 +389,9 @@ def opened_for_machines(paths: list[Path]) -> list[int]:
         with ours:
             command = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, "-I", "-S", "-c", OPENER]
             with theirs:
-                ran = subprocess.run([*command, *map(str, paths)], stdin=theirs.fileno(), capture_output=True, text=True)
+                ran = subprocess.run(
+                    [*command, *map(str, paths)], stdin=theirs.fileno(), capture_output=True, text=True
+                )
             _, files, _, _ = socket.recv_fds(ours, 16, len(paths), socket.MSG_CMSG_CLOEXEC)
         if len(files) == len(paths):
             return files

@@ -147,7 +147,7 @@ async def slots(world: World, request: pytest.FixtureRequest) -> AsyncIterator[S
     await slots.start()
     yield slots
     await slots.close()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while [fd for fd in Path("/proc/self/fd").iterdir() if os.path.realpath(fd) == "/dev/net/tun"]:
             await asyncio.sleep(0.02)
         while "cvm" in world.host.run("ip -o link; nft list tables"):

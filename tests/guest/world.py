@@ -10,8 +10,9 @@ import ctypes
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CLONE_NEWNET = 0x40000000
@@ -92,9 +93,10 @@ class Space:
         finally:
             assert _libc.setns(outside, CLONE_NEWNET) == 0
             os.close(outside)
-            here = os.fstat(self._fd).st_ino
-            threads = [task for task in Path("/proc/self/task").iterdir() if (task / "ns/net").stat().st_ino == here]
-            assert not threads, f"left in a network namespace of the tests: {threads}"
+            here, deadline = f"net:[{os.fstat(self._fd).st_ino}]", time.monotonic() + 10
+            while here in namespaces_of_threads():  # it may be ending just now
+                assert time.monotonic() < deadline, "a thread is left in a network namespace of the tests"
+                time.sleep(0.02)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -103,6 +105,15 @@ class Space:
         self._holder.stdin.close()
         self._holder.stdout.close()
         self._holder.wait()
+
+
+def namespaces_of_threads() -> set[str]:
+    """The network namespaces that this process has threads in."""
+    found = set()
+    for task in os.listdir("/proc/self/task"):
+        with suppress(FileNotFoundError):  # ended meanwhile
+            found.add(os.readlink(f"/proc/self/task/{task}/ns/net"))
+    return found
 
 
 class World:
