@@ -90,6 +90,12 @@ def test_process_holds_no_files(box: Sandbox, machines: set[int]) -> None:
         assert Path(f"/proc/{pid}/cwd").readlink() == Path("/")
 
 
+def test_ctrl_c_is_not_for_machines(machines: set[int]) -> None:
+    """A QEMU is in a session of its own: it has no terminal, and a terminal's signals reach the server alone, which
+    lets requests finish."""
+    assert {os.getsid(pid) for pid in machines} == machines
+
+
 def test_template_memory_is_sealed(machines: set[int]) -> None:
     """What all machines share of a template's memory and state can't be written by anybody any more."""
     sealed = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
