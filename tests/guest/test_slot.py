@@ -80,7 +80,8 @@ class Guest:
             async with asyncio.timeout(5):
                 while True:
                     await self._answer("tcp")
-                    if self.last[33] & 0x04 or self.last[40:]:
+                    of_it = struct.unpack(">H", self.last[22:24])[0] == ports[0]
+                    if of_it and (self.last[33] & 0x04 or self.last[40:]):
                         return not self.last[33] & 0x04
         finally:
             self._port = newest
@@ -147,7 +148,7 @@ async def slots(world: World, request: pytest.FixtureRequest) -> AsyncIterator[S
     await slots.start()
     yield slots
     await slots.close()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(10):
         while [fd for fd in Path("/proc/self/fd").iterdir() if os.path.realpath(fd) == "/dev/net/tun"]:
             await asyncio.sleep(0.02)
         while "cvm" in world.host.run("ip -o link; nft list tables"):
