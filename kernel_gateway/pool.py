@@ -8,6 +8,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from guest_agent import wire
@@ -60,20 +61,16 @@ class Guests:
             DriverError, CellvmError: it could not be started or did not acknowledge; nothing is left of it.
         """
         vm = await self._driver.start(template_id)
-        try:
-            link = await Link.open(vm.open(), time_scale=self._driver.capabilities.time_scale)
-        except OSError as error:
-            await vm.kill()
-            raise DriverError(f"the machine's agent can't be spoken to: {error}") from error
-        except BaseException:
-            await vm.kill()
-            raise
-        guest = Guest(vm, link, Kernel(link))
-        try:
+        async with AsyncExitStack() as undo:
+            undo.push_async_callback(vm.kill)
+            try:
+                link = await Link.open(vm.open(), time_scale=self._driver.capabilities.time_scale)
+            except OSError as error:
+                raise DriverError(f"the machine's agent can't be spoken to: {error}") from error
+            undo.callback(link.close)
+            guest = Guest(vm, link, Kernel(link))
             await self.resume(guest, sandbox_id="pool", hostname="sandbox", env={})
-        except BaseException:
-            await guest.kill()
-            raise
+            undo.pop_all()
         return guest
 
     async def resume(self, guest: Guest, *, sandbox_id: str, hostname: str, env: dict[str, str]) -> None:

@@ -251,6 +251,7 @@ class Endpoint(Handler):
         self._has_whole_body = False
         self._is_answered = False
         self._dropped = 0
+        self._giving_up: asyncio.TimerHandle | None = None
 
     async def prepare(self) -> None:
         """Settle everything that the head of the request decides, before any of the body is read."""
@@ -331,11 +332,13 @@ class Endpoint(Handler):
 
     def on_finish(self) -> None:
         self.application.settings["requests"].discard(self)
+        if self._giving_up is not None:
+            self._giving_up.cancel()
 
     def on_connection_close(self) -> None:
         """The client hung up: stop what it asked for."""
         super().on_connection_close()
-        self.application.settings["requests"].discard(self)
+        self.on_finish()
         if self._task is not None:
             self._task.cancel()
 
@@ -388,15 +391,11 @@ class Endpoint(Handler):
         self._is_answered = True
         while not self._chunks.empty():
             self._chunks.get_nowait()  # whoever waits to add more finds that it is not wanted
-        if not self._has_whole_body:
-            asyncio.get_running_loop().call_later(JSON_BODY_TIMEOUT, self._give_up)
+        if not self._has_whole_body:  # nor is the rest of it waited for without end
+            loop = asyncio.get_running_loop()
+            self._giving_up = loop.call_later(JSON_BODY_TIMEOUT, self._connection.stream.close)
         with contextlib.suppress(StreamClosedError):  # nobody is left to tell
             await self.flush()
-
-    def _give_up(self) -> None:
-        """Who was refused and still has not sent the rest of the body is waited for no longer."""
-        if not self._has_whole_body and self in self.application.settings["requests"]:
-            self._connection.stream.close()
 
 
 class Missing(Endpoint):

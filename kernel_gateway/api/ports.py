@@ -193,7 +193,7 @@ class Preview(HTTPMessageDelegate):
         self._connection.stream.set_nodelay(True)
         self._task = asyncio.create_task(self._run())
         self._task.add_done_callback(lambda _: self._finished())
-        self._look_at_client()
+        self._look_again()
         await self._is_begun.wait()
 
     async def data_received(self, chunk: bytes) -> None:
@@ -219,7 +219,7 @@ class Preview(HTTPMessageDelegate):
 
     def _look_at_client(self) -> None:
         stream = self._connection.stream
-        if self not in self._requests or stream is None or stream.socket is None:
+        if stream is None or stream.socket is None:  # switched to another protocol, or closed
             return
         poll = select.poll()
         poll.register(stream.socket, select.POLLRDHUP)
@@ -227,7 +227,10 @@ class Preview(HTTPMessageDelegate):
         if poll.poll(0) and (self._has_whole_body.is_set() or self._exchange is None):
             self.on_connection_close()
         else:
-            asyncio.get_running_loop().call_later(HANG_UP_LOOK, self._look_at_client)
+            self._look_again()
+
+    def _look_again(self) -> None:
+        self._look = asyncio.get_running_loop().call_later(HANG_UP_LOOK, self._look_at_client)
 
     # -- the way there
 
@@ -243,6 +246,7 @@ class Preview(HTTPMessageDelegate):
                 self._connection.close()
 
     def _finished(self) -> None:
+        self._look.cancel()
         self._is_begun.set()
         self._requests.discard(self)
 

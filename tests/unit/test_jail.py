@@ -492,6 +492,7 @@ def test_the_command_line_without_root(users: jail.Users, monkeypatch: pytest.Mo
     view = jail.View({"mount": 7, "user": 9})
     command = jail.Jail(users, view, None).cell(Machine("tcg", 1, 512), 1000).command(["qemu"])
     assert steps(command) == ["prlimit", "nsenter", "unshare", "setpriv", "sh"]
+    assert command[-2:] == [str(os.getpid()), "qemu"]
     assert {"--preserve-credentials", f"--user=/proc/{os.getpid()}/fd/9", "--no-new-privs"} <= set(command)
     assert not [word for word in command if "uid" in word]
 
@@ -530,7 +531,9 @@ def test_a_host_that_gives_nothing(
     monkeypatch.setattr(jail.View, "make", refuse)
     made = jail.Jail.open("qemu", kvm=False)
     try:
-        assert steps(made.cell(Machine("tcg", 1, 512), 1000).command(["qemu"])) == ["prlimit", "setpriv", "sh"]
+        command = made.cell(Machine("tcg", 1, 512), 1000).command(["qemu"])
+        assert steps(command) == ["prlimit", "setpriv", "sh"]
+        assert command[-2:] == [str(os.getpid()), "qemu"]
         assert "MACHINES HAVE NO LIMITS" in caplog.text
         assert "MACHINES SEE THE HOST'S FILES" in caplog.text
         assert "unshare: Operation not permitted" in caplog.text
