@@ -1,4 +1,4 @@
-"""The command line: `cellvm serve | build | doctor | run | nb | keys`."""
+"""The command line: `cellvm serve | build | doctor | run | nb | keys | cache`."""
 
 import argparse
 import asyncio
@@ -16,12 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from guest_agent import wire
-from kernel_gateway import __version__
+from kernel_gateway import __version__, kvm
+from kernel_gateway.cache import Cache
 from kernel_gateway.drivers import DriverError
 from kernel_gateway.errors import CellvmError
-from kernel_gateway.host import examine, install_packages, kvm_verdict, missing_packages
+from kernel_gateway.host import examine, install_packages, missing_packages
 from kernel_gateway.image import BuildError
 from kernel_gateway.jupyter.execution import CellError
+from kernel_gateway.kvm import Verdict
 from kernel_gateway.network.slots import choose, host_addresses
 from kernel_gateway.notebook import Notebook, NotebookError, tags
 from kernel_gateway.pool import Guest, Guests
@@ -32,12 +34,35 @@ from kernel_gateway.store import Store, new_key
 console = Console(stderr=True, highlight=False)
 
 
+USUAL = {
+    "install": 15,
+    "download Debian and Python packages": 30,
+    "download Python packages": 15,
+    "install Python packages": 15,
+    "file system image": 8,
+    "try KVM with the real guest": 6,
+    "boot the template": 6,
+    "warm the kernel": 30,
+    "save the snapshot": 3,
+}
+"""Seconds that a step takes on two emulating cores which do nothing else; steps that take no time are not in here."""
+STILL_EVERY = 30.0
+"""Seconds after which a step that goes on is told again where there is no terminal."""
+
+
+def usual(text: str) -> str:
+    """A step, and how long it usually takes."""
+    step = text.rpartition(": ")[2]
+    found = next((seconds for name, seconds in USUAL.items() if step.startswith(name)), None)
+    return text if found is None else f"{text} (usually {found} s)"
+
+
 @contextmanager
 def steps() -> Iterator[Callable[[str], None]]:
     """Show what is being done and for how long: a moving line on a terminal, plain lines elsewhere."""
     if not console.is_terminal:
-        started = time.monotonic()
-        yield lambda text: console.print(f"{time.monotonic() - started:6.1f} s  {text}")
+        with plain_steps() as step:
+            yield step
         return
     with Progress(
         SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), TimeElapsedColumn(), console=console
@@ -46,11 +71,33 @@ def steps() -> Iterator[Callable[[str], None]]:
         def step(text: str) -> None:
             for task in progress.tasks:
                 progress.update(task.id, total=1, completed=1)
-            progress.add_task(text, total=None)
+            progress.add_task(usual(text), total=None)
 
         yield step
         for task in progress.tasks:
             progress.update(task.id, total=1, completed=1)
+
+
+@contextmanager
+def plain_steps() -> Iterator[Callable[[str], None]]:
+    """A line when a step begins, and one now and then while it goes on."""
+    loop, started = asyncio.get_running_loop(), time.monotonic()
+    waiting: asyncio.TimerHandle | None = None
+
+    def say(text: str, since: float) -> None:
+        nonlocal waiting
+        if waiting is not None:
+            waiting.cancel()
+        now = time.monotonic()
+        still = f": still at it, since {now - since:.0f} s" if now - since >= STILL_EVERY else ""
+        console.print(f"{now - started:6.1f} s  {usual(text)}{still}", markup=False, soft_wrap=True)
+        waiting = loop.call_later(STILL_EVERY, say, text, since)
+
+    try:
+        yield lambda text: say(text, time.monotonic())
+    finally:
+        if waiting is not None:
+            waiting.cancel()
 
 
 async def serve(settings: Settings) -> None:
@@ -103,29 +150,36 @@ async def build(settings: Settings) -> None:
         return
     with steps() as step:
         await install_packages(settings.qemu, step)
-        async with opened_driver(settings, load_templates(settings), step):
-            pass
+        templates = load_templates(settings)
+        async with opened_driver(settings, templates, step) as opened:
+            for template in sorted(templates, key=lambda template: template is not templates.default):
+                await opened.prepare(template, step)
     console.print("all templates are built")
 
 
 async def doctor(settings: Settings) -> int:
     """Tell what this host offers; the exit status is 1 when a server can't run."""
-    kvm: bool | None = None
-    if not missing_packages(settings.qemu) and os.access("/dev/kvm", os.R_OK | os.W_OK):
-        with steps() as step:
-            disks = settings.data_path / "disks"
-            disks.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found: Verdict | None = None
+    if why := kvm.refused():
+        found = Verdict(False, why)
+    elif not missing_packages(settings.qemu):
+        disks = settings.data_path / "disks"
+        disks.mkdir(parents=True, exist_ok=True, mode=0o700)
+        building = builder(settings)
+        with steps() as step, closing(building.cache):
             try:
-                kvm = await kvm_verdict(builder(settings), next(iter(load_templates(settings))), disks, step)
+                async with building.cache.building(step):
+                    template = load_templates(settings).default
+                    found = await kvm.verdict(building, template, disks, step, anew=True)
             except BuildError as error:
-                console.print(f"KVM could not be tried: {error}")
+                console.print(f"KVM could not be tried: {error}", markup=False)
     failed = False
     marks = {"ok": "[green]ok[/]  ", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
     try:
         own = await host_addresses()
     except DriverError:  # no `ip`: then there is no network either, as is said below
         own = frozenset()
-    for finding in examine(settings, kvm, await choose(settings.network), own):
+    for finding in examine(settings, found, await choose(settings.network), own):
         failed = failed or finding.level == "fail"
         print_line = f"{marks[finding.level]}  {finding.what}" + (f" — {finding.meaning}" if finding.meaning else "")
         Console(highlight=False, soft_wrap=True).print(print_line)
@@ -143,8 +197,9 @@ async def fresh_guest(settings: Settings, template_id: str) -> AsyncIterator[Gue
         with steps() as step:
             if settings.isolation != "unisolated":
                 await install_packages(settings.qemu, step)
-            driver, _ = await stack.enter_async_context(opened_driver(settings, templates, step))
-        guest = await Guests(driver, settings.guest_env).start(template.id)
+            opened = await stack.enter_async_context(opened_driver(settings, templates, step))
+            await opened.prepare(template, step)
+        guest = await Guests(opened.driver, settings.guest_env).start(template.id)
         try:
             yield guest
         finally:
@@ -264,6 +319,36 @@ def keys(settings: Settings, action: str, name: str) -> int:
     return 0
 
 
+async def cache(settings: Settings, action: str, unused: float) -> int:
+    """Tell what is in the cache, or delete what nobody uses."""
+    there = Cache(settings.cache_path)
+    if action == "list":
+        entries = there.entries()
+        for entry in entries:
+            ago = (time.time() - entry.used_at) / 86_400
+            state = "in use" if entry.is_held else f"unused for {ago:.1f} days"
+            print(f"{entry.size / 2**20:8.0f} MiB  {state:<22}  {entry.name}")
+        print(f"{sum(entry.size for entry in entries) / 2**20:8.0f} MiB  in {settings.cache_path}")
+        return 0
+    freed = 0
+    with steps() as step:
+        async with there.building(step):
+            step("delete what nobody uses")
+            for entry in await asyncio.to_thread(lambda: list(there.prune(unused))):
+                freed += entry.size
+                print(f"{entry.size / 2**20:8.0f} MiB  {entry.name}")
+    print(f"{freed / 2**20:8.0f} MiB  deleted")
+    return 0
+
+
+def days(text: str) -> float:
+    """A number of days on the command line."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError
+    return value
+
+
 def seconds(text: str) -> float:
     """A time limit on the command line."""
     value = float(text)
@@ -283,6 +368,7 @@ def parser() -> argparse.ArgumentParser:
         "run": "run a Python file in a fresh sandbox",
         "nb": "run a notebook in a fresh sandbox: `cellvm nb run`",
         "keys": "make, list and remove API keys",
+        "cache": "tell what is in the cache, or delete what nobody uses",
     }
     for name, text in texts.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
@@ -306,6 +392,14 @@ def parser() -> argparse.ArgumentParser:
         if name == "keys":
             command.add_argument("action", choices=("add", "list", "remove"))
             command.add_argument("name", nargs="?", default="", help="a label for `add`, the id for `remove`")
+        if name == "cache":
+            command.add_argument("action", choices=("list", "prune"))
+            command.add_argument(
+                "--unused",
+                type=days,
+                metavar="DAYS",
+                help="delete what was unused for so many days, 0 for all but what is in use; default: --cache-days",
+            )
         Settings.add_flags(command)
     return top
 
@@ -332,6 +426,9 @@ def main(argv: list[str] | None = None) -> int:
                 return asyncio.run(run_file(settings, options.file, options.get, options.template))
             case "nb":
                 return asyncio.run(run_notebook(settings, options))
+            case "cache":
+                unused = settings.cache_days if options.unused is None else options.unused
+                return asyncio.run(cache(settings, options.action, unused))
             case "keys":
                 return keys(settings, options.action, options.name)
     except (SettingsError, NotebookError, BuildError, DriverError, CellvmError, OSError) as error:

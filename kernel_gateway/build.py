@@ -1,61 +1,124 @@
-"""From a template's recipe to its verified snapshot: image, initramfs, one boot, warm kernel, save.
+"""From a template's recipe to its verified snapshot: image, initramfs, one boot, warm kernel, save, first restore.
 
 Everything is cached under a hash of what went into it, the QEMU version and the machine included, so the second start
 of a server only verifies.
 """
 
 import asyncio
+import hashlib
+import logging
+import math
 import os
 import re
 import subprocess
-import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
 from guest_agent import wire
+from kernel_gateway.cache import Cache
 from kernel_gateway.drivers import DriverError
 from kernel_gateway.drivers.jail import opened_for_machines
 from kernel_gateway.drivers.qemu import Image, Qemu, QemuVm
-from kernel_gateway.drivers.qemu_argv import Descriptors, Machine
-from kernel_gateway.errors import CellvmError
-from kernel_gateway.image import BuildError, Progress, build_image, build_initrd, content_hash, finished
+from kernel_gateway.drivers.qemu_argv import Descriptors, Machine, qemu
+from kernel_gateway.drivers.tsc import is_same_rate, tsc_khz
+from kernel_gateway.errors import CellvmError, GuestUnresponsive
+from kernel_gateway.image import (
+    BuildError,
+    Progress,
+    build_image,
+    build_initrd,
+    content_hash,
+    finished,
+    image_key,
+)
 from kernel_gateway.link import Link
+from kernel_gateway.pool import Guests
 from kernel_gateway.snapshot import FILES, FileDigest, Manifest, Snapshot, SnapshotCorrupt, copy_sparse, memory_file
 from kernel_gateway.templates import Template
 
-BOOT_TIMEOUT = 20.0
-"""Seconds from QEMU's start to the agent's first answer, times the driver's time scale."""
-LIFE_SIGN = b"Run /init as init process"
-LIFE_SIGN_TIMEOUT = 8.0
-"""Seconds until the guest's kernel must have said so; it takes about two under TCG."""
-BOOT_ATTEMPTS = 8
-WARM_TIMEOUT = 120.0
-KVM_PROBE_TIMEOUT = 15.0
-"""Seconds the real guest gets to boot on KVM before the verdict is no. On hardware it takes about two."""
+log = logging.getLogger(__name__)
+
+# Seconds of processor time, not of the clock, so that they hold on a busy host too.
+BOOT_CPU = 40.0
+"""What a booting machine may use without printing anything. A whole boot takes about 8 under TCG."""
+WARM_CPU = 400.0
+"""What warming may use. It takes about 30 under TCG."""
+PROBE_CPU = 6.0
+"""What the real guest gets to boot on KVM before the verdict is no. On hardware it takes about two."""
+BOOT_ATTEMPTS = 3
+ASK_EVERY = 0.1
+"""Seconds between two questions whether the agent is there, times the driver's time scale."""
+LAST_WORDS = 1500
+"""Characters of a machine's console that an error shows."""
+FIRMWARE = "bios-microvm.bin"
+
+
+class NotBooted(BuildError):
+    """The template's machine did not come up. Another boot may."""
 
 
 def qemu_version(binary: str) -> str:
-    """Such as "7.2.22".
+    """Such as "7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)": the distribution's revision is part of it.
 
     Raises:
         BuildError: the program can't be run.
     """
+    found = re.search(r"version (.+)", _told(binary, "--version"))
+    return found[1].strip() if found else "unknown"
+
+
+def firmware(binary: str) -> str:
+    """A digest of the firmware that QEMU would load, which other packages than its own bring."""
+    digest = hashlib.sha256()
+    for line in _told(binary, "-L", "help").splitlines():
+        file = Path(line.strip()) / FIRMWARE
+        if file.is_file():
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _told(binary: str, *arguments: str) -> str:
     try:
-        text = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([binary, *arguments], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise BuildError(f"{binary} can't be run: {error}") from error
-    found = re.search(r"version (\S+)", text)
-    return found[1] if found else text.strip()
+
+
+def cpu_identity(cpuinfo: str, release: str) -> str:
+    """What a machine on hardware KVM sees of the host's processor and kernel, from /proc/cpuinfo and `uname -r`.
+
+    A snapshot of such a machine must not be restored under another: its guest has chosen its instructions by them.
+    """
+    first, _, _ = cpuinfo.partition("\n\n")
+    fields = dict(re.findall(r"^([^:\n]+?)\s*:[ \t]*(.*)$", first, re.MULTILINE))
+    names = ("vendor_id", "cpu family", "model", "model name", "stepping", "microcode", "flags")
+    return "\n".join([release, *(f"{name}={fields.get(name, '')}" for name in names)])
+
+
+def this_cpu() -> str:
+    """The identity of this host's processor and kernel."""
+    return cpu_identity(Path("/proc/cpuinfo").read_text(), os.uname().release)
+
+
+def machine_of(template: Template, accelerator: str) -> Machine:
+    """The machine that a template's sandboxes are, on this host."""
+    rate = 0
+    if accelerator == "tcg":
+        try:
+            rate = tsc_khz()
+        except OSError as error:
+            log.warning("guests measure their clocks themselves, because this process can't: %s", error)
+    return Machine(accelerator, template.vcpus, template.memory_mb, rate)
 
 
 @dataclass(frozen=True, slots=True)
 class Builder:
     """Builds what the driver `qemu` offers. `cache` holds all results; `ca_bundle` is copied into guests (or None)."""
 
-    cache: Path
+    cache: Cache
     binary: str
     ca_bundle: Path | None
 
@@ -67,8 +130,15 @@ class Builder:
         kernel = next((directory / "boot/boot").glob("vmlinuz-*"))
         return Image(*opened_for_machines([kernel, initrd, directory / "root.erofs"]))
 
+    def is_built(self, template: Template) -> bool:
+        """Whether an image and some snapshot of the template are in the cache, so that it is ready in a second."""
+        has_image = (self.cache.root / "images" / image_key(template, self.ca_bundle)).is_dir()
+        return has_image and any((self.cache.root / "snapshots").glob(f"{template.id}-*"))
+
     async def ready(self, template: Template, driver: Qemu, step: Progress) -> None:
-        """Build what is missing, verify, and offer the template on the driver.
+        """Build what is missing, verify, offer the template on the driver, and see a first machine answer.
+
+        A cached snapshot that fails any of this is deleted and made again, once.
 
         Raises:
             BuildError: a step failed.
@@ -78,24 +148,75 @@ class Builder:
             step(f"{template.id}: {text}")
 
         directory = await self.image(template, told)
-        initrd = build_initrd(directory, self.cache)
+        initrd = await asyncio.to_thread(build_initrd, directory, self.cache)
         image = self.open_image(directory, initrd)
-        machine = Machine(driver.capabilities.accelerator, template.vcpus, template.memory_mb)
-        version = qemu_version(self.binary)
-        numbers = range(8 if driver.capabilities.network == "off" else 9)
-        argv = driver.command(machine, Descriptors(*numbers), template=True)[1:]
-        key = content_hash(template.id, directory.name, initrd, version, repr(argv), repr(template))
-        path = self.cache / "snapshots" / f"{template.id}-{key}"
-        if not path.is_dir():
-            manifest = Manifest(template=template.id, qemu_version=version, argv=argv, image=directory.name, files={})
-            with finished(path) as work:
-                await self._make(template, driver, image, machine, manifest, work, told)
-        told("verify snapshot")
+        machine = await asyncio.to_thread(machine_of, template, driver.capabilities.accelerator)
+        manifest = Manifest(
+            template=template.id,
+            made_with={
+                "recipe": repr(template),
+                "image": directory.name,
+                "initrd": initrd.parent.name,
+                "qemu": qemu_version(self.binary),
+                "firmware": firmware(self.binary),
+                "argv": _argv(machine, network=driver.capabilities.network != "off"),
+                "cpu": this_cpu() if machine.accelerator == "kvm" else "",
+            },
+            tsc_khz=machine.tsc_khz,
+            files={},
+        )
+        path = self.cache.root / "snapshots" / f"{template.id}-{content_hash(msgspec.json.encode(manifest.made_with))}"
+        if path.is_dir():
+            try:
+                await self._offer(template, driver, path, manifest, image, machine, told)
+                return
+            except BuildError as error:
+                log.warning("the cached snapshot of %s is of no use and is made again: %s", template.id, error)
+                self.cache.drop(path)
+        for attempt in range(1, BOOT_ATTEMPTS + 1):
+            try:
+                with finished(path) as work:
+                    await self._make(template, driver, image, machine, manifest, work, told)
+                break
+            except NotBooted as error:
+                if attempt == BOOT_ATTEMPTS:
+                    raise
+                log.warning("boot %d of at most %d: %s", attempt, BOOT_ATTEMPTS, error)
+        await self._offer(template, driver, path, manifest, image, machine, told)
+
+    async def _offer(
+        self, template: Template, driver: Qemu, path: Path, expected: Manifest, image: Image, machine: Machine,
+        step: Progress,
+    ) -> None:  # fmt: skip
+        """Verify a snapshot, offer it on the driver, and restore one machine from it.
+
+        Raises:
+            BuildError: it is damaged, was made elsewhere, or its machines don't answer.
+        """
+        step("verify the snapshot")
         try:
-            snapshot = await asyncio.to_thread(Snapshot.load, path)
+            snapshot = await asyncio.to_thread(Snapshot.load, self.cache.use(path))
         except SnapshotCorrupt as error:
-            raise BuildError(f"{error}\nDelete {path} and build again.") from error
-        driver.offer(template.id, snapshot, image, machine)
+            raise BuildError(str(error)) from error
+        try:
+            found = snapshot.manifest
+            if found.made_with != expected.made_with:
+                raise BuildError(f"{path}: it was made with something else than its name says")
+            if not is_same_rate(found.tsc_khz, expected.tsc_khz):
+                raise BuildError(
+                    f"its guest's clock counts {found.tsc_khz} kHz, and this host's {expected.tsc_khz} kHz"
+                )
+            # The guest goes on by the rate that it was told: the machine is the one that was saved.
+            driver.offer(template.id, snapshot, image, replace(machine, tsc_khz=found.tsc_khz))
+            step("start a first machine")
+            try:
+                guest = await Guests(driver).start(template.id)
+            except (DriverError, CellvmError) as error:
+                raise BuildError(f"a machine that was restored from the snapshot does not answer: {error}") from error
+            await guest.kill()
+        except BaseException:
+            snapshot.close()
+            raise
 
     async def _make(
         self, template: Template, driver: Qemu, image: Image, machine: Machine, manifest: Manifest, work: Path,
@@ -104,20 +225,23 @@ class Builder:
         step("boot the template")
         memory = memory_file("template", machine.ram_mb * 1024 * 1024)
         disk = self._format(work / "disk", template.disk_mb)
-        state = os.open(work / "state", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        state = os.open(work / "state", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            vm = await self._boot(driver, image, machine, memory, disk)
+            vm = await driver.boot(image, machine, memory, disk)
             try:
                 with closing(await Link.open(vm.open(), time_scale=driver.capabilities.time_scale)) as link:
-                    await self._answering(link, vm, BOOT_TIMEOUT)
+                    try:
+                        await vm.progressing(_answered(link), BOOT_CPU)
+                    except DriverError as error:
+                        raise NotBooted(_what_was_seen(template, vm, error)) from error
                     step("warm the kernel")
                     warm = wire.Warm(modules=template.warm, exercise=template.exercise)
-                    await link.call(warm, wire.Done, timeout=WARM_TIMEOUT)
+                    await vm.progressing(link.call(warm, wire.Done, timeout=math.inf), WARM_CPU)
                     await link.call(wire.Flush(), wire.Done)
                     step("save the snapshot")
                     await driver.save(vm, state)
-            except CellvmError as error:
-                raise BuildError(f"the template did not get ready: {error}\n{vm.console_text[-3000:]}") from error
+            except (CellvmError, DriverError) as error:
+                raise BuildError(_what_was_seen(template, vm, error)) from error
             finally:
                 await vm.kill()
             with open(work / "memory", "w+b") as file:
@@ -127,19 +251,6 @@ class Builder:
                 os.close(fd)
         digests = {name: await asyncio.to_thread(_digest, work / name) for name in FILES}
         (work / "manifest.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(manifest, files=digests)))
-
-    async def _boot(self, driver: Qemu, image: Image, machine: Machine, memory: int, disk: int) -> QemuVm:
-        """Boot a machine whose kernel comes up.
-
-        Under TCG the kernel measures its clock against an emulated timer. On a busy host that fails now and then, and
-        the kernel hangs: about one boot in eight.
-        """
-        for _ in range(BOOT_ATTEMPTS):
-            vm = await driver.boot(image, machine, memory, disk)
-            if await vm.has_printed(LIFE_SIGN, LIFE_SIGN_TIMEOUT):
-                return vm
-            await vm.kill()
-        raise BuildError(f"the guest's kernel did not come up in {BOOT_ATTEMPTS} attempts:\n{vm.console_text[-1500:]}")
 
     def _format(self, path: Path, size_mb: int) -> int:
         """A new sparse disk with an empty ext4. No journal: the disk does not outlive its machine's memory."""
@@ -152,39 +263,65 @@ class Builder:
             raise BuildError(f"mkfs.ext4 failed: {getattr(error, 'stderr', error)}") from error
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
-    async def _answering(self, link: Link, vm: QemuVm, timeout: float) -> None:
-        """Return when the agent answers; the guest drops what is sent before its port is open, so ask again."""
-        deadline = time.monotonic() + timeout * link.time_scale
-        while True:
-            try:
-                await link.call(wire.Ping(), wire.Done, timeout=0.5)
-                return
-            except CellvmError:
-                if link.closed.done() or time.monotonic() > deadline:
-                    raise
+    def kvm_key(self, template: Template, image: Path) -> str:
+        """What a verdict on this host's KVM holds for."""
+        argv = _argv(machine_of(template, "kvm"), network=False)
+        return content_hash(this_cpu(), qemu_version(self.binary), firmware(self.binary), argv, image.name)
 
-    async def probe_kvm(self, template: Template, driver: Qemu, step: Progress) -> bool:
-        """Whether the real guest boots on this host's KVM. A `/dev/kvm` that opens proves nothing."""
+    async def probe_kvm(self, template: Template, driver: Qemu, step: Progress) -> str:
+        """Why the real guest does not boot on this host's KVM, with what it printed last; empty when it does."""
         step("try KVM with the real guest")
         directory = await self.image(template, step)
-        image = self.open_image(directory, build_initrd(directory, self.cache))
-        machine = Machine("kvm", template.vcpus, template.memory_mb)
+        image = self.open_image(directory, await asyncio.to_thread(build_initrd, directory, self.cache))
+        machine = machine_of(template, "kvm")
         memory = memory_file("probe", machine.ram_mb * 1024 * 1024)
-        path = self.cache / f"probe-{os.getpid()}"
+        path = self.cache.root / f".probe-{os.getpid()}"
+        disk = self._format(path, template.disk_mb)
         try:
-            disk = self._format(path, template.disk_mb)
             path.unlink()
             vm = await driver.boot(image, machine, memory, disk)
             try:
                 with closing(await Link.open(vm.open())) as link:
-                    await self._answering(link, vm, KVM_PROBE_TIMEOUT)
+                    await vm.progressing(_answered(link), PROBE_CPU, renewed=False)
+            except (CellvmError, DriverError) as error:
+                return f"{error}; the last it printed: {vm.console_text[-LAST_WORDS:].strip() or 'nothing'}"
             finally:
                 await vm.kill()
-        except (BuildError, CellvmError, DriverError):
-            return False
+        except DriverError as error:
+            return str(error)
         finally:
             os.close(memory)
-        return True
+            os.close(disk)
+        return ""
+
+
+def _argv(machine: Machine, *, network: bool) -> str:
+    """The command line that a template is made with, whatever its descriptors are and whatever the host's rate is."""
+    numbers = range(9 if network else 8)
+    if machine.tsc_khz:
+        machine = replace(machine, tsc_khz=1)
+    return " ".join(qemu("qemu", machine, Descriptors(*numbers), template=True)[1:])
+
+
+async def _answered(link: Link) -> None:
+    """Return when the agent answers. It is asked again and again, because the guest drops what comes too early."""
+    while True:
+        try:
+            await link.call(wire.Ping(), wire.Done, timeout=ASK_EVERY)
+            return
+        except GuestUnresponsive:
+            continue
+
+
+def _what_was_seen(template: Template, vm: QemuVm, error: Exception) -> str:
+    load = os.getloadavg()[0]
+    return (
+        f"the template {template.id} did not get ready: {error}.\n"
+        f"The load of this host is {load:.1f} on {os.cpu_count()} processors. The machine printed last:\n"
+        f"{vm.console_text[-LAST_WORDS:].strip() or '(nothing)'}\n"
+        "What was downloaded and built so far is kept. Start again, when the host is less busy if its load is high; "
+        "`cellvm doctor` tells what the host lacks."
+    )
 
 
 def _digest(path: Path) -> FileDigest:

@@ -7,6 +7,7 @@ CellvmError
 ├── NotFound               no such sandbox, template or file (also: somebody else's)
 ├── Conflict               the sandbox is not in a state for this
 ├── Unavailable            not offered yet, or not on this server
+├── TemplateNotReady       the template is still being built
 ├── HostFull               the server has no room for another sandbox
 ├── Draining               the server is going down
 ├── SandboxDied            the machine ended under the request
@@ -50,6 +51,11 @@ class Conflict(CellvmError):
 
 class Unavailable(CellvmError):
     code = "not_implemented"
+
+
+class TemplateNotReady(CellvmError):
+    code = "template_not_ready"
+    retry_after = 10
 
 
 class HostFull(CellvmError):

@@ -1,34 +1,25 @@
-"""What this host can do: the programs we need, whether KVM is real, and `cellvm doctor`."""
+"""What this host has for a server: programs, KVM, jail, network, space. `cellvm doctor` tells it."""
 
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from kernel_gateway.build import Builder, qemu_version
+from kernel_gateway.build import qemu_version
+from kernel_gateway.cache import Cache
 from kernel_gateway.drivers.cgroup import CONTROLLERS
-from kernel_gateway.drivers.jail import (
-    Jail,
-    JailError,
-    check_users,
-    claims_directory,
-    found_groups,
-    tried,
-    working_view,
-)
-from kernel_gateway.drivers.qemu import Qemu
-from kernel_gateway.image import BuildError, Progress, content_hash, run
+from kernel_gateway.drivers.jail import JailError, check_users, claims_directory, found_groups, tried, working_view
+from kernel_gateway.image import BuildError, Progress, run
+from kernel_gateway.kvm import Verdict
 from kernel_gateway.network.policy import Floor
 from kernel_gateway.network.rules import MAX_HOST_CONNECTIONS as CONNECTIONS
 from kernel_gateway.settings import Settings
-from kernel_gateway.templates import Template
 
 PROGRAMS = {
     "qemu-system-x86_64": "qemu-system-x86",
@@ -43,8 +34,6 @@ PROGRAMS = {
     "pasta": "passt",
 }
 """Programs that building and running need, and the Debian package of each."""
-VERDICT_HOLDS = 86_400
-"""Seconds before a KVM that did not work is tried again."""
 NEEDED_DISK = 6 * 1024**3
 """Free bytes in the cache directory that a first build needs."""
 
@@ -69,28 +58,11 @@ async def install_packages(qemu: str, step: Progress) -> None:
         raise BuildError(f"missing: {', '.join(packages)}. As root, run:\n  {' '.join(command)}")
     step(f"install {', '.join(packages)}")
     quiet = {"DEBIAN_FRONTEND": "noninteractive"}
-    await run(["apt-get", "update"], quiet, step)
-    await run(command, quiet, step)
-
-
-async def kvm_verdict(builder: Builder, template: Template, disks: Path, step: Progress) -> bool:
-    """Whether to use KVM: found out once per host and QEMU by booting the real guest, then remembered."""
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        return False
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
-    # 2: verdicts from before machines could open a device that is root's alone are not worth keeping.
-    key = content_hash("2", cpu, os.uname().release, qemu_version(builder.binary))
-    path = builder.cache / "kvm" / key
-    # A "no" may have had other reasons, such as a full disk: it holds for a day.
-    if not path.exists() or (path.read_text() == "no" and time.time() - path.stat().st_mtime > VERDICT_HOLDS):
-        jail = Jail.open(builder.binary, kvm=True)
-        try:
-            verdict = await builder.probe_kvm(template, Qemu(builder.binary, "kvm", disks, jail), step)
-        finally:
-            jail.close()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("yes" if verdict else "no")
-    return path.read_text() == "yes"
+    # An installation before this one may have been interrupted, or may still be at work.
+    await run(["dpkg", "--configure", "-a"], quiet, step)
+    waiting = ["-o", "DPkg::Lock::Timeout=600"]
+    await run(["apt-get", *waiting, "update"], quiet, step)
+    await run([*command, *waiting], quiet, step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +75,12 @@ class Finding:
 
 
 def examine(
-    settings: Settings, kvm: bool | None, network: tuple[str, str], own: frozenset[IPv4Address]
+    settings: Settings, kvm: Verdict | None, network: tuple[str, str], own: frozenset[IPv4Address]
 ) -> Iterator[Finding]:
     """Look at everything a server needs.
 
     Args:
-        kvm: the boot probe's verdict, None when it could not be made.
+        kvm: what became of the real guest on KVM, None when it could not be tried.
         network: the mechanism that sandboxes' networks would have, and what did not work (`network.slots.choose`).
         own: the host's own addresses.
     """
@@ -120,10 +92,11 @@ def examine(
         )
     else:
         yield Finding("ok", f"QEMU {qemu_version(settings.qemu)} and the build tools are there", "")
-    yield _kvm_finding(kvm)
+    yield kvm_finding(kvm)
     yield from _jail(settings)
     yield from _network(settings, *network, own)
     yield from _space(settings)
+    yield _cache(settings)
     memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(memory["MemAvailable"].split()[0]) // 1024
     level = "ok" if available > 4096 else "warn"
@@ -135,20 +108,21 @@ def examine(
     yield _port(settings)
 
 
-def _kvm_finding(kvm: bool | None) -> Finding:
+def kvm_finding(kvm: Verdict | None) -> Finding:
+    """What a verdict on KVM means."""
     slow = "sandboxes run emulated (TCG): correct, 5 to 20 times slower, and not a security boundary by QEMU's word"
-    if kvm:
-        return Finding("ok", "KVM: the real guest boots on it", "sandboxes are hardware-isolated and run at full speed")
-    if not Path("/dev/kvm").exists():
-        modules = "kvm_intel or kvm_amd is not loaded, or the host forbids nested virtualization"
-        return Finding("warn", f"no /dev/kvm: {modules}", slow)
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        return Finding("warn", "/dev/kvm may not be opened", f"{slow}; join the group `kvm`")
     if kvm is None:
-        return Finding("warn", "/dev/kvm is there; not tried, because a guest image can't be built yet", slow)
-    return Finding(
-        "warn", "/dev/kvm opens, but the real guest does not boot on it", f"{slow}; it is tried again after a day"
-    )
+        return Finding("warn", "KVM was not tried, because a guest image can't be built yet", slow)
+    if kvm.works:
+        return Finding("ok", "KVM: the real guest boots on it", "sandboxes are hardware-isolated and run at full speed")
+    return Finding("warn", f"no KVM: {kvm.why}", slow)
+
+
+def _cache(settings: Settings) -> Finding:
+    if not settings.cache_path.is_dir():
+        return Finding("ok", f"no cache yet at {settings.cache_path}", "the first start builds it")
+    size = sum(entry.size for entry in Cache(settings.cache_path).entries())
+    return Finding("ok", f"{size / 2**30:.1f} GiB in the cache {settings.cache_path}", "`cellvm cache list` shows what")
 
 
 def _jail(settings: Settings) -> Iterator[Finding]:

@@ -1,14 +1,16 @@
 """Guest images: from Debian packages and pinned wheels to what a machine boots from.
 
 Built by mmdebstrap with `rootfs/customize.sh` as its hook, as root. Each result lies in a directory named by the hash
-of all that went into it, made beside and renamed at the end: an interrupted build leaves nothing that looks finished,
-and downloaded wheels are kept.
+of all that went into it, made beside and renamed at the end, because an interrupted build must leave nothing that looks
+finished. What was downloaded is kept, whatever happens: the next build goes on from there.
 """
 
 import asyncio
 import gzip
 import hashlib
+import logging
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -18,7 +20,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
+from kernel_gateway.cache import Cache, touch
 from kernel_gateway.templates import Template, rootfs_dir
+
+log = logging.getLogger(__name__)
 
 SUITE = "bookworm"
 AGENT_PACKAGES = ("ipykernel", "msgspec", "pyzmq")
@@ -32,6 +39,12 @@ WHEEL_PLATFORMS = (
     *(f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 26, 24, 17, 12, 5)),
     "manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64",
 )  # fmt: skip
+
+INITRD = "initrd.cpio.gz"
+DIES_WITH_US = ("setpriv", "--pdeathsig=TERM", "--")
+"""The prefix of a command that ends when this process is killed."""
+SEAL, CHECKED = "files.json", "checked.json"
+"""What a directory's files must be, and which ones were found to be so."""
 
 Progress = Callable[[str], None]
 
@@ -69,6 +82,44 @@ def finished(directory: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def seal(directory: Path, files: Iterable[Path]) -> None:
+    """Note what these files of a directory are, so that `damage` notices when they are not."""
+    digests = {str(file.relative_to(directory)): _sha256(file) for file in files}
+    (directory / SEAL).write_bytes(msgspec.json.encode(digests))
+
+
+def damage(directory: Path) -> str:
+    """What is wrong with a sealed directory; empty when nothing is.
+
+    A file is read once after it was written or copied, and then only when its inode has changed.
+    """
+    try:
+        digests = msgspec.json.decode((directory / SEAL).read_bytes(), type=dict[str, str])
+    except (OSError, msgspec.MsgspecError) as error:
+        return f"{directory / SEAL}: {error}"
+    try:
+        checked = msgspec.json.decode((directory / CHECKED).read_bytes(), type=dict[str, list[int]])
+    except (OSError, msgspec.MsgspecError):
+        checked = {}
+    found = {}
+    for name, digest in digests.items():
+        try:
+            status = (directory / name).stat()
+            found[name] = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+            if checked.get(name) != found[name] and _sha256(directory / name) != digest:
+                return f"{directory / name}: its content has changed"
+        except OSError as error:
+            return f"{directory / name}: {error.strerror}"
+    if found != checked and os.access(directory, os.W_OK):
+        (directory / CHECKED).write_bytes(msgspec.json.encode(found))
+    return ""
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 async def run(command: list[str], env: dict[str, str], step: Progress) -> None:
@@ -110,67 +161,109 @@ def image_key(template: Template, ca_bundle: Path | None) -> str:
     )
 
 
-async def build_image(template: Template, cache: Path, ca_bundle: Path | None, step: Progress) -> Path:
+async def build_image(template: Template, cache: Cache, ca_bundle: Path | None, step: Progress) -> Path:
     """The folder with `root.erofs`, `boot/` and `packages`, built if the cache has it not.
 
     Raises:
         BuildError: a step failed.
     """
-    directory = cache / "images" / image_key(template, ca_bundle)
+    directory = cache.root / "images" / image_key(template, ca_bundle)
     if directory.is_dir():
-        return directory
+        if not (why := await asyncio.to_thread(damage, directory)):
+            return cache.use(directory)
+        log.warning("the image is built again, because it is damaged: %s", why)
+        cache.drop(directory)
     rootfs = rootfs_dir()
-    step("download Python packages")
-    wheels = await download_wheels(rootfs / "requirements.lock", cache, step)
-    step("Debian packages")
+    wheels = cache.root / "wheels" / content_hash(rootfs / "requirements.lock")
+    step("download Debian and Python packages")
     with finished(directory) as work:
-        packages = [line for line in (rootfs / "debian.txt").read_text().split("\n") if line and line[0] != "#"]
-        excluded = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("man", "locale", "doc", "info")]
-        await run(
-            [
-                "mmdebstrap", "--variant=minbase", f"--include={','.join(packages + template.debian)}", *excluded,
-                f"--customize-hook={rootfs / 'customize.sh'}", "--format=null", SUITE,
-            ],
-            {
-                "OUT": str(work),
-                "WHEELS": str(wheels),
-                "PYTHON_PACKAGES": " ".join((*AGENT_PACKAGES, *template.python)),
-                "CA_BUNDLE": str(ca_bundle or ""),
-            },
-            step,
-        )  # fmt: skip
-    return directory
+        try:
+            async with asyncio.TaskGroup() as both:
+                both.create_task(download_wheels(rootfs / "requirements.lock", wheels, step))
+                both.create_task(_debian(template, work, cache, wheels, ca_bundle, step))
+        except* BuildError as failed:
+            raise failed.exceptions[0] from None
+        shutil.rmtree(work / "tmp")
+        machines_read = [work / "root.erofs", *(work / "boot/boot").glob("vmlinuz-*"), work / "boot/bin/busybox"]
+        await asyncio.to_thread(seal, work, machines_read)
+    return cache.use(directory)
 
 
-async def download_wheels(lock: Path, cache: Path, step: Progress) -> Path:
-    """The folder with every wheel of the lock file, hashes checked."""
-    directory = cache / "wheels" / content_hash(lock)
+async def _debian(
+    template: Template, work: Path, cache: Cache, wheels: Path, ca_bundle: Path | None, step: Progress
+) -> None:
+    """Make the tree of the guest and what lies beside it, in `work`. The hook waits for the wheels."""
+    rootfs = rootfs_dir()
+    debs = cache.root / "debs" / SUITE
+    debs.mkdir(exist_ok=True)
+    touch(debs)
+    (work / "tmp").mkdir()
+    packages = [line for line in (rootfs / "debian.txt").read_text().split("\n") if line and line[0] != "#"]
+    excluded = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("man", "locale", "doc", "info")]
+    # As root in namespaces of its own: with the first process of them goes all the rest, mounts included, also when
+    # this process is killed.
+    alone = ["unshare", "--mount", "--mount-proc", "--pid", "--fork", "--kill-child", "--"]
+    await run(
+        [
+            *DIES_WITH_US, *(alone if os.geteuid() == 0 else []),
+            "mmdebstrap", "--mode=unshare", "--variant=minbase", f"--include={','.join(packages + template.debian)}",
+            *excluded,
+            # Packages are kept outside, in the cache.
+            "--skip=essential/unlink,cleanup/apt/cache",
+            '--setup-hook=mkdir -p "$1/var/cache/apt/archives" && mount --bind "$DEBS" "$1/var/cache/apt/archives"',
+            f"--customize-hook={rootfs / 'customize.sh'}", "--format=null", SUITE,
+        ],
+        {
+            "OUT": str(work),
+            "DEBS": str(debs),
+            "WHEELS": str(wheels),
+            "PYTHON_PACKAGES": " ".join((*AGENT_PACKAGES, *template.python)),
+            "CA_BUNDLE": str(ca_bundle or ""),
+            "TMPDIR": str(work / "tmp"),
+        },
+        step,
+    )  # fmt: skip
+
+
+async def download_wheels(lock: Path, directory: Path, step: Progress) -> None:
+    """Fill a folder with every wheel of the lock file, hashes checked. An interrupted download is continued."""
     if directory.is_dir():
-        return directory
+        known = set(re.findall(r"sha256:([0-9a-f]{64})", lock.read_text()))
+        if {await asyncio.to_thread(_sha256, wheel) for wheel in directory.glob("*.whl")} <= known:
+            touch(directory)
+            return
+        log.warning("Python packages are downloaded again, because a file in %s is damaged", directory)
+        shutil.rmtree(directory)
+    part = directory.with_suffix(".part")
+    part.mkdir(parents=True, exist_ok=True)
     platforms = [word for platform in WHEEL_PLATFORMS for word in ("--platform", platform)]
-    with finished(directory) as work:
-        await run(
-            [
-                sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes",
-                "--only-binary=:all:", "--python-version", "3.11", "--implementation", "cp", "--abi", "cp311",
-                "--abi", "abi3", "--abi", "none", *platforms, "--dest", str(work), "--requirement", str(lock),
-            ],
-            {},
-            step,
-        )  # fmt: skip
-    return directory
+    # pip moves what it has downloaded only at the end: until then its own cache keeps each file that is whole.
+    await run(
+        [
+            *DIES_WITH_US, sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes",
+            "--only-binary=:all:", "--python-version", "3.11", "--implementation", "cp", "--abi", "cp311",
+            "--abi", "abi3", "--abi", "none", *platforms, "--cache-dir", str(part / "pip"), "--dest", str(part),
+            "--requirement", str(lock),
+        ],
+        {"PIP_NO_CACHE_DIR": "0"},
+        step,
+    )  # fmt: skip
+    shutil.rmtree(part / "pip", ignore_errors=True)
+    part.rename(directory)
 
 
 # -- the initramfs
 
 
-def build_initrd(image: Path, cache: Path) -> Path:
+def build_initrd(image: Path, cache: Cache) -> Path:
     """The first file system: busybox, the kernel modules, our init and the agent."""
     rootfs, agent = rootfs_dir(), Path(__file__).parent.parent / "guest_agent"
     key = content_hash(image.name, agent, rootfs / "init", rootfs / "main", repr(MODULES))
-    path = cache / "initrd" / f"{key}.cpio.gz"
-    if path.exists():
-        return path
+    directory = cache.root / "initrd" / key
+    if directory.is_dir():
+        if not damage(directory):
+            return cache.use(directory) / INITRD
+        cache.drop(directory)
     archive = Cpio()
     archive.add("init", (rootfs / "init").read_bytes(), 0o755)
     archive.add("main", (rootfs / "main").read_bytes(), 0o755)
@@ -182,12 +275,11 @@ def build_initrd(image: Path, cache: Path) -> Path:
     archive.add("modules/order", "".join(f"{name}\n" for name in order).encode())
     for file in sorted(agent.glob("*.py")):
         archive.add(f"agent/guest_agent/{file.name}", file.read_bytes())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_bytes(gzip.compress(archive.close(), 6, mtime=0))
-    part.chmod(0o644)  # machines' users read it, whatever the umask
-    part.rename(path)
-    return path
+    with finished(directory) as work:
+        (work / INITRD).write_bytes(gzip.compress(archive.close(), 6, mtime=0))
+        (work / INITRD).chmod(0o644)  # machines' users read it, whatever the umask
+        seal(work, [work / INITRD])
+    return cache.use(directory) / INITRD
 
 
 def modules_in_order(directory: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from kernel_gateway.errors import CellvmError, Draining, GuestFailure, HostFull,
 from kernel_gateway.lifecycle import Event, State
 from kernel_gateway.network.policy import Floor, Policy, Refusal
 from kernel_gateway.pool import Guest, Guests, Pool
+from kernel_gateway.preparation import Preparation
 from kernel_gateway.sandbox import Sandbox, filter_of, new_id
 from kernel_gateway.store import Store
 from kernel_gateway.templates import Template, Templates
@@ -40,7 +41,7 @@ class Sandboxes:
     """The collection. `maximum` counts sandboxes that exist or are being created; the pool is not counted.
 
     `journals` is where kernels' output goes that memory does not hold. `network` is None where machines have no network
-    card.
+    card, `preparation` where every template is ready from the start.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class Sandboxes:
         maximum: int,
         journals: Path | None = None,
         network: Network | None = None,
+        preparation: Preparation | None = None,
     ) -> None:
         self.templates = templates
         self.maximum = maximum
         self.pools = pools
         self.capabilities = guests.capabilities
         self.network = network
+        self._preparation = preparation
         self._guests = guests
         self._store = store
         self._journals = journals
@@ -105,10 +108,13 @@ class Sandboxes:
 
         Raises:
             HostFull: there are `maximum` already, or no machine could be started.
+            TemplateNotReady: the template is still being built.
             Draining: the server is going down.
             Unavailable: this server can't enforce the policy.
         """
         self._check_enforceable(policy)
+        if self._preparation is not None:
+            await self._preparation.require(template)
         if self.is_draining:
             raise Draining("the server is going down")
         if len(self._sandboxes) >= self.maximum:

@@ -10,7 +10,7 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -18,21 +18,23 @@ from pathlib import Path
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 
+from kernel_gateway import kvm
 from kernel_gateway.api.app import application
 from kernel_gateway.api.socket import GOING_DOWN
 from kernel_gateway.build import Builder, qemu_version
+from kernel_gateway.cache import Cache
 from kernel_gateway.drivers import DriverError, VmDriver
 from kernel_gateway.drivers.jail import Jail
 from kernel_gateway.drivers.qemu import Qemu
 from kernel_gateway.drivers.unisolated import Unisolated
-from kernel_gateway.host import kvm_verdict
 from kernel_gateway.image import Progress, content_hash
 from kernel_gateway.network.slots import Slots, choose
 from kernel_gateway.pool import Guests, Pool
+from kernel_gateway.preparation import Preparation, Prepare
 from kernel_gateway.sandboxes import Sandboxes
 from kernel_gateway.settings import Settings, SettingsError
 from kernel_gateway.store import Store, new_key
-from kernel_gateway.templates import Templates, rootfs_dir
+from kernel_gateway.templates import Template, Templates, rootfs_dir
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +70,7 @@ def load_templates(settings: Settings) -> Templates:
 
 
 def builder(settings: Settings) -> Builder:
-    cache = settings.cache_path
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = Cache(settings.cache_path)
     # Machines are started with another PATH than ours: both must mean the same program.
     return Builder(cache, shutil.which(settings.qemu) or settings.qemu, ca_file(settings))
 
@@ -96,15 +97,22 @@ def ca_file(settings: Settings) -> Path | None:
     return path
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A driver with its network. `prepare` builds what a template lacks, verifies it and offers it on the driver."""
+
+    driver: VmDriver
+    network: Slots | None
+    prepare: Prepare
+
+
 @asynccontextmanager
-async def opened_driver(
-    settings: Settings, templates: Templates, progress: Progress
-) -> AsyncIterator[tuple[VmDriver, Slots | None]]:
-    """The driver that the settings ask for, with every template built, verified and offered, and its network.
+async def opened_driver(settings: Settings, templates: Templates, progress: Progress) -> AsyncIterator[Opened]:
+    """The driver that the settings ask for. It offers no template before that was prepared.
 
     Raises:
-        SettingsError: a setting of the network can't be used here.
-        BuildError: a template could not be built.
+        SettingsError: the isolation or a setting of the network can't be had here.
+        BuildError: the image that KVM is tried with could not be built.
     """
     disks = settings.data_path / "disks"
     disks.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -112,25 +120,28 @@ async def opened_driver(
         log.warning("ISOLATION IS OFF: code in a sandbox can do whatever this server can. For development only.")
         for left in disks.glob("agent-*"):  # of a server that was killed
             shutil.rmtree(left)
-        yield Unisolated(disks), None
+
+        async def nothing(template: Template, step: Progress) -> None:
+            """An agent that is a plain process needs no image."""
+
+        yield Opened(Unisolated(disks), None, nothing)
         return
     building = builder(settings)
-    async with only_builder(settings.cache_path, progress):
-        accelerator = await _accelerator(settings, templates, building, disks, progress)
-    # The jail is first: the server may have to leave its control group to it, which it can only while it is alone.
-    with closing(Jail.open(building.binary, kvm=accelerator == "kvm")) as jail:
-        async with opened_network(settings) as slots:
-            driver = Qemu(building.binary, accelerator, disks, jail, nics=slots)
-            async with only_builder(settings.cache_path, progress):
-                for template in templates:
-                    await building.ready(template, driver, progress)
-            if accelerator == "tcg":
-                log.warning(
-                    "no usable KVM: sandboxes run emulated (TCG, QEMU %s). That is correct but slow, and QEMU does not "
-                    "call it a security boundary; `cellvm doctor` says more",
-                    qemu_version(building.binary),
-                )
-            yield driver, slots
+    with closing(building.cache):
+        async with building.cache.building(progress):
+            accelerator = await _accelerator(settings, templates.default, building, disks, progress)
+        # The jail is first: the server may have to leave its control group to it, which it can only while it is alone.
+        with closing(Jail.open(building.binary, kvm=accelerator == "kvm")) as jail:
+            if accelerator == "kvm" and (why := jail.kvm_refused()):
+                raise SettingsError(f"--isolation {settings.isolation}: the users of machines can't open it: {why}")
+            async with opened_network(settings) as slots:
+                driver = Qemu(building.binary, accelerator, disks, jail, nics=slots)
+
+                async def prepare(template: Template, step: Progress) -> None:
+                    async with building.cache.building(step):
+                        await building.ready(template, driver, step)
+
+                yield Opened(driver, slots, prepare)
 
 
 @asynccontextmanager
@@ -164,34 +175,29 @@ async def opened_network(settings: Settings) -> AsyncIterator[Slots | None]:
         await slots.close()
 
 
-@asynccontextmanager
-async def only_builder(cache: Path, progress: Progress) -> AsyncIterator[None]:
-    """Wait until nobody else builds in the cache: what is being built there is most likely what we need."""
-    lock = os.open(cache / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        waiting = False
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not waiting:
-                    progress(f"wait for another build in {cache}")
-                waiting = True
-                await asyncio.sleep(0.5)
-        yield
-    finally:
-        os.close(lock)
-
-
 async def _accelerator(
-    settings: Settings, templates: Templates, building: Builder, disks: Path, progress: Progress
+    settings: Settings, template: Template, building: Builder, disks: Path, progress: Progress
 ) -> str:
-    accelerator = settings.isolation.removeprefix("qemu-")
-    if accelerator == "auto":
-        verdict = await kvm_verdict(building, next(iter(templates)), disks, progress)
-        accelerator = "kvm" if verdict else "tcg"
-    return accelerator
+    """ "kvm" or "tcg": what the settings ask for, or what works here.
+
+    Raises:
+        SettingsError: KVM is asked for, and this host has none for us.
+    """
+    if settings.isolation == "qemu-tcg":
+        return "tcg"
+    if settings.isolation == "qemu-kvm":
+        if why := kvm.refused():
+            raise SettingsError(f"--isolation qemu-kvm: {why}")
+        return "kvm"
+    found = await kvm.verdict(building, template, disks, progress)
+    if not found.works:
+        log.warning(
+            "NO KVM: %s\nSandboxes run emulated (TCG, QEMU %s). That is correct but slow, and QEMU does not call it a "
+            "security boundary. `cellvm doctor` tries KVM again and says what to do",
+            found.why,
+            qemu_version(building.binary),
+        )
+    return "kvm" if found.works else "tcg"
 
 
 def claim(data: Path) -> int:
@@ -233,8 +239,12 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
         left = store.end_all("host_restart")
         if left:
             log.warning("%d sandboxes ended with the server before this one", left)
-        async with opened_driver(settings, templates, progress) as (driver, slots):
+        async with opened_driver(settings, templates, progress) as opened, AsyncExitStack() as last:
+            driver = opened.driver
             check_bind(settings, sockets, driver)
+            preparation = Preparation(opened.prepare)
+            last.push_async_callback(preparation.close)
+            await preparation.make(templates.default, progress)
             made = None  # only now: a key that was made before a failed start would never be shown
             if settings.api_key:
                 store.add_key(settings.api_key, "CELLVM_API_KEY")
@@ -253,7 +263,8 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 store,
                 maximum=settings.max_sandboxes,
                 journals=journals,
-                network=slots,
+                network=opened.network,
+                preparation=preparation,
             )
             app = application(
                 sandboxes,
@@ -274,6 +285,8 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
             )
             http.add_sockets(sockets)
             sandboxes.start()
+            rest = asyncio.create_task(make_rest(settings, templates, preparation))
+            last.push_async_callback(cancelled, rest)
             host, port = sockets[0].getsockname()[:2]
             try:
                 scheme = "https" if settings.tls_cert else "http"
@@ -293,6 +306,22 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
             sock.close()
         store.close()
         os.close(lock)
+
+
+async def make_rest(settings: Settings, templates: Templates, preparation: Preparation) -> None:
+    """What a server does after it is ready: make its other templates, then delete what is old in the cache."""
+    await preparation.make_all(template for template in templates if template is not templates.default)
+    if settings.cache_days and settings.isolation != "unisolated":
+        cache = Cache(settings.cache_path)
+        async with cache.building(log.info):
+            for entry in await asyncio.to_thread(lambda: list(cache.prune(settings.cache_days))):
+                log.info("deleted from the cache, unused for %d days: %s", settings.cache_days, entry.name)
+
+
+async def cancelled(task: asyncio.Task[None]) -> None:
+    """Cancel a task and wait for its end."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def check_bind(settings: Settings, sockets: list[socket.socket], driver: VmDriver) -> None:

@@ -38,6 +38,9 @@ class Settings:
     port: int = setting(8888, "Port to listen on; 0 picks a free one.", low=0, high=65535)
     data_dir: str = setting("", "Where keys, the journal and the sandboxes' disks are. Default: ~/.local/share/cellvm.")
     cache_dir: str = setting("", "Where images and snapshots are kept. Default: ~/.cache/cellvm.")
+    cache_days: int = setting(
+        14, "Days after which a start deletes from the cache what no server has used; 0 keeps all.", low=0, high=3650
+    )
     api_key: str = setting("", "A key to accept besides those made by `cellvm keys`.", secret=True)
     templates: str = setting("", "Templates to offer, separated by commas. Default: all there are.")
     template_dir: str = setting("", "Folder of template files. Default: those that come with CellVM.")

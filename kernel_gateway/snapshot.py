@@ -36,12 +36,15 @@ class FileDigest(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What a snapshot was made with. `argv` is QEMU's command line with descriptors left out."""
+    """What a snapshot was made with, each thing by its name: all of it decides whether the snapshot fits.
+
+    `tsc_khz` is the rate by which its guest reads its clock, which may differ a little from host to host; 0 when the
+    guest has it from KVM or has measured it.
+    """
 
     template: str
-    qemu_version: str
-    argv: list[str]
-    image: str
+    made_with: dict[str, str]
+    tsc_khz: int
     files: dict[str, FileDigest]
 
 
@@ -69,9 +72,11 @@ def copy_sparse(source: int, target: int) -> FileDigest:
     digest = hashlib.sha256(size.to_bytes(8, "big"))
     buffer = memoryview(bytearray(BLOCK))
     zeros = bytes(BLOCK)
+    done = 0
     for offset, length in extents(source):
-        start = offset - offset % BLOCK
-        for at in range(start, offset + length, BLOCK):
+        # Several extents may lie in one block, and more of them in one copy of a file than in another.
+        for at in range(max(done, offset - offset % BLOCK), offset + length, BLOCK):
+            done = at + BLOCK
             count = os.preadv(source, [buffer], at)
             piece = buffer[:count]
             if piece != zeros[:count]:
@@ -111,6 +116,11 @@ class Snapshot:
     memory: int
     state: int
     disk: int
+
+    def close(self) -> None:
+        """Let go of it, when no machine will be started from it any more."""
+        for fd in (self.memory, self.state, self.disk):
+            os.close(fd)
 
     @classmethod
     def load(cls, directory: Path) -> "Snapshot":

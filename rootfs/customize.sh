@@ -1,17 +1,23 @@
 #!/bin/sh
 # mmdebstrap customize hook: turns a minimal Debian tree ($1) into a guest image and takes the kernel out beside it.
-# In: OUT (host directory for the results), WHEELS (host directory of verified wheels), PYTHON_PACKAGES, CA_BUNDLE
-# (host file, or empty to keep Debian's own). Out: $OUT/root.erofs, $OUT/boot (kernel, modules, busybox), $OUT/packages.
+# In: OUT (host directory for the results), WHEELS (host directory of verified wheels, there when all of them are),
+# PYTHON_PACKAGES, CA_BUNDLE (host file, or empty to keep Debian's own). Out: $OUT/root.erofs, $OUT/boot (kernel, modules, busybox), $OUT/packages.
 # Lines "step: …" on standard output drive the progress bar of `cellvm build`.
 set -eu
 root=$1
 
-echo "step: Python packages"
-mkdir "$root/wheels"
-cp "$WHEELS"/*.whl "$root/wheels/"
 chroot "$root" python3 -m venv /opt/venv
-chroot "$root" /opt/venv/bin/pip install --quiet --no-cache-dir --no-index --find-links /wheels $PYTHON_PACKAGES
-rm -r "$root/wheels"
+[ -d "$WHEELS" ] || echo "step: download Python packages"
+until [ -d "$WHEELS" ]; do sleep 0.2; done
+echo "step: install Python packages"
+mkdir "$root/wheels"
+mount --bind "$WHEELS" "$root/wheels"
+chroot "$root" /opt/venv/bin/pip install --quiet --no-cache-dir --no-compile --no-index --find-links /wheels \
+    $PYTHON_PACKAGES
+umount "$root/wheels"
+rmdir "$root/wheels"
+# By all processors at once, which pip does not do. A file that can't be compiled is no error: some packages carry such.
+chroot "$root" /opt/venv/bin/python -m compileall -qq -j 0 /opt/venv/lib || true
 
 echo "step: users and environment"
 chroot "$root" useradd --create-home --shell /bin/bash --user-group user
@@ -39,15 +45,20 @@ mkdir -p "$root/lower" "$root/rw"
 echo "step: kernel"
 export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
 image=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: \(linux-image-.*\)$/\1/p')
-mkdir -p "$OUT/boot/debs"
-(cd "$OUT/boot/debs" && apt-get -q download "$image" busybox-static)
-for deb in "$OUT"/boot/debs/*.deb; do dpkg-deb -x "$deb" "$OUT/boot"; done
-(cd "$OUT/boot/debs" && ls) > "$OUT/packages"
+mkdir -p "$OUT/boot"
+(
+    cd "$root/var/cache/apt/archives" # the cache of packages, mounted there: what it has is not downloaded again
+    apt-get -q download "$image" busybox-static
+    for package in "$image" busybox-static; do
+        version=$(apt-cache show --no-all-versions "$package" | sed -n 's/^Version: //p' | sed 's/:/%3a/')
+        dpkg-deb -x "${package}_${version}_amd64.deb" "$OUT/boot"
+        echo "${package}_${version}_amd64.deb"
+    done > "$OUT/packages"
+)
 chroot "$root" dpkg-query -W >> "$OUT/packages"
-rm -r "$OUT/boot/debs"
 
 echo "step: file system image"
-rm -rf "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/*.bin "$root"/var/cache/apt/archives/*.deb "$root"/var/log/*.log
+rm -rf "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/*.bin "$root"/var/log/*.log
 # A plain bind mount shows the tree without what mmdebstrap mounted into it (proc, sys, dev). Modification times are
 # kept: Python trusts its compiled files by them.
 bare=$(mktemp -d)

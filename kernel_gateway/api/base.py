@@ -40,6 +40,7 @@ STATUS: dict[str, int] = {
     "not_found": 404,
     "conflict": 409,
     "not_implemented": 501,
+    "template_not_ready": 503,
     "host_full": 503,
     "draining": 503,
     "sandbox_died": 502,

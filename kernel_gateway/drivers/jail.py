@@ -437,7 +437,7 @@ class Cell:
     def command(self, argv: list[str]) -> list[str]:
         """The command line that runs another one inside."""
         # By a program in between, not by us afterwards: root in a container may not do that to another user's process.
-        return [*process_limits(self._disk), *inside(self._jail.view, self._uid, argv)]
+        return [*process_limits(self._disk), *inside(self._jail.view, self._uid, argv, self._jail.group)]
 
     async def confine(self, pid: int) -> None:
         """Put the process that runs such a command into a control group; it must not have been waited for yet.
@@ -474,11 +474,15 @@ def _until_gone(remove: Callable[[], bool], attempts: int = 100) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Jail:
-    """A server's jail. `view` and `groups` are None where the host has none to give."""
+    """A server's jail. `view` and `groups` are None where the host has none to give.
+
+    `group` is the host's group that may open /dev/kvm, for machines that need it.
+    """
 
     users: Users
     view: View | None
     groups: Cgroups | None
+    group: int | None = None
 
     @classmethod
     def open(cls, binary: str, *, kvm: bool) -> "Jail":
@@ -509,7 +513,15 @@ class Jail:
         except JailError as error:
             who = "everybody" if os.geteuid() == 0 else "the server's user"
             log.warning("MACHINES SEE THE HOST'S FILES, as far as %s may read them: %s", who, error)
-        return cls(users, view, groups)
+        return cls(users, view, groups, group_of_kvm() if kvm else None)
+
+    def kvm_refused(self) -> str:
+        """Why the users of machines can't open /dev/kvm; empty when they can."""
+        uid = TRIAL_UID if os.geteuid() == 0 else None
+        opening = inside(self.view, uid, ["/bin/sh", "-c", "exec 3<>/dev/kvm"], self.group)
+        ran = subprocess.run(opening, capture_output=True, text=True, env={"PATH": os.defpath}, cwd="/")
+        told = ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"]
+        return told[-1] if ran.returncode else ""
 
     def cell(self, machine: Machine, disk: int) -> Cell:
         return Cell(self, machine, disk)
@@ -526,12 +538,21 @@ def process_limits(file_size: int) -> list[str]:
     return ["prlimit", "--core=0:0", f"--nofile={OPEN_FILES}:{OPEN_FILES}", f"--fsize={file_size}:{file_size}", "--"]
 
 
-def inside(view: View | None, uid: int | None, argv: list[str]) -> list[str]:
-    """The command line that runs another one in a view, without privileges, and as that user."""
+def group_of_kvm() -> int | None:
+    """The group that /dev/kvm belongs to, if machines may be in it: root can't always make a device of their own."""
+    try:
+        group = os.stat("/dev/kvm").st_gid
+    except OSError:
+        return None
+    return group if group and os.geteuid() == 0 else None
+
+
+def inside(view: View | None, uid: int | None, argv: list[str], group: int | None = None) -> list[str]:
+    """The command line that runs another one in a view, without privileges, as that user and in that group."""
     setpriv = shutil.which("setpriv") or "/usr/bin/setpriv"
     # Whoever's server was killed before the parent-death signal was set has another parent by now.
     if_server_lives = ["/bin/sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid())]
-    return [*(view.enter() if view else []), *drop_privileges(setpriv, uid), *if_server_lives, *argv]
+    return [*(view.enter() if view else []), *drop_privileges(setpriv, uid, group), *if_server_lives, *argv]
 
 
 def working_view(binary: str, *, kvm: bool) -> View:

@@ -8,15 +8,16 @@ Two ways to run one: `boot` starts the guest's kernel (only to make a template, 
 """
 
 import asyncio
-import contextlib
 import os
 import signal
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from kernel_gateway.drivers import Capabilities, DriverError, Nic, Nics
 from kernel_gateway.drivers.jail import SERVER, Cell, Jail
@@ -26,9 +27,14 @@ from kernel_gateway.snapshot import Snapshot, copy_disk
 
 CONSOLE_KEPT = 64 * 1024
 """Bytes of console output kept for error messages."""
-START_TIMEOUT = 20.0
-"""Seconds QEMU may take to start and load its state."""
+START_TIMEOUT = 60.0
+"""Seconds QEMU may take to start and load its state; it takes a tenth of one where nobody else is busy."""
+LOOK_EVERY = 0.5
+"""Seconds between two looks at what a machine has done."""
+STANDSTILL = (5.0, 300.0)
+"""A machine that has used less than so many seconds of processor time in so many seconds stands still."""
 TCG_TIME_SCALE = 4.0
+T = TypeVar("T")
 _CAPABILITIES = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
 
 
@@ -59,7 +65,8 @@ class QemuVm:
         self._channel: socket.socket | None = channel
         self._console = console
         self._console_text = bytearray()
-        self._printed = asyncio.Event()
+        self._printed = 0
+        self._broken = ""
         self._qmp_socket = qmp
         self._qmp: Qmp | None = None
         self._loop = asyncio.get_running_loop()
@@ -87,14 +94,50 @@ class QemuVm:
         assert channel is not None
         return channel
 
-    async def has_printed(self, text: bytes, timeout: float) -> bool:
-        """Whether the console shows `text` within `timeout` seconds."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                while text not in self._console_text:
-                    self._printed.clear()
-                    await self._printed.wait()
-        return text in self._console_text
+    async def progressing(self, work: Coroutine[Any, Any, T], cpu: float, *, renewed: bool = True) -> T:
+        """The result of `work`, awaited for as long as the machine makes progress with what the work waits for.
+
+        The limit is processor time that the machine has used, not time on the clock, because a machine on a busy host
+        is slow without being stuck.
+
+        Args:
+            cpu: seconds of processor time that the machine may use without printing anything on its console.
+            renewed: whether what it prints is progress; if not, the limit holds from the beginning to the end.
+
+        Raises:
+            DriverError: the machine has ended or makes no progress. The text says what was seen.
+        """
+        doing = asyncio.ensure_future(work)
+        either: list[asyncio.Future[Any]] = [doing, self._ended]
+        printed, since = self._printed, self._cpu_time()
+        window, window_began = since, time.monotonic()
+        try:
+            while True:
+                await asyncio.wait(either, timeout=LOOK_EVERY, return_when=asyncio.FIRST_COMPLETED)
+                if doing.done():
+                    return doing.result()
+                if self._ended.done():
+                    raise DriverError(f"the machine has ended: {self._ended.result()}")
+                used, now = self._cpu_time(), time.monotonic()
+                if renewed and self._printed != printed:
+                    printed, since = self._printed, used
+                if used - since > cpu:
+                    without = " and printed nothing new" if renewed else ""
+                    raise DriverError(f"the machine used {used - since:.0f} s of processor time{without}")
+                if now - window_began > STANDSTILL[1]:
+                    if used - window < STANDSTILL[0]:
+                        raise DriverError(f"the machine has stood still for {now - window_began:.0f} s")
+                    window, window_began = used, now
+        finally:
+            doing.cancel()
+
+    def _cpu_time(self) -> float:
+        """Seconds of processor time that the process has used, all its threads together."""
+        # The number of a process's clock: clock_getcpuclockid(3), which Python does not have.
+        try:
+            return time.clock_gettime(~self.pid << 3 | 2)
+        except OSError:  # it has ended just now
+            return 0.0
 
     async def wait(self) -> str:
         return await asyncio.shield(self._ended)
@@ -105,16 +148,21 @@ class QemuVm:
             await self.wait()
 
     async def stop(self) -> None:
-        await (await self.control()).execute("stop")
+        await (await self.control()).stop()
 
     async def cont(self) -> None:
-        await (await self.control()).execute("cont")
+        await (await self.control()).cont()
 
     async def control(self) -> Qmp:
         """The machine's QMP connection."""
         if self._qmp is None:
-            self._qmp = await Qmp.open(self._qmp_socket)
+            self._qmp = await Qmp.open(self._qmp_socket, self._break)
         return self._qmp
+
+    def _break(self, why: str) -> None:
+        """End a machine that is of no use any more, though its QEMU would live on."""
+        self._broken = self._broken or why
+        self._process.kill()
 
     def _exited(self) -> None:
         code = self._process.wait()
@@ -136,12 +184,12 @@ class QemuVm:
             self.cell.release()
         finally:  # whatever fails there: many wait for this
             said = f"killed by {signal.Signals(-code).name}" if code < 0 else f"QEMU exited with {code}"
-            self._ended.set_result(said)
+            self._ended.set_result(self._broken or said)
 
     def _console_readable(self) -> None:
         try:
             while data := self._console.recv(16 * 1024):
-                self._printed.set()
+                self._printed += len(data)
                 self._console_text += data
                 del self._console_text[:-CONSOLE_KEPT]
         except BlockingIOError:
@@ -218,31 +266,34 @@ class Qemu:
             # Each reader needs a file position of its own: opened anew, not duplicated.
             state = os.open(f"/proc/self/fd/{snapshot.state}", os.O_RDONLY | os.O_CLOEXEC)
             opened.callback(os.close, state)
-            vm = self._spawn(machine, image, snapshot.memory, disk, state, await self._card())
-        async with _whole_or_nothing(vm):
-            await vm.cell.confine(vm.pid)
-            qmp = await vm.control()
-            await qmp.execute("migrate-set-capabilities", capabilities=_CAPABILITIES)
-            await qmp.execute("migrate-incoming", uri=f"fd:{state}")
-            await qmp.migrated()
-            await qmp.execute("cont")
+            vm = self._spawn(machine, image, snapshot.memory, disk, await self._card(), template=False)
+            async with _whole_or_nothing(vm):
+                await vm.cell.confine(vm.pid)
+                qmp = await vm.control()
+                await qmp.execute("migrate-set-capabilities", capabilities=_CAPABILITIES)
+                await qmp.execute("migrate-incoming", uri=await qmp.pass_state(state))
+                await qmp.migrated()
+                await qmp.cont()
         return vm
 
     async def boot(self, image: Image, machine: Machine, memory: int, disk: int) -> QemuVm:
         """Start the guest's kernel on a shared memory file and a disk, both the caller's."""
-        vm = self._spawn(machine, image, memory, disk, None, await self._card())
+        vm = self._spawn(machine, image, memory, disk, await self._card(), template=True)
         async with _whole_or_nothing(vm):
             await vm.cell.confine(vm.pid)
             await vm.control()
         return vm
 
     async def save(self, vm: QemuVm, state: int) -> None:
-        """Stop a booted machine for good and write the state of its devices to a file."""
+        """Stop a booted machine for good and write the state of its devices to a file, open for writing only.
+
+        Raises:
+            DriverError: the state could not be written.
+        """
         qmp = await vm.control()
         await qmp.execute("migrate-set-capabilities", capabilities=_CAPABILITIES)
-        await qmp.execute("stop")
-        await qmp.pass_descriptor("state", state)
-        await qmp.execute("migrate", uri="fd:state")
+        await qmp.stop()
+        await qmp.execute("migrate", uri=await qmp.pass_state(state))
         await qmp.migrated()
 
     async def _card(self) -> Nic | None:
@@ -253,7 +304,7 @@ class Qemu:
         return qemu(self._binary, machine, fds, template=template)
 
     def _spawn(
-        self, machine: Machine, image: Image, memory: int, disk: int, state: int | None, nic: Nic | None
+        self, machine: Machine, image: Image, memory: int, disk: int, nic: Nic | None, *, template: bool
     ) -> QemuVm:
         """Start QEMU; from here on the card is the machine's."""
         with ExitStack() as undo, ExitStack() as its:
@@ -279,7 +330,7 @@ class Qemu:
                 console=its_console.fileno(),
                 tap=None if nic is None else nic.tap,
             )
-            argv = cell.command(self.command(machine, fds, template=state is None))
+            argv = cell.command(self.command(machine, fds, template=template))
             # The parent-death signal is tied to the thread that spawns: this must be the main one.
             process = subprocess.Popen(
                 argv,
@@ -288,7 +339,7 @@ class Qemu:
                 stderr=its_console.fileno(),
                 env={"PATH": os.defpath, SERVER: str(os.getpid())},
                 cwd="/",
-                pass_fds=fds.all() if state is None else (*fds.all(), state),
+                pass_fds=fds.all(),
                 start_new_session=True,  # Ctrl-C is for the server, which lets requests finish
             )
             undo.pop_all()

@@ -22,12 +22,14 @@ ROOT_SET, DISK_SET = 1, 2
 class Machine:
     """What decides whether a snapshot fits: changing any of it means another snapshot.
 
-    `memory_mb` in MiB; `accelerator` is "kvm" or "tcg".
+    `memory_mb` in MiB; `accelerator` is "kvm" or "tcg"; `tsc_khz` is the rate of an emulated processor's time stamp
+    counter, which is the host's, or 0 where the guest has to measure it itself.
     """
 
     accelerator: str
     vcpus: int
     memory_mb: int
+    tsc_khz: int = 0
 
     @property
     def ram_mb(self) -> int:
@@ -59,12 +61,28 @@ class Descriptors:
 # loglevel: the console tells how far a boot came. mitigations,
 # init_on_alloc: inside one tenant's machine they cost much and protect nobody. tsc: emulated processors share one
 # counter, which Linux does not know; without it the guest's clock and timers go in steps of 4 ms. panic=-1 with
-# -no-reboot: a panic ends QEMU, and the server sees it at once. reboot=t: by a triple fault, the one way that needs
-# nothing of a firmware; by another, some machines hang for ever instead.
+# -no-reboot: a panic ends QEMU, and the server sees it at once. reboot=t: a triple fault is the one way that needs
+# nothing of a firmware, because by another way some machines hang for ever.
 KERNEL_COMMAND_LINE = (
     "console=ttyS0 loglevel=7 panic=-1 mitigations=off init_on_alloc=0 transparent_hugepage=madvise "
     "8250.nr_uarts=1 i8042.noaux random.trust_cpu=off tsc=reliable reboot=t"
 )
+
+TIMER_HZ = 250
+"""Ticks a second of Debian's kernels (CONFIG_HZ)."""
+
+
+def kernel_command_line(machine: Machine) -> str:
+    """What the guest's kernel is told.
+
+    An emulated guest is told the rate of its counter, and what follows from it for busy waiting (`lpj`), because on a
+    busy host it can't measure them: the emulated timer that it measures against stands still while QEMU waits for its
+    turn (docs/adr/0006). Under KVM kvm-clock tells the rate.
+    """
+    if not machine.tsc_khz:
+        return KERNEL_COMMAND_LINE
+    return f"{KERNEL_COMMAND_LINE} tsc_early_khz={machine.tsc_khz} lpj={machine.tsc_khz * 1000 // TIMER_HZ}"
+
 
 # What one guest may take of the host's disk: more than a program that works with files needs, less than what stalls
 # the neighbours. For one second it may be twice as much.
@@ -82,11 +100,22 @@ DISK_LIMITS = json.dumps(
 )
 
 
-def drop_privileges(setpriv: str, uid: int | None) -> list[str]:
-    """The prefix that makes the machine die with the server, own nothing, and run as `uid` (None: unchanged)."""
-    identity = [] if uid is None else [
-        f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--bounding-set=-all",
-    ]  # fmt: skip
+def drop_privileges(setpriv: str, uid: int | None, group: int | None = None) -> list[str]:
+    """The prefix that makes the machine die with the server, own nothing, and run as `uid` (None: unchanged).
+
+    Args:
+        group: the one group that it is in besides, for a device; None for no group.
+    """
+    identity = (
+        []
+        if uid is None
+        else [
+            f"--reuid={uid}",
+            f"--regid={uid}",
+            "--clear-groups" if group is None else f"--groups={group}",
+            "--bounding-set=-all",
+        ]
+    )
     # A server that is not root may have got some capabilities from systemd. setpriv sets the death signal after the
     # identity, which would clear it.
     return [setpriv, *identity, "--inh-caps=-all", "--ambient-caps=-all", "--no-new-privs", "--pdeathsig=KILL", "--"]
@@ -99,7 +128,9 @@ def qemu(binary: str, machine: Machine, fds: Descriptors, *, template: bool) -> 
         template: boot and keep RAM in the shared memory file, to be snapshot; else wait for an incoming snapshot.
     """
     if machine.accelerator == "kvm":
-        accelerator = ["-accel", "kvm", "-cpu", "host,-svm,-vmx"]
+        # A sandbox needs no performance counters. The register that `arch-capabilities` brings ends QEMU on some nested
+        # hosts.
+        accelerator = ["-accel", "kvm", "-cpu", "host,-svm,-vmx,-arch-capabilities,pmu=off"]
     else:
         # The cache of translated code is private memory of each machine: bounded. With erms and fsrm the guest copies
         # with `rep movsb`, which TCG does byte by byte: without, copies are four times as fast. With AVX2 numpy sorts
@@ -127,7 +158,7 @@ def qemu(binary: str, machine: Machine, fds: Descriptors, *, template: bool) -> 
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         "-kernel", f"/proc/self/fd/{fds.kernel}",
         "-initrd", f"/proc/self/fd/{fds.initrd}",
-        "-append", KERNEL_COMMAND_LINE,
+        "-append", kernel_command_line(machine),
         "-add-fd", f"fd={fds.root},set={ROOT_SET}",
         "-add-fd", f"fd={fds.disk},set={DISK_SET}",
         "-blockdev", f"driver=file,node-name=root-file,filename=/dev/fdset/{ROOT_SET},read-only=on,locking=off",

@@ -1,49 +1,85 @@
-"""A small QMP client: commands in order, events awaited by name.
+"""A small QMP client: commands in order, the course of a migration, and the events that end a machine.
 
-Source: https://www.qemu.org/docs/master/interop/qmp-spec.html
+Sources: https://www.qemu.org/docs/master/interop/qmp-spec.html and qemu-qmp-ref.html beside it.
 """
 
 import asyncio
 import json
 import socket
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from kernel_gateway.drivers import DriverError
 
 ANSWER_TIMEOUT = 20.0
 """Seconds that QEMU may take to answer a command."""
-AWAITED = "MIGRATION"
-"""The only event that anybody waits for. Of others a guest can cause any number: none is kept."""
+FATAL = {
+    "STOP": "its processors were stopped, and not by us",
+    "RESET": "it was reset",
+    "GUEST_PANICKED": "its kernel panicked",
+}
+"""Events after which a machine is of no use, though QEMU lives on. KVM's internal error shows itself as a STOP."""
+FILE_URIS = (8, 2)
+"""The first QEMU that can move a machine's state to and from a file; `fd:` to a file is deprecated there."""
+STATE_SET = 7
+"""The number of the set that QEMU keeps the state's file in."""
 
 
 class Qmp:
-    """Controls one QEMU over a connected socket. Use `open`, then `execute`; `close` when done."""
+    """Controls one QEMU over a connected socket. Use `open`, then `execute`; `close` when done.
 
-    def __init__(self, sock: socket.socket, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    `version` is QEMU's own, as (major, minor).
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        version: tuple[int, int],
+        died: Callable[[str], None],
+    ) -> None:
+        self.version = version
         self._socket = sock
         self._reader = reader
         self._writer = writer
+        self._died = died
         self._answers: deque[asyncio.Future[Any]] = deque()
-        self._events: list[Any] = []
+        self._may_stop = False
+        self._migration = ""
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @classmethod
-    async def open(cls, sock: socket.socket) -> "Qmp":
+    async def open(cls, sock: socket.socket, died: Callable[[str], None]) -> "Qmp":
         """Wait for QEMU's greeting and leave negotiation mode.
+
+        Args:
+            died: told, with the reason, when the machine is of no use any more though QEMU has not ended.
 
         Raises:
             DriverError: QEMU ended instead.
         """
         reader, writer = await asyncio.open_connection(sock=sock)
-        if not await reader.readline():
+        if not (greeting := await reader.readline()):
             writer.close()
             raise DriverError("QEMU ended before it could be controlled")
-        self = cls(sock, reader, writer)
+        version = json.loads(greeting)["QMP"]["version"]["qemu"]
+        self = cls(sock, reader, writer, (version["major"], version["minor"]), died)
         self._task = asyncio.create_task(self._receive())
         await self.execute("qmp_capabilities")
         return self
+
+    async def stop(self) -> None:
+        """Stop all virtual processors."""
+        self._may_stop = True
+        await self.execute("stop")
+
+    async def cont(self) -> None:
+        """Let them run on."""
+        self._may_stop = False
+        await self.execute("cont")
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Run a command and return its answer.
@@ -55,13 +91,21 @@ class Qmp:
         self._writer.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
         return await self._answer(command, answer)
 
-    async def pass_descriptor(self, name: str, fd: int) -> None:
-        """Give QEMU an open file under a name (QEMU takes the file that came with the command)."""
+    async def pass_state(self, fd: int) -> str:
+        """Give QEMU the open file of a machine's state; returns the URI under which migrations know it."""
+        if self.version >= FILE_URIS:
+            await self._pass_descriptor(fd, "add-fd", {"fdset-id": STATE_SET})
+            return f"file:/dev/fdset/{STATE_SET}"
+        await self._pass_descriptor(fd, "getfd", {"fdname": "state"})
+        return "fd:state"
+
+    async def _pass_descriptor(self, fd: int, command: str, arguments: dict[str, Any]) -> None:
+        """Run a command that takes the file which comes with it."""
         await self._writer.drain()
         answer = self._next_answer()
-        command = json.dumps({"execute": "getfd", "arguments": {"fdname": name}}).encode() + b"\n"
-        socket.send_fds(self._socket, [command], [fd])
-        await self._answer("getfd", answer)
+        line = json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n"
+        socket.send_fds(self._socket, [line], [fd])
+        await self._answer(command, answer)
 
     def _next_answer(self) -> asyncio.Future[Any]:
         if self._task is None or self._task.done():
@@ -81,9 +125,12 @@ class Qmp:
         """Return when a migration that was begun has completed.
 
         Raises:
-            DriverError: QEMU ended first.
+            DriverError: it failed, or QEMU ended first.
         """
-        while not any(data.get("status") == "completed" for data in self._events):
+        while self._migration != "completed":
+            if self._migration in ("failed", "cancelled"):
+                why = (await self.execute("query-migrate")).get("error-desc", "QEMU does not say why")
+                raise DriverError(f"the machine's state could not be moved: {why}")
             if self._task is None or self._task.done():
                 raise DriverError("QEMU ended before its state was moved")
             self._changed.clear()
@@ -100,9 +147,7 @@ class Qmp:
             while line := await self._reader.readline():
                 message = json.loads(line)
                 if "event" in message:
-                    if message["event"] == AWAITED:
-                        self._events.append(message.get("data", {}))
-                        self._changed.set()
+                    self._happened(message["event"], message.get("data", {}))
                 elif self._answers:
                     answer = self._answers.popleft()
                     if answer.done():
@@ -119,3 +164,11 @@ class Qmp:
                 if not answer.done():
                     answer.set_exception(DriverError("QEMU has ended"))
             self._changed.set()
+
+    def _happened(self, event: str, data: dict[str, Any]) -> None:
+        """Take note of an event. None is kept, because a guest can cause any number of them."""
+        if event == "MIGRATION":
+            self._migration = data.get("status", "")
+            self._changed.set()
+        elif event in FATAL and not (event == "STOP" and self._may_stop):
+            self._died(FATAL[event])

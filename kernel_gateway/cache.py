@@ -1,0 +1,152 @@
+"""The cache: what templates are built from and into. Each entry is named by a hash of all that went into it.
+
+    wheels/KEY               Python packages of a lock file; `KEY.part` while they are being downloaded
+    debs/SUITE               Debian packages
+    images/KEY               a guest image: root.erofs, boot/, packages
+    initrd/KEY               a first file system
+    snapshots/TEMPLATE-KEY   a template's snapshot
+    kvm/KEY                  whether this host's KVM runs the guest
+
+Many servers may share a cache. One of them builds at a time, behind the file `lock`. A server holds a shared lock on
+each entry that it uses, so that pruning leaves the entry alone. An entry's modification time tells when it was last
+used.
+Names with a dot in front are unfinished work: whoever holds `lock` may delete those of builders that were killed.
+"""
+
+import asyncio
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+KINDS = ("wheels", "debs", "images", "initrd", "snapshots", "kvm")
+DAY = 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Something in the cache. `size` in bytes on disk, `used_at` in seconds since 1970."""
+
+    path: Path
+    size: int
+    used_at: float
+    is_held: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.parent.name}/{self.path.name}"
+
+
+class Cache:
+    """A cache directory, and what this process uses of it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._held: dict[Path, int] = {}
+        for kind in KINDS:
+            (root / kind).mkdir(parents=True, exist_ok=True)
+
+    def __repr__(self) -> str:
+        return f"<Cache {self.root}>"
+
+    @asynccontextmanager
+    async def building(self, progress: Callable[[str], None]) -> AsyncIterator[None]:
+        """Be the only one who builds or prunes. Waits for others: what they build is most likely what we need."""
+        lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            waiting = False
+            while not _locked(lock, fcntl.LOCK_EX):
+                if not waiting:
+                    progress(f"wait for another build in {self.root}")
+                waiting = True
+                await asyncio.sleep(0.5)
+            for left in (*self.root.glob(".*"), *self.root.glob("*/.*")):
+                await asyncio.to_thread(_delete, left)
+            yield
+        finally:
+            os.close(lock)
+
+    def use(self, path: Path) -> Path:
+        """Hold an entry for as long as this cache is open, and note that it was used now. Returns the path."""
+        if path not in self._held:
+            held = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.flock(held, fcntl.LOCK_SH)
+            self._held[path] = held
+        touch(path)
+        return path
+
+    def drop(self, path: Path) -> None:
+        """Delete an entry that turned out to be unusable, within `building`."""
+        if (held := self._held.pop(path, None)) is not None:
+            os.close(held)
+        _delete(path)
+
+    def close(self) -> None:
+        """Let go of all entries."""
+        while self._held:
+            os.close(self._held.popitem()[1])
+
+    def entries(self) -> list[Entry]:
+        """All there is, the largest first."""
+        found = [_entry(path) for kind in KINDS for path in (self.root / kind).glob("[!.]*")]
+        return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.size, reverse=True)
+
+    def prune(self, days: float) -> Iterator[Entry]:
+        """Delete what nobody holds and nobody has used for so many days; tells what was deleted. Within `building`."""
+        for entry in self.entries():
+            if entry.is_held or time.time() - entry.used_at < days * DAY:
+                continue
+            # A server that starts now waits for `building`, so nobody begins to use the entry meanwhile.
+            _delete(entry.path)
+            yield entry
+
+
+def touch(path: Path) -> None:
+    """Note that an entry was used now."""
+    os.utime(path)
+
+
+def _locked(file: int, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _entry(path: Path) -> Entry | None:
+    """None for what has been deleted just now."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        is_held = not _locked(file, fcntl.LOCK_EX)
+        return Entry(path, _size(path), os.fstat(file).st_mtime, is_held)
+    finally:
+        os.close(file)
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else [each for each in path.rglob("*") if not each.is_symlink()]
+    total = 0
+    for each in files:
+        try:
+            total += each.stat().st_blocks * 512
+        except FileNotFoundError:  # being deleted
+            continue
+    return total
+
+
+def _delete(path: Path) -> None:
+    """Delete a file or folder. It vanishes at once: an interruption leaves unfinished work, no half entry."""
+    if not path.name.startswith("."):
+        path = path.rename(path.with_name(f".{path.name}"))
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

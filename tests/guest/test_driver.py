@@ -1,0 +1,257 @@
+"""The driver `qemu` with a guest of a few bytes: its life under emulation, and under KVM where `/dev/kvm` works.
+
+The guest needs no kernel, so it runs on any KVM, also on one that interprets what the guest's kernel would run. What it
+does is print the digits from 0 to 9, again and again. A machine that goes on from a snapshot goes on counting.
+"""
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kernel_gateway import kvm
+from kernel_gateway.drivers import DriverError
+from kernel_gateway.drivers.jail import Jail
+from kernel_gateway.drivers.qemu import Image, Qemu, QemuVm
+from kernel_gateway.drivers.qemu_argv import Machine
+from kernel_gateway.snapshot import Manifest, Snapshot, memory_file
+
+QEMU = shutil.which("qemu-system-x86_64") or "qemu-system-x86_64"
+ACCELERATORS = ["tcg", *([] if kvm.refused() else ["kvm"])]
+SECTOR = 512
+COUNT = bytes.fromhex(
+    "30db"  # xor bl, bl            the next digit
+    "bafd03"  # print: mov dx, 0x3fd  the serial port's line status
+    "ec a820 74fb"  # in al, dx; test al, 0x20; jz back, until it takes a byte
+    "baf803 88d8 0430 ee"  # mov dx, 0x3f8; mov al, bl; add al, '0'; out dx, al
+    "fec3 80fb0a 7502 30db"  # inc bl; cmp bl, 10; jne over; xor bl, bl
+    "66b900000200"  # over: mov ecx, 0x20000
+    "6649 75fc"  # dec ecx; jnz back
+    "ebdf"  # jmp print
+)
+NOWHERE = bytes.fromhex(
+    "fa 2e660f01168800"  # cli; lgdt cs:[0x88], the six bytes after the jump
+    "0f20c0 0c01 0f22c0"  # mov eax, cr0; or al, 1; mov cr0, eax
+    "66ea000000e00800"  # jmp 8:0xe0000000, where no memory is and no device
+    "0f00 8e020100 0000000000000000 ffff0000009acf00"  # the table: nothing, and code from 0 to 4 GiB
+)
+TRIPLE_FAULT = bytes.fromhex("fa 2e0f011e8000 cc 0000000000000000 0000000000000000")  # cli; lidt cs:[0x80]; int3
+
+
+def kernel(code: bytes) -> bytes:
+    """A file that QEMU takes for a Linux kernel. Source: kernel, Documentation/arch/x86/boot.rst."""
+    setup = bytearray(2 * SECTOR)
+    setup[0x1F1] = 1  # sectors of setup code after the first
+    setup[0x1FE:0x200] = b"\x55\xaa"
+    setup[0x200:0x202] = b"\xeb\x6e"  # jump over the header
+    setup[0x202:0x206] = b"HdrS"
+    setup[0x206:0x208] = (0x0204).to_bytes(2, "little")
+    setup[0x211] = 1  # loaded high
+    setup[0x22C:0x230] = (0x37FF_FFFF).to_bytes(4, "little")  # where an initramfs may end
+    setup[0x270 : 0x270 + len(code)] = code
+    return bytes(setup) + bytes(SECTOR)
+
+
+def filled(name: str, content: bytes) -> int:
+    fd = memory_file(name)
+    os.write(fd, content)
+    return fd
+
+
+@dataclass
+class Bench:
+    """A driver, and what its machines boot from."""
+
+    driver: Qemu
+    machine: Machine
+    files: list[int]
+
+    def file(self, name: str, content: bytes = b"", size: int = 0) -> int:
+        self.files.append(filled(name, content) if content else memory_file(name, size))
+        return self.files[-1]
+
+    def image(self, code: bytes) -> Image:
+        root = os.open(f"/proc/self/fd/{self.file('root', size=1 << 20)}", os.O_RDONLY | os.O_CLOEXEC)
+        self.files.append(root)
+        return Image(self.file("kernel", kernel(code)), self.file("initrd", b"x"), root)
+
+    async def boot(self, code: bytes) -> QemuVm:
+        self.memory, self.disk = self.file("memory", size=self.machine.ram_mb << 20), self.file("disk", size=1 << 20)
+        return await self.driver.boot(self.image(code), self.machine, self.memory, self.disk)
+
+    async def offer(self, vm: QemuVm, tmp_path: Path, kept: int | None = None) -> None:
+        """Save the machine and offer it as a template, or only so many bytes of its devices' state."""
+        path = tmp_path / "state"
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            await self.driver.save(vm, fd)
+        finally:
+            os.close(fd)
+        state = self.file("state", path.read_bytes()[:kept])
+        manifest = Manifest(template="tiny", made_with={}, tsc_khz=0, files={})
+        snapshot = Snapshot(manifest, self.memory, state, self.disk)
+        self.driver.offer("tiny", snapshot, self.image(COUNT), self.machine)
+
+
+@pytest.fixture(params=ACCELERATORS)
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
+    """Each accelerator in turn, in the real jail."""
+    accelerator = request.param
+    jail = Jail.open(QEMU, kvm=accelerator == "kvm")
+    (tmp_path / "disks").mkdir()
+    bench = Bench(Qemu(QEMU, accelerator, tmp_path / "disks", jail), Machine(accelerator, 1, 48), [])
+    yield bench
+    for fd in bench.files:
+        os.close(fd)
+    jail.close()
+
+
+def digits(vm: QemuVm) -> str:
+    """What the guest has counted; the firmware prints nothing."""
+    return "".join(filter(str.isdigit, vm.console_text))
+
+
+async def counted(vm: QemuVm, more: int) -> None:
+    """Return when the guest has printed so many digits more."""
+    wanted = len(digits(vm)) + more
+    while len(digits(vm)) < wanted:
+        await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def counting(bench: Bench) -> AsyncIterator[QemuVm]:
+    """A booted machine that counts."""
+    vm = await bench.boot(COUNT)
+    vm.open().close()
+    await vm.progressing(counted(vm, 12), cpu=20)
+    yield vm
+    await vm.kill()
+
+
+async def test_boot_stop_and_cont(counting: QemuVm) -> None:
+    """The guest counts, stands still while it is stopped, and goes on where it was."""
+    await counting.stop()
+    await asyncio.sleep(0.1)
+    before = digits(counting)
+    await asyncio.sleep(0.3)
+    assert digits(counting) == before
+    await counting.cont()
+    await counting.progressing(counted(counting, 3), cpu=20)
+    assert digits(counting).startswith(before)
+    assert digits(counting)[:12] == "012345678901"
+    assert "running" in repr(counting)
+
+
+async def test_save_and_restore(bench: Bench, counting: QemuVm, tmp_path: Path) -> None:
+    """Every clone goes on with the digit after the last one of the saved machine, and none disturbs another."""
+    await bench.offer(counting, tmp_path)
+    following = (int(digits(counting)[-1]) + 1) % 10
+    clones = [await bench.driver.start("tiny") for _ in range(3)]
+    try:
+        for clone in clones:
+            clone.open().close()
+            await clone.progressing(counted(clone, 12), cpu=20)
+            # The last digit may have been in the serial port when the machine was saved.
+            assert (int(digits(clone)[0]) - following) % 10 in (0, 9)
+            assert digits(clone)[:10] in "0123456789" * 2
+    finally:
+        for clone in clones:
+            await clone.kill()
+    assert await counting.control() is not None
+    await counting.kill()
+    assert "SIGKILL" in await counting.wait()
+
+
+async def test_a_state_that_can_not_be_written(bench: Bench, counting: QemuVm) -> None:
+    """Saving to a full device fails with QEMU's own reason, and does not wait for ever."""
+    full = os.open("/dev/full", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        async with asyncio.timeout(20):
+            with pytest.raises(DriverError, match="could not be moved"):
+                await bench.driver.save(counting, full)
+    finally:
+        os.close(full)
+
+
+async def test_a_state_that_can_not_be_read(bench: Bench, counting: QemuVm, tmp_path: Path) -> None:
+    """A machine is not started from half a state, and nothing is left of it."""
+    await bench.offer(counting, tmp_path, kept=1000)
+    children = set(Path("/proc/thread-self/children").read_text().split())
+    async with asyncio.timeout(30):
+        with pytest.raises(DriverError, match="did not start"):
+            await bench.driver.start("tiny")
+    assert set(Path("/proc/thread-self/children").read_text().split()) <= children
+
+
+async def test_a_stop_that_nobody_asked_for(counting: QemuVm) -> None:
+    """A machine whose processors stand still for a reason of QEMU's has ended, and says why."""
+    with suppress(DriverError):  # it may be killed before it has answered
+        await (await counting.control()).execute("stop")
+    async with asyncio.timeout(10):
+        assert await counting.wait() == "its processors were stopped, and not by us"
+
+
+async def test_code_that_can_not_be_executed(bench: Bench) -> None:
+    """KVM gives up when a guest jumps to where nothing is. QEMU lives on, and its machine is ended all the same.
+
+    Emulated processors read nothing but zeros there, which is code: they go on, and the machine does not end by it.
+    """
+    vm = await bench.boot(NOWHERE)
+    vm.open().close()
+    try:
+        if bench.machine.accelerator == "kvm":
+            async with asyncio.timeout(20):
+                assert await vm.wait() == "its processors were stopped, and not by us"
+        else:
+            with pytest.raises(DriverError, match="printed nothing new"):
+                await vm.progressing(asyncio.Event().wait(), cpu=1)
+    finally:
+        await vm.kill()
+
+
+async def test_a_triple_fault(bench: Bench) -> None:
+    """A guest that resets its machine ends it."""
+    vm = await bench.boot(TRIPLE_FAULT)
+    vm.open().close()
+    try:
+        async with asyncio.timeout(20):
+            assert await vm.wait() in ("QEMU exited with 0", "its processors were stopped, and not by us")
+    finally:
+        await vm.kill()
+
+
+async def test_a_machine_that_makes_no_progress(bench: Bench) -> None:
+    """Processor time without a word is the limit; the error says how much it was."""
+    vm = await bench.boot(bytes.fromhex("ebfe"))  # jmp to itself
+    vm.open().close()
+    try:
+        with pytest.raises(DriverError, match=r"used [12] s of processor time and printed nothing new"):
+            await vm.progressing(asyncio.Event().wait(), cpu=1)
+    finally:
+        await vm.kill()
+    with pytest.raises(DriverError, match="has ended: killed by SIGKILL"):
+        await vm.progressing(asyncio.Event().wait(), cpu=1)
+
+
+async def test_a_machine_that_stands_still(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that sleeps for good uses no processor: it is noticed by the clock."""
+    monkeypatch.setattr("kernel_gateway.drivers.qemu.STANDSTILL", (0.5, 1.0))
+    vm = await bench.boot(bytes.fromhex("fa f4 ebfd"))  # cli; hlt; jmp back
+    vm.open().close()
+    try:
+        with pytest.raises(DriverError, match=r"has stood still for [12] s"):
+            await vm.progressing(asyncio.Event().wait(), cpu=60)
+    finally:
+        await vm.kill()
+
+
+async def test_progress_renews_the_limit(counting: QemuVm) -> None:
+    """A machine that prints is waited for beyond its limit, unless the limit is for the whole."""
+    await counting.progressing(counted(counting, 300), cpu=0.5)
+    with pytest.raises(DriverError, match=r"used \d s of processor time$"):
+        await counting.progressing(asyncio.Event().wait(), cpu=0.5, renewed=False)
