@@ -54,7 +54,7 @@ class Preparation:
                 f"template {template.id} is being built for the first time: {step} ({time.monotonic() - since:.0f} s)",
                 hint="try again in some seconds; a template is built once",
             )
-        if task.exception() is not None:
+        if task.cancelled() or task.exception() is not None:
             raise TemplateNotReady(
                 f"template {template.id} could not be built",
                 hint="the server's log says why; the next request for the template tries again",
@@ -75,7 +75,7 @@ class Preparation:
 
     async def _make(self, template: Template, step: Callable[[str], None]) -> None:
         def told(text: str) -> None:
-            self._steps[template.id] = text, time.monotonic()
+            self._steps[template.id] = text.removeprefix(f"{template.id}: "), time.monotonic()
             step(text)
 
         self._steps[template.id] = "it waits for another template", time.monotonic()

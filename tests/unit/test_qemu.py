@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import socket
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from kernel_gateway.drivers import DriverError
 from kernel_gateway.drivers.jail import Jail, Users
 from kernel_gateway.drivers.qemu import Image, Qemu
 from kernel_gateway.drivers.qemu_argv import Machine
-from kernel_gateway.drivers.qmp import Qmp
+from kernel_gateway.drivers.qmp import FATAL, Qmp
+from tests.fakes import eventually
 
 
 class Card:
@@ -41,30 +43,55 @@ async def test_a_machine_that_can_not_be_begun_takes_no_card(tmp_path: Path) -> 
     assert card.is_closed
 
 
+class FakeQemu:
+    """Speaks QMP as QEMU does, by the test's words."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+        self.deaths: list[str] = []
+
+    @classmethod
+    async def open(cls, version: tuple[int, int] = (7, 2)) -> tuple["FakeQemu", Qmp]:
+        ours, theirs = socket.socketpair()
+        self = cls(*await asyncio.open_connection(sock=theirs))
+        numbers = {"major": version[0], "minor": version[1], "micro": 0}
+        self.say({"QMP": {"version": {"qemu": numbers}}})
+        opening = asyncio.create_task(Qmp.open(ours, self.deaths.append))
+        await self.answer({})
+        return self, await opening
+
+    def say(self, message: object) -> None:
+        self.writer.write(json.dumps(message).encode() + b"\n")
+
+    def event(self, name: str, **data: object) -> None:
+        self.say({"event": name, "data": data})
+
+    async def answer(self, value: object) -> str:
+        """Answer the next command and tell which it was."""
+        command = json.loads(await self.reader.readline())
+        self.say({"return": value})
+        return str(command["execute"])
+
+    async def close(self) -> None:
+        self.writer.close()
+        await self.writer.wait_closed()
+
+
 async def test_events_that_nobody_waits_for_are_not_kept() -> None:
     """A guest can cause any number of them: with a host's disk that is full, one for every block it writes."""
-    ours, theirs = socket.socketpair()
-    reader, writer = await asyncio.open_connection(sock=theirs)
-    writer.write(b'{"QMP": {}}\n')
+    qemu, qmp = await FakeQemu.open()
 
-    async def answer(*events: str) -> None:
-        command = json.loads(await reader.readline())
-        lines = [{"event": name, "data": {"status": "completed"}} for name in events]
-        for line in (*lines, {"return": command["execute"]}):
-            writer.write(json.dumps(line).encode() + b"\n")
+    def kept() -> int:
+        return sum(len(value) for name, value in vars(qmp).items() if isinstance(value, (list, deque, dict)))
 
-    opening = asyncio.create_task(Qmp.open(ours))
-    await answer()
-    qmp = await opening
-    asking = asyncio.create_task(qmp.execute("stop"))
-    await answer("MIGRATION", *["BLOCK_IO_ERROR"] * 1000)
-    assert await asking == "stop"
+    for _ in range(1000):
+        qemu.event("BLOCK_IO_ERROR", status="completed")
+    qemu.event("MIGRATION", status="completed")
     await qmp.migrated()
-    assert len(qmp._events) == 1
+    assert kept() == 0
     asking = asyncio.create_task(qmp.execute("cont"))
-    await reader.readline()
-    writer.close()
-    await writer.wait_closed()
+    await qemu.reader.readline()
+    await qemu.close()
     for question in (asking, qmp.execute("cont")):
         with pytest.raises(DriverError, match="ended"):
             await asyncio.wait_for(question, 5)
@@ -73,15 +100,62 @@ async def test_events_that_nobody_waits_for_are_not_kept() -> None:
 
 async def test_a_qemu_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is given up in time."""
+    qemu, qmp = await FakeQemu.open()
     monkeypatch.setattr("kernel_gateway.drivers.qmp.ANSWER_TIMEOUT", 0.1)
-    ours, theirs = socket.socketpair()
-    reader, writer = await asyncio.open_connection(sock=theirs)
-    writer.write(b'{"QMP": {}}\n')
-    opening = asyncio.create_task(Qmp.open(ours))
-    await reader.readline()
-    writer.write(b'{"return": {}}\n')
-    qmp = await opening
     with pytest.raises(DriverError, match="did not answer cont"):
         await qmp.execute("cont")
     qmp.close()
-    writer.close()
+    await qemu.close()
+
+
+async def test_a_migration_that_fails_says_why() -> None:
+    """Whoever waits for a state to be moved hears of its failure, in QEMU's words."""
+    qemu, qmp = await FakeQemu.open()
+    waiting = asyncio.create_task(qmp.migrated())
+    for status in ("setup", "active", "failed"):
+        qemu.event("MIGRATION", status=status)
+    assert await qemu.answer({"status": "failed", "error-desc": "No space left on device"}) == "query-migrate"
+    with pytest.raises(DriverError, match="could not be moved: No space left on device"):
+        await asyncio.wait_for(waiting, 5)
+    qmp.close()
+    await qemu.close()
+
+
+@pytest.mark.parametrize("event", [*FATAL, "WATCHDOG", "SHUTDOWN", "RESUME"])
+async def test_events_that_end_a_machine(event: str) -> None:
+    """A machine of no use is told of, with the reason; other events are not the end."""
+    qemu, qmp = await FakeQemu.open()
+    qemu.event(event, guest=True)
+    await eventually(lambda: qemu.deaths == ([FATAL[event]] if event in FATAL else []))
+    qmp.close()
+    await qemu.close()
+
+
+async def test_only_a_stop_that_was_asked_for_is_none() -> None:
+    """The event that follows our own command is expected; the same event after the machine went on is its end."""
+    qemu, qmp = await FakeQemu.open()
+    for call, name in ((qmp.stop, "STOP"), (qmp.cont, "RESUME")):
+        asking = asyncio.create_task(call())
+        qemu.event(name)
+        await qemu.answer({})
+        await asking
+    assert qemu.deaths == []
+    qemu.event("STOP")
+    await eventually(lambda: qemu.deaths == [FATAL["STOP"]])
+    qmp.close()
+    await qemu.close()
+
+
+@pytest.mark.parametrize(
+    ("version", "command", "uri"),
+    [((7, 2), "getfd", "fd:state"), ((8, 1), "getfd", "fd:state"), ((8, 2), "add-fd", "file:/dev/fdset/7"),
+     ((10, 0), "add-fd", "file:/dev/fdset/7")],
+)  # fmt: skip
+async def test_a_state_is_passed_as_this_qemu_wants_it(version: tuple[int, int], command: str, uri: str) -> None:
+    """Newer versions take a file as a file; older ones know descriptors only."""
+    qemu, qmp = await FakeQemu.open(version)
+    passing = asyncio.create_task(qmp.pass_state(0))
+    assert await qemu.answer({}) == command
+    assert await passing == uri
+    qmp.close()
+    await qemu.close()

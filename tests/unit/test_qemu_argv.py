@@ -17,7 +17,8 @@ CASES = [(accelerator, template) for accelerator in ("tcg", "kvm") for template 
 
 
 def argv(accelerator: str, template: bool) -> list[str]:
-    return qemu("qemu-system-x86_64", Machine(accelerator, 2, 2048), FDS, template=template)
+    machine = Machine(accelerator, 2, 2048, 2_596_146 if accelerator == "tcg" else 0)
+    return qemu("qemu-system-x86_64", machine, FDS, template=template)
 
 
 def render(command: list[str]) -> str:
@@ -112,5 +113,22 @@ def test_privileges_are_dropped_before_qemu_starts() -> None:
     prefix = drop_privileges("setpriv", 4242)
     assert {"--reuid=4242", "--regid=4242", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"} <= set(prefix)
     assert not [word for word in drop_privileges("setpriv", None) if "uid" in word]
+    assert "--groups=36" in drop_privileges("setpriv", 4242, 36)
+    assert "--clear-groups" not in drop_privileges("setpriv", 4242, 36)
     for uid in (4242, None):
         assert drop_privileges("setpriv", uid)[-3:] == ["--no-new-privs", "--pdeathsig=KILL", "--"]
+
+
+def test_only_an_emulated_guest_is_told_its_clocks_rate() -> None:
+    """It is told the rate of its counter and what follows for busy waiting; under KVM kvm-clock tells both."""
+    (told,) = options(argv("tcg", True), "-append")
+    assert told.split()[-2:] == ["tsc_early_khz=2596146", "lpj=10384584"]
+    (told,) = options(argv("kvm", True), "-append")
+    assert "tsc_early_khz" not in told
+    assert "lpj" not in told
+
+
+def test_no_processor_under_kvm_has_what_only_hosts_use() -> None:
+    """No counters of performance, no virtualization, and not the register that some nested hosts can't read."""
+    (cpu,) = options(argv("kvm", False), "-cpu")
+    assert set(cpu.split(",")) == {"host", "-svm", "-vmx", "-arch-capabilities", "pmu=off"}

@@ -1,0 +1,193 @@
+"""The cache: who holds what, what is pruned, and that damaged or copied content is noticed."""
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kernel_gateway.cache import DAY, KINDS, Cache
+from kernel_gateway.image import SEAL, damage, finished, seal
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache")
+
+
+def entry(cache: Cache, name: str, *, days: float = 0, size: int = 10_000) -> Path:
+    """An entry that was last used so many days ago."""
+    path = cache.root / name
+    path.mkdir(parents=True)
+    (path / "file").write_bytes(bytes(size))
+    (path / "folder").mkdir()
+    (path / "folder/link").symlink_to("/nowhere")
+    then = time.time() - days * DAY
+    os.utime(path, (then, then))
+    return path
+
+
+def ignore(_: str) -> None:
+    pass
+
+
+def test_all_entries_are_told(cache: Cache) -> None:
+    """Each with its size on disk, the largest first; unfinished work is none."""
+    for n, kind in enumerate(KINDS):
+        entry(cache, f"{kind}/key{n}", days=n, size=(n + 1) * 50_000)
+    entry(cache, "images/.unfinished-x")
+    found = cache.entries()
+    assert [each.name for each in found] == [f"{kind}/key{n}" for n, kind in reversed(list(enumerate(KINDS)))]
+    assert all(each.size >= 50_000 and not each.is_held for each in found)
+    assert time.time() - found[0].used_at == pytest.approx((len(KINDS) - 1) * DAY, abs=60)
+
+
+async def test_what_was_not_used_is_pruned(cache: Cache) -> None:
+    """Only what is old enough goes, and it goes whole."""
+    old, young = entry(cache, "images/old", days=15), entry(cache, "images/young", days=13)
+    async with cache.building(ignore):
+        assert [each.path for each in cache.prune(14)] == [old]
+        assert list(cache.prune(14)) == []
+    assert young.is_dir()
+    assert os.listdir(cache.root / "images") == ["young"]
+
+
+async def test_what_a_server_uses_is_never_pruned(cache: Cache) -> None:
+    """Another process holds an entry: it stays until that process ends, however it ends."""
+    held = entry(cache, "snapshots/held", days=100)
+    script = f"""
+import sys, time
+from pathlib import Path
+from kernel_gateway.cache import Cache
+cache = Cache(Path({str(cache.root)!r}))
+cache.use(cache.root / "snapshots/held")
+print("held", flush=True)
+time.sleep(600)
+"""
+    user = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    try:
+        assert user.stdout
+        assert user.stdout.readline() == b"held\n"
+        (found,) = cache.entries()
+        assert found.is_held
+        assert time.time() - found.used_at < 60  # using it is noted
+        async with cache.building(ignore):
+            assert list(cache.prune(0)) == []
+        assert (held / "file").exists()
+    finally:
+        user.kill()
+        user.wait()
+        user.stdout.close()
+    async with cache.building(ignore):
+        assert [each.path for each in cache.prune(0)] == [held]
+
+
+async def test_using_twice_and_dropping(cache: Cache) -> None:
+    """An entry is held once however often it is used; one that is of no use can be deleted by whoever holds it."""
+    path = entry(cache, "images/key")
+    files = len(os.listdir("/proc/self/fd"))
+    assert cache.use(path) == cache.use(path) == path
+    assert len(os.listdir("/proc/self/fd")) == files + 1
+    cache.drop(path)
+    assert not path.exists()
+    cache.use(entry(cache, "images/other"))
+    cache.close()
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+async def test_one_builds_at_a_time(cache: Cache) -> None:
+    """The second waits, says so once, and goes on when the first is done."""
+    told: list[str] = []
+    order = []
+
+    async def build(name: str) -> None:
+        async with cache.building(told.append):
+            order.append(name)
+            await asyncio.sleep(0.7)
+            order.append(name)
+
+    await asyncio.gather(build("a"), build("b"))
+    assert order in (["a", "a", "b", "b"], ["b", "b", "a", "a"])
+    assert told == [f"wait for another build in {cache.root}"]
+
+
+async def test_what_a_killed_builder_left_is_deleted(cache: Cache) -> None:
+    """Unfinished work of a process that was killed goes with the next build; what was downloaded stays."""
+    with pytest.raises(KeyboardInterrupt), finished(cache.root / "images/key"):
+        raise KeyboardInterrupt
+    entry(cache, "images/.key-abc")
+    entry(cache, "snapshots/.pruned")
+    (cache.root / ".probe-1").touch()
+    entry(cache, "wheels/key.part")
+    async with cache.building(ignore):
+        assert sorted(str(path.relative_to(cache.root)) for path in cache.root.glob("**/.*")) == []
+    assert (cache.root / "wheels/key.part/file").exists()
+
+
+# -- sealed directories
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> Path:
+    """A directory of two files, sealed and once found to be whole."""
+    directory = tmp_path / "image"
+    (directory / "boot").mkdir(parents=True)
+    (directory / "root").write_bytes(b"r" * 5000)
+    (directory / "boot/kernel").write_bytes(b"k" * 100)
+    seal(directory, [directory / "root", directory / "boot/kernel"])
+    assert damage(directory) == ""
+    return directory
+
+
+@pytest.mark.parametrize("name", ["root", "boot/kernel"])
+def test_damage_is_noticed(sealed: Path, name: str) -> None:
+    """A file that is shorter, different or missing is told by name, though all was well before."""
+    path = sealed / name
+    whole = path.read_bytes()
+    for broken in (whole[:-1], b"", b"x" + whole[1:]):
+        path.write_bytes(broken)
+        assert name in damage(sealed)
+    path.write_bytes(whole)
+    assert damage(sealed) == ""
+    path.unlink()
+    assert "No such file" in damage(sealed)
+
+
+@pytest.mark.parametrize("seal", [None, b"", b"{", b"[]", b'{"gone": "00"}'])
+def test_a_directory_without_a_seal_is_damaged(sealed: Path, seal: bytes | None) -> None:
+    """What can't be checked is not trusted."""
+    (sealed / SEAL).unlink()
+    if seal is not None:
+        (sealed / SEAL).write_bytes(seal)
+    assert damage(sealed)
+
+
+def test_a_copy_is_read_once(sealed: Path, tmp_path: Path) -> None:
+    """A copy is as good as the first. A copy that was cut is noticed, though it brings the first one's check along."""
+    copy = tmp_path / "copy"
+    shutil.copytree(sealed, copy)
+    assert damage(copy) == ""
+    cut = tmp_path / "cut"
+    shutil.copytree(sealed, cut)
+    with (cut / "root").open("r+b") as file:
+        file.truncate(4000)
+    assert "root" in damage(cut)
+
+
+def test_whole_files_are_not_read_again(sealed: Path) -> None:
+    """After the first check only what the file system knows is looked at: the next start takes no time."""
+    (sealed / "root").chmod(0)
+    if os.geteuid():
+        assert "Permission denied" in damage(sealed)
+    (sealed / "root").chmod(0o644)
+    assert damage(sealed) == ""
+    before = os.stat(sealed / "root").st_atime_ns
+    os.utime(sealed / "root", ns=(before - 10**15, os.stat(sealed / "root").st_mtime_ns))
+    assert damage(sealed) == ""  # read once more, because the inode has changed
+    read = os.stat(sealed / "root").st_atime_ns
+    assert damage(sealed) == ""
+    assert os.stat(sealed / "root").st_atime_ns == read

@@ -1,0 +1,279 @@
+"""Why KVM is not used, in words: each cause on a made-up device, as `cellvm doctor` tells it."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from kernel_gateway import kvm
+from kernel_gateway.build import Builder, cpu_identity
+from kernel_gateway.cache import Cache
+from kernel_gateway.drivers.jail import Jail
+from kernel_gateway.host import kvm_finding
+from kernel_gateway.kvm import Verdict
+from kernel_gateway.settings import Settings
+from kernel_gateway.templates import Template
+
+SLOW = "sandboxes run emulated (TCG): correct, 5 to 20 times slower, and not a security boundary by QEMU's word"
+TEMPLATE = Template(id="t", description="", vcpus=1, memory_mb=64, disk_mb=64)
+
+
+def sentence() -> str:
+    """What doctor prints of the device as it is now."""
+    finding = kvm_finding(Verdict(False, kvm.refused()))
+    assert (finding.level, finding.meaning) == ("warn", SLOW)
+    return finding.what
+
+
+@pytest.fixture
+def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A device of the test's own in place of /dev/kvm, on a host that is no container."""
+    monkeypatch.setattr(kvm, "DEVICE", tmp_path / "kvm")
+    monkeypatch.setattr(kvm, "CONTAINER_SIGNS", (tmp_path / "container",))
+    return tmp_path / "kvm"
+
+
+def test_no_device(device: Path) -> None:
+    assert sentence() == (
+        "no KVM: there is no /dev/kvm: load kvm_intel or kvm_amd, or allow nested virtualization on the machine below"
+    )
+
+
+def test_a_container_without_the_device(device: Path) -> None:
+    (device.parent / "container").touch()
+    assert sentence() == "no KVM: there is no /dev/kvm in this container: start the container with --device /dev/kvm"
+
+
+def test_no_permission(device: Path) -> None:
+    """Another user opens the device: root may open everything."""
+    device.touch(mode=0o600)
+    for directory in (device.parent, *device.parent.parents):
+        if directory.owner() == "root" and str(directory).startswith("/tmp/"):
+            directory.chmod(0o755)
+    code = f"""
+import os
+from pathlib import Path
+from kernel_gateway import kvm
+kvm.DEVICE = Path({str(device)!r})
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+print(kvm.refused())
+"""
+    if os.geteuid():
+        device.chmod(0)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "/dev/kvm may not be opened by this user: add the user to the group `kvm`\n"
+
+
+def test_busy(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when VirtualBox runs a machine of its own."""
+    device.touch()
+
+    def busy(*_: object) -> int:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(fcntl, "ioctl", busy)
+    assert sentence() == (
+        "no KVM: /dev/kvm is busy: another hypervisor, such as VirtualBox, holds the processor; stop its machines"
+    )
+
+
+def test_a_device_that_is_none(device: Path) -> None:
+    """A file in its place makes no machines."""
+    device.touch()
+    assert sentence() == "no KVM: /dev/kvm makes no machine: Inappropriate ioctl for device"
+
+
+def test_a_device_that_makes_machines(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine that was made to try is closed again."""
+    device.touch()
+    made: list[int] = []
+
+    def make(*_: object) -> int:
+        made.append(os.open("/dev/null", os.O_RDONLY))
+        return made[-1]
+
+    monkeypatch.setattr(fcntl, "ioctl", make)
+    assert kvm.refused() == ""
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(made[0])
+
+
+def test_other_verdicts() -> None:
+    """A guest that boots, one that does not, and one that could not be tried."""
+    assert kvm_finding(Verdict(True)).level == "ok"
+    nested = "the machine used 6 s of processor time; the last it printed: Probing EDD"
+    assert kvm_finding(Verdict(False, nested)).what == f"no KVM: {nested}"
+    assert kvm_finding(None).what == "KVM was not tried, because a guest image can't be built yet"
+
+
+# -- verdicts
+
+
+class Probe:
+    """A builder whose image is an empty folder and whose guest boots as the test says."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self.binary = "qemu"
+        self.key = "key"
+        self.answers: list[str] = []
+
+    async def image(self, template: Template, step: Callable[[str], None]) -> Path:
+        return self.cache.root / "images"
+
+    def kvm_key(self, template: Template, image: Path) -> str:
+        return self.key
+
+    async def probe_kvm(self, *_: object) -> str:
+        return self.answers.pop(0)
+
+
+class FakeJail:
+    refusal = ""
+
+    def kvm_refused(self) -> str:
+        return self.refusal
+
+    def close(self) -> None:
+        pass
+
+
+Ask = Callable[..., Awaitable[Verdict]]
+
+
+@pytest.fixture
+def probe(tmp_path: Path) -> Probe:
+    return Probe(Cache(tmp_path / "cache"))
+
+
+@pytest.fixture
+def jail(monkeypatch: pytest.MonkeyPatch) -> FakeJail:
+    jail = FakeJail()
+    monkeypatch.setattr(Jail, "open", lambda binary, kvm: jail)
+    monkeypatch.setattr("kernel_gateway.kvm.refused", lambda: "")
+    return jail
+
+
+@pytest.fixture
+def ask(probe: Probe, jail: FakeJail, tmp_path: Path) -> Ask:
+    """Asks for the verdict."""
+
+    async def ask(**how: Any) -> Verdict:
+        return await kvm.verdict(probe, TEMPLATE, tmp_path, lambda _: None, **how)  # type: ignore[arg-type]
+
+    return ask
+
+
+async def test_a_verdict_is_remembered_with_its_reason(probe: Probe, ask: Ask) -> None:
+    """The guest is booted once; another image, QEMU, machine or processor is another key; doctor tries it anew."""
+    probe.answers = ["MSR 0x10a", "", "dead again"]
+    assert await ask() == await ask() == Verdict(False, "MSR 0x10a")
+    probe.key = "other"
+    assert await ask() == await ask() == Verdict(True)
+    assert await ask(anew=True) == await ask() == Verdict(False, "dead again")
+
+
+async def test_a_no_holds_a_day(probe: Probe, ask: Ask) -> None:
+    """A refusal is looked at again after a day, and a verdict that can't be read at once; a yes holds."""
+    probe.answers = ["full disk", "", "never asked"]
+    await ask()
+    path = probe.cache.root / "kvm/key"
+    then = time.time() - kvm.NO_HOLDS - 1
+    os.utime(path, (then, then))
+    assert await ask() == Verdict(True)
+    os.utime(path, (then, then))
+    assert await ask() == Verdict(True)
+    path.write_text("no")  # as earlier versions wrote
+    assert await ask() == Verdict(False, "never asked")
+
+
+async def test_machines_users_may_not_open_it(ask: Ask, jail: FakeJail, probe: Probe) -> None:
+    """Root that may not make a device: the guest is not even tried, and the sentence says what to do."""
+    jail.refusal = "cannot open /dev/kvm: Permission denied"
+    found = await ask()
+    assert kvm_finding(found).what == (
+        "no KVM: the users that machines run as can't open /dev/kvm (cannot open /dev/kvm: Permission denied): give "
+        "the server CAP_MKNOD, or give the device to a group that may read and write it"
+    )
+    assert probe.answers == []
+
+
+def test_the_key_of_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU's revision, firmware, the machine, the image and the processor: each changes it."""
+    told = {"version": "7.2.22 (Debian 1)", "firmware": b"a"}
+    monkeypatch.setattr("kernel_gateway.build.this_cpu", lambda: told.get("cpu", "x"))
+
+    def builder(name: str) -> Builder:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "bios-microvm.bin").write_bytes(told["firmware"])  # type: ignore[arg-type]
+        program = tmp_path / name / "qemu"
+        program.write_text(
+            f'#!/bin/sh\nif [ "$1" = -L ]; then echo {tmp_path / name}; else echo "QEMU emulator version '
+            f'{told["version"]}"; fi\n'
+        )
+        program.chmod(0o755)
+        return Builder(Cache(tmp_path / "cache"), str(program), None)
+
+    image = Path("image")
+    keys = [builder("same").kvm_key(TEMPLATE, image)]
+    assert builder("again").kvm_key(TEMPLATE, image) == keys[0]
+    keys.append(builder("image").kvm_key(TEMPLATE, Path("other")))
+    keys.append(builder("machine").kvm_key(msgspec.structs.replace(TEMPLATE, vcpus=2), image))
+    for name, value in (("version", "7.2.22 (Debian 2)"), ("firmware", b"b"), ("cpu", "y")):
+        told[name] = value
+        keys.append(builder(name).kvm_key(TEMPLATE, image))
+    assert len(set(keys)) == len(keys)
+
+
+CPUINFO = """processor\t: 0
+vendor_id\t: AuthenticAMD
+cpu family\t: 25
+model\t\t: 17
+model name\t: AMD EPYC
+stepping\t: 1
+microcode\t: 0xa101148
+cpu MHz\t\t: 2596.146
+flags\t\t: fpu vme de
+
+processor\t: 1
+vendor_id\t: SomebodyElse
+"""
+
+
+def test_a_processors_identity() -> None:
+    """What decides on instructions counts, the clock of the moment does not."""
+    known = cpu_identity(CPUINFO, "6.1.0-42")
+    assert "vendor_id=AuthenticAMD" in known.splitlines()
+    assert cpu_identity(CPUINFO.replace("2596.146", "3000.1"), "6.1.0-42") == known
+    assert cpu_identity(CPUINFO.replace("SomebodyElse", "x"), "6.1.0-42") == known
+    others = [
+        cpu_identity(CPUINFO.replace(old, new), "6.1.0-42")
+        for old, new in (
+            ("AuthenticAMD", "GenuineIntel"), ("family\t: 25", "family\t: 26"), ("model\t\t: 17", "model\t\t: 18"),
+            ("EPYC", "Ryzen"), ("stepping\t: 1", "stepping\t: 2"), ("0xa101148", "0xa101149"), ("vme de", "vme"),
+        )
+    ]  # fmt: skip
+    assert len({known, *others, cpu_identity(CPUINFO, "6.1.0-43")}) == len(others) + 2
+
+
+@pytest.mark.parametrize("isolation", ["qemu-kvm"])
+async def test_kvm_by_name_where_there_is_none(isolation: str, device: Path, tmp_path: Path) -> None:
+    """One sentence that names the flag and the cause."""
+    from kernel_gateway.server import load_templates, opened_driver
+    from kernel_gateway.settings import SettingsError
+
+    settings = Settings(isolation=isolation, data_dir=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(SettingsError, match=r"^--isolation qemu-kvm: there is no /dev/kvm: load kvm_intel"):
+        async with opened_driver(settings, load_templates(settings), lambda _: None):
+            pass
