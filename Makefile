@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.ready
 
-.PHONY: serve test check bench clean lock
+.PHONY: serve test check bench docs clean lock
 
 serve: $(STAMP)      ## set up, build, start; prints URL and key
 	@exec $(VENV)/bin/cellvm serve
@@ -16,18 +16,28 @@ check: $(STAMP)      ## format, lint, types
 bench: $(STAMP)      ## measure, beside a floor in the same run; raw samples in bench-results/
 	@exec $(VENV)/bin/python -m tests.bench
 
-clean:               ## forget the virtual environment and results; the cache in ~/.cache/cellvm stays
-	rm -rf $(VENV) bench-results test-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+docs: $(VENV)-docs/.ready    ## the manual as a site, into site/
+	$(VENV)-docs/bin/mkdocs build --quiet --strict
 
-lock:                ## renew the lock files of the guests, of development and of JupyterLab's tests
+clean:               ## forget the virtual environment and results; the cache in ~/.cache/cellvm stays
+	rm -rf $(VENV) $(VENV)-docs site bench-results test-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+lock:                ## renew the lock files of the guests, of development, of JupyterLab's tests and of the manual
 	$(VENV)/bin/pip install --quiet uv
 	$(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \
 	  --python-platform x86_64-manylinux_2_28 rootfs/requirements.in -o rootfs/requirements.lock
 	$(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \
-	  --universal --all-extras pyproject.toml -o requirements-dev.lock
+	  --universal --extra dev pyproject.toml -o requirements-dev.lock
 	$(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \
 	  --universal tests/e2e/lab.in -o tests/e2e/lab.lock
+	$(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \
+	  --universal --extra docs pyproject.toml -o docs/requirements.lock
 
 $(STAMP): pyproject.toml requirements-dev.lock
 	@sh .ci/venv.sh $(PYTHON) $(VENV)
+	@touch $@
+
+$(VENV)-docs/.ready: docs/requirements.lock
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet --require-hashes --requirement docs/requirements.lock
 	@touch $@

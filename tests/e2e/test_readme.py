@@ -1,4 +1,4 @@
-"""The README's JupyterLab blocks, pasted as they stand against a real server; the rest is in tests/guest/test_readme.py."""
+"""The README's JupyterLab blocks, pasted as they stand. Its other blocks are in tests/guest/test_readme.py."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from tests.guest.readme import Terminal, blocks, checkout
 
 
 def handed_over(tree: Path, lab_python: Path) -> None:
-    """`.venv-lab` holds the cached JupyterLab before the README makes it: then pip finds it there and downloads nothing."""
+    """Put the cached JupyterLab into `.venv-lab` before the README makes that: pip finds it and downloads nothing."""
     ours = tree / ".venv-lab"
     (ours / "bin").mkdir(parents=True)
     (ours / "bin" / "jupyter").symlink_to(lab_python.with_name("jupyter"))
