@@ -16,8 +16,8 @@ check: $(STAMP)      ## format, lint, types
 bench: $(STAMP)      ## measure, beside a floor in the same run; raw samples in bench-results/
 	@exec $(VENV)/bin/python -m tests.bench
 
-docs: $(VENV)-docs/.ready    ## the manual as a site, into site/
-	$(VENV)-docs/bin/mkdocs build --quiet --strict
+docs: $(VENV)-docs/.ready    ## the manual as a site, in site/; warnings end it, so it may not be --quiet
+	$(VENV)-docs/bin/mkdocs build --strict
 
 clean:               ## forget the virtual environment and results; the cache in ~/.cache/cellvm stays
 	rm -rf $(VENV) $(VENV)-docs site bench-results test-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
