@@ -122,10 +122,10 @@ SOCKETS: list[tuple[str, type[Socket]]] = [
 
 
 class Gateway(Application):
-    """Routes requests, after the parts of a path that are not part of a route: the base URL, and `/t/KEY`.
+    """Routes requests by their path, without the base URL and `/t/KEY` at its beginning.
 
-    Some clients (jupyter_server's kernel client among them) can send a key with a WebSocket nowhere but in its path.
-    What is for a service in a sandbox goes past the table: a host name of such a service has nothing else.
+    Some clients (jupyter_server's kernel client among them) can send a key with a WebSocket only in its path.
+    A request for a service in a sandbox bypasses the table, because such a service may have any path.
     """
 
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
@@ -163,11 +163,11 @@ def application(
     """The Tornado application over a collection of sandboxes and a store of keys.
 
     Args:
-        origins: web pages of these origins may use it.
-        base_url: what comes before every path, without a slash at its end.
+        origins: web pages of these origins may use the API.
+        base_url: the beginning of every path, without a slash at its end.
         max_message: largest WebSocket message from a client, in bytes.
         kernel_idle_timeout: seconds that a Jupyter client's kernel lives on unused.
-        domain: services in sandboxes are reached as `{port}-{id}.{domain}`; it may name our port, too.
+        domain: services in sandboxes are reached as `{port}-{id}.{domain}`; it may include the server's port.
     """
     shared = {"sandboxes": sandboxes, "store": store}
     by_path: dict[str, dict[str, Route]] = {}
@@ -188,16 +188,16 @@ def application(
         max_message=max_message,
         kernel_idle_timeout=kernel_idle_timeout,
         sessions=jupyter.Sessions(),
-        sockets={},  # open ones, by kernel and session
+        sockets={},  # open WebSockets, by kernel and session
         openapi=document(ROUTES),
-        requests=set(),  # those being answered
-        reading=asyncio.Lock(),  # of services' answers, one at a time
+        requests=set(),  # requests that are being answered
+        reading=asyncio.Lock(),  # held while a piece of a service's answer is read
         log_function=log_request,
     )
 
 
 def log_request(handler: Endpoint) -> None:
-    """One line a request; never the query, which may hold what is not ours to tell."""
+    """Log one line a request, without the query, because a query may hold secrets."""
     request = handler.request
-    path = re.sub("/t/[^/]+", "/t/…", request.path, flags=re.IGNORECASE)  # a key, in an address that is not quite right
+    path = re.sub("/t/[^/]+", "/t/…", request.path, flags=re.IGNORECASE)  # a key in a misspelt address
     log.info("%s %s %s %d ms", request.method, path, handler.get_status(), round(request.request_time() * 1000))

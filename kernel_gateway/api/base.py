@@ -48,7 +48,7 @@ STATUS: dict[str, int] = {
     "method_not_allowed": 405,
     "range_not_satisfiable": 416,
     "internal": 500,
-    # what the agent refuses with
+    # the agent's refusals
     "is_directory": 400,
     "not_directory": 400,
     "not_regular": 400,
@@ -68,7 +68,7 @@ OUTCOME_UNKNOWN = frozenset({"sandbox_died", "guest_unresponsive"})
 
 
 class ErrorBody(msgspec.Struct, omit_defaults=True):
-    """What every error answers. `code` is the HTTP status, `error` the stable word of docs/errors.md.
+    """The body of every error. `code` is the HTTP status, `error` is the stable word of docs/errors.md.
 
     `outcome` is "unknown" when the request may have had an effect before it failed.
     """
@@ -90,7 +90,7 @@ class RangeNotSatisfiable(CellvmError):
 
 @dataclass(slots=True)
 class Call:
-    """One authenticated request, as operations see it. `answer` is the way out for those that stream."""
+    """One authenticated request, as operations see it. `http` is for operations that send their answer themselves."""
 
     sandboxes: Sandboxes
     store: Store
@@ -112,9 +112,9 @@ Operation = Callable[..., Awaitable[Any]]
 class Route:
     """One method of one path.
 
-    `operation` gets the Call, and the decoded body when `body` is a type; what it returns is sent as JSON with
-    `status`, or nothing when it answered by itself (`produces` then names the content type). `upload` operations get
-    the raw body as they read it from `call.http`.
+    `operation` gets the Call, and the decoded body when `body` is a type. Its result is sent as JSON with `status`.
+    An operation with `produces`, a content type, sends its answer itself. An `upload` operation reads the raw body
+    from `call.http`.
     """
 
     method: str
@@ -148,10 +148,10 @@ def key_of(request: HTTPServerRequest) -> str | None:
 
 
 def decode(data: bytes, kind: Any) -> Any:
-    """A JSON body as its type; an empty one reads as `{}`.
+    """A JSON body as its type. An empty body reads as `{}`.
 
     Raises:
-        InvalidRequest: it is not JSON, or not of the type; says where.
+        InvalidRequest: the body is not JSON, or not of the type; the message says where.
     """
     try:
         return msgspec.json.decode(data or b"{}", type=kind)
@@ -162,17 +162,17 @@ def decode(data: bytes, kind: Any) -> Any:
 
 
 class Handler(RequestHandler):
-    """What all answers have in common: who asks, which web pages may, how errors look."""
+    """The common part of all answers: authentication, allowed origins, the form of errors."""
 
     def initialize(self, sandboxes: Sandboxes, store: Store) -> None:
         self._sandboxes = sandboxes
         self._store = store
 
     def authenticate(self) -> str:
-        """Whose request it is.
+        """The owner of the request's key.
 
         Raises:
-            Unauthorized: nobody's that we know.
+            Unauthorized: the request has no key, or one that is not known.
         """
         key = key_of(self.request)
         owner = self._store.owner_of(key) if key else None
@@ -190,7 +190,7 @@ class Handler(RequestHandler):
         Raises:
             InvalidRequest: they are not of the type.
         """
-        # Not by get_query_argument: it strips, and turns control characters into blanks.
+        # get_query_argument is of no use, because it strips values and turns control characters into blanks.
         try:
             given = {name: values[-1].decode() for name, values in self.request.query_arguments.items()}
         except UnicodeDecodeError:
@@ -201,7 +201,7 @@ class Handler(RequestHandler):
             raise InvalidRequest(f"query: {error}") from None
 
     def set_error(self, error: Exception) -> bytes:
-        """Set status and headers for an error; returns the body."""
+        """Set status and headers for an error, and return the body."""
         if not isinstance(error, CellvmError):
             log.error("%s %s failed", self.request.method, self.request.path, exc_info=error)
             error = CellvmError("the server failed; its log says why")
@@ -216,7 +216,7 @@ class Handler(RequestHandler):
         return body
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """Errors that Tornado finds itself: a malformed path, a method it does not know."""
+        """Answer an error that Tornado finds itself: a malformed path, an unknown method."""
         known = {400: "invalid_request", 405: "method_not_allowed"}
         body = ErrorBody(status_code, phrase(status_code), known.get(status_code, "internal"))
         self.set_header("Content-Type", "application/json")
@@ -235,7 +235,7 @@ class Handler(RequestHandler):
         return None
 
     def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
-        if not isinstance(value, HTTPError):  # what Tornado refuses is the client's doing
+        if not isinstance(value, HTTPError):  # Tornado's refusals are the client's mistakes
             log.error("request failed", exc_info=(typ, value, tb))
 
 
@@ -255,7 +255,7 @@ class Endpoint(Handler):
         self._giving_up: asyncio.TimerHandle | None = None
 
     async def prepare(self) -> None:
-        """Settle everything that the head of the request decides, before any of the body is read."""
+        """Check everything in the head of the request, before any of the body is read."""
         self.application.settings["requests"].add(self)
         try:
             route = self._routes.get(self.request.method or "")
@@ -279,14 +279,14 @@ class Endpoint(Handler):
                 self._connection.set_body_timeout(JSON_BODY_TIMEOUT)
                 if self._announced > JSON_LIMIT:
                     raise self._too_large()
-        except Exception as error:  # noqa: BLE001  `_fail` logs what it does not know
+        except Exception as error:  # noqa: BLE001  `_fail` logs unknown errors
             await self._fail(error)
             return
         if route.upload:
             self._task = asyncio.create_task(self._run())
 
     def _is_preflight(self) -> bool:
-        """A browser asks whether a page of another origin may: answered here if that origin is allowed."""
+        """Whether this is a browser's preflight request for an allowed origin; it is answered here."""
         may = self.request.headers.get("Origin") in self.application.settings["origins"]
         if self.request.method != "OPTIONS" or not may:
             return False
@@ -299,7 +299,7 @@ class Endpoint(Handler):
 
     @property
     def _announced(self) -> int:
-        """How long the body says it is; Tornado refuses what is not a number."""
+        """The body's announced length. Tornado refuses one that is not a number."""
         length = self.request.headers.get("Content-Length", "0")
         return int(length) if re.fullmatch("[0-9]{1,18}", length) else 0
 
@@ -314,7 +314,7 @@ class Endpoint(Handler):
 
     async def data_received(self, chunk: bytes) -> None:
         if self._is_answered:
-            # Refused, and said so; read on all the same, for many clients listen only when they have sent everything.
+            # A refused body is read on, because many clients read the answer only when they have sent everything.
             self._dropped += len(chunk)
             if self._dropped > DROPPED_BODY:
                 self._connection.stream.close()
@@ -337,7 +337,7 @@ class Endpoint(Handler):
             self._giving_up.cancel()
 
     def on_connection_close(self) -> None:
-        """The client hung up: stop what it asked for."""
+        """The client hung up: cancel its operation."""
         super().on_connection_close()
         self.on_finish()
         if self._task is not None:
@@ -375,15 +375,15 @@ class Endpoint(Handler):
             if not self._finished:
                 await self.finish()
         except (StreamClosedError, asyncio.CancelledError):
-            pass  # the client has gone: nobody is left to tell
+            pass  # the client has gone
         except Exception as error:  # noqa: BLE001
             await self._fail(error)
 
     async def _fail(self, error: Exception) -> None:
-        """Answer with an error, at once; the request is finished when its whole body has been read."""
+        """Answer with an error at once. The request is finished when its whole body has been read."""
         body = self.set_error(error)
         if self._headers_written:
-            # Too late for a status: cut the answer off, so that nobody takes it for whole.
+            # It is too late for a status. The connection is closed, so that half an answer does not look whole.
             self._connection.stream.close()
             return
         self.clear_header("Content-Disposition")
@@ -391,11 +391,11 @@ class Endpoint(Handler):
         self.write(body)
         self._is_answered = True
         while not self._chunks.empty():
-            self._chunks.get_nowait()  # whoever waits to add more finds that it is not wanted
-        if not self._has_whole_body:  # nor is the rest of it waited for without end
+            self._chunks.get_nowait()  # a `data_received` that waits to add a chunk goes on
+        if not self._has_whole_body:  # the rest of the body is waited for only this long
             loop = asyncio.get_running_loop()
             self._giving_up = loop.call_later(JSON_BODY_TIMEOUT, self._connection.stream.close)
-        with contextlib.suppress(StreamClosedError):  # nobody is left to tell
+        with contextlib.suppress(StreamClosedError):  # the client has gone
             await self.flush()
 
 

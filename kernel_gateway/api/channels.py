@@ -16,10 +16,10 @@ STOCK_LIMIT = 10 * 1024 * 1024
 
 
 def left_out(record: Record) -> list[bytes]:
-    """What takes the place of a message that a client could not take."""
+    """A notice in place of a message that was too large for a client."""
     notice = (
-        f"[{record.size} bytes are left out here: the connection was lost over them; a client that takes large "
-        "messages, or GET /api/kernels/{id}/journal, has them]"
+        f"[{record.size} bytes are left out here, because the connection was lost while they were sent; "
+        "a client that takes large messages, or GET /api/kernels/{id}/journal, has them]"
     )
     channel, header, parent, metadata, *_ = record.parts
     if channel == b"iopub":
@@ -41,26 +41,27 @@ class Channels(Socket):
     def open(self, *args: str, **kwargs: str) -> None:
         super().open(*args, **kwargs)
         if self.kernel.state not in ("idle", "busy"):
-            # To `restarting` Lab would answer by connecting again, and again.
+            # JupyterLab would connect again and again if it read `restarting`.
             state = "dead" if self.kernel.state == "dead" else "starting"
             told = message.new("iopub", "status", {"execution_state": state}, session="")
             self.write_message(self._frame(told), binary=self.is_binary)
 
     def frames(self, records: list[Record | Gap]) -> list[str | bytes]:
-        """What is for everybody or for this session; of what a client asked to be told again, all."""
+        """The messages for everybody or for this session, and the whole past if the client asked for it by `since`."""
         found = []
         for record in records:
             is_past = record.seq <= self.present
             if isinstance(record, Gap):
                 found.append(self._frame(self._notice(record)))
             elif is_past and record.kind == "status" and not record.parent:
-                continue  # the kernel's state then; `open` has told what it is now
+                continue  # a past state of the kernel; `open` has told the present one
             elif (
                 record.session in (None, self.session)
                 or record.parent in self.inherited
                 or (is_past and self.is_told_all)
             ):
-                # A client that closes over a large message would ask for it for ever: it gets a notice the second time.
+                # A client that closes the connection over a large message gets a notice the second time, because it
+                # would close over the message again.
                 is_again = record.seq <= self.sent_before and not self.is_told_all
                 parts = left_out(record) if is_again and record.size > STOCK_LIMIT else record.parts.copy()
                 parts[METADATA] = message.numbered(parts[METADATA], record.seq)
@@ -82,7 +83,7 @@ class Channels(Socket):
         )
 
     def on_message(self, frame: str | bytes) -> Awaitable[None] | None:
-        """Pass a client's message on; the next one is read when this one is on its way."""
+        """Pass a client's message on. The next one is read when this one has been sent."""
         try:
             parts = layout.from_v1(frame) if self.is_binary and isinstance(frame, bytes) else layout.from_legacy(frame)
         except layout.LayoutError as error:
@@ -98,4 +99,4 @@ class Channels(Socket):
         try:
             await sending
         except CellvmError:
-            pass  # the journal ends, and the connection with it
+            pass  # the journal ends then, and so does the connection

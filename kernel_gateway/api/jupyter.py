@@ -39,7 +39,7 @@ async def api_version(call: Call) -> ApiVersion:
 
 
 class ServerStatus(Struct):
-    """What `GET /api/status` tells of your kernels."""
+    """A summary of your kernels."""
 
     started: str
     last_activity: str
@@ -80,7 +80,7 @@ class SpecModel(Struct):
 
 
 class Specs(Struct):
-    """All kinds. `default` is what a client gets that names none."""
+    """All kinds of kernels. A client that names none gets `default`."""
 
     default: str
     kernelspecs: dict[str, SpecModel]
@@ -117,11 +117,11 @@ async def spec_file(call: Call) -> None:
 
 
 ANY_PYTHON = "python3"
-"""What notebooks from elsewhere call their kernel: here the default template."""
+"""The kernel's name in notebooks from other servers. Here it means the default template."""
 
 
 def named(call: Call, name: str | None) -> Template:
-    """The template of that name, the default one for no name."""
+    """The template of that name, or the default one without a name."""
     templates = call.sandboxes.templates
     template = templates.default if name in (None, "", ANY_PYTHON) else templates.find(name)
     if template is None:
@@ -171,7 +171,7 @@ def model(sandbox: Sandbox) -> KernelModel:
 
 
 def dead(call: Call, name: str | None = None) -> list[KernelModel]:
-    """Kernels that died lately without their owner's doing, so that clients learn why."""
+    """Kernels that died lately without a request of their owner. Clients learn the reason from them."""
     ended = call.store.ended_since(call.owner, time.time() - DEAD_FOR)
     return [
         KernelModel(kernel_id(each), template, jupyter_time(when), "dead", 0, each, f"the sandbox has ended: {reason}")
@@ -186,13 +186,16 @@ def sandbox_of(call: Call) -> Sandbox:
 
 
 async def list_kernels(call: Call) -> list[KernelModel]:
-    """Your kernels, and for an hour those that died. Those whose time was over are told about one by one only."""
+    """Your kernels, and those that died within the last hour.
+
+    A kernel whose time was over is not in the list; `GET /api/kernels/{kernel}` still tells of it.
+    """
     lost = [each for each in dead(call) if not each.reason.endswith(Event.EXPIRED)]
     return [model(sandbox) for sandbox in call.sandboxes.list(call.owner)] + lost
 
 
 async def start_kernel(call: Call, body: StartKernel) -> KernelModel:
-    """A sandbox with its kernel, ready. It lives as long as it is used, and a while longer."""
+    """Start a kernel in a sandbox of its own. It lives as long as it is used, and a while longer."""
     env = body.env or {}
     check_env(env)
     idle = call.http.application.settings["kernel_idle_timeout"]
@@ -204,7 +207,7 @@ async def start_kernel(call: Call, body: StartKernel) -> KernelModel:
 
 
 async def get_kernel(call: Call) -> KernelModel:
-    """One kernel; `dead` for one that died lately by itself."""
+    """One kernel. Its state is `dead` if it died lately by itself."""
     try:
         return model(sandbox_of(call))
     except NotFound:
@@ -228,21 +231,21 @@ async def interrupt_kernel(call: Call) -> None:
 
 
 async def restart_kernel(call: Call) -> KernelModel:
-    """Replace the kernel by a fresh one; answers when that is usable. Files stay."""
+    """Replace the kernel by a fresh one. The answer comes when the new kernel is usable. Files stay."""
     sandbox = sandbox_of(call)
     await sandbox.guest.kernel.restart()
     return model(sandbox)
 
 
 class JournalQuery(Struct):
-    """`since`: number of the last message you have. `wait`: seconds to wait for one when there is none yet."""
+    """`since`: number of the last message you have. `wait`: seconds to wait for a newer one when there is none yet."""
 
     since: Annotated[int, Meta(ge=0)] = 0
     wait: Annotated[float, Meta(ge=0, le=60)] = 0
 
 
 class JournalPage(Struct):
-    """Messages after `since`, about a megabyte of them; ask again with `next`. `last` is the newest one's number.
+    """Messages after `since`, about a megabyte of them. Ask again with `next`. `last` is the newest one's number.
 
     `missing` counts messages in this stretch that are not kept any more. Buffers are base64 encoded.
     """
@@ -254,7 +257,7 @@ class JournalPage(Struct):
 
 
 async def journal(call: Call) -> JournalPage:
-    """What a kernel has said, without a WebSocket."""
+    """A kernel's messages, without a WebSocket."""
     kept = sandbox_of(call).guest.kernel.journal
     after = min(call.query.since, kept.last)
     records = kept.read(after)
@@ -280,7 +283,7 @@ class KernelRef(Struct):
 
 
 class SessionBody(Struct):
-    """A session to make, or what to change of one."""
+    """A new session, or the changes to one."""
 
     path: str | None = None
     name: str | None = None
@@ -294,7 +297,7 @@ class NotebookRef(Struct):
 
 
 class SessionModel(Struct):
-    """A session. `notebook` is there for old clients."""
+    """A session. `notebook` is for old clients."""
 
     id: str
     path: str
@@ -305,7 +308,7 @@ class SessionModel(Struct):
 
 
 class Session(Struct):
-    """What is kept of one."""
+    """A session as the server keeps it."""
 
     id: str
     owner: str
@@ -316,7 +319,7 @@ class Session(Struct):
 
 
 class Sessions:
-    """All sessions of the server, in memory. One ends with its kernel."""
+    """All sessions of the server, in memory. A session ends with its kernel."""
 
     def __init__(self) -> None:
         self._sessions: dict[str, Session] = {}
@@ -338,7 +341,7 @@ class Sessions:
         """The session that the path names.
 
         Raises:
-            NotFound: the owner has none like that.
+            NotFound: the owner has no such session.
         """
         for session, sandbox in self.live(call):
             if session.id == call.path["session"]:
@@ -366,7 +369,7 @@ async def list_sessions(call: Call) -> list[SessionModel]:
 
 
 async def start_session(call: Call, body: SessionBody) -> SessionModel:
-    """A session for a path: the one there is, or a new one with the kernel named or a new kernel."""
+    """The session of a path. If there is none, one is made, with the kernel that the body names or a new kernel."""
     if not body.path:
         raise InvalidRequest("a session needs a `path`")
     check_text(body.path, body.name or "", body.type or "")

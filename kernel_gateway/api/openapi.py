@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document, made from the route table: what it says is what the server does."""
+"""The OpenAPI 3.1 document. It is made from the route table, so it says what the server does."""
 
 import inspect
 import re

@@ -1,11 +1,11 @@
-"""Services in sandboxes, from outside: who may, and the bytes both ways (docs/ports.md).
+"""Services in sandboxes, from outside: the permission, and the bytes both ways (docs/ports.md).
 
     client ── Tornado ── Preview ── Exchange (h11) ── Conversation ── agent ── service
 
-A Preview is not a RequestHandler: it answers what the service answers, any method, headers as they are. There is one
-connection to the service for each request; credit carries a slow reader at either end through to the other. Something
-that breaks before the head of the answer is one of our errors; after it, the client's connection is cut, so that nobody
-takes half an answer for a whole one.
+A Preview is not a RequestHandler, because any method is allowed and the answer is the service's. Each request has its
+own connection to the service. Credit makes one end wait while the other reads slowly. A failure before the head of
+the answer becomes one of our errors. After the head the client's connection is cut, so that half an answer does not
+look whole.
 """
 
 import asyncio
@@ -57,21 +57,21 @@ T = TypeVar("T")
 CONNECT_TIMEOUT = 10.0
 """Seconds a service may take to accept a connection, times the driver's time scale."""
 MAX_CONNECTIONS, MAX_VISITORS = 256, 192
-"""Connections to the services of one sandbox at a time, as each may hold some MiB; visitors leave some to the owner."""
+"""Connections to the services of one sandbox at a time, in all and of visitors. Each may hold some MiB."""
 STALL_TIMEOUT = 600.0
-"""Seconds a service may take nothing of a request's body: while it does not, nobody can tell whether the client is
-still there."""
+"""Seconds for which a service may read nothing of a request's body. They are limited because meanwhile we can't tell
+whether the client is still there."""
 PIECE = 256 * 1024
-"""Bytes that are taken from a client at once where there is no HTTP any more."""
+"""Bytes that are read from a client at once after a switch to another protocol."""
 MAX_EVENTS = 50
-"""Chunks of an answer that are read in one go: a service may send very many very small ones."""
+"""Chunks of an answer that are read at once. They are limited because a service may send very many small ones."""
 HANG_UP_LOOK = 5.0
-"""Seconds between looks at whether the client is still there, which Tornado does not notice while it holds bytes of
-the next request."""
+"""Seconds between looks at whether the client is still there. We look because Tornado does not notice a hang-up while
+it holds bytes of the next request."""
 IGNORED_BODY_TIMEOUT = 60.0
-"""Seconds that the rest of a request's body is waited for when it has been answered already."""
+"""Seconds to wait for the rest of a request's body after the answer."""
 LINGER = 5.0
-"""Seconds a service gets to read what a client has sent before it hung up."""
+"""Seconds a service has to read the last bytes of a client that hung up."""
 
 
 # -- which ports are open
@@ -87,14 +87,14 @@ class PortModel(msgspec.Struct):
 
 
 class PortsModel(msgspec.Struct):
-    """`allPublic`: every port is open. `ports` are those opened one by one."""
+    """`allPublic`: every port is open. `ports`: the ports that were opened one by one."""
 
     allPublic: bool
     ports: list[PortModel]
 
 
 class SetPort(msgspec.Struct):
-    """Open a port to everybody, or close it again. Without `port`: all of them."""
+    """Open a port to everybody, or close it again. Without `port` all ports are meant."""
 
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None
     public: bool = False
@@ -118,7 +118,7 @@ async def list_ports(call: Call) -> PortsModel:
 
 
 async def set_port(call: Call, body: SetPort) -> None:
-    """Open a port, or all, to everybody who has its address; or close it, also for those who are connected."""
+    """Open a port, or all, to everybody who has its address, or close it. Closing cuts the visitors' connections."""
     sandbox = call.sandbox
     if body.port is None:
         sandbox.open_all_ports(body.public)
@@ -139,8 +139,8 @@ class Preview(HTTPMessageDelegate):
     """One request to a service, from its head to the end of its answer.
 
     Args:
-        reading: held while a piece of any service's answer is read.
-        rest: what follows the port in the address, without the query, still encoded.
+        reading: a lock that is held while a piece of any service's answer is read.
+        rest: the address after the port, without the query, still encoded.
         key_in_path: the address begins with `/t/KEY`.
     """
 
@@ -171,7 +171,7 @@ class Preview(HTTPMessageDelegate):
         self._exchange: Exchange | None = None
         self._conversation: Conversation | None = None
         self._task: asyncio.Task[None] | None = None
-        self._is_begun = asyncio.Event()  # the request is on its way, and whether protocols are switched is settled
+        self._is_begun = asyncio.Event()  # the request is on its way, and it is settled whether protocols switch
         self._has_whole_body = asyncio.Event()
         self._has_head = False
         self._is_answered = False
@@ -188,7 +188,7 @@ class Preview(HTTPMessageDelegate):
     async def headers_received(self, start_line: RequestStartLine | ResponseStartLine, headers: HTTPHeaders) -> None:
         self._requests.add(self)
         self._connection.set_close_callback(self.on_connection_close)
-        # Until Tornado reads again nobody else would notice that the client hangs up.
+        # Until Tornado reads again, only this callback notices that the client hangs up.
         self._connection.stream.set_close_callback(self.on_connection_close)
         self._connection.stream.set_nodelay(True)
         self._task = asyncio.create_task(self._run())
@@ -198,7 +198,7 @@ class Preview(HTTPMessageDelegate):
 
     async def data_received(self, chunk: bytes) -> None:
         if self._is_answered or self._conversation is None or self._exchange is None:
-            # Answered already; read on all the same, for many clients listen only when they have sent everything.
+            # The body is read on after the answer, because many clients read only when they have sent everything.
             self._dropped += len(chunk)
             if self._dropped > DROPPED_BODY:
                 self._connection.close()
@@ -213,7 +213,7 @@ class Preview(HTTPMessageDelegate):
             self._ending = asyncio.create_task(self._send(last))
 
     def on_connection_close(self) -> None:
-        """The client hung up: so do we, on the service."""
+        """The client hung up: end the connection to the service."""
         if self._task is not None:
             self._task.cancel()
 
@@ -223,7 +223,7 @@ class Preview(HTTPMessageDelegate):
             return
         poll = select.poll()
         poll.register(stream.socket, select.POLLRDHUP)
-        # While a body comes its end is one of two things, and Tornado finds out which.
+        # While a body comes, this may be the body's end or a hang-up. Tornado finds out which.
         if poll.poll(0) and (self._has_whole_body.is_set() or self._exchange is None):
             self.on_connection_close()
         else:
@@ -238,8 +238,8 @@ class Preview(HTTPMessageDelegate):
         try:
             await self._answer()
         except (StreamClosedError, asyncio.CancelledError):
-            self._connection.close()  # the client has gone: nobody is left to tell
-        except Exception as error:  # noqa: BLE001  `_fail` logs what it does not know
+            self._connection.close()  # the client has gone
+        except Exception as error:  # noqa: BLE001  `_fail` logs unknown errors
             try:
                 await self._fail(error)
             except (StreamClosedError, asyncio.CancelledError):
@@ -252,7 +252,7 @@ class Preview(HTTPMessageDelegate):
 
     async def _answer(self) -> None:
         headers = list(self._request.headers.get_all())
-        self._is_last = True  # until it is known where the request ends
+        self._is_last = True  # if `framing` raises, nobody knows where the request ends
         length = framing(headers)
         self._is_last = False
         port = self._place.number
@@ -265,7 +265,7 @@ class Preview(HTTPMessageDelegate):
             await self._redirect()
             return
         if not self._rest.startswith("/") or self._request.method == "CONNECT":
-            raise InvalidRequest("a port is asked for paths, as GET /… does; it is no proxy")
+            raise InvalidRequest("a request to a port has a path, as in GET /…; the port is no proxy")
         refuse_key_in_path(self._rest, self._store.owner_of)
         carried = without_keys(headers, self._request.query, self._store.owner_of)
         sandbox = self._sandbox = self._find(carried)
@@ -286,10 +286,10 @@ class Preview(HTTPMessageDelegate):
             await self._end()
 
     def _find(self, carried: Carried) -> Sandbox:
-        """The sandbox, if whoever asks may.
+        """The sandbox, if the client may reach this port of it.
 
         Raises:
-            Unauthorized, NotFound: not; in the same words whether it exists or not.
+            Unauthorized, NotFound: the client may not. The words are the same whether the sandbox exists or not.
         """
         sandbox = self._sandboxes.find(self._place.sandbox)
         if sandbox is not None and sandbox.owner in carried.owners:
@@ -298,7 +298,7 @@ class Preview(HTTPMessageDelegate):
             self._is_visitor = True
             return sandbox
         for owner in carried.owners:
-            self._sandboxes.get(owner, self._place.sandbox)  # raises: it is not this owner's
+            self._sandboxes.get(owner, self._place.sandbox)  # raises, because it is not this owner's
         raise Unauthorized(
             "the key is not known" if key_of(self._request) else "a key is required",
             hint="send `Authorization: Bearer <key>`; `cellvm keys` makes one",
@@ -306,12 +306,12 @@ class Preview(HTTPMessageDelegate):
 
     @property
     def _may_go_on(self) -> bool:
-        """A port that has been closed is closed for those who are connected, too."""
+        """Whether the connection may stay: a visitor's ends when the port is closed."""
         assert self._sandbox is not None
         return not self._is_visitor or self._sandbox.is_open(self._place.number)
 
     async def _redirect(self) -> None:
-        """To the address with a slash: relative links of the page begin there."""
+        """Redirect to the address with a slash, because the page's relative links need it."""
         if self._request.method not in ("GET", "HEAD"):
             raise InvalidRequest("the service's paths begin with a slash", hint=f"ask {self._place.prefix}/")
         location = self._place.prefix + "/" + (f"?{self._request.query}" if self._request.query else "")
@@ -328,7 +328,7 @@ class Preview(HTTPMessageDelegate):
         except GuestFailure as error:
             if error.code == "port_closed":
                 raise GuestFailure(error.code, closed) from None
-            # Whatever else the agent says of it: neither its words nor a status that it likes.
+            # The guest must not choose the words or the status of other errors.
             raise GuestFailure("failed", f"the sandbox could not connect to port {self._place.number}") from None
         if not isinstance(first, wire.Connected):
             raise GuestUnresponsive("the guest did not answer Connect as it must")
@@ -363,7 +363,7 @@ class Preview(HTTPMessageDelegate):
         self._is_answered = True
 
     async def _send(self, data: bytes) -> None:
-        """Send to the service, as it reads; if nobody is there any more, whoever waits for the answer is told."""
+        """Send to the service as it reads; after STALL_TIMEOUT cut the client. `_receive` raises other errors."""
         assert self._conversation is not None
         try:
             async with asyncio.timeout(STALL_TIMEOUT):
@@ -381,9 +381,9 @@ class Preview(HTTPMessageDelegate):
         return piece
 
     async def _in_turn(self, read: Callable[[], T]) -> T:
-        """Read a little of an answer: one of all answers under way, then the event loop's other work.
+        """Read a piece of an answer while no other answer is read, then let the event loop do other work.
 
-        Thousands of headers, or of chunks of a byte, take long to read, and a service may send nothing else.
+        A service may send thousands of headers, or of chunks of a byte, and they take long to read.
         """
         async with self._reading:
             piece = read()
@@ -391,18 +391,18 @@ class Preview(HTTPMessageDelegate):
         return piece
 
     def _body(self, exchange: Exchange) -> bytes:
-        """What there is of the answer's body without waiting."""
+        """The part of the answer's body that has arrived."""
         pieces: list[bytes] = []
         try:
             while len(pieces) < MAX_EVENTS and isinstance(piece := exchange.next_event(), bytes) and piece:
                 pieces.append(piece)
         except GuestFailure:
-            if not pieces:  # what came before still goes out; it is raised again then
+            if not pieces:  # earlier pieces still go out; the next call raises this again
                 raise
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def _receive(self, conversation: Conversation) -> bytes:
-        """What the service says next; nothing when it has closed the connection."""
+        """The service's next bytes; none when it has closed the connection."""
         try:
             while isinstance(item := await conversation.receive(), tuple):
                 if item[0] == wire.STDOUT and self._may_go_on:
@@ -416,12 +416,12 @@ class Preview(HTTPMessageDelegate):
         given = HTTPHeaders()
         for name, value in headers:
             given.add(name, value)
-        # Tornado would ask for the body by this header now, in the middle of the answer; so the body won't come.
+        # With this header Tornado would ask for the body in the middle of the answer. Without it the body won't come.
         if self._request.headers.pop("Expect", None) is not None and not self._is_begun.is_set():
             self._is_last = True
         if self._request.version == "HTTP/1.0" and "Content-Length" not in given:
-            self._request.headers["Connection"] = "close"  # or Tornado says that it is kept
-            self._is_last = True  # which is how the client learns where the body ends
+            self._request.headers["Connection"] = "close"  # otherwise Tornado announces that it is kept
+            self._is_last = True  # the client learns from the close where the body ends
         elif self._is_last:
             given["Connection"] = "close"
         self._has_head = True
@@ -429,11 +429,11 @@ class Preview(HTTPMessageDelegate):
         await self._connection.write_headers(line, given)
 
     async def _end(self) -> None:
-        """The answer is whole. The request is over when its body is too, which is dropped from here on."""
+        """The answer is whole. The rest of the request's body is dropped, and the request is over with it."""
         self._is_answered = True
         self._log()
         if self._is_last and not self._is_begun.is_set():
-            # Taken from Tornado, which would go on to read a body and further requests from its buffer.
+            # The stream is taken from Tornado, because Tornado would read a body and further requests from its buffer.
             self._connection.detach().close()
             return
         self._is_begun.set()
@@ -452,7 +452,7 @@ class Preview(HTTPMessageDelegate):
         if self._has_head:
             if not isinstance(error, CellvmError):
                 log.error("%r failed", self, exc_info=error)
-            # Too late for a status: cut the answer off, so that nobody takes it for whole.
+            # It is too late for a status. The connection is closed, so that half an answer does not look whole.
             self._connection.close()
             return
         if not isinstance(error, CellvmError):
@@ -477,7 +477,7 @@ class Preview(HTTPMessageDelegate):
         await self._end()
 
     def _log(self) -> None:
-        """One line a request: neither the service's own path and query, nor anything it says."""
+        """Log one line a request, without the service's path and query and without its answer."""
         place, milliseconds = self._place, round(self._request.request_time() * 1000)
         log.info(
             "%.20s /sandboxes/%.64s/ports/%.5s/ %d %d ms",
@@ -491,7 +491,7 @@ class Preview(HTTPMessageDelegate):
     # -- another protocol
 
     async def _switch(self, conversation: Conversation, answer: Answer, first: bytes) -> None:
-        """From here on bytes are copied both ways, until one side closes."""
+        """Copy bytes both ways until one side closes."""
         headers = answer_headers(answer, self._place, is_download=False)
         headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
         upgrade = next((value for name, value in answer.headers if name.lower() == "upgrade"), "")

@@ -1,4 +1,7 @@
-"""The REST operations: parse (done by the route's types), one call, shape. Paths and shapes are SandBase's."""
+"""The REST operations. The route's types parse the request; an operation makes a call and shapes the answer.
+
+Paths and shapes are SandBase's.
+"""
 
 import asyncio
 import base64
@@ -33,9 +36,9 @@ from kernel_gateway.templates import Template
 
 MAX_TIMEOUT = 3600
 OUTPUT_LIMIT = 8 * 1024 * 1024
-"""Bytes of each output stream of a command that its answer holds; the rest is read, counted and dropped."""
+"""Bytes of each output stream that a command's answer holds. The rest is read, counted and dropped."""
 INLINE_LIMIT = 1024 * 1024
-"""Largest file that is told inside JSON, in bytes."""
+"""Largest file that is sent inside JSON, in bytes."""
 MAX_ARGUMENT = 128 * 1024 - 1
 """Longest single argument that Linux passes to a program, in bytes."""
 WATCHDOG = 5.0
@@ -52,7 +55,8 @@ Text = dict[str, str]
 class NetworkRules(Struct):
     """What a sandbox may reach: addresses, CIDR blocks, names, and `*.` with a name. `allowOut` wins over `denyOut`.
 
-    `allowPublicTraffic` opens its ports to whoever has their address. The last three are E2B's and not offered.
+    `allowPublicTraffic` opens its ports to whoever has their address. The last three fields are E2B's; they are not
+    offered.
     """
 
     allowOut: list[str] = []
@@ -79,7 +83,7 @@ class CreateSandbox(Struct):
 
 
 class NetworkModel(Struct):
-    """What a sandbox may reach, as its owner has said."""
+    """What a sandbox may reach, in its owner's words."""
 
     allowOut: list[str]
     denyOut: list[str]
@@ -87,7 +91,7 @@ class NetworkModel(Struct):
 
 
 class SandboxModel(Struct, omit_defaults=True):
-    """A sandbox. `status` is SandBase's word for its state, `state` E2B's. Only one asked for alone has a network."""
+    """A sandbox. `status` is SandBase's word for its state, `state` E2B's. Only GET of one sandbox tells its `network`."""
 
     sandboxID: str
     templateID: str
@@ -127,7 +131,7 @@ class Refresh(Struct):
 
 
 ENVD_VERSION = "0.1.0"
-"""What E2B's clients are told we can do: nothing of their in-guest protocol yet."""
+"""The version that E2B's clients are told. It stands for nothing of their in-guest protocol yet."""
 
 
 def check_env(env: Text) -> None:
@@ -174,7 +178,7 @@ def model(sandbox: Sandbox) -> SandboxModel:
 
 
 async def create_sandbox(call: Call, body: CreateSandbox) -> SandboxModel:
-    """Create a sandbox; it is running when the answer comes."""
+    """Create a sandbox. It is running when the answer comes."""
     template = call.sandboxes.templates.find(body.templateID)
     if template is None:
         known = ", ".join(template.id for template in call.sandboxes.templates)
@@ -208,7 +212,7 @@ async def list_sandboxes(call: Call) -> list[SandboxModel]:
 
 
 def parse_metadata(text: str) -> Text:
-    # E2B's clients encode twice; decoding what was encoded once changes nothing unless it holds a per cent sign.
+    # E2B's clients encode twice. Decoding a text once too often changes it only if it holds a per cent sign.
     return {unquote(key): unquote(value) for key, value in parse_qsl(text, keep_blank_values=True)}
 
 
@@ -231,7 +235,7 @@ async def delete_sandbox(call: Call) -> None:
 
 
 async def connect(call: Call, body: Connect) -> SandboxModel:
-    """Extend a running sandbox's lifetime to at least `timeout` seconds from now; never shortens it."""
+    """Extend a running sandbox's lifetime to at least `timeout` seconds from now. It is never shortened."""
     sandbox = call.sandbox
     if body.timeout is not None:
         before = sandbox.deadline
@@ -261,9 +265,9 @@ async def later(call: Call) -> None:
 
 
 class SetNetwork(Struct):
-    """What a sandbox may reach from now on: all of it is replaced, what is absent is the default.
+    """What a sandbox may reach from now on. The old policy is replaced as a whole, and an absent field has its default.
 
-    Fields are those of a new sandbox. Without `allowPublicTraffic` its ports stay as they are.
+    The fields are those of a new sandbox. Without `allowPublicTraffic` its ports stay as they are.
     """
 
     allowOut: list[str] = []
@@ -277,7 +281,7 @@ class SetNetwork(Struct):
 
 
 class RefusalModel(Struct):
-    """Something a sandbox wanted to reach and may not, how often, and when last. `reason` is one of docs/network.md."""
+    """A destination that a sandbox may not reach, how often it tried, and when last. `reason`: see docs/network.md."""
 
     destination: str
     port: int
@@ -288,7 +292,7 @@ class RefusalModel(Struct):
 
 
 class NetworkState(Struct):
-    """What a sandbox may reach, by which mechanism it does, and what was refused, newest first."""
+    """What a sandbox may reach, the mechanism of its network, and what was refused, newest first."""
 
     mechanism: str
     allowInternetAccess: bool
@@ -299,7 +303,7 @@ class NetworkState(Struct):
 
 
 def read_policy(call: Call, wanted: NetworkRules | SetNetwork, *access: bool | None) -> Policy:
-    """The policy that a body asks for; `access` are the spellings of whether the internet is allowed."""
+    """The policy that a body asks for; `access` has each spelling of the field that allows the internet."""
     for name in ("rules", "maskRequestHost", "egressProxy"):
         if getattr(wanted, name) not in (None, [], {}):
             raise Unavailable(f"this server does not offer network.{name}")
@@ -316,7 +320,7 @@ def read_policy(call: Call, wanted: NetworkRules | SetNetwork, *access: bool | N
 
 
 async def set_network(call: Call, body: SetNetwork) -> None:
-    """Replace what the sandbox may reach; connections that are forbidden now are cut."""
+    """Replace the sandbox's policy. Connections that are forbidden now are cut."""
     sandbox = call.sandbox
     policy = read_policy(call, body, body.allow_internet_access, body.allowInternetAccess)
     await call.sandboxes.set_policy(sandbox, policy, body.allowPublicTraffic)
@@ -350,7 +354,7 @@ async def get_network(call: Call) -> NetworkState:
 
 
 class RunProcess(Struct):
-    """A command. `args` are passed as they are, no shell in between. `stdin` is what it reads."""
+    """A command. `args` are passed as they are, without a shell. `stdin` is the text that it reads."""
 
     cmd: Annotated[str, Meta(min_length=1)]
     args: list[str] = []
@@ -363,7 +367,7 @@ class RunProcess(Struct):
 class ProcessResult(Struct):
     """How a command ended. `exitCode` is 128 + N after signal N, and 124 when `timedOut`.
 
-    Output that is not UTF-8 has U+FFFD in place of what can't be read. `truncated` tells the bytes left out per stream.
+    Output that is not UTF-8 has U+FFFD in place of bad bytes. `truncated` has the number of bytes left out per stream.
     """
 
     processID: str
@@ -396,7 +400,7 @@ class Output:
 
 
 async def run_process(call: Call, body: RunProcess) -> ProcessResult:
-    """Run a command to its end and tell its output. A client that hangs up ends the command."""
+    """Run a command to its end and return its output. A client that hangs up ends the command."""
     argv = [body.cmd, *body.args]
     check_env(body.envVars)
     check_text(*argv, body.stdin or "")
@@ -449,7 +453,7 @@ async def feed(conversation: Any, data: bytes) -> None:
         await conversation.send(data)
         conversation.end()
     except CellvmError:
-        pass  # whoever awaits the reply hears of it
+        pass  # the caller's `receive` raises it, too
 
 
 # -- cells
@@ -474,9 +478,10 @@ def check_id(execution_id: str | None) -> None:
 async def execute(call: Call, body: Execute) -> None:
     """Run a cell in the sandbox's kernel, where variables stay from call to call.
 
-    Answers when it is done, or with `Accept: application/x-ndjson` (or `text/event-stream`) as it goes: a JSON object a
-    line (an event), `{"type": "end"}` last. A client that hangs up interrupts the cell; not so one that sent a header
-    `Idempotency-Key: <id>`: the cell goes on, and the same request again attaches to it instead of running it twice.
+    The answer comes when the cell is over. With `Accept: application/x-ndjson` (or `text/event-stream`) events come as
+    they happen: one JSON object a line, `{"type": "end"}` last. A client that hangs up interrupts the cell. With a
+    header `Idempotency-Key: <id>` the cell goes on instead, and the same request again attaches to it, so it is not run
+    twice.
     """
     check_text(body.code)
     execution_id = call.http.request.headers.get("Idempotency-Key")
@@ -508,7 +513,7 @@ def wanted_framing(http: Endpoint) -> str | None:
 
 
 async def stream(http: Endpoint, framing: str, events: AsyncIterator[StreamEvent]) -> None:
-    """Send events as they come; a sandbox that ends under them is told as the last error."""
+    """Send events as they come. If the sandbox ends meanwhile, an error and an end are the last events."""
 
     async def send(event: StreamEvent) -> None:
         line = msgspec.json.encode(event)
@@ -529,7 +534,7 @@ async def stream(http: Endpoint, framing: str, events: AsyncIterator[StreamEvent
 
 
 class ExecutionQuery(Struct):
-    """`since`: number of the last event you have, when you ask for a stream of them."""
+    """`since`: number of the last event you have, if you ask for a stream."""
 
     since: Annotated[int, Meta(ge=0)] = 0
 
@@ -537,8 +542,8 @@ class ExecutionQuery(Struct):
 class ExecutionModel(Struct):
     """An execution that was started under an id. `status` is running, finished or unknown.
 
-    Unknown: its kernel ended under it, and nobody can say how much of it has happened. `retrySafe`: sending the same
-    request again has no further effect. `result` is there once it is over.
+    Unknown means that its kernel ended before it was over, so nobody can say how much of it has happened. `retrySafe`
+    means that the same request again has no further effect. `result` is there once the execution is over.
     """
 
     id: str
@@ -550,7 +555,7 @@ class ExecutionModel(Struct):
 async def get_execution(call: Call) -> None:
     """An execution by its id (the `Idempotency-Key` it was started with), or as a stream like POST …/execute.
 
-    404 means that no such execution was ever started here: then it is safe to start it.
+    404 means that no such execution was ever started here, so it is safe to start it.
     """
     kernel = call.sandbox.guest.kernel
     execution = kernel.executions.get(call.path["execution"])
@@ -576,7 +581,7 @@ class ExportQuery(Struct):
 
 
 async def export(call: Call) -> None:
-    """The session so far as a notebook, with outputs; cells whose messages are not kept any more are left out."""
+    """The session so far as a notebook, with outputs. Cells whose messages are not kept any more are left out."""
     journal = call.sandbox.guest.kernel.journal
     translate = Events()
     cells: dict[str, tuple[str, list[StreamEvent]]] = {}
@@ -595,7 +600,7 @@ async def export(call: Call) -> None:
                 cells[record.parent][1].extend(
                     translate.receive(record.seq, record.kind, record.parent, record.ends, record.parts)
                 )
-        await asyncio.sleep(0)  # others have their turn between the pages
+        await asyncio.sleep(0)  # let other work run between the pages
     http = call.http
     http.set_header("Content-Type", "application/x-ipynb+json")
     http.set_header("Content-Disposition", f'attachment; filename="{call.sandbox.id}.ipynb"')
@@ -700,7 +705,7 @@ async def download(call: Call) -> None:
         http.set_header("Content-Disposition", f"attachment; filename*=UTF-8''{quote(name, safe='')}")
         http.set_header("Content-Security-Policy", "sandbox")
         http.set_header("Accept-Ranges", "bytes")
-        # Files of /proc say 0 and hold something: those go without a length.
+        # Files of /proc have size 0 and hold something, so they are sent without a length.
         left = length if length >= 0 else entry.size
         if left or not path.startswith(("/proc/", "/sys/")):
             http.set_header("Content-Length", str(left))
@@ -717,10 +722,10 @@ async def download(call: Call) -> None:
 
 
 async def upload(call: Call) -> list[FileEntry]:
-    """Store files: multipart with a part `file` for each, beside it its `path` (for one file also in the query).
+    """Store files: multipart with a part `file` for each, and its `path` beside it (for one file also in the query).
 
-    A `path` names the `file` that follows, or the last one; without, a file's own name is its path. A file is there as
-    a whole or not at all.
+    A `path` names the `file` that follows, or the last one. Without a `path` a file's own name is its path. A file is
+    stored as a whole or not at all.
     """
     guest, http = call.sandbox.guest, call.http
     kind, options = parse_options_header(http.request.headers.get("Content-Type", ""))
@@ -745,8 +750,8 @@ async def upload(call: Call) -> list[FileEntry]:
 class Upload:
     """Passes the parts of a multipart body on to the guest as they come.
 
-    A `path` names the next `file`, or the last one when none follows. So a file that comes without waits under a
-    made-up name until its path is known: nothing else is overwritten meanwhile.
+    A `path` names the next `file`, or the last one when none follows. So a file that comes without a path waits under a
+    made-up name until its path is known, because it must not overwrite another file meanwhile.
     """
 
     def __init__(self, guest: Guest, path: str | None) -> None:
@@ -804,7 +809,7 @@ class Upload:
             return
         source, name = self._waiting
         if not (path or name):
-            raise InvalidRequest("where to? send `path`, or a file name that is a path")
+            raise InvalidRequest("the file has no path: send `path`, or a file name that is a path")
         request = wire.Move(source=source, destination=self._target(path or name))
         self.entries[-1] = await self._guest.link.call(request, wire.Entry)
         self._waiting = None
@@ -821,10 +826,10 @@ class Upload:
             await asking.__aexit__(None, None, None)
 
     async def close(self) -> None:
-        """Leave nothing half done: an unfinished file is cancelled, and one that waits for its path deleted."""
+        """Clean up: cancel an unfinished file, and delete one that waits for its path."""
         await self._hang_up()
         if self._waiting is not None:
-            with suppress(GuestFailure):  # not_found: it never came to be
+            with suppress(GuestFailure):  # not_found: it was never written
                 await self._guest.link.call(wire.Delete(path=self._waiting[0]), wire.Done)
 
 
@@ -846,7 +851,7 @@ async def read_inline(call: Call) -> InlineFile:
 
 
 async def write_inline(call: Call, body: InlineFile) -> FileEntry:
-    """Write a file from JSON; parents are made as needed."""
+    """Write a file from JSON. Its parents are made as needed."""
     try:
         content = base64.b64decode(body.content, validate=True)
     except (binascii.Error, ValueError):
@@ -861,13 +866,13 @@ async def write_inline(call: Call, body: InlineFile) -> FileEntry:
 
 
 async def delete_file(call: Call) -> None:
-    """Delete a file, or a directory with all it holds."""
+    """Delete a file, or a directory with its content."""
     guest = call.sandbox.guest
     await guest.link.call(wire.Delete(path=resolve(guest, call.query.path)), wire.Done)
 
 
 async def list_dir(call: Call) -> list[FileEntry]:
-    """What a directory holds, sorted by name."""
+    """The entries of a directory, sorted by name."""
     guest = call.sandbox.guest
     path = resolve(guest, call.query.path)
     entries: list[wire.Entry] = []
@@ -880,7 +885,7 @@ async def list_dir(call: Call) -> list[FileEntry]:
 
 
 async def stat(call: Call) -> FileEntry:
-    """What lies at a path."""
+    """The file or directory at a path."""
     guest = call.sandbox.guest
     return file_entry(await guest.link.call(wire.Stat(path=resolve(guest, call.query.path)), wire.Entry))
 
@@ -892,7 +897,7 @@ async def make_dir(call: Call, body: MakeDir) -> FileEntry:
 
 
 async def move(call: Call, body: Move) -> FileEntry:
-    """Rename or move; the destination's parents are made."""
+    """Rename or move. The destination's parents are made as needed."""
     guest = call.sandbox.guest
     request = wire.Move(source=resolve(guest, body.source), destination=resolve(guest, body.destination))
     return file_entry(await guest.link.call(request, wire.Entry))
@@ -902,7 +907,7 @@ async def move(call: Call, body: Move) -> FileEntry:
 
 
 class MetricsModel(Struct):
-    """Readings from inside: percent of all processors since the last reading, bytes, MiB where the name says so."""
+    """Readings from inside the sandbox: percent of all processors since the last reading, bytes, MiB by their names."""
 
     ts: int
     cpu_count: int
@@ -917,14 +922,14 @@ class MetricsModel(Struct):
 
 
 async def metrics(call: Call) -> MetricsModel:
-    """What the sandbox uses, as it says itself."""
+    """The sandbox's use of resources, as its agent reports it."""
     found = await call.sandbox.guest.link.call(wire.GetMetrics(), wire.Metrics)
     values = {name: getattr(found, name) for name in found.__struct_fields__}
     return MetricsModel(**values, mem_total_mib=found.mem_total >> 20, mem_used_mib=found.mem_used >> 20)
 
 
 async def sandbox_health(call: Call) -> None:
-    """Whether the sandbox answers: 204, else 502."""
+    """Whether the sandbox answers: 204 if it does, else 502."""
     await call.sandbox.guest.link.call(wire.Ping(), wire.Done, timeout=5)
 
 
@@ -979,7 +984,7 @@ class PoolModel(Struct):
 
 
 class Health(Struct):
-    """Whether the server takes sandboxes, and what stands between them and the host."""
+    """Whether the server takes new sandboxes, and how it isolates them from the host."""
 
     ready: bool
     version: str
@@ -992,7 +997,7 @@ class Health(Struct):
 
 
 async def health(call: Call) -> Health:
-    """The server's own health; needs no key."""
+    """The server's own health. No key is needed."""
     sandboxes = call.sandboxes
     capabilities = sandboxes.capabilities
     if sandboxes.is_draining:

@@ -1,7 +1,8 @@
-"""WebSockets over a kernel's journal: each connection is a reader of it, at its own speed.
+"""WebSockets over a kernel's journal. Each connection reads the journal at its own speed.
 
-What is written waits for the client, so nothing piles up here; a client that is behind gets neighbouring text joined.
-Pings carry the number of the last message sent: the pong says that everything up to it has arrived.
+A connection writes only as fast as its client reads, so nothing piles up here. A client that is behind gets
+neighbouring text joined. A ping carries the number of the last message sent; its pong says that everything up to that
+number has arrived.
 """
 
 import asyncio
@@ -24,15 +25,15 @@ from kernel_gateway.sandbox import Sandbox
 BATCH = 256 * 1024
 """Bytes that are written before the client must have taken what came before."""
 FLOOD, FLOOD_PAUSE = 3, 0.005
-"""After so many reads in a row that found nothing but text, text gathers for so many seconds, to go in one message."""
+"""After this many reads in a row that found only text, text is gathered for this many seconds into one message."""
 ACK_DELAY = 0.1
-"""Seconds after something was sent until the client is asked what has arrived."""
+"""Seconds from a message to the ping that asks whether it has arrived."""
 PING_INTERVAL = 30.0
 PONG_TIMEOUT = 600.0
-"""Seconds without a pong that close a connection. Long: some clients answer only while they read. Dead peers are
-noticed by TCP, see `_keep_watch`."""
+"""Seconds without a pong after which a connection is closed. They are many because some clients answer only while they
+read. TCP notices dead peers, see `_keep_watch`."""
 HALF_OPEN = 40
-"""Seconds that bytes may stay unacknowledged, or untaken, before TCP gives the connection up."""
+"""Seconds that bytes may stay unacknowledged, or unread, before TCP gives the connection up."""
 
 MALFORMED, NOT_ALLOWED, GOING_DOWN, ENDED, REPLACED = 1007, 1008, 1012, 4410, 1000
 """Close codes; `docs/errors.md` explains them."""
@@ -42,7 +43,7 @@ TEXT, BINARY = 0x81, 0x82
 
 
 def head(size: int, kind: int) -> bytes:
-    """What comes before a message of `size` bytes in one unmasked frame (RFC 6455, 5.2)."""
+    """The header of one unmasked frame with a message of `size` bytes (RFC 6455, 5.2)."""
     if size < 126:
         return struct.pack("!BB", kind, size)
     return struct.pack("!BBH", kind, 126, size) if size < 65536 else struct.pack("!BBQ", kind, 127, size)
@@ -56,7 +57,7 @@ class SocketQuery(msgspec.Struct):
 
 
 class Socket(WebSocketHandler, Handler):
-    """One connection. Subclasses say which sandbox, how records become frames, and what the client may say."""
+    """One connection. A subclass finds the sandbox, makes frames of records, and reads the client's messages."""
 
     sandbox: Sandbox
     kernel: Kernel
@@ -68,11 +69,11 @@ class Socket(WebSocketHandler, Handler):
         raise NotImplementedError
 
     def frames(self, records: list[Record | Gap]) -> list[str | bytes]:
-        """Records as what goes to this client."""
+        """The frames that this client gets for records."""
         raise NotImplementedError
 
     async def prepare(self) -> None:
-        """Refuse before the upgrade what can be refused."""
+        """Refuse a bad request before the upgrade."""
         try:
             if self.request.method != "GET" or self.request.headers.get("Upgrade", "").lower() != "websocket":
                 raise InvalidRequest("this is a WebSocket: connect with `Upgrade: websocket`")
@@ -92,7 +93,7 @@ class Socket(WebSocketHandler, Handler):
             self.finish(self.set_error(error))
 
     def check_origin(self, origin: str) -> bool:
-        """Pages of other origins only if the settings allow them; those of our own have been let in already."""
+        """Whether the settings allow pages of another origin. Tornado lets pages of the server's own origin in."""
         return origin in self.application.settings["origins"]
 
     @property
@@ -124,7 +125,7 @@ class Socket(WebSocketHandler, Handler):
         self._pumping = asyncio.create_task(self._pump())
 
     def _keep_watch(self) -> None:
-        """Let TCP notice a peer that is gone, or that takes nothing while something waits for it."""
+        """Let TCP notice a peer that is gone, or that reads nothing while bytes wait for it."""
         assert self.ws_connection is not None
         assert self.ws_connection.stream is not None
         self._stream = self.ws_connection.stream
@@ -135,7 +136,7 @@ class Socket(WebSocketHandler, Handler):
         stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, HALF_OPEN * 1000)
 
     async def _pump(self) -> None:
-        """Send what the journal holds and what it gets, as fast as the client takes it."""
+        """Send the journal's records, old and new, as fast as the client reads them."""
         try:
             with self.reader:
                 texts = 0
@@ -149,12 +150,12 @@ class Socket(WebSocketHandler, Handler):
                         await asyncio.sleep(FLOOD_PAUSE)
             self.end(ENDED, self.kernel.reason)
         except (WebSocketClosedError, StreamClosedError):
-            pass  # `on_close` is told too
+            pass  # Tornado calls `on_close`, too
 
     async def send(self, frames: list[str | bytes]) -> None:
-        """Write messages together, up to a batch before the client must have taken them.
+        """Write messages together, and after each batch wait until the client has read it.
 
-        Tornado writes each by itself, with a system call and a task of its own: half of what a short cell costs.
+        Tornado would write each message with a system call and a task of its own. That is half of a short cell's cost.
         """
         stream = self._stream
         pieces: list[bytes] = []
@@ -170,7 +171,7 @@ class Socket(WebSocketHandler, Handler):
             await stream.write(b"".join(pieces))
 
     def end(self, code: int, text: str) -> None:
-        """Close with a reason, which may have 123 bytes."""
+        """Close with a reason. It is cut, because a close frame holds 123 bytes of it."""
         self.close(code, text.encode()[:120].decode("utf-8", "ignore"))
 
     def _acknowledge_soon(self) -> None:
@@ -188,7 +189,7 @@ class Socket(WebSocketHandler, Handler):
         try:
             self.ping(b"%d" % self._written)
         except WebSocketClosedError:
-            pass  # `on_close` is told too
+            pass  # Tornado calls `on_close`, too
 
     def on_pong(self, data: bytes) -> None:
         self._last_pong = time.monotonic()

@@ -13,7 +13,7 @@ from kernel_gateway.sandbox import Sandbox
 
 
 class Execute(msgspec.Struct, tag="execute", tag_field="type"):
-    """Run a cell. Sent again with the same `id` and code it runs only once. `timeout` is in seconds; default: none."""
+    """Run a cell. A cell sent again with the same `id` and code runs only once. `timeout`: seconds; default: none."""
 
     code: str
     id: str | None = None
@@ -61,7 +61,7 @@ class AgentStream(Socket):
         return [msgspec.json.encode(event).decode() for event in found]
 
     async def on_message(self, frame: str | bytes) -> None:
-        """Obey a command; one that can't be obeyed is answered with a `refused` event."""
+        """Obey a command, or answer with a `refused` event if that is not possible."""
         try:
             command = _command.decode(frame)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
