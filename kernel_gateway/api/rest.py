@@ -91,7 +91,7 @@ class NetworkModel(Struct):
 
 
 class SandboxModel(Struct, omit_defaults=True):
-    """A sandbox. `status` is SandBase's word for its state, `state` E2B's. Only GET of one sandbox tells its `network`."""
+    """A sandbox. `status` is SandBase's word for its state, `state` E2B's. Only GET of one sandbox tells `network`."""
 
     sandboxID: str
     templateID: str

@@ -1,8 +1,8 @@
-"""Kernel messages, turned into what REST clients and agents want. Pure: messages in, events out.
+"""Kernel messages, turned into events for REST clients and agents. Pure: messages in, events out.
 
-An execution is over when both its reply (shell) and its `idle` (iopub) have come; their order is not fixed, and the
-journal marks the later of them. In a collected cell, text is kept up to `text_limit` characters per stream and results
-up to `result_limit` bytes; the rest is counted and told.
+An execution is over when both its reply (shell) and its `idle` (iopub) have come. Their order is not fixed, and the
+journal marks the later one. A collected cell keeps up to `text_limit` characters of text per stream and up to
+`result_limit` bytes of results. It counts the rest.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ RESULT_LIMIT = 64 * 1024 * 1024
 
 
 class CellError(msgspec.Struct, frozen=True):
-    """What a cell raised. `code` is set when it is not the user's code that failed: exec_timeout, kernel_restarted."""
+    """The error of a cell. `code` is set if not the user's code failed: exec_timeout, kernel_restarted."""
 
     name: str
     value: str
@@ -83,13 +83,13 @@ class StreamEvent(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Events:
-    """Turns messages into events. It remembers execution counts, so that an "end" can tell them."""
+    """A translator of messages into events. It remembers execution counts, so that an "end" can tell them."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int | None] = {}
 
     def receive(self, seq: int, kind: str, execution: str, ends: bool, parts: Sequence[bytes]) -> list[StreamEvent]:
-        """The events that one message means: none, one, or one and the "end"."""
+        """The events of one message: none, one, the "end", or one and the "end"."""
         events = []
         if len(self._counts) > 1000:
             self._counts.pop(next(iter(self._counts)))
@@ -142,7 +142,7 @@ SHOWN = frozenset(
     "stream execute_result display_data update_display_data clear_output error execute_input execute_reply "
     "input_request status".split()
 )
-"""Kinds of messages that can mean an event; the others need not be parsed."""
+"""Kinds of messages that can become an event. The others need not be parsed."""
 
 
 def rich(kind: str, content: dict[str, Any]) -> StreamEvent | None:
@@ -174,7 +174,7 @@ def cell_error(content: dict[str, Any]) -> CellError:
 
 
 class Collector:
-    """Adds events up to a Cell, within the limits."""
+    """The collector of a cell's events, within limits."""
 
     def __init__(self, text_limit: int = TEXT_LIMIT, result_limit: int = RESULT_LIMIT) -> None:
         self._limits = {"stdout": text_limit, "stderr": text_limit}
@@ -204,7 +204,7 @@ class Collector:
                 self._cell.executionCount = event.executionCount or self._cell.executionCount
 
     def _add_result(self, event: StreamEvent) -> None:
-        """Show something, in place of what it updates."""
+        """Keep a result, in place of the one that it updates."""
         size = sum(len(value) if isinstance(value, str) else 1000 for value in (event.data or {}).values())
         index = self._shown.get(event.displayId or "") if event.type == "update" else None
         freed = 0 if index is None else self._sizes[index]
@@ -222,7 +222,7 @@ class Collector:
         self._sizes.append(size)
 
     def cell(self) -> Cell:
-        """Everything so far."""
+        """The cell so far."""
         self._cell.stdout, self._cell.stderr = "".join(self._text["stdout"]), "".join(self._text["stderr"])
         dropped = self._dropped
         self._cell.truncated = dropped if dropped != Truncated() else None

@@ -36,7 +36,7 @@ class Legacy(msgspec.Struct):
 
 
 class ClientHeader(msgspec.Struct):
-    """What a kernel needs of a request's header."""
+    """The fields of a request's header that a kernel needs."""
 
     msg_id: Annotated[str, msgspec.Meta(min_length=1)]
     msg_type: Annotated[str, msgspec.Meta(min_length=1)]
@@ -61,7 +61,7 @@ def from_v1(frame: bytes) -> list[bytes]:
     """The parts of a v1 frame.
 
     Raises:
-        LayoutError: it is not one.
+        LayoutError: it is not a v1 frame.
     """
     if len(frame) < 8:
         raise LayoutError("a frame of this layout begins with 8 bytes")
@@ -75,7 +75,7 @@ def from_v1(frame: bytes) -> list[bytes]:
 
 
 def to_legacy(parts: list[bytes]) -> str | bytes:
-    """Parts as legacy JSON text, or a binary frame when there are buffers. What is JSON already is not parsed."""
+    """Parts as legacy JSON text, or a binary frame if there are buffers. Parts that are JSON already are not parsed."""
     head = message.header(parts[HEADER])
     text = b"".join(
         [
@@ -105,7 +105,7 @@ def split_legacy(frame: bytes) -> list[bytes]:
     """The JSON text and the buffers of a binary legacy frame.
 
     Raises:
-        LayoutError: it is not one.
+        LayoutError: it is not such a frame.
     """
     if len(frame) < 4:
         raise LayoutError("a binary frame begins with 4 bytes")
@@ -122,7 +122,7 @@ def from_legacy(frame: str | bytes) -> list[bytes]:
     """The parts of a legacy frame, text or binary.
 
     Raises:
-        LayoutError: it is not one.
+        LayoutError: it is not such a frame.
     """
     text, *buffers = [frame.encode("utf-8", "replace")] if isinstance(frame, str) else split_legacy(frame)
     try:
@@ -140,7 +140,7 @@ def _object(raw: msgspec.Raw) -> bytes:
 
 
 def _checked(parts: list[bytes]) -> list[bytes]:
-    """A kernel drops, without a word, what is not of this form; the client should hear of it."""
+    """Refuse parts that a kernel would drop without a word, so that the client hears of it."""
     try:
         for part in parts[PARENT : CONTENT + 1]:
             part.decode()
@@ -156,7 +156,7 @@ def _checked(parts: list[bytes]) -> list[bytes]:
 
 
 def journal_entry(seq: int, parts: list[bytes]) -> dict[str, Any]:
-    """A message as one JSON object of the REST journal; buffers become base64 text."""
+    """A message as one JSON object of the REST journal. Buffers become base64 text."""
     return {
         "seq": seq,
         "channel": parts[CHANNEL].decode("ascii", "replace"),

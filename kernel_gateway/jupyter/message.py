@@ -40,7 +40,7 @@ _encoder = msgspec.json.Encoder()
 
 
 def header(part: bytes | memoryview) -> Header:
-    """Read a header or parent header; a malformed one reads as empty (the guest is not trusted)."""
+    """Read a header or parent header. A malformed one reads as empty, because the guest is not trusted."""
     try:
         return _header.decode(part)
     except (msgspec.MsgspecError, ValueError, RecursionError):
@@ -48,7 +48,7 @@ def header(part: bytes | memoryview) -> Header:
 
 
 def content(part: bytes | memoryview) -> dict[str, Any]:
-    """Read a content part; anything but an object reads as empty."""
+    """Read a content part. Anything but an object reads as empty."""
     try:
         found = msgspec.json.decode(part)
     except (msgspec.MsgspecError, ValueError, RecursionError):
@@ -87,7 +87,7 @@ def new(
     msg_id: str | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> list[bytes]:
-    """A message of the gateway's own, as parts."""
+    """A message by the gateway itself, as parts."""
     head = {
         "msg_id": msg_id or uuid.uuid4().hex,
         "msg_type": msg_type,
@@ -101,5 +101,5 @@ def new(
         _encoder.encode(head),
         parent,
         _encoder.encode(metadata or {}),
-        json.dumps(fields).encode(),  # not msgspec: text from users may hold lone surrogates
+        json.dumps(fields).encode(),  # not by msgspec, because text from users may hold lone surrogates
     ]

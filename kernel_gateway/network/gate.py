@@ -1,18 +1,18 @@
-"""The gate of one sandbox: connections whose names matter pass through it, and so do all where the way out is a proxy.
+"""The gate of one sandbox. Connections whose names matter pass through it; if the way out is a proxy, all do.
 
     guest ── any address, 80 or 443 ── filter redirects ─┐
                                                          ├─ Gate ── the address it was going to, or the host's proxy
     guest ── HTTP proxy, if a program is told of it ─────┘
 
-What is redirected goes to the address the guest dialled, never to one that is looked up again. A name that a rule
-allows is believed only when our resolver gave this address for it: otherwise a guest could say an allowed name on its
-way to any address. What is said inside TLS can't be seen: a server that serves an allowed name may serve others too.
+A redirected connection goes to the address the guest dialled; its name is not looked up again. A name that a rule
+allows is believed only if our resolver gave this address for it, because a guest could send an allowed name to any
+address. The gate can't see inside TLS, so a server that serves an allowed name may serve others, too.
 
-HTTP carries one request per connection (`hello.Request`): a second one could go elsewhere. TLS and tunnels are copied
-blindly both ways, a piece at a time, so that a connection never holds more than two pieces in memory.
+An HTTP connection carries one request (`hello.Request`), because a second one could go elsewhere. TLS and tunnels are
+copied blindly both ways, a piece at a time, so a connection never holds more than two pieces in memory.
 
-Through a proxy of the host's the name is looked up again, there. So it gets a name only if that name stands for the
-address that was judged, or none could be judged here; it must itself keep private addresses out of reach.
+The host's proxy looks a name up again. So it is told a name only if the name stands for the address that was judged,
+or if no address could be judged here. The proxy itself must keep private addresses out of reach.
 """
 
 import asyncio
@@ -35,9 +35,9 @@ log = logging.getLogger(__name__)
 ACCEPT_PAUSE = 0.5
 PIECE = 64 * 1024
 BODY_PIECE = 4 * 1024
-"""Bytes of a request's body taken at once: tiny chunks are slow to read, and others wait meanwhile."""
+"""Bytes of a request's body read at once. They are few because tiny chunks are slow to parse and others wait then."""
 MAX_READS = 100
-"""A head in more pieces than this is not waited for: each is looked at from the start."""
+"""Pieces that a head may come in. They are limited because the head is read from its start for each piece."""
 SO_ORIGINAL_DST = 80
 MAIL, RESOLVERS = 25, (53, 853)
 ACCESS_DENIED = b"\x15\x03\x03\x00\x02\x02\x31"
@@ -47,7 +47,7 @@ _STATUS = re.compile(rb"HTTP/1\.[01] 2[0-9]{2}[ \r]")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How many connections a guest may have through its gate, and how long things take, in seconds."""
+    """How many connections a guest may have through its gate, and how long each step may take, in seconds."""
 
     connections: int = 256
     head: float = 10.0
@@ -60,7 +60,7 @@ class Refused(Exception):
     """A guest may not go there.
 
     Args:
-        host, port: where.
+        host, port: the destination.
         reason: "floor", "policy", "mail" or "dns".
     """
 
@@ -72,7 +72,7 @@ class Refused(Exception):
 
     @property
     def text(self) -> str:
-        """What a person reads."""
+        """The message for a person."""
         why = {
             "floor": "it is private, special or the host's own",
             "mail": "mail is not sent from sandboxes",
@@ -82,11 +82,11 @@ class Refused(Exception):
 
 
 class Unreachable(Exception):
-    """It is allowed, and there is no connection. The text is for the guest."""
+    """The destination is allowed, but there is no connection. The text is for the guest."""
 
 
 def original_destination(sock: socket.socket) -> tuple[IPv4Address, int]:
-    """Where a redirected connection was going."""
+    """The address and port that the guest dialled, of a redirected connection."""
     _, port, address = struct.unpack("!HH4s8x", sock.getsockopt(socket.SOL_IP, SO_ORIGINAL_DST, 16))
     return IPv4Address(address), port
 
@@ -95,14 +95,14 @@ class Gate:
     """The gate of one slot.
 
     Args:
-        policy, floor: what is in force at the moment.
-        pinned: whether the slot's resolver gave this address for this name (`Resolver.gave`).
-        resolve: all addresses of a name, not judged, none if it does not resolve (`Resolver.addresses`).
-        connect: dials from inside the slot, and returns a connected, non-blocking socket.
-        refused: called with a name or an address, a port, and "floor", "policy", "mail" or "dns"; with "*", 0 and
-            "limit" where there were too many.
-        proxy: the host's way out, dialled from outside the slot; None for the direct one.
-        original: where a redirected connection was going.
+        policy, floor: return the policy and the floor that are in force.
+        pinned: tells whether the slot's resolver gave this address for this name (`Resolver.gave`).
+        resolve: returns all addresses of a name, not judged, none if it does not resolve (`Resolver.addresses`).
+        connect: dials an address that was judged, and returns a connected, non-blocking socket.
+        refused: called with a name or an address, a port, and "floor", "policy", "mail" or "dns"; called with "*", 0
+            and "limit" for a connection over the limit.
+        proxy: the upstream proxy; None for direct connections.
+        original: returns the destination of a redirected connection.
     """
 
     def __init__(
@@ -133,9 +133,9 @@ class Gate:
         self._reading_bodies = asyncio.Lock()
 
     def start(self, transparent: socket.socket | None, explicit: socket.socket | None) -> None:
-        """Serve redirected connections, and those to a proxy, on listening sockets.
+        """Serve redirected connections, and connections to a proxy, on listening sockets.
 
-        They stay the caller's, to be closed after `close`.
+        The caller closes the sockets after `close`.
         """
         if transparent is not None:
             self._listen(transparent, self._serve_redirected)
@@ -151,7 +151,7 @@ class Gate:
             task.cancel()
 
     def judge_again(self) -> None:
-        """The policy has changed: cut what it forbids now."""
+        """Cut the connections that a changed policy forbids."""
         for task, judge in list(self._judged.items()):
             try:
                 judge()
@@ -165,14 +165,14 @@ class Gate:
         self._listening.append(sock)
 
     def _accept(self, sock: socket.socket, serve: Callable[[socket.socket], Coroutine[Any, Any, None]]) -> None:
-        """One connection is there; the loop's other work comes before the next."""
+        """Accept one connection. The next one waits until the loop has done its other work."""
         loop = asyncio.get_running_loop()
         try:
             guest, _ = sock.accept()
         except BlockingIOError:
             return
         except OSError:
-            # No descriptors, say. The socket stays ready: without a pause it would be tried without end.
+            # The server may be out of descriptors. The socket stays ready, so this would repeat without end.
             loop.remove_reader(sock)
             loop.call_later(
                 ACCEPT_PAUSE, lambda: sock in self._listening and loop.add_reader(sock, self._accept, sock, serve)
@@ -187,20 +187,20 @@ class Gate:
 
         def ended(task: asyncio.Task[None]) -> None:
             self._connections.discard(task)
-            guest.close()  # here, since a task that is cancelled early never runs
+            guest.close()  # here, because a task that is cancelled early never runs
 
         task = loop.create_task(self._guarded(guest, serve))
         self._connections.add(task)
         task.add_done_callback(ended)
 
     async def _guarded(self, guest: socket.socket, serve: Callable[[socket.socket], Coroutine[Any, Any, None]]) -> None:
-        """Serve one connection. A guest must not reach the loop's handler."""
+        """Serve one connection. Every error ends here, because a guest must not reach the loop's exception handler."""
         try:
             await serve(guest)
         except (OSError, TimeoutError, EOFError):
-            _reset(guest)  # one of both ends has gone, or is too slow
+            _reset(guest)  # one of the ends has gone, or is too slow
         except asyncio.CancelledError:
-            _reset(guest)  # cut by a policy: half an answer must not look like a whole one
+            _reset(guest)  # a policy cut it, and half an answer must not look whole
             raise
         except Exception as error:  # noqa: BLE001
             _reset(guest)
@@ -243,7 +243,7 @@ class Gate:
             await self._splice(guest, upstream, judge, to_upstream=first, to_guest=early)
 
     async def _read_hello(self, guest: socket.socket) -> tuple[Hello, bytes]:
-        """What a connection begins with, and its bytes. Who says nothing for long has no name."""
+        """The hello of a connection, and the bytes read. A client that sends nothing for long has no name."""
         data = b""
         hello = None
         try:
@@ -289,19 +289,19 @@ class Gate:
         await self._forward(guest, request, head, judge, [address], 80)
 
     def _judge_address(self, address: IPv4Address, port: int) -> None:
-        """Raises Refused for an address that no sandbox reaches."""
+        """Raise Refused for an address that no sandbox may reach."""
         if self._floor().refuses(address):
             raise Refused(address, port, "floor")
 
     def _is_known(self, host: Host | None, address: IPv4Address) -> bool:
-        """Whether the guest has this address from our resolver, for this name."""
+        """Whether our resolver gave the guest this address for this name."""
         return isinstance(host, str) and self._pinned(host, address)
 
     def _judge(self, host: Host | None, address: IPv4Address, port: int, *, is_known: bool) -> None:
-        """Whether a redirected connection may go on to `address` when it says that it wants `host`. Raises Refused.
+        """Raise Refused if a redirected connection that asks for `host` may not go on to `address`.
 
         Args:
-            is_known: whether the address was known to be the name's when the connection began; names change meanwhile.
+            is_known: whether the name had this address when the connection began; it may have others by now.
         """
         self._judge_address(address, port)
         policy = self._policy()
@@ -317,7 +317,7 @@ class Gate:
             raise Refused(host or address, port, "policy")
 
     def _name_for_proxy(self, host: Host | None, address: IPv4Address) -> str | None:
-        """The name by which the proxy may be asked: one that stands for the address."""
+        """The name to ask the proxy for, if it stands for the address."""
         return host if isinstance(host, str) and not is_local(host) and self._is_known(host, address) else None
 
     # -- as a proxy
@@ -359,10 +359,10 @@ class Gate:
             await self._splice(guest, upstream, judge, to_upstream=request.after_head(), to_guest=said)
 
     async def _judge_for_proxy(self, host: Host, port: int) -> tuple[list[IPv4Address], Callable[[], object]]:
-        """The addresses that may be dialled for a host, and how to judge again; none if only the proxy can tell.
+        """The addresses of a host that may be dialled, none if only the proxy knows them, and a way to judge again.
 
         Raises:
-            Refused: none may.
+            Refused: no address may be dialled.
         """
         found: list[IPv4Address] | None = None
 
@@ -374,10 +374,10 @@ class Gate:
         return judge(), judge
 
     def _permitted(self, host: Host, port: int, found: list[IPv4Address] | None) -> list[IPv4Address]:
-        """Those of the addresses found for a host that may be dialled; `found` is None before they are known.
+        """The addresses in `found` that may be dialled for a host; `found` is None before they are known.
 
         Raises:
-            Refused: the host may not be reached, or none of them.
+            Refused: the host may not be reached, or none of its addresses.
         """
         policy, floor = self._policy(), self._floor()
         verdict = policy.permits_name(host) if isinstance(host, str) else None
@@ -387,7 +387,7 @@ class Gate:
             raise Refused(host, port, "dns")
         if isinstance(host, str) and is_local(host):
             raise Refused(host, port, "floor")
-        # A name that no rule names is not even asked for where no address could be allowed.
+        # A name without a rule is not even looked up if no address could be allowed.
         closed = not policy.allow_internet and (not policy.allow or found == [])
         if verdict is False or (verdict is None and closed):
             raise Refused(host, port, "policy")
@@ -397,7 +397,7 @@ class Gate:
         if not clear:
             raise Refused(host, port, "floor")
         permitted = [address for address in clear if verdict or policy.permits_address(address)]
-        # The proxy may take any of the addresses of a name, so all must be right.
+        # The proxy may take any of the addresses of a name, so all must be permitted.
         if not permitted or (self._proxy is not None and len(permitted) < len(found)):
             raise Refused(host, port, "policy" if len(permitted) < len(clear) else "floor")
         return permitted
@@ -408,8 +408,8 @@ class Gate:
         """Read a request's head.
 
         Raises:
-            Malformed: it is not HTTP as it must be, or too long.
-            TimeoutError, EOFError: it did not come.
+            Malformed: the head is not valid HTTP, or it is too long.
+            TimeoutError, EOFError: the head did not come.
         """
         async with asyncio.timeout(self._limits.head):
             for _ in range(MAX_READS):
@@ -443,7 +443,7 @@ class Gate:
             await self._splice(guest, upstream, judge, to_upstream=first, request=request)
 
     async def _dial(self, addresses: list[IPv4Address], port: int, name: str | None) -> tuple[socket.socket, bytes]:
-        """A connection to one of the addresses, or through the proxy; and what came on it already.
+        """A connection to one of the addresses, directly or through the proxy, and the bytes that came on it already.
 
         Raises:
             Unreachable: there is none.
@@ -519,7 +519,7 @@ class Gate:
         task = asyncio.current_task()
         assert task is not None
         try:
-            judge()  # dialling took its time
+            judge()  # the policy may have changed during the dialling
         except Refused as refusal:
             self._refused(str(refusal.host), refusal.port, refusal.reason)
             _reset(guest)
@@ -540,7 +540,7 @@ class Gate:
     async def _copy(
         self, source: socket.socket, target: socket.socket, data: bytes, idle: asyncio.Timeout, request: Request | None
     ) -> None:
-        """One way. The end of one is the end of the other; who does not read is not read from."""
+        """Copy one way. The source's end is passed on. While the target does not read, the source is not read."""
         loop = asyncio.get_running_loop()
         while True:
             if data:
@@ -558,15 +558,15 @@ class Gate:
         try:
             target.shutdown(socket.SHUT_WR)
         except OSError:
-            pass  # it has gone already; what it said last may still be on its way
+            pass  # it has gone already; its last bytes may still be on their way
 
     async def _refuse(self, guest: socket.socket, refusal: Refused) -> None:
         self._refused(str(refusal.host), refusal.port, refusal.reason)
-        hint = "What its policy is and what it refused: GET /sandboxes/{id}/network"
+        hint = "GET /sandboxes/{id}/network tells its policy and what was refused."
         await self._say(guest, _answer(403, "Forbidden", f"{refusal.text}\n{hint}"))
 
     async def _say(self, guest: socket.socket, last: bytes) -> None:
-        """Last words. What is still on its way is read first: closing before would take them back."""
+        """Send the last bytes, then read the guest's, because a close with unread bytes would be a reset."""
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(self._limits.farewell):
             await loop.sock_sendall(guest, last)
@@ -576,13 +576,13 @@ class Gate:
 
 
 async def _receive(sock: socket.socket, size: int) -> bytes:
-    # A socket that always has something would never let anyone else run.
+    # A socket that always has bytes would keep every other task from running.
     await asyncio.sleep(0)
     return await asyncio.get_running_loop().sock_recv(sock, size)
 
 
 def _reset(sock: socket.socket) -> None:
-    """Have the other end see that it was cut when the socket is closed."""
+    """Make the socket's close a reset, so that the other end sees the cut."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     except OSError:

@@ -1,7 +1,7 @@
-"""Whom a connection wants to reach, from the first bytes of it: a TLS ClientHello or an HTTP request. Pure.
+"""The host that a connection asks for, read from its first bytes: a TLS ClientHello or an HTTP request. Pure.
 
-All of it is a hostile guest's. What could be read in two ways is not read at all: the server at the other end might
-read it the other way. So a name has one form, and an HTTP request is written anew from what was understood of it.
+The bytes come from a hostile guest. Bytes that could be read in two ways are refused, because the server at the other
+end might read them the other way. So a name has one form, and an HTTP request is written anew from its parsed parts.
 """
 
 import re
@@ -23,17 +23,18 @@ _LOCAL = (".localhost", ".local", ".internal")
 
 
 class Malformed(ValueError):
-    """It is not as it must be. The text is ours and holds nothing of it."""
+    """The bytes are not valid. The text is ours and holds none of them."""
 
 
 def parse_host(text: str) -> Host:
-    """A name or an address in the only form that we go on with: lower case, no dot at the end.
+    """A name or an address in the only form that we pass on: lower case, no dot at the end.
 
-    Names are letters, digits, hyphens, underscores (services and buckets have them). What resolvers take for an
-    address, because its last label is a number, is four plain decimal numbers or refused: no octal, no hex, no 127.1.
+    A name has letters, digits, hyphens and, because services and buckets have them, underscores. Resolvers take a name
+    for an address if its last label is a number. Such a name must be four plain decimal numbers: no octal, no hex, no
+    127.1.
 
     Raises:
-        Malformed: it is neither.
+        Malformed: the text is neither.
     """
     name = text.removesuffix(".").lower() if text.isascii() else ""
     if _NUMBER.fullmatch(name.rpartition(".")[2]):
@@ -47,10 +48,11 @@ def parse_host(text: str) -> Host:
 
 
 def is_local(name: str) -> bool:
-    """Whether a name means something only near the host: never asked for, never given to a proxy.
+    """Whether a name means something only near the host. Such a name is never looked up and never given to a proxy.
 
-    Single labels, which a company's resolver completes; localhost; multicast DNS; `.internal`, where clouds keep their
-    metadata. Other internal names are asked for like any name, and then their addresses are judged.
+    Local names are single labels, because a company's resolver completes them; localhost; multicast DNS; `.internal`,
+    because clouds keep their metadata there. Other internal names are looked up like any name, and then their
+    addresses are judged.
     """
     return "." not in name or name.endswith(_LOCAL)
 
@@ -59,7 +61,7 @@ def reverse_address(name: str) -> IPv4Address | None:
     """The address that a name below in-addr.arpa is about; None for other names.
 
     Raises:
-        Malformed: it is about none, or about IPv6.
+        Malformed: the name is about no address, or about an IPv6 address.
     """
     if not name.endswith((".in-addr.arpa", ".ip6.arpa")):
         return None
@@ -70,10 +72,10 @@ def reverse_address(name: str) -> IPv4Address | None:
 
 
 def parse_authority(text: bytes) -> tuple[Host, int | None]:
-    """Host and port of a Host header or of a URI. No user, no IPv6.
+    """Host and port of a Host header or of a URI. There may be no user and no IPv6 address.
 
     Raises:
-        Malformed: it is not as it must be.
+        Malformed: the text is not valid.
     """
     match = _AUTHORITY.fullmatch(text)
     if match is None:
@@ -89,14 +91,14 @@ def parse_authority(text: bytes) -> tuple[Host, int | None]:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What a client said first. `host` is None when it did not say whom it wants, or does not speak TLS."""
+    """A client's first message. `host` is None if the client named no host, or does not speak TLS."""
 
     host: Host | None
     is_tls: bool = True
 
 
 class _Bytes:
-    """Reads big-endian numbers and vectors, strictly within what is there."""
+    """A reader of big-endian numbers and vectors, which raises Malformed at the end of the bytes."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -125,11 +127,11 @@ class _Bytes:
 def read_hello(data: bytes) -> Hello | None:
     """A connection's first bytes as a TLS ClientHello; None when more are needed.
 
-    It may be spread over records as it likes. With an encrypted ClientHello the outer name counts: it is the server
-    that the connection goes to. GREASE is skipped like all that is unknown.
+    The hello may be spread over records in any way. With an encrypted ClientHello the outer name counts, because it
+    names the server that the connection goes to. GREASE is skipped like every unknown extension.
 
     Raises:
-        Malformed: it begins as TLS and is not a ClientHello as it must be.
+        Malformed: the bytes begin as TLS and are not a valid ClientHello.
     """
     if not data:
         return None
@@ -192,9 +194,9 @@ def _server_name(hello: _Bytes) -> Host | None:
 class Request:
     """The one HTTP request that a connection may carry, read strictly and written anew.
 
-    A second request could go to another host, so it is not read: the first is sent on with `Connection: close`. Nothing
-    of its framing is the guest's: the body is measured anew, and no upgrade is passed on, since what follows one can't
-    be judged. A WebSocket without TLS does not work through a gate for that reason.
+    A second request could go to another host, so it is not read: the first is sent on with `Connection: close`. The
+    guest's framing is not trusted, so the body is measured anew. No upgrade is passed on, because the bytes after it
+    can't be judged. So a WebSocket without TLS does not work through a gate.
     """
 
     def __init__(self) -> None:
@@ -204,10 +206,10 @@ class Request:
         self.is_complete = False
 
     def receive_head(self, data: bytes) -> bool:
-        """Take bytes; whether the head is there.
+        """Take bytes, and return whether the head is complete.
 
         Raises:
-            Malformed: it is not HTTP/1.x as it must be.
+            Malformed: the bytes are not valid HTTP/1.x.
         """
         event = self._next(data)
         if not isinstance(event, h11.Request):
@@ -231,7 +233,7 @@ class Request:
         """Host and port of the Host header, if there is one.
 
         Raises:
-            Malformed: it is not as it must be.
+            Malformed: the header is not valid, or there are two.
         """
         hosts = [value for name, value in self.head.headers if name == b"host"]
         if len(hosts) > 1:
@@ -242,7 +244,7 @@ class Request:
         """The target of a request to a server: a path.
 
         Raises:
-            Malformed: it is a tunnel, or names another host.
+            Malformed: the request is for a tunnel, or its target is no path.
         """
         if self.head.method == b"CONNECT" or not self.head.target.startswith(b"/"):
             raise Malformed("not a path")
@@ -252,7 +254,7 @@ class Request:
         """Host, port and path of a request to a proxy.
 
         Raises:
-            Malformed: it is not `http://host/…`.
+            Malformed: the target is not `http://host/…`.
         """
         match = _ABSOLUTE.fullmatch(self.head.target)
         if match is None or self.head.method == b"CONNECT":
@@ -264,7 +266,7 @@ class Request:
         """Host and port of a CONNECT.
 
         Raises:
-            Malformed: it is not `host:port`.
+            Malformed: the target is not `host:port`.
         """
         host, port = parse_authority(self.head.target)
         if port is None:
@@ -272,12 +274,12 @@ class Request:
         return host, port
 
     def after_head(self) -> bytes:
-        """What came behind a CONNECT."""
+        """The bytes that came behind a CONNECT."""
         data: bytes = self._parser.trailing_data[0]
         return data
 
     def write_head(self, target: bytes, host: bytes | None) -> bytes:
-        """The head to send on: `host` replaces the Host header, what concerns one connection only is left out."""
+        """The head to send on. `host` replaces the Host header. Headers of a single connection are left out."""
         lines = [b"%b %b HTTP/%b" % (self.head.method, target, self.head.http_version)]
         if host is not None:
             lines.append(b"Host: " + host)
@@ -287,10 +289,10 @@ class Request:
         return b"\r\n".join([*lines, b"Connection: close", b"", b""])
 
     def receive_body(self, data: bytes) -> bytes:
-        """Take bytes behind the head, none to begin with; returns what to send on. What follows the body is dropped.
+        """Take bytes behind the head, none at first, and return what to send on. Bytes behind the body are dropped.
 
         Raises:
-            Malformed: it is not as it must be.
+            Malformed: the body is not valid.
         """
         out = []
         while not self.is_complete:

@@ -1,12 +1,12 @@
-"""Runs for a moment inside a new network namespace: sets up the guest's side of a slot and hands it out.
+"""A program that runs for a moment inside a new network namespace. It makes a slot's guest side and hands it out.
 
-Started as `unshare --net … python -I -S inside.py`, with a socket as standard input and the `ip` and `nft` batches on
-it as JSON. Answers with one message: JSON and, when it went well, the descriptors of
+It is started as `unshare --net … python -I -S inside.py`. Its standard input is a socket on which it gets the `ip` and
+`nft` batches as JSON. It answers with one message: JSON and, if all went well, the descriptors of
 
     the network namespace, the user namespace, the tap, the resolver's UDP and TCP sockets, the gate's and the proxy's
 
-Everything of the slot hangs on these: when the last of them is closed, the kernel takes it all down. Only the standard
-library in here, and nothing of ours: it starts once for every slot.
+When the last of these is closed, the kernel takes the whole slot down. The program imports only the standard library,
+because it starts once for every slot.
 """
 
 import fcntl
@@ -22,8 +22,8 @@ SYSCTLS = {
     "ipv6/conf/all/disable_ipv6": "1",
     "ipv6/conf/default/disable_ipv6": "1",
     "ipv4/ip_forward": "1",
-    "ipv4/icmp_ratelimit": "0",  # every refusal is told, not only the first few
-    "ipv4/tcp_synack_retries": "2",  # what a guest leaves half open keeps its namespace for 7 s after it, not for 63
+    "ipv4/icmp_ratelimit": "0",  # a guest hears of every refusal, not only of the first few
+    "ipv4/tcp_synack_retries": "2",  # half-open connections hold an ended guest's namespace for 7 s, not for 63
 }
 
 
@@ -72,7 +72,7 @@ def main() -> None:
         socket.send_fds(channel, [b"{}"], [*spaces, device, *(sock.fileno() for sock in sockets)])
     except OSError as error:
         channel.send(json.dumps({"error": str(error)}).encode())
-    os._exit(0)  # at once: somebody waits
+    os._exit(0)  # at once, because the server waits for it
 
 
 main()

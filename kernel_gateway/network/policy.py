@@ -1,11 +1,11 @@
-"""What a sandbox may reach: the floor nobody goes below, and the owner's policy above it. Pure.
+"""What a sandbox may reach: the floor, which holds for everybody, and the owner's policy above it. Pure.
 
 The floor refuses every address that is not on the public internet, and the host itself. Only the operator makes
-exceptions. Above it a policy decides, in this order: `allow` wins over `deny`, `deny` over the default, and the default
+exceptions. Above the floor the policy decides: `allow` wins over `deny`, and `deny` wins over the default. The default
 is everything, or nothing when `allow_internet` is false.
 
-An entry of a policy can be written in one way only. What others read as an address in some other way (`127.1`,
-`010.0.0.1`, `0x7f.1`), or as a name that is not one (a NUL, a user before an @), is refused, not interpreted.
+An entry of a policy can be written in one way only. An entry that some programs read as an address (`127.1`,
+`010.0.0.1`, `0x7f.1`), or that is no valid name (a NUL, a user before an @), is refused, not interpreted.
 """
 
 import re
@@ -16,7 +16,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Network, collapse_addresses,
 from kernel_gateway.errors import InvalidRequest
 
 MAX_ENTRIES = 500
-"""Entries of a policy, those that allow and those that deny together."""
+"""Entries of a policy, both lists together."""
 MAX_ENTRY = 255
 """Characters of an entry."""
 MAX_NAME = 253
@@ -42,13 +42,13 @@ DENIED = tuple(
         "240.0.0.0/4",
     )
 )
-"""Blocks that no sandbox reaches (IANA's special-purpose registry, and what clouds have made special)."""
+"""Blocks that no sandbox reaches: IANA's special-purpose registry, and addresses that clouds have made special."""
 ITSELF = (IPv4Network("0.0.0.0/8"), IPv4Network("127.0.0.0/8"))
-"""Those of them by which every host reaches itself, so that nobody makes exceptions to them."""
+"""Blocks in DENIED by which every host reaches itself. Nobody can make exceptions to them."""
 
 
 def without_itself(block: IPv4Network) -> list[IPv4Network]:
-    """What of a block an operator can take out of the floor."""
+    """The parts of a block that an operator can take out of the floor."""
     left = [block]
     for own in ITSELF:
         kept = [each for each in left if not each.overlaps(own)]
@@ -59,24 +59,24 @@ def without_itself(block: IPv4Network) -> list[IPv4Network]:
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """What is refused to every sandbox of the server.
+    """The addresses that are refused to every sandbox of the server.
 
-    `exceptions` are the operator's, taken out of DENIED; they hold nothing of ITSELF. `host` are the host's own
-    addresses, refused in any case.
+    `exceptions` are the operator's blocks, taken out of DENIED; they hold nothing of ITSELF. `host` has the host's own
+    addresses, which are refused in any case.
     """
 
     exceptions: tuple[IPv4Network, ...] = ()
     host: frozenset[IPv4Address] = frozenset()
 
     def refuses(self, address: IPv4Address) -> bool:
-        """Whether no sandbox may reach it."""
+        """Whether no sandbox may reach an address."""
         if address in self.host:
             return True
         return any(address in block for block in DENIED) and not any(address in block for block in self.exceptions)
 
     def refuses_all(self, block: IPv4Network) -> bool:
         """Whether no sandbox may reach anything in a block."""
-        # By counting: DENIED are disjoint, and of two blocks that overlap one holds the other.
+        # Counting is enough, because DENIED are disjoint, and if two blocks overlap, one holds the other.
         denied = sum(min(each, block, key=_size).num_addresses for each in DENIED if each.overlaps(block))
         ours = [address for address in self.host if address in block]
         public = [address for address in ours if not any(address in each for each in DENIED)]
@@ -95,7 +95,7 @@ class Policy:
     """What the owner of a sandbox allows it, above the floor.
 
     Names are in lower case without a dot at the end; `*.example.com` is every name below example.com, not itself.
-    `allow_out` and `deny_out` are the entries it was made of, to be shown; they change nothing of what it means.
+    `allow_out` and `deny_out` are the entries it was made of. They are for display only.
     """
 
     allow_internet: bool = True
@@ -108,22 +108,22 @@ class Policy:
 
     @property
     def restricts(self) -> bool:
-        """Whether it refuses anything that the floor does not."""
+        """Whether the policy refuses anything that the floor does not."""
         return not self.allow_internet or bool(self.deny or self.deny_names)
 
     @property
     def has_names(self) -> bool:
-        """Whether it matters by which name an address was found."""
+        """Whether the policy has rules about names."""
         return bool(self.allow_names or self.deny_names)
 
     def permits_address(self, address: IPv4Address) -> bool:
-        """Whether an address may be reached by itself, whatever name it was found by."""
+        """Whether an address may be reached under any name, or none."""
         if any(address in block for block in self.allow):
             return True
         return self.allow_internet and not any(address in block for block in self.deny)
 
     def permits_name(self, name: str) -> bool | None:
-        """Whether a name may be reached: yes or no when a rule names it; None when its addresses decide."""
+        """Whether a name may be reached, if a rule names it; None if its addresses decide."""
         if any(_matches(name, pattern) for pattern in self.allow_names):
             return True
         if any(_matches(name, pattern) for pattern in self.deny_names):
@@ -137,17 +137,17 @@ def _matches(name: str, pattern: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Something a sandbox wanted to reach and may not, and how often.
+    """A destination that a sandbox tried to reach and may not.
 
     Args:
         destination: an address, or a name.
-        port: 0 where there is none (a name that was not resolved, a ping).
+        port: 0 if there is none (a name that was not resolved, a ping).
         protocol: tcp, udp, icmp or dns.
         reason: "floor" (never reachable: private, special, the host), "policy" (the owner's rules), "mail" (25/tcp),
             "dns" (another resolver than the sandbox's), "limit" (too many connections), "protocol" (nothing but tcp,
             udp and ping passes).
-        count: how often, since the sandbox was created.
-        last: the last time, in seconds since 1970.
+        count: how often it was refused since the sandbox was created.
+        last: when it was last refused, in seconds since 1970.
     """
 
     destination: str
@@ -173,21 +173,21 @@ _FAULTS = [
     (r"@", "holds a user's name", "name the host alone: example.com"),
     (r"/", "holds a path, or is not a block as it must be written", "a host is example.com, a block 192.0.2.0/24"),
     (r":", "holds a port, or is not an IPv6 address as it must be written", "a policy is about all ports of a host"),
-    # What browsers and libc take for an address: the last label is a number.
+    # Browsers and libc take a name for an address if its last label is a number.
     (
         r"(?:\A|\.)(?:[0-9]+|0[xX][0-9A-Fa-f]*)\.?\Z",
         "is not an address as it must be written",
         "four numbers from 0 to 255 without zeros in front: 192.0.2.7",
     ),
 ]
-"""What an entry that is neither an address nor a block must not hold: where it is seen, why not, what to do."""
+"""Faults of an entry that is neither an address nor a block: a pattern, the fault, a hint."""
 
 
 def parse_policy(*, allow_internet: bool, allow_out: list[str], deny_out: list[str], floor: Floor) -> Policy:
     """A policy of entries as a client wrote them: IPv4 addresses, CIDR blocks, names, `*.` and a name.
 
     Raises:
-        InvalidRequest: an entry can't be right, or wants what no sandbox may reach; the text names it.
+        InvalidRequest: an entry is not valid, or it allows what no sandbox may reach; the text names the entry.
     """
     count = len(allow_out) + len(deny_out)
     if count > MAX_ENTRIES:
@@ -213,7 +213,7 @@ def parse_policy(*, allow_internet: bool, allow_out: list[str], deny_out: list[s
         allow_internet=allow_internet,
         allow=_blocks(allow),
         allow_names=_names(allow),
-        deny=denied if allow_internet else (),  # without the internet they change nothing
+        deny=denied if allow_internet else (),  # without the internet these change nothing
         deny_names=_names(deny),
         allow_out=_shown(allow),
         deny_out=_shown(deny),
@@ -221,7 +221,7 @@ def parse_policy(*, allow_internet: bool, allow_out: list[str], deny_out: list[s
 
 
 Entry = IPv4Network | IPv6Network | str
-"""A name is a string; all else is a block, of one address perhaps."""
+"""A name is a string. An address is a block of one address."""
 
 
 def _parse_all(where: str, entries: list[str]) -> list[Entry]:
@@ -237,7 +237,7 @@ def _parse(where: str, entry: str) -> Entry:
         try:
             return _block(where, entry, IPv6Network(entry, strict=False))
         except ValueError:
-            pass  # what is wrong with it is said below
+            pass  # the code below says what is wrong with it
     for pattern, fault, hint in _FAULTS:
         if re.search(pattern, entry):
             raise _wrong(where, entry, fault, hint)
@@ -246,8 +246,8 @@ def _parse(where: str, entry: str) -> Entry:
         raise _wrong(
             where,
             entry,
-            f"is not a name: that is labels of 1 to 63 letters, digits and inner hyphens, {MAX_NAME} characters in all",
-            "a star stands in front only, for whole labels: *.example.com; everything is 0.0.0.0/0",
+            f"is not a name: it needs labels of 1 to 63 letters, digits, inner hyphens, {MAX_NAME} characters in all",
+            "a star may only stand in front, for whole labels: *.example.com; everything is 0.0.0.0/0",
         )
     return name
 
@@ -256,7 +256,7 @@ def _block(where: str, entry: str, block: IPv4Network | IPv6Network) -> IPv4Netw
     """The block that was read from an entry.
 
     Raises:
-        InvalidRequest: it does not begin at the entry's address.
+        InvalidRequest: the block does not begin at the entry's address.
     """
     address = entry.partition("/")[0]
     if ip_address(address) != block.network_address:
@@ -270,7 +270,7 @@ def _block(where: str, entry: str, block: IPv4Network | IPv6Network) -> IPv4Netw
 
 
 def _unmapped(entry: Entry) -> Entry:
-    """What a guest reaches by an IPv4 address in the clothes of IPv6 is that IPv4 address, also with IPv6 off."""
+    """The IPv4 block of an IPv4-mapped IPv6 block. A guest can reach it by the mapped address even if IPv6 is off."""
     if isinstance(entry, IPv6Network) and entry.subnet_of(_MAPPED):
         return IPv4Network((int(entry.network_address) & 0xFFFFFFFF, entry.prefixlen - _MAPPED.prefixlen))
     return entry

@@ -1,13 +1,13 @@
-"""Names for one sandbox: what its guest asks is judged, asked anew, and only then answered.
+"""Names for one sandbox. A guest's question is judged, asked anew, and only then answered.
 
     guest ── UDP, TCP ── Resolver ── a query of our own ── the host's resolvers
 
-The guest is hostile: nothing of its bytes goes on but the question, which is parsed and written anew. What comes back
-is rebuilt: the chain of aliases and the records asked for, no others. An address that no sandbox may reach is never in
-an answer, so a public name can't be made to mean a private address, and the host's view of its own network stays there.
+The guest is hostile. Only the question of its bytes is passed on, parsed and written anew. An answer is rebuilt from
+the chain of aliases and the records asked for, and from no others. An address that no sandbox may reach is never in an
+answer. So a public name can't be made to mean a private address, and the guest does not see the host's own network.
 
-Refused names do not exist (NXDOMAIN): programs give up at once, where REFUSED makes them try again for seconds.
-Tunnels through DNS stay possible wherever names are resolved.
+A refused name gets NXDOMAIN, because programs then give up at once; after REFUSED they try again for seconds. Tunnels
+through DNS stay possible wherever names are resolved.
 """
 
 import asyncio
@@ -43,17 +43,18 @@ T = TypeVar("T")
 PAYLOAD = 1232
 """Bytes of a UDP answer that no network cuts into pieces."""
 MAX_QUERY = 512
-"""Bytes of a guest's question. It takes a name and some options; a long list of these takes long to read."""
+"""Bytes of a guest's question: enough for a name and some options. A long list of options would take long to read."""
 MAX_DATAGRAM = 4096
 MAX_ANSWER, MAX_RECORDS = 4 * 1024, 100
-"""More from a name's owner is not read."""
+"""Bytes of an answer over TCP, and records of any answer. A larger answer is not read."""
 MAX_CHAIN = 12
 MAX_TTL, MIN_PIN, SLACK = 3600, 60, 60
-"""Seconds. An address stays good a little longer than the guest may keep it."""
+"""Seconds. The resolver remembers an address a little longer (SLACK) than the guest may keep it."""
 PIN_COST = 4
-"""Questions that cost the host as much as telling the filter."""
+"""Number of questions that cost the host as much as one change of the filter."""
 DEBT = 2
-"""Bursts that a guest may be behind before what it has under way is dropped: many names at once are nothing bad."""
+"""Bursts that a guest may owe before its waiting work is dropped. It may owe some, because many names at once are
+normal."""
 ACCEPT_PAUSE = 0.5
 REMEMBERED = 4096
 """Pairs of name and address that a slot's resolver remembers to have given."""
@@ -61,14 +62,14 @@ REMEMBERED = 4096
 _KINDS = {
     dns.rdatatype.from_text(kind) for kind in "A CAA CNAME DNSKEY DS MX NAPTR NS PTR SOA SRV SSHFP TLSA TXT".split()
 }
-"""Types that are looked up. Some others take long to read, and nobody misses them."""
+"""Types that are looked up. The others are left out because some take long to read and nobody misses them."""
 _EMPTY = {dns.rdatatype.AAAA, dns.rdatatype.HTTPS, dns.rdatatype.SVCB}
-"""Answered without records: IPv6 is off, and the other two hold addresses as hints."""
+"""Types that are answered without records, because IPv6 is off and the other two hold addresses as hints."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one guest may use, and how long things take."""
+    """What one guest may use, and how long each step may take, in seconds."""
 
     under_way: int = 64
     per_second: float = 100.0
@@ -80,25 +81,25 @@ class Limits:
 
 
 class Unanswered(Exception):
-    """No resolver gave an answer that can be used."""
+    """There is no answer that can be used."""
 
 
 class Budget:
-    """What a guest's questions may cost, one each second on; it may go below nothing, and is then waited for."""
+    """What a guest's questions may still cost. It grows with time. It may fall below zero; then no question fits."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
         self._limits = limits
         self._clock = clock
         self._left = limits.burst
         self._counted_at = clock()
-        self._lock = threading.Lock()  # for charging, which is done where the work is
+        self._lock = threading.Lock()  # because the reader's thread calls `charge`
 
     @property
     def is_spent(self) -> bool:
         return self._left < -DEBT * self._limits.burst
 
     def admits(self) -> bool:
-        """Whether one more question fits in now; it is charged for."""
+        """Whether one more question fits in now. If it does, it is charged."""
         with self._lock:
             now = self._clock()
             self._left = min(self._limits.burst, self._left + (now - self._counted_at) * self._limits.per_second)
@@ -117,12 +118,12 @@ class Resolver:
     """The resolver of one slot.
 
     Args:
-        upstreams: addresses and ports of the resolvers that are asked, the best first.
-        floor, policy: what is in force at the moment.
-        pin: called before an answer for a name that a rule allows is sent, with the name, its addresses, and for how
-            many seconds the filter is to let them through; answers whether that took any work.
-        refused: called with a name and "floor", "policy" or "limit". The name is "*" where too many were asked for.
-        reader: where strangers' answers are read, one after the other; nothing else should wait for it.
+        upstreams: addresses and ports of the resolvers to ask, the best first.
+        floor, policy: return the floor and the policy that are in force.
+        pin: called before the answer for a name that a rule allows is sent, with the name, its addresses, and the
+            seconds for which the filter must let them through. It returns whether the filter had to be changed.
+        refused: called with a name and "floor" or "policy", or with "*" and "limit" for a question over the limit.
+        reader: a thread that reads strangers' answers one after the other; nothing else should wait for it.
     """
 
     def __init__(
@@ -152,7 +153,7 @@ class Resolver:
         self._connections: set[asyncio.Task[None]] = set()
 
     def start(self, udp: socket.socket, tcp: socket.socket) -> None:
-        """Answer on two bound sockets, the second one listening. They stay the caller's, to be closed after `close`."""
+        """Answer on two bound sockets, the second one listening. The caller closes them after `close`."""
         loop = asyncio.get_running_loop()
         for sock, ready in ((udp, self._receive), (tcp, self._accept)):
             sock.setblocking(False)
@@ -160,7 +161,7 @@ class Resolver:
             self._listening.append(sock)
 
     def close(self) -> None:
-        """Stop answering, at once. May be called again."""
+        """Stop answering at once. May be called again."""
         for sock in self._listening:
             asyncio.get_running_loop().remove_reader(sock)
         self._listening.clear()
@@ -168,7 +169,7 @@ class Resolver:
             task.cancel()
 
     def gave(self, name: str, address: IPv4Address) -> bool:
-        """Whether the guest was told not long ago that this name has this address."""
+        """Whether the guest was told lately that this name has this address."""
         return self._given.get((name, address), 0.0) > self._clock()
 
     async def addresses(self, name: str) -> list[IPv4Address]:
@@ -182,7 +183,7 @@ class Resolver:
     # -- from the guest
 
     def _receive(self, udp: socket.socket) -> None:
-        """One datagram is there; the loop's other work comes before the next."""
+        """Read one datagram. The next one waits until the loop has done its other work."""
         try:
             data, guest = udp.recvfrom(MAX_QUERY)
         except OSError:
@@ -204,7 +205,7 @@ class Resolver:
         except BlockingIOError:
             return
         except OSError:
-            # No descriptors, say. The socket stays ready: without a pause it would be tried without end.
+            # The server may be out of descriptors. The socket stays ready, so this would repeat without end.
             loop = asyncio.get_running_loop()
             loop.remove_reader(tcp)
             loop.call_later(ACCEPT_PAUSE, lambda: tcp in self._listening and loop.add_reader(tcp, self._accept, tcp))
@@ -242,27 +243,27 @@ class Resolver:
             try:
                 await work()
             except (OSError, TimeoutError, EOFError, Unanswered):
-                pass  # the guest has gone, is too slow, or has used up what it may
+                pass  # the guest has gone, is too slow, or has used up its budget
             except Exception as error:  # noqa: BLE001  a guest must not reach the loop's handler
                 log.warning("a sandbox's query failed: %s %.200r", type(error).__name__, error)
 
         def ended(task: asyncio.Task[None]) -> None:
             tasks.discard(task)
             if guest is not None:
-                guest.close()  # here, since a task that is cancelled early never runs
+                guest.close()  # here, because a task that is cancelled early never runs
 
         task = asyncio.get_running_loop().create_task(guarded())
         tasks.add(task)
         task.add_done_callback(ended)
 
     async def _spend(self, work: Callable[..., T], *args: Any) -> T:
-        """Do what strangers can make long beside the event loop, and charge it: a millisecond is as dear as a question.
+        """Do work that strangers can make long, outside the event loop. A millisecond costs as much as a question.
 
-        An answer of 4 KB can take a second to read: of names with a hundred labels, say. So what this guest has waiting
-        behind such a one is not done any more.
+        An answer of 4 KB can take a second to read, for example if its names have a hundred labels. Then the guest's
+        budget is used up, so its waiting work is dropped.
 
         Raises:
-            Unanswered: the guest has used up what it may.
+            Unanswered: the guest has used up its budget.
         """
 
         def charged() -> T:
@@ -279,7 +280,7 @@ class Resolver:
     # -- what is answered
 
     async def respond(self, data: bytes) -> dns.message.Message | None:
-        """The answer to a query as it came; None where none may be given."""
+        """The answer to a query, given its bytes; None if there must be none."""
         query = read_query(data)
         if query is None or query.flags & dns.flags.QR:
             return query
@@ -296,7 +297,7 @@ class Resolver:
                 await self._resolve(question, response)
             except Unanswered:
                 response.set_rcode(dns.rcode.SERVFAIL)
-            except Exception as error:  # noqa: BLE001  the filter could not be told, say; a dead query helps nobody
+            except Exception as error:  # noqa: BLE001  the guest gets an answer even if the filter fails
                 log.warning("a sandbox's query failed: %s %.200r", type(error).__name__, error)
                 response = _response(query)
                 response.set_rcode(dns.rcode.SERVFAIL)
@@ -311,7 +312,7 @@ class Resolver:
             return
         if reason is not None:
             response.set_rcode(dns.rcode.NXDOMAIN)
-            if question.rdtype not in _EMPTY:  # asked for beside A by every program: counted once
+            if question.rdtype not in _EMPTY:  # every program asks for these beside A; A is counted
                 self._refused(name, reason)
             return
         if question.rdtype in _EMPTY:
@@ -328,7 +329,7 @@ class Resolver:
             await self._judge_addresses(name, response)
 
     async def _judge_addresses(self, name: str, response: dns.message.Message) -> None:
-        """Take out of a response what the floor refuses; have the rest let through where a rule allows the name."""
+        """Remove the addresses that the floor refuses from a response. Pin the others if a rule allows the name."""
         found = _addresses(response.answer)
         floor = self._floor()
         addresses = [address for address in found if not floor.refuses(address)]
@@ -349,7 +350,7 @@ class Resolver:
 
     def _remember(self, name: str, addresses: list[IPv4Address], seconds: float) -> None:
         for address in addresses:
-            self._given.pop((name, address), None)  # the newest stand last
+            self._given.pop((name, address), None)  # the newest come last
             self._given[name, address] = self._clock() + seconds
         while len(self._given) > REMEMBERED:
             del self._given[next(iter(self._given))]
@@ -357,10 +358,10 @@ class Resolver:
     # -- upstream
 
     async def _ask(self, name: dns.name.Name, kind: dns.rdatatype.RdataType) -> dns.message.Message:
-        """What the resolvers say: NOERROR or NXDOMAIN.
+        """The answer of a resolver, either NOERROR or NXDOMAIN.
 
         Raises:
-            Unanswered: none says so in time.
+            Unanswered: no resolver gives such an answer in time.
         """
         try:
             async with asyncio.timeout(self._limits.total):
@@ -379,7 +380,7 @@ class Resolver:
     async def _ask_one(
         self, upstream: tuple[str, int], name: dns.name.Name, kind: dns.rdatatype.RdataType
     ) -> dns.message.Message:
-        """One query over UDP, from a port and with a number that nobody can know; over TCP if the answer is long."""
+        """Ask over UDP, from a port and with a number that nobody can guess, and over TCP if the answer is long."""
         query = dns.message.make_query(name, kind, use_edns=0, payload=PAYLOAD, id=secrets.randbelow(65536))
         wire = query.to_wire()
         loop = asyncio.get_running_loop()
@@ -406,9 +407,9 @@ class Resolver:
 
 
 def read_query(data: bytes) -> dns.message.Message | None:
-    """A guest's query, with exactly one question; or the answer that is due instead; or None where none is.
+    """A guest's query with exactly one question, or else the error to answer with, or None if there must be no answer.
 
-    Never answered are answers, which could go back and forth for ever, and what is too short to have an id.
+    Answers are not answered, because they could go back and forth for ever. A query too short for an id is not, either.
     """
     if len(data) < 12:
         return None
@@ -433,7 +434,7 @@ def read_name(name: dns.name.Name) -> str:
     """A question's name in the form in which names are judged.
 
     Raises:
-        Malformed: it is no host's or service's name; an address is not asked for either.
+        Malformed: it is no name of a host or a service, or it is an address.
     """
     if any(b"." in label for label in name.labels):
         raise Malformed("a dot within a label")
@@ -444,7 +445,7 @@ def read_name(name: dns.name.Name) -> str:
 
 
 def leads_inside(records: list[dns.rrset.RRset], floor: Floor) -> bool:
-    """Whether an alias is a name that nobody may ask for: the host's resolvers follow it into their own view."""
+    """Whether an alias is a name that nobody may ask for. The host's resolvers follow it into their own network."""
     for target in (each.target for rrset in records if rrset.rdtype == dns.rdatatype.CNAME for each in rrset):
         try:
             name = read_name(target)
@@ -457,10 +458,10 @@ def leads_inside(records: list[dns.rrset.RRset], floor: Floor) -> bool:
 
 
 def judge_name(name: str, floor: Floor, policy: Policy) -> str | None:
-    """Why a name is not asked for, or None.
+    """The reason why a name is not looked up, or None.
 
     Raises:
-        Malformed: it can't be asked for by anybody.
+        Malformed: nobody can look the name up.
     """
     address = reverse_address(name)
     if is_local(name) or (address is not None and floor.refuses(address)):
@@ -473,15 +474,15 @@ def judge_name(name: str, floor: Floor, policy: Policy) -> str | None:
 
 
 def _is_meta(kind: dns.rdatatype.RdataType) -> bool:
-    """Whether a type is no records' type: ANY, zone transfers, what belongs to the protocol."""
+    """Whether a type is not a type of records: ANY, zone transfers, types of the protocol itself."""
     return kind == 0 or dns.rdatatype.is_metatype(kind)
 
 
 def rebuild(answer: dns.message.Message) -> tuple[list[dns.rrset.RRset], list[dns.rrset.RRset]]:
-    """Answer and authority sections of an answer, of nothing but what was asked for.
+    """Answer and authority sections of an answer, with only what was asked for.
 
-    The chain of aliases from the question's name to the records asked for; where there are none, the SOA record, which
-    says for how long that holds.
+    They hold the chain of aliases from the question's name to the records. If there are no records, they hold the SOA
+    record, because it says for how long that is so.
     """
     (question,) = answer.question
     name = question.name
@@ -512,7 +513,7 @@ def _read_answer(query: dns.message.Message, data: bytes) -> dns.message.Message
     """An answer to our query; None if it is not one.
 
     Raises:
-        Unanswered: it is too long to be read.
+        Unanswered: it has too many records.
         dns.exception.DNSException: it can't be read.
     """
     if len(data) < 12 or data[:2] != query.id.to_bytes(2, "big"):
@@ -528,7 +529,7 @@ def _response(query: dns.message.Message) -> dns.message.Message:
 
 
 def _error(number: int, flags: int, rcode: dns.rcode.Rcode) -> dns.message.Message:
-    """An answer to what can't be read: a head alone."""
+    """An answer to a query that can't be read: a head alone."""
     response = dns.message.QueryMessage(id=number)
     response.flags = dns.flags.QR | dns.flags.RA | (flags & (dns.flags.RD | 0x7800))
     response.set_rcode(rcode)
@@ -536,7 +537,7 @@ def _error(number: int, flags: int, rcode: dns.rcode.Rcode) -> dns.message.Messa
 
 
 def _write(response: dns.message.Message, size: int) -> bytes:
-    """A response of at most so many bytes; one that does not fit says so, and the guest comes back over TCP."""
+    """A response of at most `size` bytes. One that does not fit says so, and the guest asks again over TCP."""
     try:
         return response.to_wire(max_size=size)
     except dns.exception.TooBig:
@@ -546,7 +547,7 @@ def _write(response: dns.message.Message, size: int) -> bytes:
 
 
 def _socket(upstream: tuple[str, int], kind: int, *, connected: bool = True) -> socket.socket:
-    """A socket for one query; the kernel chooses its port at random."""
+    """A socket for one query. The kernel chooses its port at random."""
     sock = socket.socket(socket.AF_INET6 if ":" in upstream[0] else socket.AF_INET, kind)
     try:
         sock.setblocking(False)
@@ -559,7 +560,7 @@ def _socket(upstream: tuple[str, int], kind: int, *, connected: bool = True) -> 
 
 
 async def _receive_exactly(sock: socket.socket, size: int) -> bytes:
-    """So many bytes.
+    """Exactly `size` bytes.
 
     Raises:
         EOFError: the other end has no more.

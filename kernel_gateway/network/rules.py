@@ -1,9 +1,8 @@
 """nftables rules as text. Pure.
 
-A slot's filter lives in the slot's own namespace and sees everything its guest sends. What is refused is refused at
-once, with a reset or an ICMP error, and counted by destination and reason. Policies are judged per packet until a
-connection has been admitted under the present one (its `ct mark` is the policy's generation), so that a new policy
-cuts what it forbids.
+A slot's filter lives in the slot's own namespace and sees every packet of its guest. A packet is refused at once with
+a reset or an ICMP error, and counted by destination and reason. The policy judges each packet until it has admitted
+the connection; then the connection's `ct mark` is the policy's generation. So a new policy cuts what it forbids.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,18 +14,18 @@ from kernel_gateway.network.policy import DENIED, Floor, Policy
 TAP, UPLINK = "tap0", "uplink"
 GUEST, GATEWAY = IPv4Address("198.19.0.2"), IPv4Address("198.19.0.1")
 GATEWAY_MAC = "02:63:76:00:00:01"
-"""The same in every slot: a guest wakes from its template's snapshot with all of it configured."""
+"""All addresses are the same in every slot, because a guest wakes from its template's snapshot with them configured."""
 DNS_PORT, PROXY_PORT, GATE_PORT = 53, 3128, 8043
 LINKS = IPv4Network("198.18.0.0/16")
-"""Between host and slots, four addresses each; nothing outside the host sees them."""
+"""Addresses of the links between host and slots, four for each link. Nothing outside the host sees them."""
 HOST_SIDE = "cvm"
-"""How the host's ends of the slots' links are named, with a number behind."""
+"""Beginning of the name of a link's end on the host; a number follows."""
 NEW_CONNECTIONS = "100/second burst 400 packets"
 NEW_QUERIES = "300/second burst 300 packets"
-"""For the resolver's socket; the resolver itself takes fewer."""
+"""Packets for the resolver's socket. The resolver itself takes fewer."""
 MAX_CONNECTIONS = 2000
 MAX_HOST_CONNECTIONS = 2500
-"""The same seen from the host, whose list of connections is everybody's; it lets go of them later."""
+"""The limit in the host's list of connections, which all share. It is higher because the host forgets them later."""
 PINS = 4096
 """Addresses of allowed names that a slot remembers."""
 REFUSALS_KEPT = 500
@@ -34,7 +33,7 @@ REASONS = {1: "floor", 2: "policy", 3: "mail", 4: "dns", 5: "limit", 6: "protoco
 
 
 def elements(blocks: Iterable[IPv4Network | IPv4Address]) -> str:
-    """A set's content, as far as there is any."""
+    """A set's `elements`; an empty text without any."""
     listed = ", ".join(str(block) for block in blocks)
     return f"elements = {{ {listed} }};" if listed else ""
 
@@ -47,9 +46,9 @@ table netdev slot {{
     chain from_guest {{
         type filter hook ingress device "{TAP}" priority 0; policy drop;
         ether saddr != {GUEST_MAC} drop
-        # Only as itself: the kernel's list of neighbours is one for all namespaces, and every other sender is an entry.
+        # The guest sends only as itself, because each sender is an entry in the list of neighbours that all share.
         arp htype 1 arp ptype ip arp saddr ip {GUEST} arp saddr ether {GUEST_MAC} accept
-        # What ends a connection in here must end it on the host, too: else it is counted no more and lives on there.
+        # A packet that ends a connection here must end it on the host, too, or it would live on there uncounted.
         ip ttl < 2 drop
         ip hdrlength > 5 drop
         tcp flags & rst == rst meta length > 128 drop
@@ -141,14 +140,14 @@ def policy(
     """Replace a slot's policy.
 
     Args:
-        generation: another number for each, from 1.
-        to_gate: web traffic passes through the gate whatever the policy says, for the way out is a proxy.
-        pinned: addresses of names that it allows as the one before did, and for how many seconds.
-        kept: what addresses such names have had. Connections there go on, and no new ones begin.
+        generation: a number that no earlier policy had, from 1.
+        to_gate: all web traffic passes through the gate, because the way out is a proxy.
+        pinned: addresses of names that both this policy and the one before allow, and for how many seconds.
+        kept: present and past addresses of such names. Connections to them go on; new ones need a pin.
     """
     gate = ""
     if wanted.has_names or to_gate:
-        # What an address rule allows needs no name, but may need the proxy.
+        # Traffic that an address rule allows needs no name, but may need the proxy.
         allowed = "" if to_gate else "add rule inet slot gate ip daddr @allowed return\n"
         gate = (
             "add rule inet slot gate ip daddr @host return\n"
@@ -156,7 +155,7 @@ def policy(
             f"{allowed}add rule inet slot gate tcp dport {{ 80, 443 }} redirect to :{GATE_PORT}\n"
         )
     judged = _judged(wanted, generation, "daddr", "dport", "goto admitted", "goto refuse_policy", to_gate=to_gate)
-    # What comes back is judged too: a peer that nothing more may be said to could go on talking, over UDP.
+    # Answers are judged, too, because a peer that is forbidden now could go on sending over UDP.
     answers = _judged(wanted, generation, "saddr", "sport", "accept", "drop", to_gate=to_gate)
     lines = [
         "flush chain inet slot owner",
@@ -183,21 +182,21 @@ def policy(
 def _judged(
     wanted: Policy, generation: int, peer: str, port: str, admit: str, refuse: str, *, to_gate: bool
 ) -> Iterator[str]:
-    """What a policy says of packets one way, until their connection has been admitted under it.
+    """A policy's rules for packets one way, until the policy has admitted their connection.
 
     Args:
-        peer, port: which end of a packet is the other one's.
+        peer, port: the packet's fields for address and port of the end that is not the guest.
         admit, refuse: the verdicts.
     """
     yield f"ct mark {generation} accept"
-    # Only a connection's first packet is redirected to the gate. One that began without it is not to go on past it.
+    # Only a connection's first packet is redirected to the gate. A connection that began without it must not go on.
     past_the_gate = f"tcp {port} {{ 80, 443 }} {refuse}"
     if to_gate:
         yield past_the_gate
     if wanted.allow:
         yield f"ip {peer} @allowed {admit}"
     if wanted.has_names:
-        # What is inside QUIC can't be read: names are checked in TCP only.
+        # QUIC is refused, because the gate can read names only in TCP.
         yield past_the_gate
         yield f"udp {port} 443 {refuse}"
     if wanted.allow_names:
@@ -216,8 +215,8 @@ def _fill(name: str, content: Iterable[IPv4Network | IPv4Address]) -> list[str]:
 
 
 def pin(pinned: Mapping[IPv4Address, float]) -> str:
-    """Let addresses of allowed names through for so many seconds from now."""
-    # An element's time starts anew only when it is added anew.
+    """Let addresses of allowed names through, each for its number of seconds from now."""
+    # An element's timeout starts anew only when the element is deleted and added again.
     plain = ", ".join(map(str, pinned))
     return (
         f"add element inet slot pinned {{ {plain} }}\ndelete element inet slot pinned {{ {plain} }}\n"
@@ -236,11 +235,11 @@ def host_addresses(addresses: Iterable[IPv4Address]) -> str:
 
 
 def host(table: str, *, only_ours: bool) -> str:
-    """The host's side of all links: the host itself is out of reach, one slot from another, and the way out is there.
+    """The host's side of all links. A slot can reach the internet, but neither the host itself nor another slot.
 
     Args:
         table: a name of the server's own, so that two servers do not share one.
-        only_ours: forwarding was switched on for us; nobody else's packets are to be forwarded by it.
+        only_ours: forwarding was switched on for us, so nobody else's packets may be forwarded.
     """
     return f"""
 add table inet {table}

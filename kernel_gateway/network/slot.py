@@ -1,7 +1,7 @@
 """One sandbox's network: a namespace of its own, the filter in it, and the way out.
 
-It hangs on open descriptors and, with passt, a process that dies with the server: closing it, or the end of the server
-in whatever way, leaves nothing.
+It lives by open descriptors and, with passt, by a process that dies with the server. So nothing is left of it when it
+is closed, or when the server ends in any way.
 """
 
 import asyncio
@@ -24,18 +24,18 @@ from kernel_gateway.network.policy import Floor, Policy, Refusal
 INSIDE = Path(__file__).with_name("inside.py")
 REFUSALS_KEPT = 500
 PIN_SLACK = 60.0
-"""Seconds that an address is let through for longer than was asked: the next question then costs nothing."""
+"""Seconds that an address is let through for longer than was asked, so that the next question costs nothing."""
 PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp"}
-"""As nft numbers them; their names are in a file that minimal systems do not have."""
+"""Protocols by number. nft would read their names from a file that minimal systems do not have."""
 MAKE_TIMEOUT = 20.0
 COMMAND_TIMEOUT = 20.0
 
 
 async def command(argv: list[str], text: str, fds: Iterable[int] = ()) -> str:
-    """Run a program with `text` on its standard input; returns what it prints.
+    """Run a program with `text` on its standard input, and return what it prints.
 
     Raises:
-        DriverError: it failed; says how.
+        DriverError: the program failed; the text says how.
     """
     try:
         process = await asyncio.create_subprocess_exec(
@@ -59,11 +59,11 @@ async def command(argv: list[str], text: str, fds: Iterable[int] = ()) -> str:
 
 
 class Slot:
-    """A network that one machine uses, once. Made by `Slots`, which connects it and gives it its names' service.
+    """A network that one machine uses once. `Slots` makes it, connects it, and gives it a resolver and a gate.
 
-    What belongs to it is on two stacks: `closing` is undone first, in the event loop; `closed` last, in a thread.
-    `tap` is the machine's end. `sockets` are bound to the gateway's address: the resolver's UDP and TCP, the gate's,
-    the proxy's.
+    Two stacks undo what was set up: `closing` first, in the event loop; `closed` last, in a thread. `tap` is the
+    machine's end. `sockets` are bound to the gateway's address: the resolver's UDP and TCP sockets, the gate's, the
+    proxy's.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Slot:
         self.policy_changed: Callable[[], None] = lambda: None
         self.closing, self.closed = ExitStack(), ExitStack()
         self._generation = 1
-        self._pinned: dict[IPv4Address, tuple[str, float]] = {}  # those of the past, too: connections may go on there
+        self._pinned: dict[IPv4Address, tuple[str, float]] = {}  # past ones, too: connections to them may go on
         self._lock = asyncio.Lock()
         self._refused: dict[tuple[str, int, str, str], Refusal] = {}
         self._is_closed = False
@@ -96,7 +96,7 @@ class Slot:
             to_gate: all web traffic passes through its gate.
 
         Raises:
-            DriverError: it could not be made.
+            DriverError: the slot could not be made.
         """
         spaces = ["--net"] if mechanism == "netns" else ["--user", "--map-root-user", "--net"]
         wanted = {
@@ -132,12 +132,12 @@ class Slot:
 
     @property
     def fds(self) -> tuple[int, int]:
-        """What `enter` needs to be inherited."""
+        """The descriptors that a program started with `enter` must inherit."""
         return self.net, self._user
 
     @property
     def enter(self) -> list[str]:
-        """The prefix of commands that are to run inside."""
+        """The prefix of a command that runs inside."""
         user = [] if self.mechanism == "netns" else ["--preserve-credentials", f"--user=/proc/self/fd/{self._user}"]
         return ["nsenter", *user, f"--net=/proc/self/fd/{self.net}", "--"]
 
@@ -145,20 +145,20 @@ class Slot:
         """Run a program inside.
 
         Raises:
-            DriverError: it failed, or the slot is closed.
+            DriverError: the program failed, or the slot is closed.
         """
         if self._is_closed:
             raise DriverError("the network is closed")
         return await command([*self.enter, *argv], text, self.fds)
 
     async def apply(self, policy: Policy) -> None:
-        """Replace the policy; connections that the new one forbids are cut.
+        """Replace the policy. Connections that the new one forbids are cut.
 
         Raises:
             DriverError: the filter refused it; the old one is still in force.
         """
         async with self._lock:
-            self._generation += 1  # also when it fails: nobody knows how far it came
+            self._generation += 1  # before it can fail, because nobody knows then how far it came
             now = time.monotonic()
             self._pinned = {
                 address: (name, until) for address, (name, until) in self._pinned.items() if policy.permits_name(name)
@@ -172,7 +172,7 @@ class Slot:
         self.policy_changed()
 
     async def pin(self, name: str, addresses: list[IPv4Address], seconds: float) -> bool:
-        """Let the addresses of a name through for at least so many seconds, if the policy (still) allows the name.
+        """Let the addresses of a name through for at least `seconds`, if the policy (still) allows the name.
 
         Returns:
             Whether the filter had to be told, which takes a process.
@@ -186,7 +186,7 @@ class Slot:
                 return False
             await self.run("nft", "-f", "-", text=rules.pin(dict.fromkeys(addresses, seconds + PIN_SLACK)))
             for address in addresses:
-                self._pinned.pop(address, None)  # the newest stand last
+                self._pinned.pop(address, None)  # the newest come last
                 self._pinned[address] = name, now + seconds + PIN_SLACK
             while len(self._pinned) > rules.PINS:
                 del self._pinned[next(iter(self._pinned))]
@@ -199,7 +199,7 @@ class Slot:
             self.host = addresses
 
     def refused(self, destination: str, port: int, protocol: str, reason: str) -> None:
-        """Count what was refused by name."""
+        """Count a refusal of the resolver or the gate."""
         key = (destination, port, protocol, reason)
         before = self._refused.pop(key, None)
         if before is None and len(self._refused) >= REFUSALS_KEPT:
@@ -208,7 +208,7 @@ class Slot:
         self._refused[key] = Refusal(destination, port, protocol, reason, count, time.time())
 
     async def refusals(self) -> list[Refusal]:
-        """What was refused, by name and by address, newest first.
+        """All refusals, by name and by address, newest first.
 
         Raises:
             DriverError: the filter can't be read.
@@ -223,7 +223,7 @@ class Slot:
         if not self._is_closed:
             self._is_closed = True
             self.closing.close()
-            # Taking a device down makes the kernel wait, tens of milliseconds: not in the event loop.
+            # A thread does it, because the kernel takes tens of milliseconds to take a device down.
             asyncio.get_running_loop().run_in_executor(None, self._release)
 
     def _release(self) -> None:
@@ -235,17 +235,17 @@ class Slot:
 
 
 async def _set_up(argv: list[str], wanted: str) -> tuple[str, list[int]]:
-    """Run `inside.py`; what it hands out, or else no descriptors and what went wrong."""
+    """Run `inside.py`, and return the descriptors that it hands out, or else a message and no descriptors."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
         with theirs:
             process = subprocess.Popen(argv, stdin=theirs.fileno(), stderr=subprocess.PIPE)
         answer, fds = b"", list[int]()
-        with process:  # its end is waited for, which comes as soon as it has answered
+        with process:  # this waits for its end, which comes as soon as it has answered
             assert process.stderr
             try:
                 ours.setblocking(False)
-                with suppress(ConnectionError):  # it has ended already; its last words say why
+                with suppress(ConnectionError):  # it has ended already; its stderr says why
                     ours.send(wanted.encode())
                     async with asyncio.timeout(MAKE_TIMEOUT):
                         await _readable(ours)

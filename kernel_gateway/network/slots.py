@@ -1,8 +1,8 @@
-"""Makes slots ahead of need and connects them to the outside, by one of two mechanisms.
+"""Slots, made ahead of need and connected to the outside by one of two mechanisms.
 
-`netns`, as root: a veth pair joins each slot to the host, which masquerades. A table of our own keeps slots away from
-the host and from each other. `passt`, where the server is not root or must not touch the host's tables: a passt process
-per slot turns its packets into ordinary sockets. The filter inside a slot is the same for both.
+`netns` needs root: a veth pair joins each slot to the host, which masquerades. A table of our own keeps slots away from
+the host and from each other. `passt` is for a server that is not root or must not touch the host's tables: a passt
+process per slot turns its packets into ordinary sockets. The filter inside a slot is the same for both.
 """
 
 import asyncio
@@ -31,15 +31,15 @@ from kernel_gateway.network.slot import Slot, command
 log = logging.getLogger(__name__)
 
 SPARE = 2
-"""Slots kept ready beyond those that machines of the pool have."""
+"""Slots kept ready, beside the slots of the pool's machines."""
 LOOK = 5.0
 """Seconds between looks at the host's addresses."""
 UPLINK_TIMEOUT = 10.0
 TABLE = "cellvm_"
-"""How the tables on the host are named, with the process id of their server behind."""
+"""Beginning of the name of a server's table on the host; the server's process id follows."""
 FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 OURS = Path("/run/cellvm")
-"""Where a file says that forwarding was switched on by us, not by the host's owner: one for each network namespace."""
+"""Directory of files, one for each network namespace, that say that a server of ours switched forwarding on."""
 PROGRAMS = {
     "netns": ("ip", "nft", "nsenter", "unshare", "conntrack"),
     "passt": ("ip", "nft", "nsenter", "unshare", "pasta"),
@@ -47,10 +47,10 @@ PROGRAMS = {
 
 
 async def choose(wanted: str) -> tuple[str, str]:
-    """The mechanism to use, "off" when there is none, and a sentence on what did not work.
+    """The mechanism to use, "off" if there is none, and a text that says what did not work.
 
     Args:
-        wanted: "auto", or the one to use and no other.
+        wanted: "auto", "off", or the only mechanism to try.
     """
     if wanted == "off":
         return "off", "switched off"
@@ -76,13 +76,13 @@ async def choose(wanted: str) -> tuple[str, str]:
 
 
 async def check_forwarding(*, whatever: bool) -> None:
-    """See whether the host can forward what slots send.
+    """Check that the host can forward the slots' packets.
 
     Args:
-        whatever: don't look at the rules of others, whose authors may have thought of us.
+        whatever: skip the host's own rules, because the operator chose `netns` and may have made them fit.
 
     Raises:
-        DriverError: it can't; says why.
+        DriverError: the host can't forward them; the text says why.
     """
     if FORWARD.read_text().strip() == "0" and not os.access(FORWARD, os.W_OK):
         raise DriverError(f"forwarding is off, and {FORWARD} may not be written")
@@ -102,16 +102,16 @@ async def tables() -> list[str]:
 
 
 async def host_addresses() -> frozenset[IPv4Address]:
-    """Every IPv4 address of the host itself, but those of loopback."""
+    """Every IPv4 address of the host itself, without loopback and the links to slots."""
     found = json.loads(await command(["ip", "-json", "-4", "addr"], ""))
     own = (IPv4Address(entry["local"]) for link in found for entry in link["addr_info"])
     return frozenset(address for address in own if not address.is_loopback and address not in rules.LINKS)
 
 
 def forget_connections(source: IPv4Address, mask: str = "255.255.255.255") -> None:
-    """Take what came from links' addresses out of the host's list of connections, where it would stay for days.
+    """Remove links' connections from the host's list of connections, because they would stay there for days.
 
-    Blocks until it is done.
+    This blocks until it is done.
     """
     command = ["conntrack", "--delete", "--family", "ipv4", "--src", str(source), "--mask-src", mask]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -120,7 +120,7 @@ def forget_connections(source: IPv4Address, mask: str = "255.255.255.255") -> No
 
 
 def system_resolvers() -> list[tuple[str, int]]:
-    """Where the host itself looks names up; empty where that is not to be found."""
+    """The resolvers that the host itself asks; none if they can't be found."""
     with contextlib.suppress(OSError):
         lines = [line.split() for line in Path("/etc/resolv.conf").read_text().splitlines()]
         return [(words[1], 53) for words in lines if words[:1] == ["nameserver"] and words[1:]]
@@ -131,10 +131,10 @@ async def dial(address: IPv4Address, port: int) -> socket.socket:
     """A connection for a gate, which has judged the address.
 
     Raises:
-        OSError: there is none; or the address is the host's own, which the kernel knows first.
+        OSError: there is no connection, or the address is the host's own. The kernel knows its own before we do.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((str(address), port))  # sends nothing, but chooses what it would send from
+        probe.connect((str(address), port))  # sends nothing, but chooses the source address
         if probe.getsockname()[0] == str(address):
             raise ConnectionRefusedError("the address is the host's own")
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -148,13 +148,13 @@ async def dial(address: IPv4Address, port: int) -> socket.socket:
 
 
 class Slots:
-    """All slots of a server; `take` is how machines get theirs.
+    """All slots of a server. A machine gets its slot from `take`.
 
     Args:
         mechanism: "netns" or "passt".
         exceptions: blocks that the operator takes out of the floor.
-        resolvers: where names are looked up; empty for what the host uses.
-        proxy: host and port of the proxy that web traffic is to go through; None for none.
+        resolvers: the resolvers to ask; empty for those of the host.
+        proxy: host and port of the proxy for all web traffic; None for direct connections.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class Slots:
         self._only_ours = False
         self._wanted = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        # Of their own, and no more than one: what strangers answer may take long, and nobody else's work is behind it.
+        # One thread only for strangers' answers. They may take long to read, so no other work should wait for it.
         self._reader = ThreadPoolExecutor(1, "names")
         self._switched = OURS / f"ip_forward-{Path('/proc/self/ns/net').stat().st_ino}"
 
@@ -184,7 +184,7 @@ class Slots:
         return f"<Slots {self.mechanism} {len(self._spare)} spare>"
 
     async def start(self) -> None:
-        """Prepare the host; from here on slots are made ahead.
+        """Prepare the host, and begin to make slots ahead.
 
         Raises:
             DriverError: the filter can't be installed. Then there must be no network.
@@ -210,7 +210,7 @@ class Slots:
         await command(["nft", "-f", "-"], rules.host(self._table, only_ours=self._only_ours))
 
     async def close(self) -> None:
-        """Take everything down that is ours."""
+        """Take down everything that this server has made."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -222,7 +222,7 @@ class Slots:
             await self._stop_forwarding()
 
     async def _stop_forwarding(self) -> None:
-        """Switch forwarding off again, when we switched it on and no other server of ours needs it."""
+        """Switch forwarding off again, if we switched it on and no other server of ours needs it."""
         if self._switched.exists() and not await tables():
             FORWARD.write_text("0")
             self._switched.unlink()
@@ -231,7 +231,7 @@ class Slots:
         """A slot that nobody has used.
 
         Raises:
-            DriverError: none could be made.
+            DriverError: no slot could be made.
         """
         self._wanted.set()
         return self._spare.popleft() if self._spare else await self._make()
@@ -246,7 +246,7 @@ class Slots:
             try:
                 self._spare.append(await self._make())
                 pause = 1.0
-            except Exception as error:  # noqa: BLE001  without this task there would never be a slot in stock again
+            except Exception as error:  # noqa: BLE001  only this task fills the stock, so it must not end
                 log.error("a sandbox's network could not be prepared: %s", error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 30.0)
@@ -258,7 +258,7 @@ class Slots:
         slot.closing.callback(self._open.discard, slot)
         try:
             slot.host = floor.host
-            if floor != self.floor:  # the host got an address while it was being made
+            if floor != self.floor:  # the host got an address while the slot was being made
                 await slot.set_host(self.floor.host)
             if self.mechanism == "netns":
                 await self._link(slot)
@@ -293,13 +293,13 @@ class Slots:
         resolver.start(udp, tcp)
         slot.closing.callback(resolver.close)
         if not self._proxy:
-            proxy.close()  # nobody would answer there: the kernel refuses
+            proxy.close()  # nobody would answer there, so the kernel should refuse
         gate.start(redirected, proxy if self._proxy else None)
         slot.closing.callback(gate.close)
         slot.policy_changed = gate.judge_again
 
     async def _link(self, slot: Slot) -> None:
-        """A veth pair to the host. Its number makes its name and addresses; the kernel takes no name twice."""
+        """Link a slot to the host by a veth pair with a free number, which makes its name and its addresses."""
         for number in self._free_numbers():
             name, base = f"{rules.HOST_SIDE}{number}", rules.LINKS[4 * number]
             ours, theirs = base + 1, base + 2
@@ -324,7 +324,7 @@ class Slots:
         return (number % room for number in itertools.islice(self._numbers, room))
 
     async def _start_passt(self, slot: Slot) -> None:
-        """The way out as a process, which ends with the slot or with the server."""
+        """Start the process that is the way out. It ends with the slot or with the server."""
         link = rules.LINKS[0]
         argv = [
             "setpriv", "--pdeathsig=KILL", "--", "pasta", "--foreground", "--quiet", "--ipv4-only", "--config-net",
@@ -353,14 +353,14 @@ class Slots:
             try:
                 if self.mechanism == "netns" and self._table not in await tables():
                     log.error(
-                        "somebody has deleted the table %s, as a firewall that starts does; it is put back", self._table
+                        "the table %s was deleted, perhaps by a firewall that started; it is put back", self._table
                     )
                     await self._put_table()
                 found = await host_addresses()
                 if found != self.floor.host:
                     self.floor = Floor(self.floor.exceptions, found)
                 for slot in [slot for slot in self._open if slot.host != found]:
-                    with contextlib.suppress(DriverError):  # closed meanwhile; or it is told the next time
+                    with contextlib.suppress(DriverError):  # it was closed meanwhile, or it is told the next time
                         await slot.set_host(found)
-            except Exception as error:  # noqa: BLE001  as above: it must be tried again
+            except Exception as error:  # noqa: BLE001  this task must not end, either
                 log.error("the host's tables or addresses can't be read or written: %s", error)
