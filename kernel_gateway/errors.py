@@ -1,4 +1,4 @@
-"""What can go wrong, as facts. Which HTTP status each becomes is a table in `api/base.py`.
+"""The server's errors, as facts. A table in `api/base.py` gives each its HTTP status.
 
 CellvmError
 ├── InvalidRequest         the request itself can't be right
@@ -10,19 +10,19 @@ CellvmError
 ├── TemplateNotReady       the template is still being built
 ├── HostFull               the server has no room for another sandbox
 ├── Draining               the server is going down
-├── SandboxDied            the machine ended under the request
-├── GuestUnresponsive      the machine does not answer as it must
+├── SandboxDied            the machine ended during the request
+├── GuestUnresponsive      the machine does not answer, or breaks the protocol
 └── GuestFailure           the agent refused: no such file, disk full, program can't be run, …
 """
 
 
 class CellvmError(Exception):
-    """Base of all. `code` is the stable word clients may rely on; the text says what to do."""
+    """Base of all errors. Clients may rely on `code`. The text says what happened, `hint` what to do."""
 
     code = "internal"
     hint: str | None = None
     retry_after: int | None = None
-    """Seconds after which trying again makes sense; None if it does not by itself."""
+    """Seconds after which a client may try again; None if waiting alone does not help."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -77,7 +77,7 @@ class GuestUnresponsive(CellvmError):
 
 
 class GuestFailure(CellvmError):
-    """The agent refused; `code` is one of the wire's FAILURES."""
+    """The agent refused a request. `code` is one of the wire's FAILURES."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)

@@ -1,9 +1,9 @@
-"""A kernel's journal: every message numbered, kept for whoever comes late or reads slowly.
+"""A kernel's journal: every message, numbered and kept for readers that come late or read slowly.
 
-The newest messages are in memory, older ones in a file without a name (it goes with the process), a megabyte a page;
-the file is a ring. What falls out of it is gone, except what tells the course of things (`ESSENTIAL`): a reader that
-needs the rest gets a Gap, once, with the count. Readers read at their own speed. While even the fastest of them is far
-behind, the journal asks for the guest to be held (`on_pressure`), so a reader's slowness ends in the guest's memory.
+The newest messages are in memory. Older ones are in a file without a name, which goes with the process. The file is a
+ring of pages of a megabyte. A message that falls out of it is gone, unless it tells the course of things (`ESSENTIAL`).
+A reader that needs the others gets a Gap, once, with their count. Readers read at their own speed. While even the
+fastest of them is far behind, the journal asks to hold the guest (`on_pressure`), so output waits in the guest.
 """
 
 import asyncio
@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 MEMORY = 8 * 1024 * 1024
 DISK = 72 * 1024 * 1024  # more than the largest message
 PAGE = 1024 * 1024
-"""Bytes that are moved to disk, handed to a reader, or joined to one message of text, at once."""
+"""Bytes that are moved to disk, given to a reader, or joined to one message of text, at once."""
 OVERHEAD = 1000
-"""What a message costs in memory besides its bytes."""
+"""Bytes that a message costs in memory besides its parts."""
 HIGH_WATER = 4 * 1024 * 1024
 """Bytes that the fastest reader may be behind before the guest is held."""
 ESSENTIAL = frozenset(
@@ -44,8 +44,8 @@ ESSENTIAL_MEMORY = 2 * 1024 * 1024
 class Record(msgspec.Struct, array_like=True):
     """One message of `size` bytes. `end` counts the bytes of all messages up to it.
 
-    `session` says whose it is (None: everybody's). `ends` marks the message with which an execution is over: of its
-    reply and its `idle` the one that came last.
+    `session` is the client session that it is for (None: all). `ends` marks the message that ends a request, which is
+    the later one of its reply and its `idle`.
     """
 
     seq: int
@@ -63,9 +63,10 @@ class Record(msgspec.Struct, array_like=True):
 
 
 class Gap(NamedTuple):
-    """So many messages up to number `seq` are not kept any more; `parent` is the header of the request they were for.
+    """A number of messages, the last of them number `seq`, that are not kept any more.
 
-    That is guessed from the message that follows: most often it is the same.
+    `parent` is the header of their request. It is the header of the next message's request, because most often the
+    request is the same.
     """
 
     seq: int
@@ -87,12 +88,12 @@ _page = msgspec.msgpack.Decoder(list[Record])
 
 
 class Journal:
-    """Messages of one kernel. `last` is the newest one's number, `end` the bytes of all there ever were.
+    """Messages of one kernel. `last` is the newest one's number, `end` counts the bytes of all messages ever.
 
     Args:
-        directory: where the file is made when memory does not suffice.
+        directory: the directory of the file, which is made when memory does not suffice.
         memory, disk: bytes to keep in each.
-        on_pressure: called with True when the guest is to be held, with False when it may go on.
+        on_pressure: called with True when the guest must be held, with False when it may go on.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class Journal:
         self._held_bytes -= size
         try:
             self._store(page, msgspec.msgpack.encode(page))
-        except OSError as error:  # a full disk costs old output, and readers are told; it must not cost the sandbox
+        except OSError as error:  # a full disk may cost old output, which readers are told, but no sandbox
             log.warning("%d messages of a journal could not be written: %s", len(page), error)
 
     def _store(self, page: list[Record], data: bytes) -> None:
@@ -182,7 +183,7 @@ class Journal:
         return _page.decode(os.pread(self._file.fileno(), segment.size, segment.at))
 
     def read(self, after: int) -> list[Record | Gap]:
-        """Messages that follow number `after`, about a page of them, missing ones as a Gap. Empty: there are none."""
+        """About a page of the messages after number `after`, with a Gap for missing ones; empty if there are none."""
         if after >= self.last:
             return []
         segment = None
@@ -208,7 +209,7 @@ class Journal:
         return found + records[1:]
 
     def reader(self, after: int) -> "Reader":
-        """Somebody who reads on from number `after`."""
+        """A reader of the messages after number `after`."""
         return Reader(self, min(after, self.last))
 
     def position(self, after: int) -> int:
@@ -230,7 +231,7 @@ class Journal:
         self._release()
 
     def moved(self) -> None:
-        """A reader has read on."""
+        """Take note that a reader has read on."""
         if self._is_pressed:
             self._press()
 
@@ -242,7 +243,7 @@ class Journal:
             self._on_pressure(self._is_pressed)
 
     def close(self) -> None:
-        """Nothing more will come. Readers get what is left, then the end; so the file goes with the last of them."""
+        """End the journal. Readers still get the rest and then the end. The file goes with the last of them."""
         self.is_closed = True
         for reader in self._readers:
             reader.wake()
@@ -256,7 +257,7 @@ class Journal:
 
 
 class Reader:
-    """One who reads a journal at its own speed; use it as a context."""
+    """A place in a journal that moves at its own speed. Use it as a context manager."""
 
     def __init__(self, journal: Journal, after: int) -> None:
         self.after = after
@@ -268,7 +269,7 @@ class Reader:
         self._wakened.set()
 
     async def next(self) -> list[Record | Gap]:
-        """What follows, as soon as there is something; empty when the journal has ended."""
+        """The next messages, as soon as there are any; empty when the journal has ended."""
         while not (found := self._journal.read(self.after)):
             if self._journal.is_closed:
                 return []
@@ -290,10 +291,11 @@ class Reader:
 
 
 def merged(records: list[Record | Gap], after: int = 0) -> list[Record | Gap]:
-    """The same with neighbouring `stream` messages of one request joined, up to a page each; numbers stay true.
+    """The records with neighbouring `stream` messages of one request joined, up to a page each.
 
-    A reader that is behind so gets few large messages instead of thousands of small ones. Those up to number `after`
-    stay as they are: who may have some of them already must be able to tell them apart.
+    So a reader that is behind gets few large messages instead of thousands of small ones. A joined message has the
+    number of its last one. Messages up to number `after` are not joined, because the client may have some of them and
+    must be able to tell them apart.
     """
     found: list[Record | Gap] = []
     run: list[Record] = []

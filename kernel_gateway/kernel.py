@@ -1,4 +1,4 @@
-"""A sandbox's kernel as the gateway sees it: keeps what it says, routes replies, runs cells for REST and agents."""
+"""A sandbox's kernel as the gateway sees it: its journal, the routes of replies, and cells for REST and agents."""
 
 import asyncio
 import hashlib
@@ -24,21 +24,21 @@ log = logging.getLogger(__name__)
 START_LIMIT = 120
 """Seconds a kernel may take to come back after its end, times the driver's time scale."""
 INTERRUPT_GRACE = 0.75
-"""Seconds a cell gets to end after an interrupt before its kernel is killed: the reply comes within a second.
-Twice as long in an emulated machine, where a loop may need most of one to notice."""
+"""Seconds a cell gets to end after an interrupt before its kernel is killed, so that the reply comes within a second.
+An emulated machine gets twice as long, because a loop in it may need most of a second to notice."""
 KEPT = 1000
-"""Executions and sessions that are remembered, each."""
+"""Number of executions, and of sessions, that are remembered."""
 MAX_PENDING = 10_000
 UNTRACKED = frozenset(
     "comm_info_request comm_info_reply kernel_info_request kernel_info_reply shutdown_request shutdown_reply "
     "interrupt_request interrupt_reply debug_request debug_reply stream display_data update_display_data execute_input "
     "execute_result error status clear_output debug_event input_request input_reply".split()
 )
-"""Requests that are no activity of a user; jupyter_server has the same list."""
+"""Kinds of messages that are no activity of a user. jupyter_server has the same list."""
 
 
 class Pending(msgspec.Struct):
-    """A request that is not over: who asked, where, its header, and what of the end has come."""
+    """A request that is not over: its session, channel and header, and which parts of its end have come."""
 
     session: str
     channel: str
@@ -49,7 +49,7 @@ class Pending(msgspec.Struct):
 
 
 class ClientSession(msgspec.Struct):
-    """A client's session: numbers of the last message it is known to have received, and of the last one sent to it."""
+    """A client's session: numbers of the last message that it has acknowledged, and of the last one sent to it."""
 
     received: int
     sent: int
@@ -58,9 +58,9 @@ class ClientSession(msgspec.Struct):
 class Execution:
     """A cell that the gateway runs for somebody.
 
-    `id` is its Jupyter message id and names it towards clients. `after` is the journal's number before its first
-    message, `last` that of its last one, 0 until it is over. `is_lost`: its kernel ended under it, so nobody knows how
-    far it came. `failure`: it could not be run at all.
+    `id` is its Jupyter message id, and clients know it by that. `after` is the journal's number before its first
+    message, `last` the number of its last one, 0 until it is over. `is_lost`: its kernel ended before it did, so nobody
+    knows how far it came. `failure`: the reason why it could not be run at all.
     """
 
     def __init__(self, execution_id: str, digest: bytes, after: int, timeout: float | None) -> None:
@@ -88,7 +88,7 @@ class Execution:
 class Kernel:
     """One kernel. Cells that the gateway runs itself run one at a time, in the order of the calls.
 
-    `state` is one of Jupyter's: starting, idle, busy, restarting, dead; `reason` says why for the last two.
+    `state` is one of Jupyter's: starting, idle, busy, restarting, dead. `reason` says why for the last two.
     `on_shutdown` is called when a client has shut the kernel down for good.
     """
 
@@ -117,7 +117,7 @@ class Kernel:
         link.closed.add_done_callback(lambda closed: self.close(str(closed.result())))
 
     def open_journal(self, directory: Path | None) -> None:
-        """Begin a journal, for the kernel belongs to somebody now: what the pool did with it is nobody's business."""
+        """Begin a new journal for the kernel's owner, because the pool's messages are not the owner's."""
         self.journal.close()
         self.journal = Journal(directory, on_pressure=self._link.hold_kernel)
         self.executions.clear()
@@ -131,7 +131,7 @@ class Kernel:
 
     def _message_received(self, parts: list[bytes]) -> None:
         if len(parts) <= CONTENT or parts[CHANNEL] not in message.SENT_BY_KERNEL:
-            return  # no message of a kernel
+            return  # this is not a kernel's message
         head = message.header(parts[HEADER])
         self._kernel_session = head.session
         parent = message.header(parts[PARENT])
@@ -183,7 +183,7 @@ class Kernel:
             return
         reason = event.reason[:500]
         cause = {"reason": reason, "exitCode": event.exit_code, "signal": event.signal}
-        if self._is_ending:  # it has gone, and its reply has not come
+        if self._is_ending:  # the kernel has gone, and its reply has not come
             self._lose(
                 CellError("KernelShutDown", "the kernel was shut down", code="kernel_restarted", stateKept=False)
             )
@@ -207,7 +207,7 @@ class Kernel:
             self._overdue.cancel()
 
     def _not_back(self) -> None:
-        """The agent has said that there would be another kernel, and nothing since: nobody should wait for ever."""
+        """Give the kernel up, because the agent announced another one and has said nothing since."""
         self._condition, self.reason = "dead", "another kernel did not start in time"
         self._usable.set()
         self._publish("status", {"execution_state": "dead"}, {"reason": self.reason})
@@ -220,7 +220,7 @@ class Kernel:
         self._record(parts, kind, "", None, ends=False)
 
     def _lose(self, error: CellError) -> None:
-        """End every request that was under way: its kernel is gone, and no client should wait for ever."""
+        """End every request that was under way, because its kernel is gone and no client should wait for ever."""
         for msg_id in list(self._pending):
             self._end_request(msg_id, error)
         self._busy.clear()
@@ -241,13 +241,13 @@ class Kernel:
 
         if pending.kind == "execute_request":
             say("iopub", "error", content)
-        is_done = pending.kind == "shutdown_request"  # a kernel that has ended is what that one asked for
+        is_done = pending.kind == "shutdown_request"  # this request asked for the kernel's end
         outcome = {"status": "ok", "restart": False} if is_done else {"status": "error", **content}
         say(pending.channel, pending.kind.removesuffix("_request") + "_reply", outcome)
         say("iopub", "status", {"execution_state": "idle"}, ends=True)
 
     def close(self, reason: str) -> None:
-        """The sandbox has ended: tell whoever reads, once."""
+        """Tell all readers that the sandbox has ended. Further calls do nothing."""
         if self.journal.is_closed:
             return
         self._stop_waiting()
@@ -266,8 +266,8 @@ class Kernel:
     def send(self, parts: list[bytes], session: str) -> Coroutine[Any, Any, None] | None:
         """Pass a client's message on; its replies go to the client's `session`.
 
-        Most messages are on their way when this returns. Else there is something to await: the kernel is restarting, or
-        behind; it raises SandboxDied if the sandbox ends meanwhile.
+        Most messages are on their way when this returns. If the kernel is restarting or behind, this returns a
+        coroutine that sends the message. It raises SandboxDied if the sandbox ends meanwhile.
         """
         if not self._usable.is_set():
             return self._send_later(parts, session)
@@ -281,7 +281,7 @@ class Kernel:
             await self._link.send_kernel_message(parts)
 
     def _expect(self, parts: list[bytes], session: str) -> bool:
-        """Remember who asked; False if there is no kernel that could answer."""
+        """Remember whose request it is, and return whether there is a kernel that could answer."""
         head = message.header(parts[HEADER])
         if head.msg_type.endswith("_request"):
             if len(self._pending) >= MAX_PENDING:
@@ -308,7 +308,7 @@ class Kernel:
         return frozenset(self._pending)
 
     def attach(self, name: str, since: int | None) -> ClientSession:
-        """A client connects: what is known of its session, or what it says itself."""
+        """The session of a client that connects, as the gateway knows it, or as the client says by `since`."""
         session = self._sessions.pop(name, None)
         if since is not None:
             session = ClientSession(since, since)
@@ -332,15 +332,15 @@ class Kernel:
     ) -> Execution:
         """Run a cell, or find the one that runs or ran under this id.
 
-        At `timeout` seconds, counted from its start, the cell is interrupted, so that variables survive; one that does
-        not end then has its kernel replaced.
+        `timeout` seconds after its start the cell is interrupted, so that variables survive. If it does not end then,
+        its kernel is replaced.
 
         Args:
             quiet: leave no trace in the user's history and counter.
             with_input: somebody will answer the cell's input requests.
 
         Raises:
-            Conflict: the id was used for something else.
+            Conflict: the id was used for another cell, or too many cells are waiting.
         """
         digest = hashlib.sha256(code.encode("utf-8", "surrogatepass")).digest()
         known = self.executions.get(execution_id or "")
@@ -386,7 +386,7 @@ class Kernel:
                     await self._watch(execution)
         except CellvmError as error:
             execution.failure = error
-        if not execution.over.is_set():  # it never came to the kernel
+        if not execution.over.is_set():  # it never reached the kernel
             self._pending.setdefault(execution.id, Pending(self._session, "shell", b"{}", "execute_request"))
             self._end_request(execution.id, CellError("NotRun", str(execution.failure or "nobody waits for it")))
 
@@ -406,7 +406,7 @@ class Kernel:
                     self._end_request(execution.id, timed_out(execution.timeout, state_kept=False))
                     self._start(self._replace())
                 elif not execution.is_started and "execute_request" in self._busy.values():
-                    execution.clock = time.monotonic()  # somebody else's cell runs; this one's time has not begun
+                    execution.clock = time.monotonic()  # another client's cell runs, so this one's time has not begun
                 else:
                     execution.timed_out = timed_out(execution.timeout, state_kept=True)
                     deadline = time.monotonic() + INTERRUPT_GRACE * min(self._link.time_scale, 2)
@@ -417,10 +417,10 @@ class Kernel:
                 await self.interrupt()
 
     async def events(self, execution: Execution, after: int = 0) -> AsyncGenerator[StreamEvent, None]:
-        """What comes of a cell, from the journal's number `after` on, "end" last.
+        """The events of a cell, from the journal's number `after` on, "end" last.
 
         Raises:
-            CellvmError: it could not be run.
+            CellvmError: the cell could not be run.
             SandboxDied, GuestUnresponsive: the sandbox ended; whether the cell has run is unknown.
         """
         translate = Events()
@@ -461,7 +461,7 @@ class Kernel:
     # -- its life
 
     async def interrupt(self) -> None:
-        """Interrupt what runs. While the kernel is being replaced there is nothing to interrupt."""
+        """Interrupt the running cell. While the kernel is being replaced there is nothing to interrupt."""
         try:
             await self._link.call(wire.Interrupt(), wire.Done)
         except GuestFailure:
@@ -472,13 +472,13 @@ class Kernel:
         try:
             await self.restart("replaced, as it did not stop when a cell's time was over")
         except CellvmError as error:
-            log.warning("a kernel could not be replaced: %.500s", error)  # it is dead now, and says so to who asks
+            log.warning("a kernel could not be replaced: %.500s", error)  # it is dead now, and its answers say so
 
     async def restart(self, reason: str = "restarted on request") -> None:
-        """Replace the kernel by a fresh one; returns when it is usable. Running cells end with an error.
+        """Replace the kernel by a fresh one, and return when that is usable. Running cells end with an error.
 
         Raises:
-            GuestFailure: it could not be started.
+            GuestFailure: the kernel could not be started.
         """
         self._lose(CellError("KernelRestarted", f"the kernel was {reason}", code="kernel_restarted", stateKept=False))
         self._usable.clear()
@@ -501,7 +501,7 @@ def timed_out(timeout: float | None, *, state_kept: bool) -> CellError:
 
 
 def error_content(error: CellError) -> bytes:
-    """An error as the content of Jupyter's `error` message; what is more than that is ours."""
+    """An error as the content of Jupyter's `error` message, with `code` and `stateKept` added."""
     fields = {
         "ename": error.name,
         "evalue": error.value,

@@ -1,7 +1,7 @@
-"""What a user's own Jupyter server loads so that JupyterLab works well with CellVM; docs/jupyterlab.md tells how.
+"""Classes that a user's own Jupyter server loads so that JupyterLab works well with CellVM (docs/jupyterlab.md).
 
-This runs beside JupyterLab, on the client's machine. It needs jupyter_server and nothing else of this package: all it
-knows of CellVM is HTTP, and the address and the key that `jupyter lab --gateway-url` was given.
+This module runs beside JupyterLab, on the client's machine. It needs jupyter_server and nothing else of this package.
+It speaks HTTP with CellVM, and uses the address and the key that `jupyter lab --gateway-url` was given.
 """
 # mypy: disallow-untyped-calls=False, disallow-untyped-decorators=False
 
@@ -38,23 +38,23 @@ from traitlets import Unicode, default
 LARGEST_MESSAGE = 256 * 1024 * 1024
 """Bytes of one kernel message, either way. Tornado's own limit, 10 MiB, is less than one large figure."""
 PING_INTERVAL = 30
-"""Seconds after which a gateway is asked whether it is still there; as long again until it is given up."""
+"""Seconds between pings to the gateway. A gateway that does not answer a ping for as long is given up."""
 FINAL = {1000, 4410}
-"""Close codes after which it is in vain to connect again: another connection took over; the sandbox has ended."""
+"""Close codes after which connecting again is no use: another connection took over; the sandbox has ended."""
 PIECE = 8 * 1024 * 1024
-"""Bytes of a sandbox's file that are asked for at a time."""
+"""Bytes of a sandbox's file that are downloaded at a time."""
 
 
 class GatewayConnection(BaseKernelWebsocketConnection):
     """One browser's connection to one kernel. Frames pass as they are, in the protocol that the browser has chosen.
 
-    When the gateway is lost, this connects again and asks for all that came after the last message the browser got;
-    what the browser says meanwhile waits. When the gateway stays away, the browser is disconnected, so that its user
-    can see it.
+    When the gateway is lost, this connects again and asks for all messages after the last one the browser got. The
+    browser's messages wait meanwhile. If the gateway stays away, the browser is disconnected, so that its user can see
+    it.
     """
 
     async def prepare(self) -> None:
-        """Called before the browser is answered: it may send large messages, too."""
+        """Allow large messages from the browser, too. This is called before the browser is answered."""
         self.websocket_handler.settings.setdefault("websocket_max_message_size", LARGEST_MESSAGE)
 
     async def connect(self) -> None:
@@ -76,7 +76,7 @@ class GatewayConnection(BaseKernelWebsocketConnection):
     def handle_incoming_message(self, incoming_msg: str | bytes) -> None:
         """Called with each message of the browser."""
         if self._gateway is not None:
-            with contextlib.suppress(WebSocketClosedError):  # lost, and not noticed until now
+            with contextlib.suppress(WebSocketClosedError):  # the gateway was lost, and nobody has noticed yet
                 self._gateway.write_message(incoming_msg, isinstance(incoming_msg, bytes))
                 return
         self._waiting.append(incoming_msg)
@@ -90,12 +90,12 @@ class GatewayConnection(BaseKernelWebsocketConnection):
                 )
                 self._misses += 1
                 self.log.warning("Kernel %s: connecting to the gateway again in %.0f s", self.kernel_id, pause)
-                await asyncio.sleep(pause * random.uniform(1, 1.2))  # noqa: S311  not all at the same time
+                await asyncio.sleep(pause * random.uniform(1, 1.2))  # noqa: S311  not all connect at the same time
         finally:
             self.websocket_handler.close(1001, "no way to the kernel")  # JupyterLab does not retry after this code
 
     async def _until_lost(self) -> bool:
-        """Relay for as long as one connection lasts. Answers whether another one may go better."""
+        """Relay for as long as one connection lasts, and return whether another one may go better."""
         last = self.websocket_handler.settings.setdefault("cellvm_last_messages", {})
         key = self.kernel_id, self.session_id
         client = GatewayClient.instance()
@@ -138,7 +138,7 @@ class GatewayConnection(BaseKernelWebsocketConnection):
 
 
 def number_of(frame: str | bytes, protocol: str | None) -> int | None:
-    """A message's number in the journal that CellVM keeps for each kernel; None from another gateway."""
+    """A message's number in the journal that CellVM keeps for each kernel; None for another gateway's message."""
     if isinstance(frame, str):
         metadata = json.loads(frame)["metadata"]
     elif protocol:  # u64 count; u64 offsets of channel, header, parent_header, metadata, content, …
@@ -152,7 +152,7 @@ def number_of(frame: str | bytes, protocol: str | None) -> int | None:
 
 
 class GatewayKernels(GatewayMappingKernelManager):
-    """Lists all kernels of the key. Those that somebody else has started are not ended from here."""
+    """All kernels of the key. Kernels that somebody else has started are not ended from here."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -161,14 +161,14 @@ class GatewayKernels(GatewayMappingKernelManager):
     async def start_kernel(  # type: ignore[override]  # asynchronous, as in the class above
         self, *, kernel_id: str | None = None, **kwargs: Any
     ) -> str:
-        """Start a kernel, or look up the one of that id."""
+        """Start a kernel, or look up the one with `kernel_id`."""
         known: str = await super().start_kernel(kernel_id=kernel_id, **kwargs)
         if kernel_id is None:
             self._own.add(known)
         return known
 
     async def list_kernels(self, **kwargs: Any) -> list[dict[str, Any]]:
-        """All kernels that the gateway has; the class above lists those only that it knows already."""
+        """All kernels of the gateway. The base class lists only those that it knows already."""
         answer = await gateway_request(self.kernels_url, method="GET")
         for model in json.loads(answer.body):
             if model["id"] not in self._kernels and model["execution_state"] != "dead":
@@ -179,24 +179,24 @@ class GatewayKernels(GatewayMappingKernelManager):
     async def shutdown_kernel(  # type: ignore[override]
         self, kernel_id: str, now: bool = False, restart: bool = False
     ) -> None:
-        """Also called when a notebook changes to another kernel: an agent's must not end by that."""
+        """End an own kernel only, because this is also called when a notebook changes from an agent's kernel."""
         if kernel_id in self._own:
             await super().shutdown_kernel(kernel_id, now, restart)
         else:
             self.log.warning("Kernel %s was started by somebody else, and goes on", kernel_id)
 
     async def shutdown_all(self, now: bool = False) -> None:  # type: ignore[override]
-        """Called when this Jupyter server ends: it takes its own kernels with it."""
+        """End all own kernels. This is called when this Jupyter server ends."""
         for kernel_id in self._own & set(self._kernels):
             try:
                 await self.shutdown_kernel(kernel_id, now)
-            except web.HTTPError as error:  # raised from here, it would keep this process from ending
+            except web.HTTPError as error:  # if raised, it would keep this process from ending
                 self.log.warning("Kernel %s may go on: %s", kernel_id, error)
 
 
 @dataclass(frozen=True, slots=True)
 class SandboxPath:
-    """A path in a sandbox's home directory, over REST. Whatever the gateway refuses is raised as web.HTTPError."""
+    """A path in a sandbox's home directory, over REST. A refusal of the gateway is raised as web.HTTPError."""
 
     sandbox: str
     names: tuple[str, ...]
@@ -209,7 +209,7 @@ class SandboxPath:
         return "?" + urlencode({"path": str(self)})
 
     async def entry(self) -> dict[str, Any] | None:
-        """What is there; None when nothing is."""
+        """The file or directory there; None if there is none."""
         try:
             found: dict[str, Any] = json.loads(await self.request("GET", "filesystem/stat" + self.query))
         except web.HTTPError as error:
@@ -228,7 +228,7 @@ class SandboxPath:
             yield await self.request("GET", "files" + self.query, Range=f"bytes={start}-{start + PIECE - 1}")
 
     async def write(self, data: bytes) -> None:
-        """Make a file of that content, or replace one."""
+        """Make a file with that content, or replace one."""
         boundary = uuid.uuid4().hex
         head = f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="-"\r\n\r\n'
         body = b"".join((head.encode(), data, f"\r\n--{boundary}--\r\n".encode()))
@@ -257,12 +257,12 @@ class SandboxPath:
         await self.request("DELETE", "filesystem" + self.query)
 
     async def request(self, method: str, route: str, body: bytes | None = None, **headers: str) -> bytes:
-        """What the gateway answers; `route` is what follows the sandbox's id."""
+        """The gateway's answer. `route` is the path after the sandbox's id."""
         gateway = GatewayClient.instance()
         if not gateway.url:
             raise web.HTTPError(503, "There is no gateway: start with --gateway-url")
         url = "/".join((gateway.url.rstrip("/"), "sandboxes", quote(self.sandbox, safe=""), route)).rstrip("/")
-        # No limit on the time: a large file takes long.
+        # There is no time limit, because a large file takes long.
         arguments = gateway.load_connection_args(method=method, body=body, headers=headers) | {"request_timeout": 0}
         try:
             answer = await AsyncHTTPClient().fetch(url, **arguments)
@@ -272,7 +272,7 @@ class SandboxPath:
             try:
                 message = json.loads(error.response.body)["message"]
             except (ValueError, LookupError, TypeError):
-                message = error.message  # not CellVM's own answer: a proxy's
+                message = error.message  # it is a proxy's answer, not CellVM's
             raise web.HTTPError(error.code, f"{self}: {message}") from error
         except OSError as error:
             raise web.HTTPError(503, f"The gateway is not there: {error}") from error
@@ -280,7 +280,7 @@ class SandboxPath:
 
 
 class SandboxContents(AsyncLargeFileManager):
-    """Local files as always, and in the folder `sandboxes` the home directories of the key's sandboxes."""
+    """Local files as always, and the home directories of the key's sandboxes in the folder `sandboxes`."""
 
     folder = Unicode("sandboxes", config=True, help="Name of the top-level folder that holds the sandboxes' files.")
 
@@ -293,12 +293,12 @@ class SandboxContents(AsyncLargeFileManager):
         return Files
 
     def place(self, path: str) -> SandboxPath | None:
-        """Where a path leads, in a sandbox or (without an id) to the folder of them all; None: on the local disk."""
+        """A path's place in a sandbox, or (without an id) the folder of them all; None if it is on the local disk."""
         first, *names = path.strip("/").split("/")
         return SandboxPath("".join(names[:1]), tuple(names[1:])) if first == self.folder else None
 
     def _file_place(self, path: str) -> SandboxPath | None:
-        """The same, for what changes files."""
+        """A path's `place`, for requests that change files."""
         place = self.place(path)
         if place is not None and not place.names:
             raise web.HTTPError(403, "Sandboxes are not made, renamed or ended as folders; REST does that")
@@ -308,7 +308,7 @@ class SandboxContents(AsyncLargeFileManager):
         return await place.entry() if place.sandbox else {"isDir": True, "type": "dir"}
 
     def exists(self, path: str) -> Any:
-        """Awaitable for a path in a sandbox, as callers expect; not for a local one, as the base class expects."""
+        """Awaitable for a sandbox's path, because callers allow it; not for a local one, because the base does not."""
         place = self.place(path)
         return super().exists(path) if place is None else self._entry(place)
 
@@ -388,7 +388,7 @@ class SandboxContents(AsyncLargeFileManager):
         if model["type"] == "notebook":
             try:
                 model |= {"format": "json", "content": nbformat.reads(text, as_version=4)}
-            except Exception as error:  # nbformat promises no type
+            except Exception as error:  # nbformat does not say which types it raises
                 raise web.HTTPError(400, f"{model['path']} is not a notebook: {error}") from error
             self.mark_trusted_cells(model["content"], model["path"])
             self.validate_notebook_model(model)
@@ -424,7 +424,7 @@ class SandboxContents(AsyncLargeFileManager):
         return saved
 
     def _data(self, model: dict[str, Any], path: str) -> bytes:
-        """The bytes that a model stands for."""
+        """The bytes of a model's file."""
         if model.get("type") == "notebook":
             notebook = nbformat.from_dict(model["content"])
             self.check_and_sign(notebook, path)
@@ -449,7 +449,7 @@ class SandboxContents(AsyncLargeFileManager):
             await old.move(new)
 
     async def copy(self, from_path: str, to_path: str | None = None) -> dict[str, Any]:
-        # The base class copies directories too, by way of the local disk; the one above it copies contents.
+        # The base class copies directories, too, but only on the local disk. The class above it copies contents.
         is_local = self.place(from_path) is None and self.place(to_path or "") is None
         kind = AsyncLargeFileManager if is_local else AsyncContentsManager
         copied: dict[str, Any] = await kind.copy(self, from_path, to_path)
@@ -457,7 +457,7 @@ class SandboxContents(AsyncLargeFileManager):
 
 
 class Checkpoints(AsyncGenericFileCheckpoints):
-    """Of a local file a copy beside it, as always; of a sandbox's file its content, in the temporary directory."""
+    """Checkpoints: beside a local file, as always; in the temporary directory for a sandbox's file."""
 
     async def create_checkpoint(self, contents_mgr: SandboxContents, path: str) -> Any:
         kind = AsyncFileCheckpoints if contents_mgr.place(path) is None else AsyncGenericFileCheckpoints
@@ -469,7 +469,7 @@ class Checkpoints(AsyncGenericFileCheckpoints):
 
 
 class Files(AuthenticatedFileHandler):
-    """What the browser downloads or shows by itself."""
+    """Files that the browser downloads or shows by itself."""
 
     @web.authenticated
     @authorized
@@ -497,7 +497,7 @@ class Files(AuthenticatedFileHandler):
 
 
 def model_of(path: str, entry: dict[str, Any]) -> dict[str, Any]:
-    """A contents model without content, of an entry of a directory or of a sandbox."""
+    """A contents model, without content, of a directory's entry or of a sandbox."""
     told = entry.get("modified") or entry.get("startedAt")
     when = datetime.fromisoformat(told) if told else datetime.now(UTC)
     kind = "directory" if entry["isDir"] else "notebook" if path.endswith(".ipynb") else "file"

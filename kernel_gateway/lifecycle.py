@@ -1,9 +1,9 @@
 """The life of a sandbox: one table, one function that reads it. Pure.
 
     CREATING ──started──▶ RUNNING ──kill, timeout, died, server_stopped──▶ STOPPED
-        └────start_failed, kill──▶ STOPPED
+        └────start_failed, kill, died, server_stopped──▶ STOPPED
 
-Requests may be refused with a reason for the user; facts may not: a machine that died has died. STOPPED is final.
+A request may be refused, with a reason for the user. A fact may not, because it has happened already. STOPPED is final.
 Every way into it passes the same clean-up, in `sandbox.py`.
 """
 
@@ -28,7 +28,7 @@ class Event(StrEnum):
 
 
 REQUESTS = frozenset({Event.KILL})
-"""What a user asks for; all else are facts."""
+"""Events that a user asks for. All others are facts."""
 
 TRANSITIONS: dict[State, dict[Event, State]] = {
     State.CREATING: {
@@ -49,7 +49,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
 
 
 def decide(state: State, event: Event) -> State | None:
-    """The state that follows, or None when there is nothing to do.
+    """The state that follows, or None if there is nothing to do.
 
     Raises:
         Conflict: a request that this state refuses.

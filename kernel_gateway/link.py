@@ -1,9 +1,9 @@
-"""The gateway's end of the wire: an asyncio shell round `guest_agent.wire`, the only host module that imports it.
+"""The gateway's end of the wire: an asyncio shell round `guest_agent.wire`.
 
-The guest is hostile. Every number and length is checked by the decoder; ids are ours; a reply that nobody asked for is
-counted, and after STRIKES of them the link is closed. Reading stops while a consumer is behind, so a flood fills the
-guest's buffers, not ours; writing waits while the guest does not read, and a guest that reads nothing for
-WRITE_DEADLINE seconds is given up.
+The guest is hostile. The decoder checks every number and length. Ids are ours. A frame that nobody asked for is
+counted, and after STRIKES of them the link is closed. The guest gets credit only as consumers read, so a flood fills
+its buffers, not ours. Writing waits while the guest does not read. A guest that reads nothing for WRITE_DEADLINE
+seconds is given up.
 """
 
 import asyncio
@@ -22,12 +22,13 @@ from kernel_gateway.errors import GuestFailure, GuestUnresponsive, SandboxDied, 
 
 STRIKES = 100
 MAX_CANCELLED = 1000
-"""Conversations whose cancelling the guest has not answered yet; one that lets more pile up answers none of them."""
+"""Cancelled conversations that the guest has not answered yet. A guest with more of them is given up."""
 EVENTS_PER_CONVERSATION = 4
 SMALL = 2048
 """Pieces of DATA below this many bytes are joined while they wait."""
 FLOOD_WINDOW, FLOOD_READS, FLOOD_PAUSE = 0.02, 40, 0.004
-"""So many small reads within so many seconds are a flood; then reading pauses for so many seconds at a time."""
+"""More than FLOOD_READS small reads in FLOOD_WINDOW seconds are a flood. Reading then pauses for FLOOD_PAUSE seconds at
+a time."""
 WRITE_BUFFER = 1024 * 1024
 WRITE_DEADLINE = 10.0
 """Seconds the guest may leave our bytes unread, times the driver's time scale."""
@@ -36,7 +37,7 @@ T = TypeVar("T", bound=Body)
 
 
 class Conversation:
-    """One stream: what was asked, and what came back so far."""
+    """One stream: a request, and what came back so far."""
 
     def __init__(self, link: "Link", number: int) -> None:
         self._link = link
@@ -51,10 +52,10 @@ class Conversation:
         self._end: Body | Exception | None = None
 
     async def receive(self) -> tuple[int, bytes] | Body:
-        """The next thing from the guest, in order: DATA as (sub-channel, bytes), an event's body, at last the reply.
+        """The next item from the guest, in order: DATA as (sub-channel, bytes), an event's body, at last the reply.
 
         Raises:
-            GuestFailure: the guest answered that it can't be done.
+            GuestFailure: the guest refused the request.
             SandboxDied, GuestUnresponsive: the link broke.
         """
         while not self._items:
@@ -93,7 +94,7 @@ class Conversation:
             view = view[len(piece) :]
 
     def end(self, sub: int = wire.STDIN) -> None:
-        """No more DATA follows on this sub-channel."""
+        """Tell the guest that no more DATA follows on this sub-channel."""
         self._link.write(wire.header(FrameType.END, self._number, 0, sub))
 
     # -- called by the link
@@ -121,7 +122,7 @@ class Conversation:
         self._arrived.set()
 
     def _add_data(self, sub: int, payload: bytes) -> None:
-        """Keep DATA, small pieces joined: what they cost to keep must not be a multiple of the credit."""
+        """Keep DATA. Small pieces are joined, because they would take a multiple of the credit in memory."""
         last = self._items[-1] if self._items else None
         if isinstance(last, tuple) and last[0] == sub and len(last[1]) < SMALL:
             self._items[-1] = (sub, last[1] + payload)
@@ -143,7 +144,7 @@ class Link(asyncio.Protocol):
     """The connection to one agent. Make it with `Link.open`.
 
     Args:
-        time_scale: the driver's; multiplies deadlines.
+        time_scale: the driver's factor for deadlines.
         on_kernel_message: called with the parts of each kernel message, the channel's name first.
         on_event: called with each unasked event.
     """
@@ -187,7 +188,7 @@ class Link(asyncio.Protocol):
         on_kernel_message: Callable[[list[bytes]], None] = lambda parts: None,
         on_event: Callable[[Body], None] = lambda body: None,
     ) -> "Link":
-        """Take over a connected socket, which is closed with the link, and also when this fails."""
+        """Take over a connected socket. It is closed with the link, or if this fails."""
         try:
             _, link = await asyncio.get_running_loop().create_connection(
                 lambda: cls(time_scale, on_kernel_message, on_event), sock=sock
@@ -201,7 +202,7 @@ class Link(asyncio.Protocol):
 
     @asynccontextmanager
     async def ask(self, request: Body) -> AsyncIterator[Conversation]:
-        """Open a conversation; leaving the block before its reply cancels it in the guest.
+        """Open a conversation. Leaving the block before its reply cancels it in the guest.
 
         Raises:
             SandboxDied: the link is closed.
@@ -225,7 +226,7 @@ class Link(asyncio.Protocol):
             if conversation.is_open and not self.closed.done():
                 self.write(wire.header(FrameType.CANCEL, number, 0))
                 conversation.close(GuestFailure("failed", "cancelled"))
-                # The guest answers a cancelled request all the same; until then the number is taken, and no more of it.
+                # The guest answers a cancelled request, too. Until then only its number is kept.
                 self._cancelled.add(number)
                 if len(self._cancelled) > MAX_CANCELLED:
                     self.close(GuestUnresponsive("the guest does not answer what is cancelled"))
@@ -238,8 +239,8 @@ class Link(asyncio.Protocol):
             timeout: seconds to wait, times the driver's time scale.
 
         Raises:
-            GuestFailure: the guest answered that it can't be done.
-            GuestUnresponsive: no answer, or one of another type.
+            GuestFailure: the guest refused the request.
+            GuestUnresponsive: there is no answer, or one of another type.
             SandboxDied: the link broke.
         """
         try:
@@ -254,10 +255,10 @@ class Link(asyncio.Protocol):
     async def resume(
         self, *, sandbox_id: str, hostname: str, env: dict[str, str], timeout: float = 10.0
     ) -> wire.Resumed:
-        """The resume handshake: fresh entropy, the host's clock, an identity. Returns the acknowledgement.
+        """Do the resume handshake (fresh entropy, the host's clock, an identity), and return its acknowledgement.
 
         Raises:
-            GuestUnresponsive, GuestFailure, SandboxDied: not acknowledged; the machine must not be used.
+            GuestUnresponsive, GuestFailure, SandboxDied: the handshake failed; the machine must not be used.
         """
         nonce = os.urandom(16)
         resumed = await self.call(
@@ -273,13 +274,13 @@ class Link(asyncio.Protocol):
             timeout,
         )
         if resumed.nonce != nonce or resumed.generation != wire.GENERATION or len(resumed.sample) != 16:
-            raise GuestUnresponsive("the resume handshake was not acknowledged as it must be")
+            raise GuestUnresponsive("the guest acknowledged the resume handshake with wrong values")
         return resumed
 
     def send_at_once(self, parts: list[bytes]) -> bool:
-        """Send a kernel message if it is small and nothing is in its way; else False, and `send_kernel_message` waits.
+        """Send a kernel message if it is small and nothing is in its way. Return False if `send_kernel_message` must.
 
-        Nearly all are, and a task for each would cost more than the sending.
+        Nearly all messages can be sent at once, and a task for each would cost more than the sending.
         """
         number = wire.KERNEL_CONTROL if parts[0] == b"control" else wire.KERNEL
         buffers = wire.pack_parts(parts)
@@ -302,7 +303,7 @@ class Link(asyncio.Protocol):
                 await self.write_bulk(frame)
 
     async def _kernel_credit_for(self, number: int) -> None:
-        """Wait until the agent takes more. It does whatever its kernel does, so it may be waited for like a reader."""
+        """Wait until the agent grants credit. An agent that grants none is given up, whatever its kernel does."""
         try:
             async with asyncio.timeout(WRITE_DEADLINE * self.time_scale):
                 while self._kernel_credit[number] <= 0:
@@ -332,7 +333,7 @@ class Link(asyncio.Protocol):
             raise self.closed.result()
 
     def hold_kernel(self, held: bool) -> None:
-        """Grant the kernel's output no more credit while `held`: what it says then waits in the guest's memory.
+        """Grant the kernel's output no more credit while `held`, so that output waits in the guest's memory.
 
         Everything else goes on: files, commands, interrupts, and the kernel's control channel.
         """
@@ -347,7 +348,7 @@ class Link(asyncio.Protocol):
             self._kernel_owed[number] = 0
 
     def close(self, reason: Exception | None = None) -> None:
-        """End the link; everyone who waits on it gets `reason`."""
+        """End the link. Everyone who waits on it gets `reason`."""
         if not self.closed.done():
             self.closed.set_result(reason or SandboxDied("the sandbox has ended"))
         if self._deadline is not None:
@@ -377,7 +378,7 @@ class Link(asyncio.Protocol):
             self.close(GuestUnresponsive(f"the guest broke the protocol: {error}"))
 
     def _small_read(self) -> None:
-        """In a flood of small reads, let some milliseconds gather in one: most of what each costs is the waking up."""
+        """Gather some milliseconds of a flood of small reads in one, because a read costs mostly the waking up."""
         now = self._loop.time()
         if now - self._flood_since > FLOOD_WINDOW:
             self._flood_since, self._small_reads = now, 0
@@ -418,7 +419,7 @@ class Link(asyncio.Protocol):
             self._kernel_may_send.set()
         elif frame.type is FrameType.DATA:
             self._kernel_granted[frame.stream] -= len(frame.payload)
-            if self._kernel_granted[frame.stream] < -wire.CHUNK:  # the last chunk may pass the credit it begins with
+            if self._kernel_granted[frame.stream] < -wire.CHUNK:  # the last chunk may exceed the credit
                 raise wire.FrameError("kernel messages beyond the credit granted")
             parts = self._joiners[frame.stream].receive(frame)
             self._kernel_owed[frame.stream] += len(frame.payload)

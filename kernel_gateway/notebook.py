@@ -1,6 +1,6 @@
-"""Notebooks: what executions said, written as the outputs of their cells.
+"""Notebooks. The events of an execution become the outputs of its cell.
 
-Outputs and notebooks are plain dictionaries in the shape of nbformat 4.5; nbformat itself reads, checks and writes
+Outputs and notebooks are plain dictionaries in the shape of nbformat 4.5. nbformat itself reads, checks and writes
 them.
 """
 
@@ -17,7 +17,7 @@ import msgspec
 from kernel_gateway.jupyter.execution import CellError, StreamEvent
 
 MAX_CELL = 128 * 1024 * 1024
-"""Bytes that one cell's outputs may take: a runaway `print` must not fill the host's memory."""
+"""Bytes that one cell's outputs may take, because a runaway `print` must not fill the host's memory."""
 PIECE = 100
 """Bytes that every piece of output counts besides its content."""
 METADATA = {
@@ -36,13 +36,13 @@ Json = dict[str, Any]
 
 
 class NotebookError(Exception):
-    """A file can't be used as a notebook; the text says why."""
+    """A file can't be used as a notebook. The text says why."""
 
 
 class Outputs:
-    """What one execution shows, as a code cell keeps it.
+    """The outputs of one execution, as a code cell keeps them.
 
-    `error` is what it raised, `execution_count` the number it got.
+    `error` is the error that it raised, `execution_count` its number.
     """
 
     def __init__(self, limit: int = MAX_CELL) -> None:
@@ -55,7 +55,7 @@ class Outputs:
         self._left_out = 0
 
     def add(self, event: StreamEvent) -> None:
-        """Take the next event of the execution; updates go to `update`."""
+        """Take the next event of the execution, unless it is an update, which goes to `update`."""
         match event.type:
             case "started" | "end":
                 self.execution_count = count(event) or self.execution_count
@@ -80,7 +80,7 @@ class Outputs:
                 self._clear()
 
     def update(self, event: StreamEvent) -> None:
-        """Replace the data of the displays with the event's id; there may be none here."""
+        """Replace the data of the displays with the event's id, if there are any here."""
         for item in self._displays.get(event.displayId or "", ()):
             new = {"data": bundle(event), "metadata": event.metadata or {}}
             if self._fits(size(new) - size({name: item[name] for name in new})):
@@ -96,7 +96,7 @@ class Outputs:
         return items
 
     def _say(self, name: str, text: str) -> None:
-        """Text follows text of the same stream. Its pieces are kept as they came: adding them up is for the end."""
+        """Add text to text of the same stream. The pieces are joined only in `written`."""
         last = self._items[-1] if self._items and not self._is_clear_due else {}
         if last.get("name") != name:
             self._append({"output_type": "stream", "name": name, "text": [text]})
@@ -112,7 +112,7 @@ class Outputs:
         return fits
 
     def _fits(self, length: int) -> bool:
-        """Take that much of the room, or count what had to be left out."""
+        """Take that much of the room, or count one more item that is left out."""
         fits = length <= self._room
         self._room -= length if fits else 0
         self._left_out += not fits
@@ -126,7 +126,7 @@ class Outputs:
 
 
 class Notebook:
-    """A notebook whose code cells get new outputs. `cells` are those, without the ones tagged `skip-execution`."""
+    """A notebook whose code cells get new outputs. `cells` are its code cells that are not tagged `skip-execution`."""
 
     def __init__(self, node: Json) -> None:
         self._node = node
@@ -137,10 +137,10 @@ class Notebook:
 
     @classmethod
     def read(cls, path: Path) -> "Notebook":
-        """The notebook in a file; formats before 4 are converted.
+        """The notebook in a file. Formats before 4 are converted.
 
         Raises:
-            NotebookError: it is none, or one that is not Python's or newer than what nbformat knows.
+            NotebookError: the file is no notebook, or not one in Python, or newer than nbformat knows.
         """
         nbformat = library()
         content = path.read_bytes()
@@ -152,13 +152,13 @@ class Notebook:
                     f"the newest that can be read is {nbformat.current_nbformat}"
                 )
             node = nbformat.convert(nbformat.reader.reads(content.decode()), nbformat.current_nbformat)
-            with warnings.catch_warnings(action="ignore"):  # it warns of the ids that it gives to cells without
+            with warnings.catch_warnings(action="ignore"):  # it warns of ids that it adds to cells
                 _, node = nbformat.validator.normalize(node)
             nbformat.validate(node)
         except nbformat.ValidationError as error:
             raise NotebookError(f"{path} is not a valid notebook: {error.message}") from error
         except (msgspec.MsgspecError, ValueError, KeyError, TypeError, AttributeError) as error:
-            # nbformat's converters trust old files, and fail as they may
+            # nbformat's converters trust old files, so they may fail in many ways
             raise NotebookError(f"{path} is not a notebook: {error}") from error
         metadata = node["metadata"]
         language = metadata.get("language_info", {}).get("name") or metadata.get("kernelspec", {}).get("language")
@@ -184,11 +184,11 @@ class Notebook:
         node = nbformat.from_dict(self._node)
         nbformat.validate(node)
         text: str = nbformat.v4.writes(node, ensure_ascii=False)
-        # UTF-8 has no lone surrogates, JSON has: as the escapes that this makes of them.
+        # JSON may have lone surrogates and UTF-8 may not, so they are written as escapes.
         return (text + "\n").encode("utf-8", "backslashreplace")
 
     def write(self, path: Path) -> None:
-        """Write a file, or replace it as a whole: a full disk must not cost the notebook that was there."""
+        """Write a file, or replace it as a whole, because a full disk must not cost the notebook that was there."""
         content = self.to_bytes()
         path = path.resolve()
         part = path.with_name(f".{path.name}.part")
@@ -202,7 +202,7 @@ class Notebook:
 
 
 class Head(msgspec.Struct):
-    """What tells a notebook from other JSON."""
+    """The fields that tell a notebook from other JSON."""
 
     nbformat: int
     nbformat_minor: int = 0
@@ -210,7 +210,7 @@ class Head(msgspec.Struct):
 
 
 def library() -> Any:
-    """nbformat, imported when it is first needed: it and its schema library would cost every server tens of MiB."""
+    """nbformat, imported when it is first needed, because it and its schema library take tens of MiB."""
     import nbformat
 
     return nbformat
@@ -230,7 +230,7 @@ def session_notebook(cells: Iterable[tuple[str, int | None, Sequence[StreamEvent
             ],
         }
     )
-    # In the order of the kernel: a thread of an early cell may update a display after a later cell did.
+    # The kernel's order counts, because a thread of an early cell may update a display after a later cell did.
     in_order = sorted(((n, event) for n, cell in enumerate(given) for event in cell[2]), key=lambda pair: pair[1].seq)
     for number, event in in_order:
         book.add(number, event)
@@ -245,13 +245,13 @@ def tags(cell: Json) -> list[str]:
 
 
 def count(event: StreamEvent) -> int | None:
-    """The event's execution count, if it is one: what a kernel says may be anything."""
+    """The event's execution count if it is valid, because a kernel may send anything."""
     value = event.executionCount
     return value if value is not None and not isinstance(value, bool) and value >= 0 else None
 
 
 def bundle(event: StreamEvent) -> Json:
-    """The event's MIME bundle as the format wants it: what is not JSON by its type is text."""
+    """The event's MIME bundle as the format wants it. Data whose type is not JSON is text."""
     return {
         mime: value if isinstance(value, str) or JSON_TYPE.fullmatch(mime) else msgspec.json.encode(value).decode()
         for mime, value in (event.data or {}).items()

@@ -1,7 +1,7 @@
-"""Machines on stock: restored, through the resume handshake, exercised once, standing still.
+"""Machines in stock. Each is restored, has passed the resume handshake, has been exercised once, and stands still.
 
-A create takes one in a single step and pays neither for the restore nor for the first cell's cold caches. Refilling
-happens in the background, one machine at a time, so that it does not starve the sandboxes at work.
+A create takes a machine in a single step and pays neither for the restore nor for the first cell's cold caches. The
+stock is refilled in the background, one machine at a time, so that it does not starve the sandboxes at work.
 """
 
 import asyncio
@@ -24,13 +24,13 @@ RETRY_AFTER_FAILURE = (1.0, 30.0)
 """First and longest pause, in seconds, after a machine could not be prepared."""
 QUIET = 1.0
 """Seconds without a create after which a stock that is not empty is refilled."""
-# Touch what a first cell touches, then forget it: `_` must be empty.
+# The first cell warms the caches. The second one clears `_`, because it must be empty.
 EXERCISE = ("1 + 1", "get_ipython().displayhook.flush()")
 
 
 @dataclass(slots=True)
 class Guest:
-    """A machine with an agent that has been through the resume handshake. `home` is where relative paths start."""
+    """A machine with an agent that has passed the resume handshake. Relative paths start at `home`."""
 
     vm: Vm
     link: Link
@@ -43,9 +43,9 @@ class Guest:
 
 
 class Guests:
-    """Starts guests, and refuses one that is not distinct: a machine without fresh randomness must not be used.
+    """The starter of guests. It refuses a guest whose randomness is not fresh, because such a machine must not be used.
 
-    `env` is what the operator gives every sandbox; its owner's variables win.
+    `env` are the operator's variables for every sandbox. Variables of a sandbox's owner win.
     """
 
     def __init__(self, driver: VmDriver, env: dict[str, str] | None = None) -> None:
@@ -58,7 +58,7 @@ class Guests:
         """A new guest, running.
 
         Raises:
-            DriverError, CellvmError: it could not be started or did not acknowledge; nothing is left of it.
+            DriverError, CellvmError: the guest did not start or did not acknowledge; nothing is left of it.
         """
         vm = await self._driver.start(template_id)
         async with AsyncExitStack() as undo:
@@ -74,10 +74,10 @@ class Guests:
         return guest
 
     async def resume(self, guest: Guest, *, sandbox_id: str, hostname: str, env: dict[str, str]) -> None:
-        """The handshake, for guests from the pool and straight from a restore alike.
+        """Do the handshake with a guest, whether it is from the pool or straight from a restore.
 
         Raises:
-            CellvmError: not acknowledged as it must be; the caller destroys the guest.
+            CellvmError: the handshake failed; the caller destroys the guest.
         """
         resumed = await guest.link.resume(sandbox_id=sandbox_id, hostname=hostname, env={**self._env, **env})
         guest.home, sample = resumed.home, resumed.sample
@@ -90,7 +90,7 @@ class Guests:
 
 
 class Pool:
-    """Keeps `size` guests of one template ready. Use `run` as a task."""
+    """A stock of `size` guests of one template. Use `run` as a task."""
 
     def __init__(self, guests: Guests, template_id: str, size: int) -> None:
         self.template_id = template_id
@@ -108,7 +108,7 @@ class Pool:
         return len(self._ready)
 
     async def take(self) -> Guest | None:
-        """A guest, running, now the caller's; None when there is none on stock."""
+        """A running guest, which is the caller's from now on; None if there is none in stock."""
         while self._ready:
             guest = self._ready.popleft()
             self._last_taken = time.monotonic()
@@ -125,7 +125,7 @@ class Pool:
         return None
 
     async def run(self) -> None:
-        """Refill until cancelled, then destroy what is on stock."""
+        """Refill the stock until cancelled, then destroy it."""
         pause = RETRY_AFTER_FAILURE[0]
         try:
             while True:
@@ -137,13 +137,13 @@ class Pool:
                     self._wanted.clear()
                     await self._wanted.wait()
                     continue
-                # While sandboxes are being asked for, the processors are theirs, unless the stock is out.
+                # Refilling waits while sandboxes are being created, because they need the processors.
                 while self._ready and (left := self._last_taken + QUIET - time.monotonic()) > 0:
                     await asyncio.sleep(left)
                 try:
                     self._add(await self._prepare())
                     pause = RETRY_AFTER_FAILURE[0]
-                except Exception as error:  # noqa: BLE001  without this task every create would be a cold one
+                except Exception as error:  # noqa: BLE001  if this task ended, every create would be a cold one
                     log.error("a machine for the pool could not be prepared: %s", error)
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, RETRY_AFTER_FAILURE[1])

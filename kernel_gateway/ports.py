@@ -1,14 +1,14 @@
-"""What crosses the gateway on its way to a service inside a sandbox and back. Pure: values in, values out.
+"""HTTP between a client and a service inside a sandbox. Pure: values in, values out.
 
 The service is hostile, and so is the page it shows. Three things must hold:
 
-- No key of ours reaches it, wherever a client has put one (`without_keys`).
-- What it answers is read by h11 and written anew; what it says about the connection, about the gateway's origin or
-  about other previews stays here (`answer_headers`).
-- Where one request ends and the next begins is never its word, nor the client's: there is one connection for each
-  request, and a request whose length can be read in two ways is refused (`framing`).
+- No key of ours reaches the service, wherever a client has put one (`without_keys`).
+- The service's answer is read by h11 and written anew. Headers about the connection, about the gateway's origin or
+  about other previews are dropped (`answer_headers`).
+- Neither the service nor the client decides where one request ends and the next begins. Each request has its own
+  connection, and a request whose length can be read in two ways is refused (`framing`).
 
-A preview has two kinds of address. By path it shares the gateway's origin, so its pages get an opaque one (CSP
+A preview has two kinds of address. By path it shares the gateway's origin, so its pages get an opaque origin (CSP
 `sandbox`) and no cookies. By host name it has an origin of its own.
 """
 
@@ -27,9 +27,9 @@ from kernel_gateway.errors import GuestFailure, InvalidRequest
 HEAD_LIMIT = 32 * 1024
 """Largest head of an answer, in bytes."""
 MAX_INFORMATIONAL = 10
-"""Answers of the kind 1xx that are skipped before the real one."""
+"""Answers 1xx that are skipped before the real one."""
 CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
-"""What no header may have in it; h11 lets some of them pass."""
+"""Characters that no header may have. h11 lets some of them pass."""
 KEY_CANDIDATES = 64
 """Words of an Authorization header that are looked at."""
 
@@ -41,14 +41,14 @@ HOP_BY_HOP = frozenset(
     " upgrade http2-settings".split()
 )
 NOT_FORWARDED = HOP_BY_HOP | frozenset("host content-length expect forwarded x-real-ip origin referer".split())
-"""Of a request: what is between the client and us, and what is written anew."""
+"""Headers of a request that concern only the client and us, or that are written anew."""
 NOT_ANSWERED = HOP_BY_HOP | {"clear-site-data"}
-"""Of an answer: `Clear-Site-Data: "cookies"` reaches beyond the host it comes from."""
+"""Headers of an answer that are dropped. `Clear-Site-Data: "cookies"` reaches beyond the host it comes from."""
 NOT_OF_OUR_ORIGIN = frozenset(
     "set-cookie set-cookie2 service-worker-allowed strict-transport-security alt-svc nel report-to reporting-endpoints"
     " www-authenticate accept-ch set-login use-as-dictionary x-content-type-options referrer-policy".split()
 )
-"""Of an answer by path: what a browser would take as said by the gateway itself."""
+"""Headers of an answer by path that are dropped, because a browser would take them for the gateway's own."""
 SANDBOXED = "sandbox allow-scripts allow-forms allow-popups allow-modals allow-downloads"
 PAGE_SAFETY: Headers = [
     ("Content-Security-Policy", SANDBOXED),
@@ -59,7 +59,7 @@ PAGE_SAFETY: Headers = [
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a request goes. `prefix` is the part of its address before the service's own path, empty by host name."""
+    """The port that a request is for. `prefix` is its address before the service's own path, empty by host name."""
 
     sandbox: str
     port: str
@@ -71,7 +71,7 @@ class Place:
 
     @property
     def number(self) -> int:
-        """The port.
+        """The port as a number.
 
         Raises:
             InvalidRequest: there is no such port.
@@ -82,9 +82,9 @@ class Place:
 
 
 def place_of_host(host: str, domain: str) -> Place | None:
-    """What a host name `{port}-{id}.{domain}` means; None when it is not of that kind. Neither has a port of its own.
+    """The place of a host name `{port}-{id}.{domain}`; None for another kind of name. `host` and `domain` have no port.
 
-    A name that only begins like one is a place that does not exist: the gateway itself never answers by it.
+    A name that only begins like that is a place that does not exist, because the gateway must not answer by it.
     """
     name, _, rest = host.lower().removesuffix(".").partition(".")
     found = re.fullmatch("([0-9]+)-(.*)", name)
@@ -96,7 +96,7 @@ def place_of_host(host: str, domain: str) -> Place | None:
 
 
 def place_of_path(path: str, before: str) -> Place | None:
-    """What a path `/sandboxes/{id}/ports/{port}…` means; None when it is another one. `before` stood in front of it."""
+    """The place of a path `/sandboxes/{id}/ports/{port}…`; None for another path. `before` stood in front of it."""
     found = re.match("/sandboxes/([^/]+)/ports/([^/]+)", path)
     return None if found is None else Place(found[1], found[2], before + found[0])
 
@@ -108,7 +108,7 @@ def place_of_path(path: str, before: str) -> Place | None:
 class Carried:
     """A request's headers and query without our keys, and the owners of the keys that were there.
 
-    `in_address`: one was in the query, where the page that is shown could read it.
+    `in_address`: a key was in the query, and the page could read it there.
     """
 
     headers: Headers
@@ -118,10 +118,10 @@ class Carried:
 
 
 def without_keys(headers: Iterable[tuple[str, str]], query: str, owner_of: OwnerOf) -> Carried:
-    """Take our keys out. What is none of ours is the service's own and stays, byte for byte.
+    """Take our keys out. A value that is no key of ours is for the service and stays, byte for byte.
 
     Raises:
-        InvalidRequest: there are more headers for keys than a request has.
+        InvalidRequest: a header for keys comes more than once.
     """
     headers = list(headers)
     for name in ("authorization", "x-api-key"):
@@ -147,7 +147,7 @@ def _words(value: str) -> set[str]:
         try:
             found |= set(base64.b64decode(rest.strip(), validate=True).decode("utf-8", "replace").split(":", 1))
         except binascii.Error:
-            pass  # not what it says: the service's to judge
+            pass  # it is not base64, so it is no key of ours
     return found - {""}
 
 
@@ -165,10 +165,10 @@ def _query_without_keys(query: str, owner_of: OwnerOf) -> tuple[str, set[str]]:
 
 
 def refuse_key_in_path(path: str, owner_of: OwnerOf) -> None:
-    """A page could read its own address.
+    """Refuse a key in a path, because the page could read its own address.
 
     Raises:
-        InvalidRequest: a key of ours is in it.
+        InvalidRequest: a key of ours is in the path.
     """
     found = re.match("/+t/([^/]+)", path, re.IGNORECASE)
     if found is not None and owner_of(unquote(found[1])):
@@ -182,10 +182,10 @@ def refuse_key_in_path(path: str, owner_of: OwnerOf) -> None:
 
 
 def framing(headers: Iterable[tuple[str, str]]) -> int | None:
-    """How long a request's body is; None if it comes in chunks.
+    """The length of a request's body; None if it comes in chunks.
 
     Raises:
-        InvalidRequest: it can be read in more than one way.
+        InvalidRequest: the length can be read in more than one way.
     """
     lengths = [value for name, value in headers if name.lower() == "content-length"]
     encodings = [value for name, value in headers if name.lower() == "transfer-encoding"]
@@ -193,7 +193,7 @@ def framing(headers: Iterable[tuple[str, str]]) -> int | None:
         raise InvalidRequest("a request has one Content-Length or one Transfer-Encoding, not more")
     if encodings:
         if encodings[0].lower() != "chunked":
-            raise InvalidRequest("the only Transfer-Encoding there is is `chunked`")
+            raise InvalidRequest("the only Transfer-Encoding that is allowed is `chunked`")
         return None
     if lengths and not re.fullmatch("[0-9]{1,18}", lengths[0]):
         raise InvalidRequest("Content-Length is not a number")
@@ -202,7 +202,7 @@ def framing(headers: Iterable[tuple[str, str]]) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Who asks, as the service is told; `host` is the gateway's as the client names it, with a port perhaps."""
+    """The client, as the service is told of it. `host` is the client's name for the gateway, perhaps with a port."""
 
     address: str
     scheme: str
@@ -210,7 +210,7 @@ class Client:
 
     @property
     def origins(self) -> tuple[str, str]:
-        """How a browser names the gateway. There may be TLS in front that we do not see."""
+        """The gateway's origins for a browser. There are two, because there may be TLS in front that we do not see."""
         return f"http://{self.host.lower()}", f"https://{self.host.lower()}"
 
 
@@ -233,7 +233,7 @@ class Exchange:
         """The request's head.
 
         Raises:
-            InvalidRequest: it has something in it that HTTP does not allow.
+            InvalidRequest: the head has something in it that HTTP does not allow.
         """
         named = _named_by_connection(headers)
         kept = [
@@ -256,7 +256,7 @@ class Exchange:
         return head or b""
 
     def _whence(self, headers: Headers, client: Client) -> Headers:
-        """Where the request comes from; what was so said by the client itself is dropped."""
+        """Headers about where the request comes from. The client's own headers of this kind are dropped."""
         told = [
             ("X-Forwarded-For", client.address),
             ("X-Forwarded-Host", client.host),
@@ -266,11 +266,11 @@ class Exchange:
             told.append(("X-Forwarded-Prefix", self._place.prefix))
         for name, value in headers:
             if name.lower() == "origin":
-                # The service knows itself as localhost; so its own pages must be from there.
+                # The service knows itself as localhost, so its own pages must come from there.
                 is_own = value.lower() in client.origins or (value == "null" and self._place.is_by_path)
                 told.append(("Origin", self._service if is_own else value))
             elif name.lower() == "referer":
-                # Of other pages not even the address: one of the gateway's own may have a key in it.
+                # Addresses of other pages are dropped, because one of the gateway's own may have a key in it.
                 for start in (f"{origin}{self._place.prefix}/" for origin in client.origins):
                     if value.lower().startswith(start.lower()):
                         told.append(("Referer", f"{self._service}/{value[len(start) :].partition('?')[0]}"))
@@ -285,7 +285,7 @@ class Exchange:
         return self._h11.send(h11.EndOfMessage()) or b""
 
     def receive_data(self, data: bytes) -> None:
-        """Take what the service has sent; empty when it has closed the connection."""
+        """Take bytes that the service has sent; none mean that it has closed the connection."""
         self._h11.receive_data(data)
 
     def next_event(self) -> "Answer | bytes | None":
@@ -294,7 +294,7 @@ class Exchange:
         After the body's end, or after a head that switches protocols, `is_over` holds.
 
         Raises:
-            GuestFailure: it is not HTTP, too long, or cut off.
+            GuestFailure: the answer is not HTTP, too long, or cut off.
         """
         while True:
             try:
@@ -307,7 +307,7 @@ class Exchange:
                 case h11.InformationalResponse() if event.status_code != HTTPStatus.SWITCHING_PROTOCOLS:
                     self._skipped += 1
                     if self._skipped > MAX_INFORMATIONAL:
-                        raise GuestFailure("failed", f"the service on port {self._place.number} does not get to answer")
+                        raise GuestFailure("failed", f"the service on port {self._place.number} sent only 1xx answers")
                 case h11.Response() | h11.InformationalResponse():
                     return self._answer(event)
                 case h11.Data():
@@ -328,7 +328,7 @@ class Exchange:
 
     @property
     def rest(self) -> bytes:
-        """What came after a head that switches protocols."""
+        """The bytes after a head that switches protocols."""
         return bytes(self._h11.trailing_data[0])
 
 
@@ -337,7 +337,7 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The head of what a service answers, as it came."""
+    """The head of a service's answer, as it came."""
 
     status: int
     headers: Headers
@@ -381,7 +381,7 @@ def answer_headers(answer: Answer, place: Place, *, is_download: bool) -> Header
 
 
 def relocated(location: str, place: Place) -> str:
-    """An address in the service's eyes as one in the client's."""
+    """The client's address for an address that the service has given."""
     try:
         parts = urlsplit(location)
         is_own = parts.hostname in ("localhost", "127.0.0.1") and (parts.port or 80) == place.number
@@ -392,12 +392,12 @@ def relocated(location: str, place: Place) -> str:
         location = rest[len(parts.netloc) :]
         location = location if location.startswith("/") else f"/{location}"
         location = "/" + location.lstrip("/")
-    is_told = location == place.prefix or location.startswith(f"{place.prefix}/")  # it has heeded X-Forwarded-Prefix
+    is_told = location == place.prefix or location.startswith(f"{place.prefix}/")  # it heeds X-Forwarded-Prefix
     is_path = location.startswith("/") and not location.startswith("//")
     return place.prefix + location if is_path and not (place.is_by_path and is_told) else location
 
 
 def _without_domain(cookie: str) -> str:
-    """A cookie for this host alone: with a `Domain` other sandboxes' previews would get it too."""
+    """A cookie for this host alone, because with a `Domain` other sandboxes' previews would get it, too."""
     first, *attributes = cookie.split(";")
     return ";".join([first, *(each for each in attributes if each.partition("=")[0].strip().lower() != "domain")])

@@ -31,12 +31,12 @@ def new_id() -> str:
 
 
 def kernel_id(sandbox: str) -> str:
-    """A sandbox's id in the form that Jupyter's clients accept as a kernel's; `sandbox_id` turns it back."""
+    """A sandbox's id in the form that Jupyter's clients accept as a kernel's. `sandbox_id` turns it back."""
     return str(uuid.UUID(int=int(sandbox.removeprefix(PREFIX), 36)))
 
 
 def sandbox_id(kernel: str) -> str:
-    """The sandbox that a kernel id means; an impossible one for what is no kernel id."""
+    """The id of a kernel's sandbox. A text that is no kernel id gives an id that no sandbox has."""
     try:
         number = uuid.UUID(kernel).int
     except ValueError:
@@ -53,22 +53,22 @@ class Filter(Protocol):
     """A network card that lets through what a policy permits, and counts the rest."""
 
     async def apply(self, policy: Policy) -> None:
-        """Replace the policy; connections that the new one forbids are cut.
+        """Replace the policy. Connections that the new one forbids are cut.
 
         Raises:
-            DriverError: it could not be; the one before is still in force.
+            DriverError: the policy could not be replaced; the old one is still in force.
         """
 
     async def refusals(self) -> list[Refusal]:
-        """What was refused so far, newest first.
+        """All refusals so far, newest first.
 
         Raises:
-            DriverError: nobody can say.
+            DriverError: the refusals can't be read.
         """
 
 
 def filter_of(vm: Vm) -> Filter | None:
-    """What stands between a machine and the internet; None for one without a network card of its own."""
+    """The filter between a machine and the internet; None for a machine without a network card of its own."""
     card = vm.nic if isinstance(vm, Networked) else None
     return card if isinstance(card, Filter) else None
 
@@ -76,9 +76,9 @@ def filter_of(vm: Vm) -> Filter | None:
 class Sandbox:
     """A sandbox of one owner.
 
-    `deadline` is on the monotonic clock, so that a step of the host's clock moves no lifetime; `ends_at` is what we
-    tell people. With `idle_timeout` it lives on as long as somebody is connected to its kernel or the kernel works, and
-    that many seconds longer. `policy` is what it may reach; whoever replaces it holds `applying`.
+    `deadline` is on the monotonic clock, because a step of the host's clock must not move a lifetime. `ends_at` is the
+    same time for people. With `idle_timeout` the sandbox lives on while somebody is connected to its kernel or the
+    kernel works, and that many seconds longer. `policy` says what it may reach. Code that replaces it holds `applying`.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Sandbox:
         self.applying = asyncio.Lock()
         self.open_ports: set[int] = set()
         self.all_ports_open = False
-        self.port_users: dict[asyncio.Task[None], int | None] = {}  # and the port, of those who are no owner
+        self.port_users: dict[asyncio.Task[None], int | None] = {}  # a visitor's port; None for the owner
         self.started_at = datetime.now(UTC)
         self.idle_timeout = idle_timeout
         self.state = State.CREATING
@@ -117,7 +117,7 @@ class Sandbox:
         return f"<Sandbox {self.id} {self.state} of {self.template.id}>"
 
     def set_timeout(self, seconds: float) -> None:
-        """Let it expire that many seconds from now."""
+        """Let the sandbox expire that many seconds from now."""
         self.deadline = time.monotonic() + seconds
 
     def is_open(self, port: int) -> bool:
@@ -125,12 +125,12 @@ class Sandbox:
         return self.all_ports_open or port in self.open_ports
 
     def open_port(self, port: int, is_open: bool) -> None:
-        """Let everybody use a port, or nobody but the owner any more."""
+        """Let everybody use a port, or only the owner."""
         (self.open_ports.add if is_open else self.open_ports.discard)(port)
         self._cut_visitors()
 
     def open_all_ports(self, is_open: bool) -> None:
-        """The same for all ports; closing them also closes those that were opened one by one."""
+        """Let everybody use all ports, or only the owner. Closing also closes ports that were opened one by one."""
         self.all_ports_open = is_open
         if not is_open:
             self.open_ports.clear()
@@ -152,7 +152,7 @@ class Sandbox:
 
     @property
     def is_in_use(self) -> bool:
-        """Somebody is connected to its kernel, or the kernel works."""
+        """Whether somebody is connected to its kernel, or the kernel works."""
         return self.kernel is not None and (self.kernel.connections > 0 or self.kernel.state == "busy")
 
     @property
@@ -164,8 +164,8 @@ class Sandbox:
         """Its guest, for requests.
 
         Raises:
-            Conflict: it is not running yet.
-            SandboxDied: it has ended.
+            Conflict: the sandbox is not running yet.
+            SandboxDied: the sandbox has ended.
         """
         if self.state is State.STOPPED:
             raise SandboxDied("the sandbox has ended")
@@ -174,14 +174,14 @@ class Sandbox:
         return self._guest
 
     def started(self, guest: Guest) -> None:
-        """It has a guest now; from here on its death is ours."""
+        """Take over a guest that has started. From now on its death ends the sandbox."""
         self._guest = guest
         guest.kernel.on_shutdown = lambda: self.apply(Event.KILL)
         self._watch = asyncio.create_task(self._watch_guest(guest))
         self.apply(Event.STARTED)
 
     async def _watch_guest(self, guest: Guest) -> None:
-        """Notice when the machine ends, or when it breaks the protocol and must."""
+        """End the sandbox when its machine ends or breaks the protocol."""
         machine = asyncio.ensure_future(guest.vm.wait())
         waiting: set[asyncio.Future[Any]] = {machine, guest.link.closed}
         try:
@@ -193,7 +193,7 @@ class Sandbox:
         self.apply(Event.DIED)
 
     def apply(self, event: Event) -> None:
-        """Let something happen to it; the only place that changes the state.
+        """Apply an event. Nothing else changes the state.
 
         Raises:
             Conflict: a request that can't be granted now.
@@ -209,7 +209,7 @@ class Sandbox:
             self._cleaning = asyncio.create_task(self._clean_up())
 
     async def _clean_up(self) -> None:
-        """The one way out: whatever ended it, the guest is destroyed."""
+        """Destroy the guest, whatever ended the sandbox."""
         if self._watch is not None:
             self._watch.cancel()
         if self._guest is not None:
@@ -217,5 +217,5 @@ class Sandbox:
         self._gone.set_result(None)
 
     async def gone(self) -> None:
-        """Return when nothing of it is left."""
+        """Return when nothing of the sandbox is left."""
         await asyncio.shield(self._gone)

@@ -24,11 +24,11 @@ LEGAL_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 START_ATTEMPTS = 2
 DEFAULT_POLICY = Policy()
 TICK = 0.25
-"""Seconds between looks at the lifetimes: sandboxes end within this of their deadline."""
+"""Seconds between looks at the lifetimes. A sandbox ends at most this long after its deadline."""
 
 
 class Network(Protocol):
-    """What the networks of all sandboxes have in common: how they are made, and what none of them reaches."""
+    """The common part of all sandboxes' networks: their mechanism, and the addresses that none of them reaches."""
 
     @property
     def mechanism(self) -> str: ...
@@ -40,8 +40,8 @@ class Network(Protocol):
 class Sandboxes:
     """The collection. `maximum` counts sandboxes that exist or are being created; the pool is not counted.
 
-    `journals` is where kernels' output goes that memory does not hold. `network` is None where machines have no network
-    card, `preparation` where every template is ready from the start.
+    `journals` is the directory for kernels' output that memory does not hold. `network` is None if machines have no
+    network card, `preparation` is None if every template is ready from the start.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Sandboxes:
         policy: Policy = DEFAULT_POLICY,
         idle_timeout: int | None = None,
     ) -> Sandbox:
-        """A running sandbox. It never runs with another policy than that.
+        """A new, running sandbox. It never runs with another policy than `policy`.
 
         Raises:
             HostFull: there are `maximum` already, or no machine could be started.
@@ -147,14 +147,14 @@ class Sandboxes:
         return sandbox
 
     async def _start_guest(self, sandbox: Sandbox) -> Guest:
-        """From the pool, else from a restore; a machine that fails the handshake is destroyed and another is tried."""
+        """A guest from the pool, or else from a restore. If a machine fails the handshake, another is tried."""
         env = {**sandbox.env, "E2B_SANDBOX_ID": sandbox.id, "E2B_TEMPLATE_ID": sandbox.template.id}
         pool = self.pools.get(sandbox.template.id)
         for attempt in range(START_ATTEMPTS):
             try:
                 guest = (await pool.take() if pool else None) or await self._guests.start(sandbox.template.id)
                 try:
-                    if sandbox.policy != DEFAULT_POLICY:  # which every filter begins with
+                    if sandbox.policy != DEFAULT_POLICY:  # every filter begins with the default
                         await self._enforce(guest, sandbox.policy)
                     await self._guests.resume(guest, sandbox_id=sandbox.id, hostname=sandbox.id, env=env)
                 except BaseException:
@@ -173,10 +173,10 @@ class Sandboxes:
             )
 
     async def _enforce(self, guest: Guest, policy: Policy) -> None:
-        """Let the guest's filter do what the policy says.
+        """Put the policy into the guest's filter.
 
         Raises:
-            DriverError: it does not.
+            DriverError: the filter did not take the policy.
         """
         between = filter_of(guest.vm)
         if between is not None:
@@ -188,15 +188,15 @@ class Sandboxes:
             raise DriverError("the machine has no filter")
 
     async def set_policy(self, sandbox: Sandbox, policy: Policy, ports_open: bool | None = None) -> None:
-        """Replace what a running sandbox may reach. Done to its end, also when whoever asked has gone.
+        """Replace the policy of a running sandbox. This is done to its end, even if the client has gone.
 
         Args:
             ports_open: open all its ports to everybody, or close them; None leaves them.
 
         Raises:
-            Unavailable: this server can't enforce it.
-            Conflict, SandboxDied: it is not running.
-            GuestFailure: it could not be applied; the one before is still in force.
+            Unavailable: this server can't enforce the policy.
+            Conflict, SandboxDied: the sandbox is not running.
+            GuestFailure: the policy could not be applied; the old one is still in force.
         """
         self._check_enforceable(policy)
         await asyncio.shield(asyncio.create_task(self._replace_policy(sandbox, policy, ports_open)))
@@ -208,7 +208,7 @@ class Sandboxes:
                 await self._enforce(guest, policy)
             except (DriverError, CellvmError) as error:
                 log.error("sandbox %s: the policy could not be applied: %.500s", sandbox.id, error)
-                _ = sandbox.guest  # one that has ended says so
+                _ = sandbox.guest  # raises if the sandbox has ended
                 message = "the network policy could not be applied; the one before is still in force"
                 raise GuestFailure("failed", message) from error
             sandbox.policy = policy
@@ -216,11 +216,11 @@ class Sandboxes:
                 sandbox.open_all_ports(ports_open)
 
     async def refusals(self, sandbox: Sandbox) -> list[Refusal]:
-        """What the sandbox wanted to reach and may not, newest first.
+        """The destinations that were refused to the sandbox, newest first.
 
         Raises:
-            Conflict, SandboxDied: it is not running.
-            GuestFailure: it can't be told now.
+            Conflict, SandboxDied: the sandbox is not running.
+            GuestFailure: the refusals can't be read now.
         """
         between = filter_of(sandbox.guest.vm)
         if between is None:
@@ -230,14 +230,14 @@ class Sandboxes:
         except (DriverError, OSError) as error:
             log.error("sandbox %s: refusals can't be read: %.500s", sandbox.id, error)
             _ = sandbox.guest
-            raise GuestFailure("failed", "what was refused can't be told now") from error
+            raise GuestFailure("failed", "the refusals can't be read now") from error
 
     def get(self, owner: str, sandbox_id: str) -> Sandbox:
         """The owner's sandbox of that id.
 
         Raises:
             InvalidRequest: no sandbox can have such an id.
-            NotFound: none has it, or somebody else's.
+            NotFound: no sandbox has it, or somebody else's does.
         """
         if not LEGAL_ID.fullmatch(sandbox_id):
             raise InvalidRequest("a sandbox id is made of letters and digits")
@@ -248,7 +248,7 @@ class Sandboxes:
         raise NotFound("sandbox not found", hint=end and f"it ended {time.time() - end[0]:.0f} s ago: {end[1]}")
 
     def find(self, sandbox_id: str) -> Sandbox | None:
-        """The sandbox of that id, whoever's it is: only for what its owner has opened to everybody."""
+        """The sandbox of that id, whoever owns it. The caller must check what its client may do."""
         return self._sandboxes.get(sandbox_id)
 
     def list(self, owner: str) -> "list[Sandbox]":
@@ -257,7 +257,7 @@ class Sandboxes:
         return sorted(mine, key=lambda sandbox: sandbox.started_at, reverse=True)
 
     async def kill(self, sandbox: Sandbox) -> None:
-        """End it; returns when its machine is gone."""
+        """End a sandbox, and return when its machine is gone."""
         sandbox.apply(Event.KILL)
         await sandbox.gone()
 

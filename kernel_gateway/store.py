@@ -1,7 +1,7 @@
-"""What outlives the server: keys and the journal of sandboxes, in one SQLite file.
+"""Data that outlives the server: keys and the journal of sandboxes, in one SQLite file.
 
-A sandbox is written down before its machine starts and before it is destroyed, so that after any crash it is known
-what there was. Calls are synchronous: each is one small statement, far below a millisecond in WAL mode.
+A sandbox is written down before its machine starts and before it is destroyed, so that the file is right after any
+crash. Calls are synchronous, because each is one small statement, far below a millisecond in WAL mode.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class Store:
     # -- keys: only their hashes are kept
 
     def add_key(self, key: str, name: str) -> str:
-        """Let `key` in; returns its owner's id. Adding a known key changes nothing."""
+        """Let `key` in, and return its owner's id. Adding a known key changes nothing."""
         known = self.owner_of(key)
         if known is not None:
             return known
@@ -56,7 +56,7 @@ class Store:
         return owner
 
     def owner_of(self, key: str) -> str | None:
-        """Whose key it is. The look-up is by hash: its time tells nothing about the keys there are."""
+        """The owner of a key. The look-up is by hash, so its time tells nothing about the stored keys."""
         row = self._db.execute("SELECT owner FROM keys WHERE hash = ?", (_hash(key),)).fetchone()
         return row[0] if row else None
 
@@ -88,7 +88,7 @@ class Store:
         return row
 
     def ended_since(self, owner: str, moment: float) -> list[tuple[str, str, float, str]]:
-        """Id, template, end and reason of the owner's sandboxes that ended after `moment`, not by the owner's doing."""
+        """Id, template, end and reason of the owner's sandboxes that ended after `moment`, but not by a request."""
         return self._db.execute(
             "SELECT id, template, ended, reason FROM sandboxes WHERE owner = ? AND ended > ? AND reason != 'kill'"
             " ORDER BY ended DESC LIMIT 100",
@@ -96,10 +96,10 @@ class Store:
         ).fetchall()
 
     def sandbox_forgotten(self, sandbox_id: str) -> None:
-        """Its owner has taken note of its end."""
+        """Take note that the owner knows of a sandbox's end."""
         self._db.execute("UPDATE sandboxes SET reason = 'kill' WHERE id = ?", (sandbox_id,))
 
     def end_all(self, reason: str) -> int:
-        """Close the entries a server before us left open; returns how many."""
+        """Close the entries that an earlier server left open, and return how many there were."""
         query = "UPDATE sandboxes SET ended = ?, reason = ? WHERE ended IS NULL"
         return self._db.execute(query, (time.time(), reason)).rowcount
