@@ -27,7 +27,7 @@ async def run(options: argparse.Namespace) -> None:
         runtime = Path(options.runtime)
         path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
         agent = Agent(options.fd, options.home, runtime, None, path)
-    gc.freeze()  # what exists now lives as long as the agent: don't walk it again
+    gc.freeze()  # these objects live as long as the agent, so the collector skips them
     await agent.channel.closed
 
 

@@ -1,4 +1,4 @@
-"""What the agent does for each request of the gateway."""
+"""The agent's work for each request of the gateway."""
 
 import asyncio
 import os
@@ -9,7 +9,7 @@ from guest_agent import files, ports, process, resume, wire
 from guest_agent.channel import AgentError, Channel, Stream
 from guest_agent.kernel import Kernel
 
-# Touch the paths that first cells take (parse, run, display, publish; format a traceback), then forget what `_` held.
+# Cells that warm the paths of first cells (parse, run, display, publish; format a traceback). The last clears `_`.
 EXERCISES = ("1 + 1", "1 / 0", "1 / 0", "get_ipython().displayhook.flush()")
 
 CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
@@ -20,11 +20,11 @@ class Agent:
 
     Args:
         fd: the channel to the gateway.
-        home: where processes start.
+        home: the directory in which processes start.
         runtime: a directory for sockets and the like.
         uid: the sandbox user; None when the agent is not root in a machine of its own (driver `unisolated`),
             where it must not touch clock, names or other users.
-        path: what PATH holds.
+        path: the value of PATH.
     """
 
     def __init__(self, fd: int, home: str, runtime: Path, uid: int | None, path: str) -> None:
@@ -41,12 +41,12 @@ class Agent:
             "E2B_SANDBOX": "true",
         }
         if uid is not None:
-            # Python's own clients trust a list of their own, not the machine's, which holds the operator's too.
+            # Python's clients have their own lists of trust, so they are pointed to the machine's with the operator's.
             self._base_env |= {"VIRTUAL_ENV": "/opt/venv", "PIP_DISABLE_PIP_VERSION_CHECK": "1"} | dict.fromkeys(
                 ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PIP_CERT", "NODE_EXTRA_CA_CERTS"), CA_BUNDLE
             )
             if " avx2 " in Path("/proc/cpuinfo").read_text():
-                self._base_env["POLARS_PREFER_PKG"] = "32"  # its fast build; the image has one for old processors too
+                self._base_env["POLARS_PREFER_PKG"] = "32"  # its fast build; the image has one for old processors, too
         self._env = self._base_env
         self._cpu_before = (0.0, 0.0)
         self.channel = Channel(fd, self.dispatch, lambda frame: self._kernel.data_received(frame))
@@ -97,12 +97,12 @@ class Agent:
     async def _resume(self, request: wire.Resume) -> wire.Resumed:
         drift = 0
         self._env = self._kernel.env = {**self._base_env, **request.env}
-        if not self._kernel.is_running:  # driver `unisolated` has no template in which it was started
+        if not self._kernel.is_running:  # with driver `unisolated` no template has started it
             await self._kernel.start()
         if self._uid is not None:
             with resume.as_root(self._uid):
                 resume.add_entropy(request.entropy)
-        # The kernel draws on that entropy; meanwhile, on the other processor, the rest.
+        # The kernel reseeds from that entropy. The rest is done meanwhile, on the other processor.
         resuming = asyncio.create_task(self._kernel.resume())
         await asyncio.sleep(0)
         if self._uid is not None:
@@ -121,7 +121,7 @@ class Agent:
     async def _warm(self, request: wire.Warm) -> None:
         await self._kernel.start_nursery(request.modules)
         await self._kernel.start()
-        # In a namespace of its own, so that the user's stays empty; twice, so that caches of caches are full.
+        # It runs in a namespace of its own, so that the user's stays empty, and twice, so that all caches are full.
         for _ in range(2):
             reply = await self._kernel.execute(f"exec({request.exercise!r}, {{}})")
             if reply["status"] != "ok":

@@ -1,8 +1,8 @@
 """The agent's end of the wire: frames in and out over one file descriptor, with two lanes and credit.
 
-Outgoing frames wait in two lanes. Everything small goes to the urgent one; DATA to the bulk one, which holds at most
-BULK_LIMIT bytes. The writer picks a frame from the urgent lane whenever there is one, so a reply or an interrupt's
-answer waits for one chunk at most, however much output is under way.
+Outgoing frames wait in two lanes. Small frames go to the urgent lane. DATA goes to the bulk lane, which holds at most
+BULK_LIMIT bytes. The writer prefers the urgent lane, so a reply or an interrupt's answer waits for one chunk at most,
+however much output is under way.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ Buffers = list[bytes | memoryview]
 
 
 class AgentError(Exception):
-    """A request can't be done; `code` is one of wire.FAILURES, the text is for the user."""
+    """A request can't be done. `code` is one of wire.FAILURES, the text is for the user."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -30,8 +30,7 @@ class AgentError(Exception):
 class Stream:
     """One conversation with the gateway.
 
-    `credit` is how many DATA bytes we may still send; `receive` hands out the gateway's DATA and returns credit for
-    what was taken.
+    `credit` is how many DATA bytes we may still send. `receive` hands out the gateway's DATA and grants credit for it.
     """
 
     def __init__(self, channel: "Channel", number: int) -> None:
@@ -56,14 +55,14 @@ class Stream:
         self._send(wire.encode(FrameType.FAILURE, self.number, Failure(code=code, message=message[:8000])))
 
     def _send(self, frame: bytes) -> None:
-        """Urgent, unless that would overtake this stream's own DATA."""
+        """Send a frame as urgent, unless it would overtake this stream's own DATA."""
         if self._has_sent_data:
             self.channel.send_bulk([frame])
         else:
             self.channel.send(frame)
 
     def send_now(self, data: bytes, flags: int = 0) -> None:
-        """Queue DATA of at most CHUNK bytes; the caller has checked that there is `room`."""
+        """Queue DATA of at most CHUNK bytes. The caller has checked that there is `room`."""
         self.credit -= len(data)
         self._has_sent_data = True
         self.channel.send_bulk([wire.header(FrameType.DATA, self.number, len(data), flags), data])
@@ -74,13 +73,13 @@ class Stream:
         return min(self.credit, wire.CHUNK) if self.channel.has_room else 0
 
     async def wait_for_room(self) -> None:
-        """Return when there is room, or the stream was cancelled."""
+        """Return when there is room, or when the stream was cancelled."""
         while self.room <= 0 and not self.cancelled.is_set():
             self._may_send.clear()
             await self._may_send.wait()
 
     def end(self, flags: int = 0) -> None:
-        """Say that no more DATA follows on this sub-channel, after all that was queued."""
+        """Say that no more DATA follows on this sub-channel after the queued frames."""
         self.channel.send_bulk([wire.header(FrameType.END, self.number, 0, flags)])
 
     async def receive(self) -> bytes | None:
@@ -96,7 +95,7 @@ class Stream:
         return data
 
     def take(self, amount: int) -> None:
-        """Account for received bytes that are dealt with, and grant credit for them in due lumps."""
+        """Count received bytes that are dealt with, and grant credit for them when they make a CHUNK."""
         self._owed += amount
         if self._owed >= wire.CHUNK:
             self.channel.send(wire.credit(self.number, self._owed))
@@ -123,9 +122,9 @@ class Stream:
 
 
 class Channel:
-    """Reads and writes frames on `fd`, which must support polling; `dispatch` runs for each REQUEST.
+    """Frames in and out on `fd`, which must support polling.
 
-    `kernel_data` gets DATA frames of the two kernel streams.
+    `dispatch` runs for each REQUEST. `kernel_data` gets the DATA frames of the two kernel streams.
     """
 
     def __init__(
@@ -170,7 +169,7 @@ class Channel:
         self._write()
 
     def _write(self) -> None:
-        """Write until the port is full; a frame once begun is finished before another starts."""
+        """Write until the port is full. A frame is finished before another one begins."""
         had_room = self.has_room
         while True:
             if not self._current:
@@ -208,8 +207,8 @@ class Channel:
     # -- in
 
     def _readable(self) -> None:
-        # A virtio port gives a page a read. `readall` loops over them in C until none is left, and what may be under
-        # way to us is bounded by the credit we have granted.
+        # A virtio port gives a page a read. `readall` loops over the pages in C until none is left. This ends, because
+        # the gateway may send only as much as we have granted credit for.
         try:
             data = self._raw.readall()
         except OSError as error:
@@ -235,7 +234,7 @@ class Channel:
             task.add_done_callback(self._tasks.discard)
         elif frame.stream in (wire.KERNEL, wire.KERNEL_CONTROL) and frame.type is FrameType.DATA:
             self._kernel_data(frame)
-        elif (target := self.streams.get(frame.stream)) is not None:  # else its conversation has ended already
+        elif (target := self.streams.get(frame.stream)) is not None:  # otherwise its conversation has ended already
             self._receive_in(target, frame)
 
     def _receive_in(self, target: Stream, frame: Frame) -> None:
@@ -253,7 +252,7 @@ class Channel:
             await self._dispatch(stream, body)
         except AgentError as error:
             stream.fail(error.code, str(error))
-        except Exception as error:  # noqa: BLE001  whatever it was, the gateway gets an answer
+        except Exception as error:  # noqa: BLE001  the gateway gets an answer in any case
             stream.fail("failed", f"{type(error).__name__}: {error}")
         finally:
             del self.streams[stream.number]

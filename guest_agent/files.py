@@ -1,4 +1,4 @@
-"""Files of the sandbox. Paths are resolved by the guest's own kernel, with the sandbox user's rights."""
+"""Files of the sandbox. The guest's own kernel resolves paths, with the sandbox user's rights."""
 
 import errno
 import grp
@@ -16,7 +16,7 @@ from guest_agent.channel import AgentError, Stream
 from guest_agent.wire import Entries, Entry, ListDir, Move, Read, Write
 
 PAGE = 200_000
-"""Roughly the characters of a directory's entries that are told at once: far below what a frame may hold."""
+"""Characters, roughly, of the directory entries in one answer. They are far below the limit of a frame."""
 
 _FAILURES = {
     errno.ENOENT: "not_found",
@@ -66,12 +66,12 @@ def _kind(mode: int) -> str:
 
 
 def _text(name: str) -> str:
-    """A name as text: bytes that are not UTF-8 become U+FFFD."""
+    """A name as text. Bytes that are not UTF-8 become U+FFFD."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 
 def entry(path: str) -> Entry:
-    """What lies at `path`; for a symbolic link what it leads to, or the link itself when that is missing."""
+    """The entry at `path`. A symbolic link is described by its target, or by itself if the target is missing."""
     with errors(path):
         own = os.lstat(path)
         target = None
@@ -113,12 +113,12 @@ def list_dir(request: ListDir) -> Entries:
 
 
 async def read(stream: Stream, request: Read) -> None:
-    """Send a part of a regular file. A file that shrinks or grows meanwhile is sent as it is found.
+    """Send a part of a regular file. If the file shrinks or grows meanwhile, the bytes that are found are sent.
 
     Files of /proc and /sys, whose size is 0, are read to their end.
     """
     with errors(request.path):
-        # Non-blocking, so that opening a pipe that nobody writes does not hang the agent.
+        # O_NONBLOCK keeps the agent from hanging on a pipe that nobody writes.
         fd = os.open(request.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         found = os.fstat(fd)
@@ -184,14 +184,14 @@ async def write(stream: Stream, request: Write) -> None:
 
 
 def make_dir(path: str) -> Entry:
-    """Make a directory with its parents; one that exists already is fine."""
+    """Make a directory with its parents, unless it exists already."""
     with errors(path):
         os.makedirs(path, exist_ok=True)
     return entry(path)
 
 
 def move(request: Move) -> Entry:
-    """Rename, across file systems too; missing parents of the destination are made."""
+    """Rename, across file systems, too. Missing parents of the destination are made."""
     with errors(request.source):
         os.lstat(request.source)
     with errors(request.destination):
@@ -203,7 +203,7 @@ def move(request: Move) -> Entry:
 
 
 def delete(path: str) -> None:
-    """Delete a file, or a directory with all it holds."""
+    """Delete a file, or a directory with its content."""
     with errors(path):
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path)

@@ -1,7 +1,7 @@
 """The sandbox's IPython kernel, seen from the agent: start, watch, interrupt, restart, and move its messages.
 
-Messages are moved, not read. The agent keeps the connection's signing key; towards the gateway a message is its
-channel's name and the bare parts. One DEALER identity serves shell and stdin, as the Jupyter protocol asks.
+Messages are moved, not read. The agent keeps the connection's signing key. The gateway gets a message as its channel's
+name and the bare parts. One DEALER identity serves shell and stdin, as the Jupyter protocol asks.
 
 Source: https://jupyter-client.readthedocs.io/en/stable/messaging.html (the wire protocol).
 """
@@ -31,16 +31,16 @@ from guest_agent.wire import KernelStatus
 DELIMITER = b"<IDS|MSG>"
 NUDGE_INTERVAL = 0.02
 BURST = 64
-"""Messages of one channel that are moved before the others have a turn."""
+"""Messages of one channel that are moved before the other channels have a turn."""
 LAST_WORDS = 0.05
-"""Seconds that a kernel's last messages get to arrive after it has ended."""
+"""Seconds that an ended kernel's last messages have to arrive."""
 START_TIMEOUT = 120
-"""Seconds a kernel may take to answer its first request; emulated machines are slow."""
+"""Seconds a kernel may take to answer its first request. They are many because emulated machines are slow."""
 PORTS = ("shell", "iopub", "stdin", "control", "hb")
 
 
 class Connection:
-    """The sockets of one running kernel, and the key that signs what goes to it."""
+    """The sockets of one running kernel, and the key that signs the messages to it."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -58,8 +58,8 @@ class Connection:
     def _connect(self, name: str, number: int, identity: bytes) -> zmq.Socket[bytes]:
         sock = self._context.socket(zmq.SUB if name == "iopub" else zmq.DEALER)
         sock.linger = 0
-        # A limit on sending would drop messages. On receiving, what waits for a slow reader must wait in the kernel's
-        # memory, not in ours: when memory runs out it is the kernel that goes.
+        # A limit on sending would drop messages. The limit on receiving makes output wait for a slow reader in the
+        # kernel's memory, not in ours, because the kernel must end first when memory runs out.
         sock.sndhwm = 0
         sock.rcvhwm = 64
         if name == "iopub":
@@ -79,7 +79,7 @@ class Connection:
         self.sockets[channel].send_multipart([DELIMITER, mac.hexdigest().encode(), *parts])
 
     def receive(self, channel: str) -> list[bytes] | None:
-        """The parts of the next message after identities and signature, or None if none waits."""
+        """The parts of the next message after identities and signature, or None if no message waits."""
         sock = self.sockets[channel]
         try:
             parts = sock.recv_multipart(zmq.NOBLOCK)
@@ -95,14 +95,14 @@ class Connection:
 
 
 def message(kind: str, content: dict[str, Any]) -> tuple[str, list[bytes]]:
-    """A message of the agent's own: its id, and its four parts."""
+    """A message by the agent itself: its id, and its four parts."""
     msg_id = uuid.uuid4().hex
     fields = {"msg_id": msg_id, "msg_type": kind, "session": "agent", "username": "agent", "version": "5.4", "date": ""}
     return msg_id, [json.dumps(part).encode() for part in (fields, {}, {}, content)]
 
 
 class Lane:
-    """Kernel messages on their way to the gateway on one stream: at most one is in pieces at a time."""
+    """The way of kernel messages to the gateway on one stream. At most one message is in pieces at a time."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
@@ -116,7 +116,7 @@ class Lane:
         self._next = next(self._pending)
 
     def flush(self) -> bool:
-        """Send what credit allows; True when the lane is free for another message."""
+        """Send as much as credit allows, and return whether the lane is free for another message."""
         while self._pending is not None and self._next is not None:
             if self.stream.room <= 0:
                 return False
@@ -127,7 +127,7 @@ class Lane:
 
 
 def shortened(parts: list[bytes]) -> list[bytes]:
-    """A message that is too large for the wire, its content replaced by a notice that says so."""
+    """A message that is too large for the wire, with a notice in place of its content."""
     size = sum(len(part) for part in parts)
     notice = f"[{size} bytes of output left out: one message may have at most {wire.MAX_MESSAGE} bytes]"
     kind = json.loads(parts[0]).get("msg_type")
@@ -140,12 +140,12 @@ def shortened(parts: list[bytes]) -> list[bytes]:
 
 
 def oom_kills() -> int:
-    """How many processes the machine has ended because its memory ran out."""
+    """Number of processes that the machine has ended because its memory ran out."""
     return int(dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines()).get("oom_kill", "0"))
 
 
 class Kernel:
-    """One sandbox's kernel. `home` is its working directory, `uid` whom it runs as (None: as the agent)."""
+    """One sandbox's kernel. It runs as the user `uid`, or as the agent's user if that is None."""
 
     def __init__(self, channel: Channel, runtime: Path, uid: int | None) -> None:
         self._channel = channel
@@ -251,12 +251,12 @@ class Kernel:
         self._pump()
 
     async def _nudge(self, connection: Connection) -> None:
-        """Ask until both a reply and published output have come back: only then are all sockets joined."""
+        """Ask until both a reply and published output have come back, because only then are all sockets joined."""
         waiting = published = False
         while waiting or not published:
             if not self._pid:
                 raise AgentError("kernel_unavailable", "the kernel ended while it was starting")
-            if not waiting:  # one question at a time: a queue of them would keep a slow machine busy for seconds
+            if not waiting:  # one question at a time, because a queue would keep a slow machine busy for seconds
                 connection.send("shell", message("kernel_info_request", {})[1])
                 waiting = True
             await asyncio.sleep(NUDGE_INTERVAL)
@@ -264,7 +264,7 @@ class Kernel:
                 published = published or bool(parts)
             while parts := connection.receive("shell"):
                 waiting = False
-        while True:  # what of the answers is still on its way
+        while True:  # read the answers that are still on their way
             await asyncio.sleep(NUDGE_INTERVAL)
             left = [name for name in ("shell", "iopub") if connection.receive(name) is not None]
             if not left:
@@ -289,7 +289,7 @@ class Kernel:
                 os.killpg(self._pid, signal.SIGKILL)
 
     async def restart(self) -> None:
-        """Kill the kernel with all its children and start another; its variables are lost."""
+        """Kill the kernel with all its children and start another. Its variables are lost."""
         async with self._starting:
             self._expected_exit = self._pid
             self._kill()
@@ -303,7 +303,7 @@ class Kernel:
         os.killpg(self._pid, signal.SIGINT)
 
     def _exited(self, pid: int, status: int) -> None:
-        """The nursery saw a kernel end: unless it was ours to end, say why and start another."""
+        """Say why a kernel has ended and start another, unless the agent has ended it."""
         if pid != self._pid:
             return
         self._pid = 0
@@ -318,10 +318,10 @@ class Kernel:
         self._restarting = asyncio.ensure_future(self._replace(told, code, number))
 
     async def _replace(self, reason: str, code: int, number: int) -> None:
-        await asyncio.sleep(LAST_WORDS)  # what it said last is still on its way through ZMQ
+        await asyncio.sleep(LAST_WORDS)  # its last messages are still on their way through ZMQ
         self._pump()
         if self._pid:
-            return  # the gateway asked for another one meanwhile
+            return  # the gateway asked for another kernel meanwhile
         self._say("restarting", reason, code, number)
         try:
             await self.start()
@@ -336,7 +336,7 @@ class Kernel:
     # -- messages
 
     def data_received(self, frame: wire.Frame) -> None:
-        """A piece of a message from the gateway."""
+        """Take a piece of a message from the gateway."""
         stream = self._channel.streams[frame.stream]
         stream.take(len(frame.payload))
         parts = self._joiners[frame.stream].receive(frame)
@@ -350,7 +350,7 @@ class Kernel:
     def _pump(self, *names: str) -> None:
         """Move messages that wait on these channels (default: on all) towards the gateway while there is credit.
 
-        To ask a socket that has nothing costs as much as to take a message.
+        Callers name channels because asking an empty socket costs as much as taking a message.
         """
         if (connection := self._connection) is None:
             return
@@ -360,7 +360,7 @@ class Kernel:
                 if connection is not self._connection or not self._move(connection, name, lane):
                     break
             else:
-                self._loop.call_soon(self._pump)  # the other channels have their turn between
+                self._loop.call_soon(self._pump)  # the other channels have a turn before that
 
     def _move(self, connection: Connection, name: str, lane: Lane) -> bool:
         if not lane.flush():
@@ -384,7 +384,7 @@ class Kernel:
         return waiting is not None
 
     async def execute(self, code: str) -> dict[str, Any]:
-        """Run `code` outside the user's history; returns the content of the reply."""
+        """Run `code` outside the user's history, and return the content of the reply."""
         if self._connection is None:
             raise AgentError("kernel_unavailable", "the kernel is not running")
         content = {"code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}

@@ -1,19 +1,19 @@
-"""The process that kernels are forked from, and what makes IPython's kernel ours.
+"""The process that kernels are forked from, and our changes to IPython's kernel.
 
-Importing pandas, scikit-learn and matplotlib takes seconds; forking a process that has already done so takes
-milliseconds. So the agent starts this *nursery* once, lets it import the template's modules, and every kernel (the
+Importing pandas, scikit-learn and matplotlib takes seconds. Forking a process that has already done so takes
+milliseconds. So the agent starts this *nursery* once and lets it import the template's modules. Every kernel (the
 first, and each after a restart) is a fork of it. The nursery itself never runs user code.
 
-Spoken on the socket FD (JSON lines, agent to nursery and back):
+Agent and nursery talk in JSON lines on the socket FD:
 
     {"warm": [modules]}                       -> {"warmed": seconds}
     {"fork": connection_file, "env": {...}}   -> {"pid": n}
                                   unasked     -> {"exited": pid, "status": wait status}
 
-Each kernel connects to the socket `resume` beside its connection file. A JSON object that comes there is the
-environment of the sandbox that this kernel now belongs to; the kernel renews what clones must not share and answers
-with its new session id. A thread waits for it: the way over the control channel costs ten times as much, and this is
-in the path of every create.
+Each kernel connects to the socket `resume` beside its connection file. A JSON object on it is the environment of the
+sandbox that this kernel now belongs to. The kernel renews the state that clones must not share and answers with its new
+session id. A thread waits for the object, because the way over the control channel takes ten times as long and every
+create pays for it.
 """
 
 import contextlib
@@ -42,9 +42,9 @@ TEXT_PIECE = 1024 * 1024
 
 
 def reseed() -> None:
-    """Give every generator of this process that was seeded before a restore or a fork fresh randomness.
+    """Give fresh randomness to every generator of this process that was seeded before a restore or a fork.
 
-    The string hash seed and the address layout can't be renewed: clones of one template share them.
+    The string hash seed and the address layout can't be renewed, so clones of one template share them.
     """
     random.seed()
     if "numpy" in sys.modules:
@@ -52,14 +52,14 @@ def reseed() -> None:
 
         numpy.random.seed(list(os.urandom(32)))
     ssl.RAND_add(os.urandom(64), 64.0)
-    tempfile._name_sequence = None  # type: ignore[attr-defined]  # its private generator keeps its seed otherwise
+    tempfile._name_sequence = None  # type: ignore[attr-defined]  # otherwise its private generator keeps its seed
 
 
 def show_agg_figures() -> None:
     """Display and close open figures after a cell that switched to the file-only backend (`matplotlib.use("Agg")`).
 
-    The inline backend does this for its own figures; scripts written for a terminal switch away from it and would
-    otherwise lose theirs.
+    The inline backend does this for its own figures. Scripts written for a terminal switch away from it, and would
+    otherwise lose their figures.
     """
     pyplot = sys.modules.get("matplotlib.pyplot")
     if pyplot is None or sys.modules["matplotlib"].get_backend().lower() != "agg":
@@ -72,21 +72,21 @@ def show_agg_figures() -> None:
 
 
 def pack(message: Any) -> bytes:
-    """JSON as UTF-8. What can't be UTF-8 (a lone surrogate, as in a file name of other bytes) becomes `?`.
+    """JSON as UTF-8. A character that can't be UTF-8 (a lone surrogate, as in a file name of other bytes) becomes `?`.
 
-    Jupyter's own packer sends bytes that no reader takes, or fails, and the message is lost.
+    Jupyter's own packer would send bytes that no reader takes, or fail, and the message would be lost.
     """
     try:
         text = json.dumps(message, default=json_default, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError):
-        text = json_packer(message).decode("utf-8", "replace")  # cleans what JSON has no form for, as Jupyter does
+        text = json_packer(message).decode("utf-8", "replace")  # Jupyter's packer cleans values unknown to JSON
     return text.encode("utf-8", "replace")
 
 
 class SandboxSession(Session):
     """Jupyter's session, with printed text in messages of at most TEXT_PIECE characters.
 
-    ipykernel puts all that was printed within 0.2 s into one message: 200 MB of it would pass every reader's limits.
+    ipykernel puts all text of 0.2 s into one message. 200 MB in one message would pass every reader's limits.
     """
 
     def send(self, stream: Any, msg_or_type: Any, content: Any = None, *args: Any, **options: Any) -> Any:
@@ -105,20 +105,20 @@ class SandboxKernel(IPythonKernel):
     """IPython's kernel with figures inline, whatever was imported before it started."""
 
     def start(self) -> None:
-        """Start, and connect what the nursery imported before there was a shell."""
+        """Start, and connect the modules that the nursery imported before there was a shell."""
         super().start()  # type: ignore[no-untyped-call]
         reseed()
         assert self.shell is not None
         if "matplotlib" in sys.modules:
             self.shell.run_line_magic("matplotlib", "inline")
-        # Completions come from the live objects. jedi first reads the sources of what it completes: seconds in which no
-        # cell runs, half a minute in an emulated machine.
+        # Completions come from the live objects, because jedi would first read sources. That takes seconds in which no
+        # cell runs, and half a minute in an emulated machine.
         self.shell.Completer.use_jedi = False
         self.shell.events.register("post_execute", show_agg_figures)
 
 
 def await_resumes(channel: socket.socket, session: Any) -> None:
-    """Become another sandbox's kernel whenever the agent says so."""
+    """Make this kernel another sandbox's whenever the agent says so."""
     for line in channel.makefile("rb"):
         reseed()
         os.environ.clear()
@@ -137,14 +137,14 @@ def run_kernel(connection_file: str, env: dict[str, str]) -> None:
     os.environ.update(env)
     os.chdir(env["HOME"])
     with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("500")  # when memory runs out the user's kernel goes, not the nursery
+        file.write("500")  # when memory runs out, the user's kernel ends, not the nursery
     session = SandboxSession()
     session.pack = pack
     app = IPKernelApp.instance(
         connection_file=connection_file, kernel_class=SandboxKernel, session=session, parent_handle=0
     )
     app.initialize([])  # type: ignore[no-untyped-call]
-    # A reader that is behind must not cost output: what waits is the sandbox's own memory.
+    # There is no limit, because a slow reader must not cost output. Output waits in the sandbox's own memory.
     app.iopub_thread.socket.sndhwm = 0
     channel = socket.socket(socket.AF_UNIX)
     channel.connect(os.path.join(os.path.dirname(connection_file), "resume"))
@@ -153,7 +153,7 @@ def run_kernel(connection_file: str, env: dict[str, str]) -> None:
 
 
 def fork() -> int:
-    """Fork. When there are as many processes as may be, those that were killed a moment ago are on their way out."""
+    """Fork. At the limit of processes wait a while, because killed ones may still be on their way out."""
     for _ in range(200):
         try:
             return os.fork()
@@ -209,7 +209,7 @@ def serve(channel: socket.socket) -> None:
                     lines.close()
                     try:
                         run_kernel(request["fork"], request["env"])
-                    except BaseException:  # noqa: BLE001  the child ends here, whatever it was: the loop is its parent's
+                    except BaseException:  # noqa: BLE001  the child ends here, because the loop is its parent's
                         traceback.print_exc()
                         os._exit(1)
                     os._exit(0)
@@ -218,5 +218,5 @@ def serve(channel: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):  # the agent has gone, and with it everybody who could ask for a kernel
+    with contextlib.suppress(BrokenPipeError):  # the agent has gone, so nobody asks for a kernel any more
         serve(socket.socket(fileno=int(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""Connections to services inside the sandbox, with credit both ways: a slow reader at either end stops the other."""
+"""Connections to services inside the sandbox, with credit both ways. A slow reader at one end stops the other end."""
 
 import asyncio
 import socket
@@ -10,13 +10,13 @@ LOOPBACK, CARD = "127.0.0.1", "198.19.0.2"
 
 
 async def connect(stream: Stream, request: wire.Connect, uid: int | None) -> None:
-    """Join a service's connection and the stream until the service closes it. A CANCEL of the stream closes it too.
+    """Join a service's connection and the stream until the service closes it. A CANCEL of the stream closes it, too.
 
     Args:
-        uid: the sandbox user; None where the machine's network is not ours.
+        uid: the sandbox user; None if the machine's network is not ours.
 
     Raises:
-        AgentError: port_closed, nothing listens there.
+        AgentError: port_closed, because nothing listens there.
     """
     # Most services listen on loopback or everywhere, some only on the machine's card.
     addresses = (LOOPBACK,) if uid is None else (LOOPBACK, CARD)
@@ -44,7 +44,7 @@ async def _join(stream: Stream, port: int, addresses: tuple[str, ...]) -> None:
 
 
 async def _open(port: int, addresses: tuple[str, ...]) -> socket.socket:
-    """A connection. Not one of asyncio's streams: they throw away what has come when there is nobody to write to."""
+    """A connection as a plain socket, because asyncio's streams drop received bytes when they can't write."""
     for address in addresses:
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
@@ -69,7 +69,7 @@ async def _receive(stream: Stream, sock: socket.socket) -> None:
             return
         try:
             data = await asyncio.get_running_loop().sock_recv(sock, stream.room)
-        except OSError:  # the service has reset the connection: what it said before has been passed on
+        except OSError:  # the service has reset the connection; its earlier bytes have been passed on
             return
         if not data:
             return
@@ -82,4 +82,4 @@ async def _send(stream: Stream, sock: socket.socket) -> None:
             await asyncio.get_running_loop().sock_sendall(sock, data)
         sock.shutdown(socket.SHUT_WR)
     except OSError:
-        pass  # the service does not read any more; its end of the connection tells the rest
+        pass  # the service does not read any more; `_receive` notices its end

@@ -1,4 +1,4 @@
-"""Running a program in the sandbox: its streams with credit, its end told once, its whole group killed in time."""
+"""Running a program in the sandbox: its streams have credit, its end is told once, its group is killed at a timeout."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ READ_SIZE = 64 * 1024
 
 
 class Output:
-    """Moves one pipe of a program to a sub-channel, no faster than the gateway's credit."""
+    """One pipe of a program, moved to a sub-channel no faster than the gateway's credit."""
 
     def __init__(self, stream: Stream, pipe: int, sub: int) -> None:
         self._stream = stream
@@ -30,7 +30,7 @@ class Output:
         self._loop.add_reader(pipe, self.move)
 
     def move(self) -> bool:
-        """Send what there is and may be sent; True when the pipe is empty or at its end."""
+        """Send as much as credit allows, and return whether the pipe is empty or at its end."""
         while self.open:
             room = self._stream.room
             if room <= 0:
@@ -53,7 +53,7 @@ class Output:
             self._loop.add_reader(self._pipe, self.move)
 
     async def drain(self) -> None:
-        """Send all that is in the pipe now (a background child may hold it open for ever), then close it."""
+        """Send all that is in the pipe now, then close it, because a background child may hold it open for ever."""
         while not self.move() and not self._stream.cancelled.is_set():
             await self._stream.wait_for_room()
         self.close()
@@ -70,14 +70,14 @@ async def spawn(stream: Stream, request: Spawn, env: dict[str, str], uid: int | 
 
     Args:
         env: the sandbox's environment; the request's own variables win over it.
-        uid: the user and group to run as; None for the agent's.
+        uid: the user and group to run as; None for those of the agent.
 
     Raises:
         AgentError: invalid (no such working directory, arguments too long) or cannot_run.
     """
     process = _start(request, {**env, **request.env}, uid)
     if uid is not None:
-        # The agent is the last to be killed when memory runs out; its children must not inherit that.
+        # The agent is killed last when memory runs out. Its children must not inherit that.
         with resume.as_root(uid):
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("0")
     stream.event(Started(pid=process.pid))
@@ -151,7 +151,7 @@ def _start(request: Spawn, env: dict[str, str], uid: int | None) -> subprocess.P
         except BlockingIOError:
             if uid is None:
                 raise
-            # The user has as many processes as may be. One more, to end them with.
+            # The user is at the limit of processes. One more may start, because it may be a command that ends them.
             with limits.limited_to(limits.FOR_RESCUE):
                 return popen()
     except (OSError, ValueError) as error:
@@ -181,7 +181,7 @@ async def _feed(stream: Stream, process: subprocess.Popen[bytes]) -> None:
 
 
 async def _exit(process: subprocess.Popen[bytes]) -> None:
-    """Return when the program has ended; it is not reaped."""
+    """Return when the program has ended, without reaping it."""
     loop = asyncio.get_running_loop()
     pidfd = os.pidfd_open(process.pid)
     try:
@@ -191,7 +191,7 @@ async def _exit(process: subprocess.Popen[bytes]) -> None:
 
 
 async def _ready(add: Callable[[int, Callable[[], None]], None], remove: Callable[[int], bool], fd: int) -> None:
-    """Return when the loop says so about the descriptor."""
+    """Return when the loop reports the descriptor as ready."""
     ready = asyncio.Event()
     add(fd, ready.set)
     try:

@@ -1,7 +1,7 @@
-"""What makes a restored machine one of its own: randomness, time, names. Each step fails loudly.
+"""Steps that make a restored machine distinct: randomness, time, names. Each step fails loudly.
 
-Clones of one snapshot wake with the same random state, the same clock and the same identity; none of that may reach
-a user. Sources: random(4) for the two ioctls; the kernel hook is in kernel_main.py.
+Clones of one snapshot wake with the same random state, the same clock and the same identity. None of these may reach
+a user. The source of the two ioctls is random(4). The IPython kernel's part is in kernel_main.py.
 """
 
 import ctypes
@@ -18,20 +18,20 @@ from pathlib import Path
 RNDADDENTROPY = 0x40085203
 RNDRESEEDCRNG = 0x5207
 CLOCK_STEP_NS = 50_000_000
-"""The clock is stepped when it is further off than this."""
+"""Nanoseconds that the clock may be off before it is stepped."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def act_as(uid: int) -> None:
-    """From now on resolve paths and own new files as `uid` (this thread only; other powers stay root's)."""
+    """Resolve paths and own new files as `uid` from now on, in this thread only. Other powers stay root's."""
     _libc.setfsgid(uid)
     _libc.setfsuid(uid)
 
 
 @contextmanager
 def as_root(uid: int) -> Iterator[None]:
-    """Files are root's within the block, and those of `uid` after it."""
+    """Handle files as root within the block, and as `uid` after it."""
     act_as(0)
     try:
         yield
@@ -47,7 +47,7 @@ def add_entropy(entropy: bytes) -> None:
 
 
 def step_clock(wall_ns: int) -> int:
-    """Set the clock to the host's when it is off by more than CLOCK_STEP_NS; returns how far it was off, in ns."""
+    """Set the clock to the host's if it is off by more than CLOCK_STEP_NS, and return how far it was off, in ns."""
     drift = time.time_ns() - wall_ns
     if abs(drift) > CLOCK_STEP_NS:
         time.clock_settime_ns(time.CLOCK_REALTIME, wall_ns)
@@ -55,7 +55,7 @@ def step_clock(wall_ns: int) -> int:
 
 
 def identify(hostname: str, runtime: Path) -> None:
-    """New host name, machine id and boot id. Init has linked the files of /etc, and the kernel's, to these."""
+    """Set a new host name, machine id and boot id. Init has linked the files in /etc and in /proc to these files."""
     socket.sethostname(hostname)
     (runtime / "hostname").write_text(f"{hostname}\n")
     (runtime / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {hostname}\n")

@@ -12,19 +12,19 @@ One byte stream joins them (a virtio-serial port, or a socket for the unisolated
 all big-endian. The length is checked against the limit of its type before anything is read or allocated.
 
 A conversation is a *stream*. The gateway opens one with a REQUEST (a typed body) under a number it never uses
-again; the agent answers with one REPLY or FAILURE, and in between both may send DATA and END on its sub-channels.
+again. The agent answers with one REPLY or FAILURE. Before that, both may send DATA and END on its sub-channels.
 Numbers below FIRST_STREAM are fixed: kernel messages travel on KERNEL (bulk) and KERNEL_CONTROL (priority), and
-EVENTS carries what the agent says unasked.
+EVENTS carries the agent's messages that nobody asked for.
 
-Bulk data flows with credit. A side may send DATA on a stream only while it holds credit for it, counted in payload
-bytes, granted by CREDIT frames of the reader (and INITIAL_CREDIT at the start), so a slow reader stops the writer
+Bulk data flows with credit. A side may send DATA on a stream only while it holds credit for it. Credit is counted in
+payload bytes: INITIAL_CREDIT at the start, and more by CREDIT frames of the reader. So a slow reader stops the writer,
 and nobody's memory grows.
 
-Kernel messages are opaque: `pack_parts` joins the parts of one Jupyter message; they cross as DATA frames of at
-most CHUNK bytes, MORE set on all but the last, which alone may be shorter. The host never sees the signing
-key and signs nothing.
+Kernel messages are opaque. `pack_parts` joins the parts of one Jupyter message. They cross as DATA frames of CHUNK
+bytes with MORE set; the last frame has no MORE and may be shorter. The host never sees the signing key and signs
+nothing.
 
-Evolution: fields are only added, and are optional; types are only added. Anything else raises GENERATION.
+Evolution: fields and types are only added, and new fields are optional. Any other change raises GENERATION.
 `tests/unit/test_wire_snapshot.py` shows every change as a diff.
 """
 
@@ -39,13 +39,13 @@ import msgspec
 GENERATION = 1
 HEADER = struct.Struct(">BBHII")
 CHUNK = 256 * 1024
-"""Largest payload of a DATA frame that we send, in bytes: a control frame never waits behind more than this."""
+"""Largest payload of a DATA frame that we send, in bytes. A control frame never waits behind more than this."""
 MAX_CONTROL = 1024 * 1024
 """Largest typed body, in bytes (a REQUEST may carry environment variables and a long argument)."""
 MAX_DATA = 1024 * 1024
 """Largest DATA payload that is accepted, in bytes."""
 MAX_MESSAGE = 64 * 1024 * 1024
-"""Largest kernel message after joining its chunks, in bytes; the agent puts a notice in place of a larger one."""
+"""Largest kernel message after joining its chunks, in bytes. The agent puts a notice in place of a larger one."""
 MAX_PARTS = 65_536
 INITIAL_CREDIT = 1024 * 1024
 """Bytes either side may send on a new stream before the first CREDIT frame."""
@@ -86,12 +86,12 @@ _KINDS = {int(kind): (kind, limit) for kind, limit in _LIMITS.items()}
 
 
 class FrameError(Exception):
-    """The peer broke the protocol. The stream of bytes can't be trusted any further: close the link."""
+    """The peer broke the protocol. The link must be closed, because its bytes can't be trusted any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame. `payload` is only valid until the next call to the decoder's `receive_data`."""
+    """One frame. `payload` is a copy."""
 
     type: FrameType
     stream: int
@@ -104,7 +104,7 @@ class Frame:
 
 
 class Decoder:
-    """Turns received bytes into frames: `receive_data`, then iterate `frames`.
+    """A decoder of received bytes into frames. Call `receive_data`, then iterate over `frames`.
 
     A FrameError is final: later calls raise it again.
     """
@@ -114,7 +114,7 @@ class Decoder:
         self._error: FrameError | None = None
 
     def receive_data(self, data: bytes | bytearray | memoryview) -> None:
-        """Take bytes as they came; any split is fine."""
+        """Take bytes as they came. They may be split anywhere."""
         self._buffer += data
 
     def frames(self) -> Iterator[Frame]:
@@ -165,9 +165,9 @@ class Body(msgspec.Struct, tag=True, kw_only=True):
 
 
 class Resume(Body):
-    """Make a restored machine a sandbox of its own; acknowledged before any user byte passes.
+    """Make a restored machine a sandbox of its own. The agent acknowledges this before any user byte passes.
 
-    `entropy` is 64 random bytes of the host, `wall_ns` its clock (ns since 1970). `env` is what every process sees.
+    `entropy` is 64 random bytes of the host, `wall_ns` its clock (ns since 1970). Every process sees `env`.
     """
 
     nonce: bytes
@@ -181,7 +181,7 @@ class Resume(Body):
 class Resumed(Body):
     """`sample` is fresh output of the guest's random number generator, `drift_ns` how far its clock was off.
 
-    `home` is the sandbox user's home, where relative paths start.
+    `home` is the sandbox user's home, in which relative paths start.
     """
 
     nonce: bytes
@@ -192,7 +192,7 @@ class Resumed(Body):
 
 
 class Warm(Body):
-    """Template building only: start the kernel, import `modules`, run `exercise`, leave no names behind."""
+    """For building a template: start the kernel, import `modules`, run `exercise`, and leave no names behind."""
 
     modules: list[str]
     exercise: str
@@ -207,7 +207,7 @@ class Ping(Body):
 
 
 class Done(Body):
-    """The answer of a request that has nothing to tell."""
+    """The answer to a request that needs no data in its answer."""
 
 
 class Spawn(Body):
@@ -223,13 +223,13 @@ class Spawn(Body):
 
 
 class Started(Body):
-    """An EVENT on the stream of a Spawn: the program runs."""
+    """An EVENT on the stream of a Spawn, when the program runs."""
 
     pid: int
 
 
 class Exited(Body):
-    """`code` is the exit status, or 128 + `signal` when a signal ended it."""
+    """`code` is the exit status, 128 + `signal` after a signal, or 124 after a timeout."""
 
     code: int
     signal: int = 0
@@ -239,15 +239,15 @@ class Exited(Body):
 class Connect(Body):
     """Open a TCP connection to a service inside the sandbox.
 
-    Answered by the EVENT Connected, then what the gateway sends as DATA and END on STDIN goes to the service, and what
-    the service says comes as DATA on STDOUT, up to the REPLY Done when the service has closed the connection.
+    The agent answers with the EVENT Connected. Then the gateway's DATA and END on STDIN go to the service, and the
+    service's bytes come as DATA on STDOUT. The REPLY Done comes when the service has closed the connection.
     """
 
     port: int
 
 
 class Connected(Body):
-    """An EVENT on the stream of a Connect: the service has accepted."""
+    """An EVENT on the stream of a Connect, when the service has accepted."""
 
 
 class Stat(Body):
@@ -269,7 +269,7 @@ class Entry(Body):
 
 
 class ListDir(Body):
-    """One page of a directory, sorted by name, of the names after `after`."""
+    """Ask for one page of a directory, sorted by name, with the names after `after`."""
 
     path: str
     after: str = ""
@@ -292,7 +292,7 @@ class Read(Body):
 
 
 class Write(Body):
-    """Take DATA up to END as the new content of a file; parents are made. The REPLY is its Entry."""
+    """Take DATA up to END as the new content of a file. Its parents are made. The REPLY is its Entry."""
 
     path: str
 
@@ -332,13 +332,13 @@ class Interrupt(Body):
 
 
 class Restart(Body):
-    """Kill the kernel and start a fresh one; answered when it is usable."""
+    """Kill the kernel and start a fresh one. The REPLY comes when that is usable."""
 
 
 class KernelStatus(Body):
-    """An EVENT on EVENTS: the kernel changed state without being asked.
+    """An EVENT on EVENTS, when the kernel has changed its state.
 
-    `state` is starting, idle, restarting or dead; `reason` a sentence for the user.
+    `state` is idle, restarting or dead. `reason` is a text for the user.
     """
 
     state: str
@@ -348,7 +348,7 @@ class KernelStatus(Body):
 
 
 class Failure(Body):
-    """Why a request could not be done: `code` is one of FAILURES, `message` a sentence for the user."""
+    """The reason why a request could not be done. `code` is one of FAILURES, `message` is a text for the user."""
 
     code: str
     message: str
@@ -403,7 +403,7 @@ def decode(frame: Frame) -> Any:
     """The typed body of a REQUEST, REPLY, FAILURE or EVENT.
 
     Raises:
-        FrameError: it is not what the type promises.
+        FrameError: the payload is no body of the frame's type.
     """
     try:
         return _decoders[frame.type].decode(frame.payload)
@@ -420,7 +420,7 @@ def credit(stream: int, amount: int) -> bytes:
 
 
 def pack_parts(parts: Sequence[bytes | memoryview]) -> list[bytes | memoryview]:
-    """The parts of one kernel message as buffers to send one after the other: a count, the lengths, the bytes.
+    """The parts of one kernel message as buffers to send in order: a count, the lengths, the bytes.
 
     The parts are the channel's name, then header, parent header, metadata, content, and any binary buffers.
     """
@@ -451,7 +451,7 @@ def unpack_parts(message: bytes) -> list[bytes]:
 
 
 def chunk(stream: int, buffers: Sequence[bytes | memoryview]) -> Iterator[list[bytes | memoryview]]:
-    """Split one message into DATA frames of at most CHUNK bytes; each is a list of buffers to write in order."""
+    """Split one message into DATA frames of at most CHUNK bytes. Each is a list of buffers to write in order."""
     remaining = sum(memoryview(b).nbytes for b in buffers)
     views = [memoryview(b).cast("B") for b in buffers if memoryview(b).nbytes]
     while remaining:
@@ -470,14 +470,14 @@ def chunk(stream: int, buffers: Sequence[bytes | memoryview]) -> Iterator[list[b
 
 
 class MessageJoiner:
-    """Joins the chunks of kernel messages, one after the other, as they come on one stream."""
+    """The joiner of the chunks of kernel messages, in the order in which they come on one stream."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
         self._size = 0
 
     def receive(self, frame: Frame) -> list[bytes] | None:
-        """Take a DATA frame; the parts of the message when it was the last chunk, else None.
+        """Take a DATA frame, and return the parts of the message if it was the last chunk, else None.
 
         Raises:
             FrameError: the message is over MAX_MESSAGE, or malformed.

@@ -1,7 +1,8 @@
 #!/bin/sh
-# mmdebstrap customize hook: turns a minimal Debian tree ($1) into a guest image and takes the kernel out beside it.
-# In: OUT (host directory for the results), WHEELS (host directory of verified wheels, there when all of them are),
-# PYTHON_PACKAGES, CA_BUNDLE (host file, or empty to keep Debian's own). Out: $OUT/root.erofs, $OUT/boot (kernel, modules, busybox), $OUT/packages.
+# A customize hook of mmdebstrap. It turns a minimal Debian tree ($1) into a guest image and puts the kernel beside it.
+# In: OUT (host directory for the results), WHEELS (host directory of verified wheels, which appears when all are there),
+# PYTHON_PACKAGES, CA_BUNDLE (host file, or empty to keep Debian's own).
+# Out: $OUT/root.erofs, $OUT/boot (kernel, modules, busybox), $OUT/packages.
 # Lines "step: …" on standard output drive the progress bar of `cellvm build`.
 set -eu
 root=$1
@@ -16,7 +17,8 @@ chroot "$root" /opt/venv/bin/pip install --quiet --no-cache-dir --no-compile --n
     $PYTHON_PACKAGES
 umount "$root/wheels"
 rmdir "$root/wheels"
-# By all processors at once, which pip does not do. A file that can't be compiled is no error: some packages carry such.
+# pip would compile on one processor, this uses all. A file that can't be compiled is no error, because some packages
+# have such files.
 chroot "$root" /opt/venv/bin/python -m compileall -qq -j 0 /opt/venv/lib || true
 
 echo "step: users and environment"
@@ -28,7 +30,7 @@ echo 'Defaults secure_path="/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sb
     > "$root/etc/sudoers.d/path"
 chmod 0440 "$root/etc/sudoers.d/path"
 chroot "$root" chown -R user:user /opt/venv
-# A login shell starts from a path of its own: put the virtual environment back in front.
+# A login shell starts from a path of its own, so this puts the virtual environment back in front.
 cat > "$root/etc/profile.d/venv.sh" <<'PROFILE'
 export VIRTUAL_ENV=/opt/venv PATH="/opt/venv/bin:$PATH"
 PROFILE
@@ -59,8 +61,8 @@ chroot "$root" dpkg-query -W >> "$OUT/packages"
 
 echo "step: file system image"
 rm -rf "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/*.bin "$root"/var/log/*.log
-# A plain bind mount shows the tree without what mmdebstrap mounted into it (proc, sys, dev). Modification times are
-# kept: Python trusts its compiled files by them.
+# A plain bind mount shows the tree without mmdebstrap's mounts in it (proc, sys, dev). Modification times are kept,
+# because Python trusts its compiled files by them.
 bare=$(mktemp -d)
 mount --bind "$root" "$bare"
 mkfs.erofs --quiet --preserve-mtime --exclude-regex='^(dev|tmp|run)/.+' "$OUT/root.erofs" "$bare"

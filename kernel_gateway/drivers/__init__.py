@@ -1,7 +1,7 @@
-"""What a driver is: something that turns a template into a running agent behind a socket.
+"""The interface of drivers. A driver turns a template into a running agent behind a socket.
 
-A driver knows nothing of sandboxes, HTTP or kernels. What only some can do is a Protocol of its own, and differences
-are data in Capabilities.
+A driver knows nothing of sandboxes, HTTP or kernels. An ability that only some drivers have is a Protocol of its own,
+and differences are data in Capabilities.
 """
 
 import socket
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 GUEST_MAC = "02:63:76:00:00:02"
-"""The Ethernet address of every machine's card: each is alone on its network, and wakes configured."""
+"""The Ethernet address of every machine's card. Each machine is alone on its network, and wakes configured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a user may rely on.
+    """The properties of a driver's machines, as users are told them.
 
-    `isolation` names the boundary round a sandbox, `accelerator` how its processors run, `time_scale` how much slower
-    than the host they are, roughly: timeouts that wait for a guest are multiplied by it. `network` is how sandboxes
-    reach the internet: "netns" or "passt", through a filter of ours; "off", not at all; "host", as the host itself
-    does, with nothing in between.
+    `isolation` names the boundary round a sandbox, `accelerator` how its processors run. `time_scale` is roughly how
+    much slower than the host they are, and timeouts that wait for a guest are multiplied by it. `network` is how
+    sandboxes reach the internet: "netns" or "passt", through a filter of ours; "off", not at all; "host", as the host
+    itself does, with nothing in between.
     """
 
     isolation: str
@@ -29,7 +29,7 @@ class Capabilities:
 
 
 class Nic(Protocol):
-    """A machine's network card, seen from the host: `tap` is the open descriptor of an Ethernet device."""
+    """A machine's network card, seen from the host. `tap` is the open descriptor of an Ethernet device."""
 
     @property
     def tap(self) -> int: ...
@@ -43,13 +43,13 @@ class Nics(Protocol):
 
     @property
     def mechanism(self) -> str:
-        """What `Capabilities.network` says."""
+        """The value of `Capabilities.network`."""
 
     async def take(self) -> Nic:
         """A card that nobody has used.
 
         Raises:
-            DriverError: none could be made.
+            DriverError: no card could be made.
         """
 
 
@@ -61,13 +61,13 @@ class Vm(Protocol):
         """The host process that is the machine."""
 
     def open(self) -> socket.socket:
-        """The byte stream to the agent, from then on the caller's to close; called once."""
+        """The byte stream to the agent. The caller must close it, and may call this once."""
 
     async def wait(self) -> str:
-        """Return when the machine has ended, with a sentence for logs; may be awaited many times."""
+        """Return when the machine has ended, with a sentence for logs. It may be awaited many times."""
 
     async def kill(self) -> None:
-        """End the machine now and release all it held. Idempotent; never raises."""
+        """End the machine now and release all that it held. Idempotent; never raises."""
 
 
 @runtime_checkable
@@ -86,7 +86,7 @@ class Stops(Protocol):
         """Stop all virtual processors."""
 
     async def cont(self) -> None:
-        """Let them run on."""
+        """Let the virtual processors go on."""
 
 
 class VmDriver(Protocol):
@@ -96,10 +96,10 @@ class VmDriver(Protocol):
     def capabilities(self) -> Capabilities: ...
 
     async def start(self, template_id: str) -> Vm:
-        """A machine of its own whose agent runs and waits for the resume handshake.
+        """A new machine, whose agent runs and waits for the resume handshake.
 
         Raises:
-            DriverError: it could not be started; nothing is left behind.
+            DriverError: the machine could not be started; nothing is left behind.
         """
 
 

@@ -1,8 +1,8 @@
 """Limits that the host's kernel keeps for one machine: memory, processors, threads. Control groups, version 1 or 2.
 
-Groups are made below the server's own one where that is possible, so that what limits the server limits its machines
-too. Version 2 does not allow it while a group has processes of its own: then the server steps aside into a group
-within, if it is alone, or the nearest group above is used.
+Groups are made below the server's own one where that is possible, so that its limits apply to its machines, too.
+Version 2 does not allow that while a group has processes of its own. Then the server, if it is alone in its group,
+steps aside into a group within, or else the nearest group above is used.
 """
 
 import errno
@@ -17,29 +17,29 @@ log = logging.getLogger(__name__)
 
 CONTROLLERS = ("cpu", "memory", "pids")
 ASIDE = "cellvm-server"
-"""The group within its own that the server steps aside into."""
+"""The group into which the server steps aside, within its own."""
 PERIOD = 100_000
-"""Microseconds that a limit of processors is counted over."""
+"""Microseconds over which the use of processors is counted."""
 MEMBERSHIP = Path("/proc/self/cgroup")
 MOUNTS = Path("/proc/self/mountinfo")
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one machine may use: `memory` in bytes, `cpus` in processors, `threads` as a number."""
+    """The limits of one machine: `memory` in bytes, `cpus` in processors, `threads` as a number."""
 
     memory: int
     cpus: float
     threads: int
 
     def settings(self, version: int, controllers: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
-        """File name, value, and whether the file must be there; in the order in which they must be written."""
+        """File name, value, and whether the file must exist, in the order in which the values must be written."""
         quota = str(int(self.cpus * PERIOD))
         for controller in controllers:
             match controller, version:
                 case "memory", 1:
                     yield "memory.limit_in_bytes", str(self.memory), True
-                    yield "memory.memsw.limit_in_bytes", str(self.memory), False  # with swap: no more in all
+                    yield "memory.memsw.limit_in_bytes", str(self.memory), False  # memory and swap together
                 case "memory", _:
                     yield "memory.max", str(self.memory), True
                     yield "memory.swap.max", "0", False
@@ -55,7 +55,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A directory to make groups in, and what can be limited there.
+    """A directory to make groups in, and the controllers that it offers.
 
     `aside`: the server has to leave it first.
     """
@@ -67,7 +67,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Cgroups:
-    """Where the groups of machines are made; `places` has one for version 2, one for each controller for version 1."""
+    """The places of machines' groups: one place for version 2, one for each hierarchy for version 1."""
 
     version: int
     places: tuple[Place, ...]
@@ -78,7 +78,7 @@ class Cgroups:
 
     @classmethod
     def find(cls, mounts: str, membership: str) -> "Cgroups | None":
-        """What this process could use, without changing anything; None where nothing can be written.
+        """The places that this process could use; None if it can write none. Nothing is changed.
 
         Args:
             mounts, membership: the contents of MOUNTS and MEMBERSHIP.
@@ -93,7 +93,7 @@ class Cgroups:
         """A group for one machine, within one for its server, with its limits set.
 
         Raises:
-            OSError: it can't be made; nothing is left.
+            OSError: the group can't be made; nothing is left.
         """
         group = Group(tuple(place.path / server / name for place in self.places))
         try:
@@ -114,7 +114,7 @@ class Cgroups:
         return {path.name for path in self._all()}
 
     def remove(self, server: str) -> None:
-        """Remove what a server that is no more has left. Groups with processes in them stay."""
+        """Remove the groups that a dead server has left. Groups with processes in them stay."""
         for path in self._all():
             if path.name == server:
                 for child in (*path.glob("*/"), path):
@@ -140,16 +140,16 @@ class Group:
         return self.paths[0].name
 
     def add(self, pid: int) -> None:
-        """Move a process in, with all its threads. Takes about 10 ms, in the kernel.
+        """Move a process in, with all its threads. The kernel takes about 10 ms for that.
 
         Raises:
-            OSError: it could not be moved.
+            OSError: the process could not be moved.
         """
         for path in self.paths:
             (path / "cgroup.procs").write_text(str(pid))
 
     def was_out_of_memory(self) -> bool:
-        """Whether the kernel has killed something in it for want of memory."""
+        """Whether the kernel has killed a process of the group because the group's memory ran out."""
         for path in self.paths:
             for file in ("memory.events", "memory.oom_control"):
                 try:
@@ -161,7 +161,7 @@ class Group:
         return False
 
     def remove(self) -> bool:
-        """Remove it, and its server's group when it was the last one; whether it is gone."""
+        """Remove the group, and its server's group if that is empty now. Return whether this group is gone."""
         gone = [_remove(path) for path in self.paths]
         for path in self.paths:
             _remove(path.parent)
@@ -174,14 +174,14 @@ def _remove(path: Path) -> bool:
     except FileNotFoundError:
         return True
     except OSError as error:
-        if error.errno not in (errno.EBUSY, errno.ENOTEMPTY, errno.EACCES):  # in use, or another user's
+        if error.errno not in (errno.EBUSY, errno.ENOTEMPTY, errno.EACCES):  # it is in use, or another user's
             log.warning("the group %s can't be removed: %s", path, error.strerror)
         return False
     return True
 
 
 def _hand_down(place: Place, server: Path) -> None:
-    """Version 2: let groups two levels below `place` have limits; each level has to pass the controllers on."""
+    """Let groups two levels below `place` have limits. In version 2 each level has to pass the controllers on."""
     if place.aside:
         aside = place.path / ASIDE
         aside.mkdir(exist_ok=True)
@@ -199,7 +199,7 @@ class _Mount:
     options: tuple[str, ...]
 
     def directory(self, group: str) -> Path:
-        """Where a process's group is in the file system; in a container only a part of the hierarchy is mounted."""
+        """The directory of a process's group. In a container only a part of the hierarchy is mounted."""
         below = group.removeprefix(self.root) if group.startswith(self.root) else ""
         return self.point / below.strip("/")
 
@@ -213,7 +213,7 @@ def _mounts(text: str) -> Iterator[_Mount]:
 
 
 def _places_v1(mounts: list[_Mount], own: dict[str, str]) -> tuple[Place, ...]:
-    """A hierarchy for each controller, or one for several."""
+    """The places of version 1, which has a hierarchy for each controller, or one for several."""
     found = []
     for mount in mounts:
         controllers = tuple(each for each in CONTROLLERS if mount.kind == "cgroup" and each in mount.options)
@@ -224,16 +224,16 @@ def _places_v1(mounts: list[_Mount], own: dict[str, str]) -> tuple[Place, ...]:
 
 
 def _places_v2(mounts: list[_Mount], own: dict[str, str]) -> tuple[Place, ...]:
-    """One hierarchy for all controllers: the server's own group, or else the nearest one above."""
+    """The place of version 2, which has one hierarchy: the nearest group with the most controllers, from ours upwards."""
     for mount in (each for each in mounts if each.kind == "cgroup2"):
         path = mount.directory(own.get("", "/"))
-        if path.name == ASIDE:  # done before
+        if path.name == ASIDE:  # the server has stepped aside before
             path = path.parent
         found = []
         for each in (path, *path.parents):
             if not each.is_relative_to(mount.point):
                 break
-            # Only the very top of the hierarchy may have both; a container's top is a group like others.
+            # Only the very top, which has no cgroup.type, may have both processes and groups with limits.
             aside = each == path and (each / "cgroup.type").exists()
             if place := _place_v2(each, aside=aside):
                 found.append(place)

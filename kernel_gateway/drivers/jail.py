@@ -1,14 +1,14 @@
-"""What stands round a QEMU process besides its own seccomp sandbox: a user, a view of the files, and limits.
+"""The jail round a QEMU process, besides its own seccomp sandbox: a user, a view of the files, and limits.
 
-- **A user of its own.** A server claims a block of user ids; each of its machines gets one nobody else has.
+- **A user of its own.** A server claims a block of user ids, and each of its machines gets one that nobody else has.
 - **A view.** All machines of a server live in one set of namespaces: a read-only root with the programs and libraries
-  that QEMU is made of and nothing else, a /proc that shows a process only itself, no network, no System V IPC, another
-  host name. No machine has a file with a name, so one view does for all. It is made once by a child that then ends; the
-  server holds the namespaces by descriptors, and with the last of those they are gone.
+  of QEMU and nothing else, a /proc that shows a process only itself, no network, no System V IPC, another host name.
+  One view is enough, because no machine has a file with a name. A child makes it once, and then ends. The server holds
+  the namespaces by descriptors, and they are gone with the last of those.
 - **Limits.** A control group for memory, processors and threads, and limits of the process for files and core dumps.
 
-What a server that was killed has left (empty control groups; a process, if the parent-death signal ever failed) is
-removed when the next one starts. docs/adr/0010 says why each.
+A server that was killed may leave empty control groups (and a process, if the parent-death signal ever failed). The
+next server removes them when it starts. docs/adr/0010 has the reason for each part.
 """
 
 import asyncio
@@ -35,38 +35,38 @@ from kernel_gateway.drivers.qemu_argv import Machine, drop_privileges
 log = logging.getLogger(__name__)
 
 FIRST_UID = 1_879_113_728
-"""Machines run as users from here on; no account has such a number."""
+"""Machines run as users from this number on, because no account has such a number."""
 UIDS = 65_536
 """User ids of one server."""
 TRIAL_UID = FIRST_UID - 1
-"""Who tries whether QEMU runs in a view."""
+"""The user for trying whether QEMU runs in a view."""
 SERVERS = 1024
 OPEN_FILES = 256
 THREADS = 128
-"""QEMU has one per processor, up to 64 for the disk, and a handful."""
+"""Threads of one QEMU: one per processor, up to 64 for the disk, and a handful of others."""
 SPARE_CPU = 0.5
-"""Processors beyond those of the guest, for the devices."""
+"""Processors for the devices, besides the guest's own."""
 OVERHEAD_MB = {"kvm": 192, "tcg": 448}
-"""Memory of QEMU itself; under TCG 256 MiB of it are translated code."""
+"""Memory of QEMU itself. Under TCG 256 MiB of it are translated code."""
 DIRECTORIES = ("/usr/bin", "/usr/lib", "/usr/lib64", "/bin", "/lib", "/lib64", "/usr/share/qemu", "/usr/share/seabios")
-"""What QEMU consists of: programs, libraries, firmware."""
+"""The parts of QEMU: programs, libraries, firmware."""
 DEVICES = ("null", "urandom")
 NAMESPACES = {"mount": "mnt", "net": "net", "ipc": "ipc", "uts": "uts"}
-"""Those of a view, by the names of nsenter's flags and of the files in /proc/PID/ns."""
+"""A view's namespaces: names of nsenter's flags, and of the files in /proc/PID/ns."""
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 SERVER = "CELLVM_SERVER"
-"""The variable that tells whose a machine is: its server's process id."""
+"""The environment variable of a machine that holds its server's process id."""
 
 
 class JailError(Exception):
-    """A part of the jail can't be had on this host; the text says why."""
+    """A part of the jail can't be had on this host. The text says why."""
 
 
 # -- users
 
 
 class Users:
-    """A block of user ids that this process holds, by a lock, as long as it lives."""
+    """A block of user ids, which this process holds by a lock as long as it lives."""
 
     def __init__(self, number: int, lock: int) -> None:
         self.number = number
@@ -97,14 +97,14 @@ class Users:
 
 
 def claims_directory() -> Path:
-    """Where the locks are: no other user may hold one, or say that it is free.
+    """The directory of the locks. No other user may hold a lock there, or remove one.
 
     Raises:
         JailError: there is no such place.
     """
     uid = os.geteuid()
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    if not os.access(runtime, os.W_OK):  # not set, or another user's, after `su`
+    if not os.access(runtime, os.W_OK):  # it is not set, or is another user's after `su`
         runtime = tempfile.gettempdir()
     path = Path("/run/cellvm") if uid == 0 else Path(runtime, f"cellvm-{uid}")
     try:
@@ -122,7 +122,7 @@ def check_users() -> None:
     """See whether the users of machines exist here.
 
     Raises:
-        JailError: root of a user namespace has only some, and these are not among them.
+        JailError: this is a user namespace that does not have these users.
     """
     for line in Path("/proc/self/uid_map").read_text().splitlines():
         first, _, count = map(int, line.split())
@@ -146,7 +146,7 @@ def hold(directory: Path, number: int) -> int | None:
 
 
 def claim(directory: Path, used: Set[int] = frozenset()) -> Users:
-    """The first block that nobody holds, and that is not `used` by machines of servers whose locks we don't see."""
+    """Claim the first free block. Blocks `used` by machines of servers whose locks we don't see are not free."""
     for number in range(SERVERS):
         if number not in used and (lock := hold(directory, number)) is not None:
             return Users(number, lock)
@@ -157,7 +157,7 @@ def claim(directory: Path, used: Set[int] = frozenset()) -> Users:
 
 
 def block_of(uid: int) -> int | None:
-    """The block a user id is in."""
+    """The block of a user id; None if it is in no block."""
     number = (uid - FIRST_UID) // UIDS
     return number if 0 <= number < SERVERS else None
 
@@ -168,13 +168,13 @@ def strays() -> Iterator[tuple[int, int]]:
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             number = _block_of_process(entry)
-            # In a container the same numbers are other users, and its locks are not ours.
+            # A process in a container is left out, because the same number is another user there, with other locks.
             if number is not None and os.readlink(entry / "ns/pid") == namespace:
                 yield int(entry.name), number
 
 
 def used_blocks() -> set[int]:
-    """Blocks with machines of living servers: of one, say, that shares our process ids and has a /run of its own."""
+    """Blocks with machines of living servers. We see no lock of a server that has a /run of its own."""
     found = set()
     for pid, number in strays():
         with contextlib.suppress(OSError, ValueError):
@@ -184,14 +184,14 @@ def used_blocks() -> set[int]:
 
 
 def _has_server(machine: Path) -> bool:
-    """Whether the process that a machine was started by is still there."""
+    """Whether the server that started a machine still lives."""
     named = re.search(rb"(?:\A|\0)%b=([0-9]+)\0" % SERVER.encode(), (machine / "environ").read_bytes())
-    # One that began after its machine has only the same number.
+    # A process that began after the machine only has the server's old number.
     return named is not None and _began(Path("/proc", named[1].decode())) <= _began(machine)
 
 
 def _began(process: Path) -> int:
-    """When a process was started, in ticks since the host was."""
+    """The time when a process was started, in ticks since the host's start."""
     return int((process / "stat").read_text().rpartition(")")[2].split()[19])
 
 
@@ -201,12 +201,12 @@ def _block_of_process(entry: Path) -> int | None:
 
 
 def sweep(directory: Path, own: int, groups: Cgroups | None, used: Set[int] = frozenset()) -> None:
-    """Remove what servers that are no more have left: of every block that nobody holds or uses, and of our own."""
+    """Remove machines and groups that dead servers have left in our own block and in blocks that nobody holds or uses."""
     processes = [each for each in strays() if each[1] not in used] if os.geteuid() == 0 else []
     names = groups.servers() if groups else set()
     numbers = {number for _, number in processes} | {int(name.removeprefix("cellvm-")) for name in names}
     for number in numbers - used:
-        # Held while we clean, so that nobody takes it meanwhile.
+        # We hold the block while we clean it, so that nobody takes it meanwhile.
         lock = None if number == own else hold(directory, number)
         if lock is None and number != own:
             continue
@@ -221,7 +221,7 @@ def sweep(directory: Path, own: int, groups: Cgroups | None, used: Set[int] = fr
 
 
 def _end(pid: int, number: int) -> None:
-    """Kill a process if it is still one of that block; its number may be another's by now."""
+    """Kill a process if it is still in that block, because its number may be another process's by now."""
     try:
         process = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -240,9 +240,9 @@ def _end(pid: int, number: int) -> None:
 
 
 def folders_of(binary: str) -> list[Path]:
-    """The folders of a QEMU program that is not in the system's directories, as far as machines may see them.
+    """The folders of a QEMU program outside the system's directories, as far as machines may see them.
 
-    That is: every user may read them and nobody else may write them. A program in a home does not open the home.
+    Machines may see a folder that every user may read but not write. So a program in a home does not open the home.
     """
     found = shutil.which(binary)
     if found is None:
@@ -266,14 +266,14 @@ def script(folders: list[Path], *, kvm: str | None, own_proc: bool) -> str:
     """The shell script that makes a view, in namespaces of its own, and waits until its input ends.
 
     Args:
-        folders: what machines may read and run; a link among them is made again.
+        folders: folders that machines may read and run; a link among them is made again.
         kvm: the shell command that makes `dev/kvm` here, or None.
         own_proc: whether this process may mount a /proc.
     """
     lines = ["set -e", "mount -t tmpfs -o mode=755,size=1m cellvm /sys", "cd /sys", "mkdir -p usr etc proc dev old"]
 
     def bind(source: str, target: str) -> None:
-        # A mount's flags can only be changed once it is there.
+        # The flags need a second command, because a bind mount ignores them at first.
         lines.append(f"mount --bind {source} {target}")
         lines.append(f"mount -o remount,bind,ro,nosuid,nodev {target}")
 
@@ -292,7 +292,7 @@ def script(folders: list[Path], *, kvm: str | None, own_proc: bool) -> str:
         lines.append(kvm)
     lines.append("hostname sandbox 2>/dev/null || echo sandbox >/proc/sys/kernel/hostname")
     if own_proc:
-        # Linux before 5.8 knows no `subset`, and would apply `hidepid` to the host's own /proc: so that comes second.
+        # `subset` comes first, because Linux before 5.8 refuses it, and would apply `hidepid` to the host's own /proc.
         lines.append("mount -t proc -o subset=pid,hidepid=invisible,nosuid,nodev,noexec proc proc")
     else:
         lines.append("mount --rbind /proc proc")
@@ -301,10 +301,10 @@ def script(folders: list[Path], *, kvm: str | None, own_proc: bool) -> str:
 
 
 class View:
-    """The namespaces that machines live in, held by descriptors.
+    """The namespaces of machines, held by descriptors.
 
-    Root makes them as it is. Another user makes them within a user namespace; each machine then gets one more user
-    namespace within, so that they can't reach each other though they are all the same user.
+    Root makes them directly. Another user makes them within a user namespace. Each machine then gets one more user
+    namespace within, so that machines can't reach each other though all of them are the same user.
     """
 
     def __init__(self, namespaces: dict[str, int]) -> None:
@@ -312,7 +312,7 @@ class View:
 
     @classmethod
     def make(cls, binary: str, *, kvm: bool) -> "View":
-        """Make one.
+        """Make a view.
 
         Raises:
             JailError: this host does not allow it.
@@ -353,8 +353,8 @@ class View:
         return cls(opened)
 
     def enter(self) -> list[str]:
-        """The prefix of a command that is to run inside; the process stays the one that was started."""
-        # By the server's number, not inherited: nsenter opens them, and QEMU has none of them.
+        """The prefix of a command that is to run inside. The process stays the one that was started."""
+        # The descriptors are named by the server's number and not inherited, so that QEMU has none of them.
         ours = f"/proc/{os.getpid()}/fd"
         flags = [f"--{flag}={ours}/{fd}" for flag, fd in self._namespaces.items()]
         if "user" not in self._namespaces:
@@ -375,14 +375,14 @@ for path in sys.argv[1:]:
     files.append(os.open(path, os.O_RDONLY))
 socket.send_fds(socket.socket(fileno=0), [b"opened"], files)
 """
-"""Runs in a mount namespace of its own, which is gone after it but for what the descriptors keep."""
+"""A program for a mount namespace of its own. Only the descriptors keep mounts of that alive."""
 
 
 def opened_for_machines(paths: list[Path]) -> list[int]:
-    """Open files that machines inherit, and that none may write to, though whoever has a descriptor can open it anew.
+    """Open files that machines inherit and must not write. A process can open a descriptor's file anew, for writing.
 
-    With users of their own machines may not. Without root they are the user whose files these are: so what they get
-    is opened through mounts that are read-only.
+    Machines with users of their own may not. Without root, machines run as the owner of the files. So the files are
+    opened through read-only mounts.
     """
     if os.geteuid():
         ours, theirs = socket.socketpair()
@@ -400,7 +400,7 @@ def opened_for_machines(paths: list[Path]) -> list[int]:
 
 
 def _kvm_command(*, as_root: bool) -> str:
-    """How /dev/kvm gets into a view: a node that every machine may open, where we can make one."""
+    """The command that puts /dev/kvm into a view: as a node that every machine may open, if we can make one."""
     bind = "touch dev/kvm; mount --bind /dev/kvm dev/kvm"
     if not as_root:
         return bind
@@ -412,7 +412,7 @@ def _kvm_command(*, as_root: bool) -> str:
 
 
 def limits(machine: Machine) -> Limits:
-    """What a machine may use on the host, which is more than it shows its guest."""
+    """The limits of a machine on the host, which are higher than the guest's own resources."""
     return Limits(
         memory=(machine.ram_mb * 2 + OVERHEAD_MB[machine.accelerator]) << 20,
         cpus=machine.vcpus + SPARE_CPU,
@@ -421,10 +421,10 @@ def limits(machine: Machine) -> Limits:
 
 
 class Cell:
-    """What one machine has of the jail; made before its process.
+    """One machine's part of the jail. It is made before the machine's process.
 
     Args:
-        disk: how long the machine's disk is, in bytes: no file may get longer.
+        disk: the length of the machine's disk, in bytes. No file may get longer.
     """
 
     def __init__(self, jail: "Jail", machine: Machine, disk: int) -> None:
@@ -436,28 +436,28 @@ class Cell:
 
     def command(self, argv: list[str]) -> list[str]:
         """The command line that runs another one inside."""
-        # By a program in between, not by us afterwards: root in a container may not do that to another user's process.
+        # `prlimit` sets the limits first, because root in a container may not limit another user's running process.
         return [*process_limits(self._disk), *inside(self._jail.view, self._uid, argv, self._jail.group)]
 
     async def confine(self, pid: int) -> None:
-        """Put the process that runs such a command into a control group; it must not have been waited for yet.
+        """Put the process of `command` into a control group. The process must not have been waited for yet.
 
         Raises:
-            DriverError: it can't be limited.
+            DriverError: the process can't be limited.
         """
         if self._jail.groups is None:
             return
         try:
             self._group = self._jail.groups.make(self._jail.users.name, str(pid), limits(self._machine))
-            # The kernel takes its time for it, while QEMU starts.
+            # This runs in a thread, because the kernel takes its time for it. QEMU starts meanwhile.
             await asyncio.to_thread(self._group.add, pid)
         except ProcessLookupError:
-            pass  # it has ended already, as will be noticed
+            pass  # the process has ended already, and the driver will notice
         except OSError as error:
             raise DriverError(f"the machine can't be limited: {error}") from error
 
     def release(self) -> None:
-        """Give everything back, when the process has ended."""
+        """Give everything back. The process must have ended."""
         if self._uid is not None:
             self._jail.users.give_back(self._uid)
         if self._group is not None:
@@ -467,14 +467,14 @@ class Cell:
 
 
 def _until_gone(remove: Callable[[], bool], attempts: int = 100) -> None:
-    """The kernel may count a process for a moment after its end. What stays is left to the next start."""
+    """Try again, because the kernel may count a process for a moment after its end. The next start removes the rest."""
     if not remove() and attempts:
         asyncio.get_running_loop().call_later(0.05, _until_gone, remove, attempts - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Jail:
-    """A server's jail. `view` and `groups` are None where the host has none to give.
+    """A server's jail. `view` and `groups` are None if the host does not allow them.
 
     `group` is the host's group that may open /dev/kvm, for machines that need it.
     """
@@ -486,7 +486,7 @@ class Jail:
 
     @classmethod
     def open(cls, binary: str, *, kvm: bool) -> "Jail":
-        """Make it, and remove what dead servers have left. What can't be had is told in the log as a warning.
+        """Make a jail, and remove what dead servers have left. The log warns of parts that can't be had.
 
         Raises:
             DriverError: not even users for machines can be had.
@@ -516,7 +516,7 @@ class Jail:
         return cls(users, view, groups, group_of_kvm() if kvm else None)
 
     def kvm_refused(self) -> str:
-        """Why the users of machines can't open /dev/kvm; empty when they can."""
+        """The reason why the users of machines can't open /dev/kvm; empty if they can."""
         uid = TRIAL_UID if os.geteuid() == 0 else None
         opening = inside(self.view, uid, ["/bin/sh", "-c", "exec 3<>/dev/kvm"], self.group)
         ran = subprocess.run(opening, capture_output=True, text=True, env={"PATH": os.defpath}, cwd="/")
@@ -527,19 +527,19 @@ class Jail:
         return Cell(self, machine, disk)
 
     def close(self) -> None:
-        """Let go of it, when its machines have ended."""
+        """Let go of users and view. All machines must have ended."""
         if self.view:
             self.view.close()
         self.users.close()
 
 
 def process_limits(file_size: int) -> list[str]:
-    """The prefix of a command that is to dump no core, open few files and write none longer than that."""
+    """The prefix of a command that may dump no core, open few files, and write no file longer than `file_size`."""
     return ["prlimit", "--core=0:0", f"--nofile={OPEN_FILES}:{OPEN_FILES}", f"--fsize={file_size}:{file_size}", "--"]
 
 
 def group_of_kvm() -> int | None:
-    """The group that /dev/kvm belongs to, if machines may be in it: root can't always make a device of their own."""
+    """The group of /dev/kvm, if machines may be in it. They need it where root can't make a device for them."""
     try:
         group = os.stat("/dev/kvm").st_gid
     except OSError:
@@ -550,7 +550,7 @@ def group_of_kvm() -> int | None:
 def inside(view: View | None, uid: int | None, argv: list[str], group: int | None = None) -> list[str]:
     """The command line that runs another one in a view, without privileges, as that user and in that group."""
     setpriv = shutil.which("setpriv") or "/usr/bin/setpriv"
-    # Whoever's server was killed before the parent-death signal was set has another parent by now.
+    # A process whose server was killed before the parent-death signal was set has another parent by now.
     if_server_lives = ["/bin/sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid())]
     return [*(view.enter() if view else []), *drop_privileges(setpriv, uid, group), *if_server_lives, *argv]
 
@@ -559,7 +559,7 @@ def working_view(binary: str, *, kvm: bool) -> View:
     """A view in which QEMU runs.
 
     Raises:
-        JailError: there is none to be had.
+        JailError: QEMU runs in no view here.
     """
     view = View.make(binary, kvm=kvm)
     command = inside(view, TRIAL_UID if os.geteuid() == 0 else None, [binary, "--version"])
@@ -572,7 +572,7 @@ def working_view(binary: str, *, kvm: bool) -> View:
 
 
 def found_groups() -> Cgroups | None:
-    """What this host offers of control groups, as far as it can be written."""
+    """This host's control groups that the server may write; None if there are none."""
     try:
         return Cgroups.find(MOUNTS.read_text(), MEMBERSHIP.read_text())
     except OSError:
@@ -580,7 +580,7 @@ def found_groups() -> Cgroups | None:
 
 
 def tried(groups: Cgroups, server: str) -> str:
-    """Why a group can't be made after all; empty when one can."""
+    """The reason why a group can't be made after all; empty if one can."""
     try:
         groups.make(server, "try", Limits(memory=64 << 20, cpus=1, threads=1)).remove()
     except OSError as error:

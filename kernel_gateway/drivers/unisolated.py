@@ -1,6 +1,6 @@
-"""Driver `unisolated`: the agent as a plain process of the server's user. For development and fast tests only.
+"""Driver `unisolated`: the agent as a plain process of the server's user, for development and fast tests only.
 
-There is NO boundary: code in a sandbox can do whatever the server can. It is used only when asked for by name.
+There is NO boundary: code in a sandbox can do whatever the server can. The operator must ask for this driver by name.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ class UnisolatedVm:
 
 
 class Unisolated:
-    """Starts agents. `argv` replaces the agent's command; it gets `--fd`, `--home` and `--runtime`."""
+    """Starts agents. `argv` replaces the agent's command, which gets `--fd`, `--home` and `--runtime`."""
 
     capabilities = Capabilities(isolation="none", accelerator="native", time_scale=1.0, network="host")
 
@@ -65,7 +65,7 @@ class Unisolated:
         self._argv = argv or [sys.executable, "-m", "guest_agent"]
 
     async def start(self, template_id: str) -> UnisolatedVm:
-        """A new agent; the template only matters to drivers that have images."""
+        """A new agent. The template matters only to drivers that have images."""
         directory = Path(tempfile.mkdtemp(prefix="agent-", dir=self._directory))
         home = directory / "home"
         home.mkdir()
