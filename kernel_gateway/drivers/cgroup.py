@@ -224,7 +224,7 @@ def _places_v1(mounts: list[_Mount], own: dict[str, str]) -> tuple[Place, ...]:
 
 
 def _places_v2(mounts: list[_Mount], own: dict[str, str]) -> tuple[Place, ...]:
-    """The place of version 2, which has one hierarchy: the nearest group with the most controllers, from ours upwards."""
+    """The place of version 2, which has one hierarchy: from ours upwards, the nearest group with most controllers."""
     for mount in (each for each in mounts if each.kind == "cgroup2"):
         path = mount.directory(own.get("", "/"))
         if path.name == ASIDE:  # the server has stepped aside before

@@ -201,7 +201,7 @@ def _block_of_process(entry: Path) -> int | None:
 
 
 def sweep(directory: Path, own: int, groups: Cgroups | None, used: Set[int] = frozenset()) -> None:
-    """Remove machines and groups that dead servers have left in our own block and in blocks that nobody holds or uses."""
+    """Remove what dead servers have left in our own block, and in every block that nobody holds or uses."""
     processes = [each for each in strays() if each[1] not in used] if os.geteuid() == 0 else []
     names = groups.servers() if groups else set()
     numbers = {number for _, number in processes} | {int(name.removeprefix("cellvm-")) for name in names}
