@@ -1,4 +1,4 @@
-"""WebSocket clients of a kernel, on libraries that share no code with the server; and what gets between the two.
+"""WebSocket clients of a kernel, on libraries that share no code with the server, and a proxy for between the two.
 
 Frames are made and read by Jupyter's own functions, and every message that comes is checked against Jupyter's format.
 """
@@ -31,7 +31,7 @@ from websockets.exceptions import ConnectionClosed
 
 V1 = "v1.kernel.websocket.jupyter.org"
 TIMEOUT = 20.0
-"""Seconds that anything may take which takes a fraction of one on an idle machine."""
+"""Seconds that any step may take. On an idle machine each takes a fraction of one."""
 
 CONTENTS: dict[str, dict[str, type]] = {
     "status": {"execution_state": str},
@@ -68,7 +68,7 @@ class Message:
 
     @property
     def state(self) -> str:
-        """A status's state, else nothing."""
+        """A status's state; empty for another message."""
         return str(self.content["execution_state"]) if self.kind == "status" else ""
 
     @property
@@ -76,9 +76,9 @@ class Message:
         return int(self.metadata["cellvm"]["seq"])
 
     def check(self) -> None:
-        """What Jupyter's specification asks of any message, and JupyterLab of its content."""
+        """Check what Jupyter's specification asks of any message, and JupyterLab of its content."""
         assert self.channel in ("shell", "iopub", "stdin", "control"), self
-        if self.channel == "iopub":  # where ipykernel tells everybody of a shutdown, too
+        if self.channel == "iopub":  # ipykernel tells everybody of a shutdown here, too
             assert not self.kind.endswith(("_reply", "_request")) or self.kind == "shutdown_reply", self
         for name in ("msg_id", "msg_type", "session", "username", "version"):
             assert isinstance(self.header[name], str), self
@@ -94,7 +94,7 @@ class Message:
 
 @dataclass
 class Answer:
-    """All messages that answer one request; it is over when both its reply and its `idle` have come."""
+    """All messages that answer one request. It is over when both its reply and its `idle` have come."""
 
     messages: list[Message] = field(default_factory=list)
     replies: list[Message] = field(default_factory=list)
@@ -128,7 +128,7 @@ class Answer:
 
 
 class Client:
-    """One connection to a kernel's channels. `answers` are by request, `messages` all that came."""
+    """One connection to a kernel's channels. `answers` are by request, `messages` are all that have come."""
 
     def __init__(self, socket: ClientConnection, kernel: str, session: str) -> None:
         self.socket = socket
@@ -153,7 +153,7 @@ class Client:
         parent: dict[str, Any] | None = None,
         **header: Any,
     ) -> str:
-        """Send a message; returns its id."""
+        """Send a message, and return its id."""
         fields = {"msg_id": uuid.uuid4().hex, "msg_type": kind, "session": self.session, "username": "tests"}
         head = {**fields, "version": "5.4", "date": "2026-01-01T00:00:00.000000Z", **header}
         parts = [head, parent or {}, {}, content or {}]
@@ -177,7 +177,7 @@ class Client:
         return message
 
     async def until(self, done: Callable[[Message], bool], timeout: float = TIMEOUT) -> list[Message]:
-        """Messages from here on, up to the first that is wanted."""
+        """Messages from here on, up to the first with which `done` holds."""
         found = [await self.receive(timeout)]
         while not done(found[-1]):
             found.append(await self.receive(timeout))
@@ -187,11 +187,11 @@ class Client:
         return (await self.until(lambda message: message.kind == kind, timeout))[-1]
 
     async def until_state(self, state: str, timeout: float = TIMEOUT) -> list[Message]:
-        """Up to the kernel's own status, which answers no request."""
+        """Messages up to the kernel's own status of that state, which answers no request."""
         return await self.until(lambda message: message.state == state and not message.parent, timeout)
 
     async def answer(self, request: str, timeout: float = TIMEOUT) -> Answer:
-        """Everything that answers a request, once it is over."""
+        """The answer to a request, when it is over."""
         answer = self.answers.setdefault(request, Answer())
         while not answer.is_over:
             await self.receive(timeout)
@@ -201,7 +201,7 @@ class Client:
         return await self.answer(await self.send(kind, content, channel))
 
     async def start(self, code: str, **fields: Any) -> str:
-        """Send a cell; returns the request's id. Keyword arguments go into its content."""
+        """Send a cell, and return the request's id. Keyword arguments go into its content."""
         content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": True}
         return await self.send("execute_request", {**content, "stop_on_error": True, **fields})
 
@@ -210,7 +210,7 @@ class Client:
         return await self.answer(await self.start(code, **fields), timeout)
 
     async def close_code(self, timeout: float = TIMEOUT) -> int:
-        """With which code the server closes the connection; what still comes before is dropped."""
+        """The code with which the server closes the connection. Messages before that are dropped."""
         async with asyncio.timeout(timeout):
             with suppress(ConnectionClosed):
                 while True:
@@ -241,7 +241,7 @@ def address(service: Any, path: str, **query: Any) -> str:
 def opening(
     uri: str, key: str | None, *, v1: bool = True, headers: dict[str, str] | None = None, **options: Any
 ) -> connect:
-    """A connection to be, without what the library would do by itself."""
+    """A connection to open, without the library's own pings, limits and compression."""
     sent = {**({"Authorization": f"Bearer {key}"} if key else {}), **(headers or {})}
     fixed: dict[str, Any] = {"max_size": None, "compression": None, "ping_interval": None, "proxy": None}
     protocols = {"subprotocols": [V1]} if v1 else {}
@@ -268,7 +268,7 @@ async def channels(
 
 
 class Agent:
-    """One connection to the stream for agents; `events` are all that came."""
+    """One connection to the stream for agents. `events` are all that have come."""
 
     def __init__(self, socket: ClientConnection) -> None:
         self.socket = socket
@@ -291,7 +291,7 @@ class Agent:
         return found
 
     async def run(self, code: str, **fields: Any) -> list[dict[str, Any]]:
-        """Run a cell; its events, `end` last."""
+        """Run a cell, and return its events, `end` last."""
         name = fields.setdefault("id", uuid.uuid4().hex)
         await self.send("execute", code=code, **fields)
         return [event for event in await self.until("end", id=name) if event.get("id") == name]
@@ -308,7 +308,7 @@ async def agent(
 
 
 class Proxy:
-    """A TCP proxy. `limit` says for each connection after how many bytes to the client it is cut; None: never."""
+    """A TCP proxy. It cuts each connection after `limit()` bytes to the client, or never if that is None."""
 
     def __init__(self, port: int, limit: Callable[[], int | None]) -> None:
         self.cuts = 0
@@ -349,7 +349,7 @@ class Proxy:
                     writer.write(data[:left])
                     self.cuts += 1
                     if self._rng.random() < 0.5:
-                        writer.close()  # what is under way still arrives
+                        writer.close()  # bytes that are under way still arrive
                         await writer.wait_closed()
                     return
                 left = None if left is None else left - len(data)
@@ -357,11 +357,11 @@ class Proxy:
                 await writer.drain()
             writer.close()
         except (OSError, asyncio.CancelledError):
-            pass  # one of the two has gone
+            pass  # one of the two sides has gone
 
 
 class ServerProcess:
-    """`cellvm serve` as a process of its own, without isolation: to be killed, and to have its memory looked at."""
+    """`cellvm serve` as a process of its own, without isolation, for tests that kill it or look at its memory."""
 
     def __init__(self, data: Path, process: asyncio.subprocess.Process, url: str, key: str) -> None:
         self.data = data
@@ -397,7 +397,7 @@ class ServerProcess:
 
     @asynccontextmanager
     async def grows_at_most(self, limit: int) -> AsyncIterator[None]:
-        """The server's memory must not peak higher than this many bytes above where it is now."""
+        """Check that the server's memory peaks at most this many bytes above its present value."""
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")  # forget the peak so far
         before = self.memory()
         yield
@@ -417,7 +417,7 @@ async def server_process(data: Path, *flags: str) -> AsyncIterator[ServerProcess
     key = "sk-sb-" + uuid.uuid4().hex
     log = data.with_name(f"{data.name}-{uuid.uuid4().hex}.log")
     command = [sys.executable, "-m", "kernel_gateway", "serve", "--isolation", "unisolated", "--pool-size", "0"]
-    # Not in asyncio's debug mode: these servers' speed and memory are measured.
+    # These servers do not run in asyncio's debug mode, because their speed and memory are measured.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONASYNCIODEBUG"} | {"CELLVM_API_KEY": key}
     with log.open("wb") as out:
         process = await asyncio.create_subprocess_exec(
@@ -441,7 +441,7 @@ async def server_process(data: Path, *flags: str) -> AsyncIterator[ServerProcess
 
 
 async def raw(service: Any, head: str, body: bytes = b"") -> tuple[int, bytes]:
-    """A request as written, for what no library would send: status and body of the answer."""
+    """Send a request as written, which no library would send, and return status and body of the answer."""
     host, port = service.url.rsplit("/", 1)[1].rsplit(":", 1)
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
@@ -457,14 +457,14 @@ async def raw(service: Any, head: str, body: bytes = b"") -> tuple[int, bytes]:
 
 
 async def read_for_ever(client: Client) -> None:
-    """Say "ready", and read what comes."""
+    """Say "ready", and read for ever."""
     print("ready", flush=True)
     while True:
         await client.socket.recv()
 
 
 async def measure(client: Client) -> None:
-    """Say "ready", make round trips to the kernel until something comes on stdin, and print their times in seconds."""
+    """Say "ready", make round trips to the kernel until a line comes on stdin, and print their times in seconds."""
     print("ready", flush=True)
     times: list[float] = []
     told = asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
@@ -483,7 +483,7 @@ class Peer:
         self.process = process
 
     async def line(self, said: bytes = b"") -> bytes:
-        """What it says next, after it was told something."""
+        """Tell the process something, and return its next line."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(said)
@@ -493,7 +493,7 @@ class Peer:
 
 @asynccontextmanager
 async def peer(mode: Callable[[Client], Any], server: Any, kernel: str) -> AsyncIterator[Peer]:
-    """A client in a process of its own, ready; killed at the end of the block."""
+    """A client in a process of its own, which is ready. It is killed at the end of the block."""
     command = [sys.executable, "-m", "tests.api.clients", mode.__name__, server.url, server.key, kernel]
     pipe = asyncio.subprocess.PIPE
     root = Path(__file__).parents[2]
@@ -509,7 +509,7 @@ async def peer(mode: Callable[[Client], Any], server: Any, kernel: str) -> Async
 
 
 def favour(pid: int) -> None:
-    """Give a process and its children precedence over what else this machine does."""
+    """Give a process and its children precedence over all others of this machine."""
     for task in os.listdir(f"/proc/{pid}/task"):
         os.setpriority(os.PRIO_PROCESS, int(task), -10)
         for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split():

@@ -1,4 +1,4 @@
-"""Kernel messages over WebSockets, in both layouts: all that Jupyter's clients do, and what they must not do."""
+"""Kernel messages over WebSockets, in both layouts: everything that Jupyter's clients do, and must not do."""
 
 import asyncio
 import json
@@ -37,13 +37,13 @@ async def real(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Servic
 
 @pytest.fixture(scope="module")
 async def kernel(real: Service) -> str:
-    """One kernel for all tests that leave it alive: it takes half a second to start."""
+    """One kernel for all tests that leave it alive, because it takes half a second to start."""
     return await new_kernel(real)
 
 
 @pytest.fixture
 async def own(real: Service) -> AsyncIterator[str]:
-    """A kernel of the test's own, for what others should not feel."""
+    """A kernel of the test's own, for a test that would disturb others."""
     kernel = await new_kernel(real)
     yield kernel
     await real.call("DELETE", f"/api/kernels/{kernel}")
@@ -51,7 +51,7 @@ async def own(real: Service) -> AsyncIterator[str]:
 
 @pytest.fixture(params=[True, False], ids=["v1", "legacy"])
 async def client(request: pytest.FixtureRequest, real: Service, kernel: str) -> AsyncIterator[Client]:
-    """A client of that kernel in each layout; afterwards the kernel still works."""
+    """A client of that kernel in each layout. Afterwards the kernel must still work."""
     async with channels(real, kernel, v1=request.param) as client:
         yield client
         assert (await client.run("6 * 7")).value == "42"
@@ -61,7 +61,7 @@ async def client(request: pytest.FixtureRequest, real: Service, kernel: str) -> 
 
 
 async def test_the_messages_of_a_cell(client: Client) -> None:
-    """They come in Jupyter's order, busy before everything and idle last, numbered without a fall."""
+    """The messages come in Jupyter's order, busy first and idle last, and their numbers never fall."""
     code = "import sys\nprint('a', flush=True)\nprint('b', file=sys.stderr, flush=True)\ndisplay({'x': 1})\n1 + 1"
     answer = await client.run(code)
     kinds = [message.state or message.kind for message in answer.messages if message.channel == "iopub"]
@@ -75,7 +75,7 @@ async def test_the_messages_of_a_cell(client: Client) -> None:
 
 
 async def test_a_cell_that_raises(client: Client) -> None:
-    """The error is published and replied; cells that wait behind it are aborted, as their client asked."""
+    """The error is published and replied. Cells that wait behind it are aborted, as their client asked."""
     first = await client.start("import time; time.sleep(0.3); 1 / 0")
     second = await client.start("print('never')")
     answer = await client.answer(first)
@@ -114,7 +114,7 @@ get_ipython().kernel.comm_manager.register_target("echo", opened)
 
 
 async def test_comms_carry_all_bytes(client: Client) -> None:
-    """Buffers of all byte values go both ways as they are, empty and large ones too, whoever opened the comm."""
+    """Buffers of all byte values go both ways unchanged, also empty and large ones, whoever opened the comm."""
     await client.run(ECHO)
     comm = uuid.uuid4().hex
     await client.send("comm_open", {"comm_id": comm, "target_name": "echo", "data": {"a": 1}}, buffers=[ALL_BYTES])
@@ -149,7 +149,7 @@ async def test_large_messages(real: Service, own: str, v1: bool) -> None:
 
 
 async def test_input(client: Client, real: Service, kernel: str) -> None:
-    """A cell asks, its client answers; what is typed blind is marked so; others are not asked."""
+    """A cell asks and its client answers. A password is marked as one. Other clients are not asked."""
     async with channels(real, kernel) as other:
         request = await client.start("from getpass import getpass\nprint(input('name: ') + getpass('secret: '))")
         for prompt, password, value in (("name: ", False, "a\u00e4"), ("secret: ", True, "b")):
@@ -172,7 +172,7 @@ async def test_nobody_to_ask(client: Client) -> None:
 
 
 async def test_control_passes_a_busy_shell(client: Client) -> None:
-    """What goes over the control channel is answered while a cell runs."""
+    """A request on the control channel is answered while a cell runs."""
     request = await client.start("import time; time.sleep(1.5)")
     await client.until_kind("execute_input")
     begun = time.monotonic()
@@ -187,7 +187,7 @@ async def test_control_passes_a_busy_shell(client: Client) -> None:
 
 
 async def test_subshells(client: Client) -> None:
-    """A subshell runs cells beside the main shell; which one is said in the header, which passes untouched."""
+    """A subshell runs cells beside the main shell. The header, which passes untouched, says which one is meant."""
     created = await client.ask("create_subshell_request", channel="control")
     subshell = created.reply["subshell_id"]
     slow = await client.start("import time; time.sleep(1.5)")
@@ -205,7 +205,7 @@ async def test_subshells(client: Client) -> None:
 
 @pytest.mark.parametrize("by", ["message", "REST"])
 async def test_an_interrupt(client: Client, real: Service, kernel: str, by: str) -> None:
-    """By message or by REST, a running cell gets KeyboardInterrupt, and variables stay."""
+    """An interrupt, by message or by REST, raises KeyboardInterrupt in the running cell, and variables stay."""
     await client.run("kept = 1")
     request = await client.start("import time; print('.', flush=True); time.sleep(60)")
     await client.until_kind("stream")
@@ -221,7 +221,7 @@ async def test_an_interrupt(client: Client, real: Service, kernel: str, by: str)
 
 
 async def test_an_interrupt_overtakes_output(real: Service, own: str) -> None:
-    """While 20 MB are under way to the client an interrupt reaches the kernel in under a second."""
+    """While 20 MB are under way to the client, an interrupt reaches the kernel in under a second."""
     async with channels(real, own) as client:
         code = """
             import time
@@ -276,7 +276,7 @@ DEATHS = [
 async def test_a_kernel_that_ends(
     real: Service, own: str, v1: bool, code: str, cause: dict[str, int], says: str
 ) -> None:
-    """Its requests end with an error, everybody hears `restarting` and why, then `idle`; the next cell works."""
+    """Its requests end with an error. All clients hear `restarting` and why, then `idle`. The next cell works."""
     async with channels(real, own, v1=v1) as client, channels(real, own) as other:
         running = await client.start(f"import os, time; print('.', flush=True); time.sleep(0.2); {code}")
         waiting = await other.start("print('never')")
@@ -289,7 +289,7 @@ async def test_a_kernel_that_ends(
         assert says in answer.reply["evalue"]
         lost = await other.answer(waiting)
         assert (lost.reply["status"], lost.text) == ("error", "")
-        early = await client.start("1 + 1")  # while there is no kernel
+        early = await client.start("1 + 1")  # there is no kernel now
         await client.until_state("idle")
         assert (await client.answer(early)).value == "2"
         assert (await other.run("2 + 2")).value == "4"
@@ -306,7 +306,7 @@ async def test_a_shutdown_for_a_restart(real: Service, own: str) -> None:
 
 @LAYOUTS
 async def test_a_restart(real: Service, own: str, v1: bool) -> None:
-    """On request: running cells end with an error, `starting` and `idle` are told, what is sent meanwhile waits."""
+    """Running cells end with an error, clients hear `starting` and `idle`, and requests sent meanwhile wait."""
     async with channels(real, own, v1=v1) as client:
         running = await client.start("import time; x = 1; time.sleep(60)")
         await client.until_kind("execute_input")
@@ -337,7 +337,7 @@ async def test_a_session_connects_again(service: Service) -> None:
 
 @pytest.mark.parametrize("state", ["idle", "busy", "stalled", "restarting", "dead"])
 async def test_an_upgrade_does_not_wait(service: Service, state: str) -> None:
-    """Whatever the kernel does, the connection stands at once, and says in what state the kernel is."""
+    """Whatever the kernel does, the connection opens at once, and tells the kernel's state."""
     kernel = await new_kernel(service)
     guest = service.driver.machines[0].guest
     async with AsyncExitStack() as stack:
@@ -361,7 +361,7 @@ async def test_an_upgrade_does_not_wait(service: Service, state: str) -> None:
 
 
 async def test_a_dead_kernel_answers(service: Service) -> None:
-    """Requests to a kernel that is dead for good end with an error that says so; a restart revives it."""
+    """Requests to a kernel that is dead for good end with an error that says so. A restart revives the kernel."""
     kernel = await new_kernel(service)
     status = wire.KernelStatus(state="dead", reason="said by a test")
     await service.driver.machines[0].guest.send(wire.encode(wire.FrameType.EVENT, wire.EVENTS, status))
@@ -374,12 +374,12 @@ async def test_a_dead_kernel_answers(service: Service) -> None:
 
 
 async def test_interleaved_clients(real: Service, kernel: str) -> None:
-    """Everybody hears what is published; replies go to who asked, and nobody else."""
+    """Published messages go to everybody. A reply goes only to the client that asked."""
     async with channels(real, kernel, v1=True) as first, channels(real, kernel, v1=False) as second:
         cells = [(client, n, await client.start(f"print({n})")) for n in range(20) for client in (first, second)]
         for asking, n, request in cells:
             assert (await asking.answer(request)).text == f"{n}\n"
-        last = await first.run("'last'")  # nothing of the others' can come after it
+        last = await first.run("'last'")  # no message of another cell can come after this one
         await second.until(lambda message: message.parent.get("msg_id") == last.messages[0].parent["msg_id"])
         for asking, n, request in cells:
             other = second if asking is first else first
@@ -387,7 +387,7 @@ async def test_interleaved_clients(real: Service, kernel: str) -> None:
 
 
 async def test_forged_sessions(real: Service, kernel: str) -> None:
-    """Whose session or message id a client writes into its headers: nobody's replies go astray."""
+    """A client may write another's session or message id into its headers, but replies go to the right client."""
     async with channels(real, kernel) as victim, channels(real, kernel) as forger:
         slow = await victim.start("import time; time.sleep(0.5); 'mine'")
         await victim.until_kind("execute_input")
@@ -434,7 +434,7 @@ CLIENTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CLIENTS)
 async def test_clients_as_they_are(real: Service, kernel: str, name: str) -> None:
-    """No channel, buffers or date, one-part binary frames, no session, a key in the query, compression offered."""
+    """Channel, buffers, date and session may be missing. One-part binary frames, keys in the query, compression work."""
     message = {**CLIENTS[name], "content": {**CELL, "code": "print(6 * 7)"}}
     message["header"] = {**message["header"], "msg_id": uuid.uuid4().hex}
     uri = address(real, f"/api/kernels/{kernel}/channels", token=real.key)
@@ -504,7 +504,7 @@ FORBIDDEN = [b"iopub", b"hb", b"", b"SHELL", b"shell\0", b"no" * 5]
 
 
 async def refused(service: Service, kernel: str, frame: str | bytes, v1: bool) -> int:
-    """The code that a frame is answered with; another client of the kernel does not notice."""
+    """The code with which a frame is answered. Another client of the kernel must not notice."""
     async with channels(service, kernel) as other:
         async with channels(service, kernel, v1=v1) as client:
             await client.socket.send(frame)
@@ -530,7 +530,7 @@ async def test_malformed_legacy_frames(real: Service, kernel: str, name: str) ->
 async def test_channels_that_are_not_for_clients(real: Service, kernel: str, channel: bytes, v1: bool) -> None:
     """1008, and the kernel is unharmed."""
     frame = v1_frame(channel, *GOOD[1:]) if v1 else json.dumps({**LEGACY, "channel": channel.decode()})
-    expected = 1008 if v1 or channel else None  # legacy without a channel: shell
+    expected = 1008 if v1 or channel else None  # in the legacy layout no channel means shell
     if expected:
         assert await refused(real, kernel, frame, v1) == expected
 
@@ -538,7 +538,7 @@ async def test_channels_that_are_not_for_clients(real: Service, kernel: str, cha
 @pytest.mark.parametrize("fragmented", [False, True])
 @LAYOUTS
 async def test_oversized_messages(tmp_path: Path, v1: bool, fragmented: bool) -> None:
-    """A message over the limit closes with 1009, in one frame or in many; one just below passes."""
+    """A message over the limit, in one frame or many, closes the connection with 1009. One just below passes."""
     async with serving(tmp_path, max_message=1 << 20) as service:
         kernel = await new_kernel(service)
         async with channels(service, kernel) as other:
@@ -548,7 +548,7 @@ async def test_oversized_messages(tmp_path: Path, v1: bool, fragmented: bool) ->
                 try:
                     await client.socket.send([frame[:1000], frame[1000:]] if fragmented else frame)
                 except ConnectionClosed:
-                    pass  # before all of it was sent
+                    pass  # the server has closed before all of it was sent
                 assert await client.close_code() == 1009
             assert (await other.run("2")).value == "2"
 
@@ -560,7 +560,7 @@ async def test_oversized_messages(tmp_path: Path, v1: bool, fragmented: bool) ->
      ("{kernel}", "since=99999999999999999999", 400), ("{kernel}", "session_id=" + "s" * 201, 400)],
 )  # fmt: skip
 async def test_upgrades_that_are_refused(service: Service, box: str, name: str, query: str, status: int) -> None:
-    """A kernel that is not there, or a query that can't be, is an HTTP error before the upgrade."""
+    """A missing kernel or an invalid query is an HTTP error before the upgrade."""
     kernel = json.loads((await service.call("GET", f"/sandboxes/{box}")).body)["kernelID"]
     path = f"/api/kernels/{name.format(box=box, kernel=kernel)}/channels?{query}"
     with pytest.raises(InvalidStatus) as error:
@@ -570,7 +570,7 @@ async def test_upgrades_that_are_refused(service: Service, box: str, name: str, 
 
 
 async def test_what_is_no_upgrade(service: Service, box: str) -> None:
-    """A plain request, or another method, on a WebSocket's path is 400 with an error's body."""
+    """A plain request, or another method, on a WebSocket's path gets 400 in the error's shape."""
     kernel = json.loads((await service.call("GET", f"/sandboxes/{box}")).body)["kernelID"]
     for method in ("GET", "POST"):
         answer = await service.call(method, f"/api/kernels/{kernel}/channels")

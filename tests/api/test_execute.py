@@ -54,7 +54,7 @@ async def test_a_cell(service: Service, box: str) -> None:
 
 
 async def test_code_that_raises_is_no_error(service: Service, box: str) -> None:
-    """An exception is 200 with its name, text and traceback; the kernel goes on."""
+    """An exception is 200 with its name, text and traceback, and the kernel goes on."""
     cell = await service.execute(box, "1 / 0")
     assert cell["error"]["name"] == "ZeroDivisionError"
     assert cell["error"]["traceback"]
@@ -63,7 +63,7 @@ async def test_code_that_raises_is_no_error(service: Service, box: str) -> None:
 
 
 async def test_cells_take_turns(service: Service, box: str) -> None:
-    """Cells that come at once run one after the other, in order."""
+    """Cells that come at the same time run one after the other, in order."""
     cells = await asyncio.gather(*(service.execute(box, f"print({n}); time.sleep(0.02)") for n in range(8)))
     assert sorted(int(cell["stdout"]) for cell in cells) == list(range(8))
     assert sorted(cell["executionCount"] for cell in cells) == list(range(1, 9))
@@ -81,7 +81,7 @@ async def test_a_timeout_interrupts_and_keeps_state(service: Service, box: str) 
 
 
 async def test_a_timeout_counts_from_the_start(service: Service, box: str) -> None:
-    """A cell that waits for its turn longer than its timeout is not stopped for that, and has all of it then."""
+    """A cell may wait for its turn longer than its timeout, and then has all of that time."""
     first = asyncio.create_task(service.execute(box, "time.sleep(0.8)"))
     await eventually(lambda: service.guest(box).kernel._cell is not None)
     cell = await service.execute(box, 'time.sleep(0.2)\nprint("whole")', timeout=0.5)
@@ -93,7 +93,7 @@ async def test_a_timeout_counts_from_the_start(service: Service, box: str) -> No
 
 
 async def test_a_cell_that_ignores_interrupts_loses_its_kernel(service: Service, box: str) -> None:
-    """One that does not stop has its kernel replaced, within a second of the timeout, and is told so."""
+    """If a cell does not stop, its kernel is replaced within a second of the timeout, and the answer says so."""
     await service.execute(box, "x = 5")
     service.guest(box).kernel.ignores_interrupts = True
     begun = time.monotonic()
@@ -105,7 +105,7 @@ async def test_a_cell_that_ignores_interrupts_loses_its_kernel(service: Service,
 
 
 async def test_a_kernel_that_ends(service: Service, box: str) -> None:
-    """A kernel that exits is a cell error kernel_restarted; the next cell runs in a new one."""
+    """When a kernel exits, the cell's error is kernel_restarted. The next cell runs in a new kernel."""
     cell = await service.execute(box, "import os; os._exit(3)")
     assert cell["error"]["code"] == "kernel_restarted"
     assert "3" in cell["error"]["value"]
@@ -113,7 +113,7 @@ async def test_a_kernel_that_ends(service: Service, box: str) -> None:
 
 
 async def test_a_restart_that_fails(service: Service, box: str) -> None:
-    """A kernel that can't be started again is 502 kernel_unavailable; commands still work."""
+    """If a kernel can't be started again, the answer is 502 kernel_unavailable. Commands still work."""
     guest = service.guest(box)
 
     async def refuse(stream: object, body: wire.Restart) -> None:
@@ -161,7 +161,7 @@ async def test_a_stream_is_live(service: Service, box: str) -> None:
 
 
 async def test_a_stream_whose_sandbox_dies(service: Service, box: str) -> None:
-    """A stream under which the machine ends says so, or ends without `end`; it is never taken for whole."""
+    """A stream whose machine ends says so, or ends without `end`, so that nobody takes it for whole."""
     events = await events_of(service, box, 'print("a"); die()')
     assert events[1]["text"] == "a\n"
     assert events[-2]["type"] == "error"
@@ -169,7 +169,7 @@ async def test_a_stream_whose_sandbox_dies(service: Service, box: str) -> None:
 
 
 async def test_output_beyond_the_limit(service: Service, box: str) -> None:
-    """R8: of 200 MB text the first 8 Mi characters are kept, the rest is counted; memory grows by 48 MiB at most."""
+    """R8: the first 8 Mi characters of 200 MB are kept, the others counted. Memory grows by 48 MiB at most."""
     await service.execute(box, "flood(20)")
     before = resident()
     cell = await service.execute(box, FLOOD_200, timeout=60)
@@ -179,7 +179,7 @@ async def test_output_beyond_the_limit(service: Service, box: str) -> None:
 
 
 async def test_r8_a_slow_reader_of_a_stream(service: Service, box: str) -> None:
-    """A client that does not read stops the guest, not the server: memory stays; others are served meanwhile."""
+    """A client that does not read stops the guest, not the server. Memory stays, and others are served meanwhile."""
     before = resident()
     reader, writer = await asyncio.open_connection("127.0.0.1", service.port, limit=65536)
     body = b'{"code": "%s", "timeout": 60}' % FLOOD_200.encode()
@@ -198,7 +198,7 @@ async def test_r8_a_slow_reader_of_a_stream(service: Service, box: str) -> None:
         peak = max(peak, resident())
         await asyncio.sleep(0.02)
     assert peak - before <= 32 << 20
-    # It reads on, and everything comes, in order.
+    # When the client reads on, everything comes, in order.
     total = 0
     while data := await reader.read(1 << 20):
         total += data.count(b"flood! ")
@@ -213,7 +213,7 @@ async def test_r8_a_slow_reader_of_a_stream(service: Service, box: str) -> None:
 
 
 async def test_a_client_that_hangs_up_interrupts_its_cell(service: Service, box: str) -> None:
-    """Closing the connection interrupts the cell; the next one runs at once."""
+    """Closing the connection interrupts the cell, and the next one runs at once."""
     guest = service.guest(box)
     _, writer = await asyncio.open_connection("127.0.0.1", service.port)
     body = b'{"code": "time.sleep(60)"}'
@@ -261,7 +261,7 @@ def count_of(service: Service, box: str) -> int:
 
 
 async def test_the_same_request_twice_runs_once(service: Service, box: str) -> None:
-    """Sent again with the same id, at once or afterwards, a cell runs once, and all answers are the same."""
+    """A cell that is sent again with the same id, at once or afterwards, runs once, and all answers are the same."""
     code = 'time.sleep(0.2)\nprint("a")\n6 * 7'
     answers = await asyncio.gather(*(execute_as(service, box, "my:1.x_-", code) for _ in range(3)))
     answers.append(await execute_as(service, box, "my:1.x_-", code))
@@ -273,7 +273,7 @@ async def test_the_same_request_twice_runs_once(service: Service, box: str) -> N
 
 
 async def test_an_execution_is_found_while_it_runs(service: Service, box: str) -> None:
-    """It is 404 before it was started, running without a result, then finished with one; its error is part of that."""
+    """An execution is 404 before its start, then running without a result, then finished with a result or error."""
     assert (await execution(service, box, "e")).code == 404
     running = asyncio.create_task(execute_as(service, box, "e", "time.sleep(0.3)\n1 / 0"))
     await eventually(lambda: count_of(service, box) == 1)
@@ -285,7 +285,7 @@ async def test_an_execution_is_found_while_it_runs(service: Service, box: str) -
 
 
 async def test_other_code_under_the_same_id(service: Service, box: str) -> None:
-    """It is refused and not run, also when the id is that of a Jupyter client's request."""
+    """It is refused and not run, also if the id is that of a Jupyter client's request."""
     await execute_as(service, box, "e", "x = 1")
     answer = await execute_as(service, box, "e", "x = 2")
     assert (answer.code, error_of(answer)["error"]) == (409, "conflict")
@@ -294,14 +294,14 @@ async def test_other_code_under_the_same_id(service: Service, box: str) -> None:
 
 @pytest.mark.parametrize("name", ["a b", "ü", "x" * 129, "a/b", "\t"])
 async def test_an_illegal_id(service: Service, box: str, name: str) -> None:
-    """What can't be part of a path is no id."""
+    """An id that can't be part of a path is refused."""
     answer = await execute_as(service, box, name, "1")
     assert (answer.code, error_of(answer)["error"]) == (400, "invalid_request")
     assert count_of(service, box) == 0
 
 
 async def test_a_named_cell_outlives_its_client(service: Service, box: str) -> None:
-    """A client with an id that hangs up stops nothing, and finds the outcome later."""
+    """A client that has sent an id may hang up. It stops nothing, and finds the outcome later."""
     body = b'{"code": "time.sleep(0.3)\\nprint(1)"}'
     head = f"POST /sandboxes/{box}/execute HTTP/1.1\r\nHost: x\r\nX-API-Key: {service.key}\r\nIdempotency-Key: e\r\n"
     _, writer = await asyncio.open_connection("127.0.0.1", service.port)
@@ -314,7 +314,7 @@ async def test_a_named_cell_outlives_its_client(service: Service, box: str) -> N
 
 
 async def test_a_cell_without_a_client_is_not_begun(service: Service, box: str) -> None:
-    """One without an id whose client hangs up while it waits for its turn never runs."""
+    """A cell without an id never runs if its client hangs up while the cell waits for its turn."""
     first = asyncio.create_task(service.execute(box, "time.sleep(0.4)"))
     await eventually(lambda: count_of(service, box) == 1)
     body = b'{"code": "x = 1"}'
@@ -329,7 +329,7 @@ async def test_a_cell_without_a_client_is_not_begun(service: Service, box: str) 
 
 
 async def test_an_execution_whose_kernel_ended(service: Service, box: str) -> None:
-    """Nobody knows how far it came: its status is unknown, and a retry is not safe. It is not run again either."""
+    """Its status is unknown and a retry is not safe, because nobody knows how far it came. It is not run again."""
     cell = json.loads((await execute_as(service, box, "e", "import os; os._exit(3)")).body)
     assert cell["error"]["code"] == "kernel_restarted"
     found = json.loads((await execution(service, box, "e")).body)
@@ -340,7 +340,7 @@ async def test_an_execution_whose_kernel_ended(service: Service, box: str) -> No
 
 @pytest.mark.parametrize("accept", ["application/x-ndjson", "text/event-stream"])
 async def test_events_of_an_execution_again(service: Service, box: str, accept: str) -> None:
-    """They come again from any number on, by query or by header, the same as the first time."""
+    """The same events come again, from any number on, by query or by header."""
     answer = await execute_as(service, box, "e", 'print("a")\nprint("b")\n7', Accept=accept)
     events = events_in(answer, accept)
     assert [event["type"] for event in events] == ["started", "stdout", "stdout", "result", "end"]
@@ -359,7 +359,7 @@ async def test_events_of_an_execution_again(service: Service, box: str, accept: 
 
 @pytest.mark.parametrize("last", ["x", "-1", "1.5", "\u00b2", "9" * 5000, ""])
 async def test_a_last_event_that_is_no_number(service: Service, box: str, last: str) -> None:
-    """It is as if it had not been sent."""
+    """Such a header is ignored."""
     await execute_as(service, box, "e", "7")
     answer = await execution(service, box, "e", headers={"Accept": "application/x-ndjson", "Last-Event-ID": last})
     assert [event["type"] for event in events_in(answer)] == ["started", "result", "end"]
@@ -368,7 +368,7 @@ async def test_a_last_event_that_is_no_number(service: Service, box: str, last: 
 async def test_only_so_many_executions_are_remembered(
     service: Service, box: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The oldest that is over is forgotten; while all of them run, another one is refused."""
+    """The oldest finished execution is forgotten. While all of them run, another one is refused."""
     monkeypatch.setattr("kernel_gateway.kernel.KEPT", 3)
     for name in "abcd":
         await execute_as(service, box, name, "1")
@@ -381,7 +381,7 @@ async def test_only_so_many_executions_are_remembered(
 
 
 async def test_an_old_execution_tells_what_is_missing(service: Service, box: str) -> None:
-    """What the journal has dropped meanwhile is counted; the rest, and the end, are there."""
+    """Messages that the journal has dropped meanwhile are counted. The others, and the end, are there."""
     await execute_as(service, box, "e", 'print("a")\nflood(1)\n7')
     await service.execute(box, "flood(90)", timeout=60)
     found = json.loads((await execution(service, box, "e")).body)

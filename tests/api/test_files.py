@@ -45,7 +45,7 @@ def guest(service: Service, box: str) -> FakeGuest:
 
 @pytest.mark.parametrize("size", [0, 1, wire.CHUNK, 5_000_003])
 async def test_download(service: Service, box: str, guest: FakeGuest, size: int) -> None:
-    """The bytes come as they are, with length, type by name, and as an attachment."""
+    """The bytes come unchanged, as an attachment, with their length and a type by the file's name."""
     content = random.Random(size).randbytes(size)
     guest.files[f"{HOME}/ä 1.csv"] = content
     for route in ("files", "filesystem/download"):
@@ -78,7 +78,7 @@ async def test_ranges(service: Service, box: str, guest: FakeGuest, header: str,
 
 @pytest.mark.parametrize("header", ["bytes=1000-", "bytes=5-4", "bytes=-0", "bytes=99999999999999999999-"])
 async def test_impossible_ranges(service: Service, box: str, guest: FakeGuest, header: str) -> None:
-    """A range outside the file is 416 and tells the size; one that makes no sense may be ignored."""
+    """A range outside the file is 416 and tells the size. A range that makes no sense may be ignored."""
     guest.files[f"{HOME}/f"] = bytes(1000)
     answer = await service.call("GET", f"/sandboxes/{box}/files?path=f", headers={"Range": header})
     if header != "bytes=5-4" or answer.code != 200:
@@ -88,14 +88,14 @@ async def test_impossible_ranges(service: Service, box: str, guest: FakeGuest, h
 
 @pytest.mark.parametrize("header", ["bytes=0-1,5-6", "lines=1-2", "bytes=a-b", "bytes=-", ""])
 async def test_ranges_that_are_none(service: Service, box: str, guest: FakeGuest, header: str) -> None:
-    """What is not one range of bytes is ignored: the whole file comes."""
+    """A header that is not one range of bytes is ignored, and the whole file comes."""
     guest.files[f"{HOME}/f"] = b"0123456789"
     answer = await service.call("GET", f"/sandboxes/{box}/files?path=f", headers={"Range": header})
     assert (answer.code, answer.body) == (200, b"0123456789")
 
 
 async def test_a_large_download_is_streamed(service: Service, box: str, guest: FakeGuest) -> None:
-    """A client that reads slowly makes the guest wait: 150 MB cost the server less than 16 MiB."""
+    """A client that reads slowly makes the guest wait, so 150 MB cost the server less than 16 MiB."""
     guest.files[f"{HOME}/big"] = bytes(150_000_000)
     before, peak, total = resident(), 0, 0
     reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
@@ -136,7 +136,7 @@ async def test_a_file_that_shrinks(service: Service, box: str, guest: FakeGuest)
 
 
 async def test_upload(service: Service, box: str, guest: FakeGuest) -> None:
-    """A file is stored at `path`, from a field before it or from the query, else under its own name."""
+    """A file is stored at `path`, from a field before it or from the query, or else under its own name."""
     content = random.Random(2).randbytes(3_000_000)
     for body, query, path in (
         (multipart(("path", None, b"/tmp/a/b.bin"), ("file", "x", content)), "", "/tmp/a/b.bin"),
@@ -153,7 +153,7 @@ async def test_upload(service: Service, box: str, guest: FakeGuest) -> None:
 
 
 async def test_several_files(service: Service, box: str, guest: FakeGuest) -> None:
-    """Each file goes to the path before it, one without to the path of its own."""
+    """Each file goes to the path before it. A file without one goes to its own file name."""
     parts = [("path", None, b"one"), ("file", "x", b"1"), ("path", None, b"two"), ("file", "y", b"22")]
     answer = await upload(service, box, multipart(*parts, ("file", "three", b"")))
     assert answer.code == 200, answer.body
@@ -187,7 +187,7 @@ async def test_a_path_after_its_file(service: Service, box: str, guest: FakeGues
     ],
 )
 async def test_uploads_refused(service: Service, box: str, body: bytes, says: str) -> None:
-    """A body that is no proper upload is 400, with a sentence."""
+    """A body that is no proper upload gets 400 with a sentence."""
     answer = await upload(service, box, body)
     error = error_of(answer)
     assert (answer.code, error["error"]) == (400, "invalid_request"), error
@@ -220,7 +220,7 @@ async def test_a_broken_upload_leaves_the_old_content(service: Service, box: str
 
 
 async def test_a_full_disk(service: Service, box: str, guest: FakeGuest) -> None:
-    """An upload that the disk has no room for is 507, and the answer arrives though the client still sends."""
+    """An upload to a full disk gets 507, and the answer arrives though the client still sends."""
 
     async def full(stream: Stream, body: wire.Write) -> None:
         await stream.received()
@@ -270,7 +270,7 @@ async def test_a_large_upload_is_streamed(service: Service, box: str, guest: Fak
 
 
 async def test_a_2_gb_upload_to_an_unknown_sandbox(service: Service) -> None:
-    """404 comes after a small part of the body, though the client goes on sending; the server keeps none of it."""
+    """404 comes after a small part of the body, though the client goes on sending. The server keeps none of it."""
     before, loop, sent = resident(), asyncio.get_running_loop(), 0
     head = (
         f"POST /sandboxes/sbxnone/files?path=x HTTP/1.1\r\nHost: x\r\nX-API-Key: {service.key}\r\n"
@@ -279,7 +279,7 @@ async def test_a_2_gb_upload_to_an_unknown_sandbox(service: Service) -> None:
     with socket.create_connection(("127.0.0.1", service.port)) as sock:
         sock.setblocking(False)
         await loop.sock_sendall(sock, head.encode())
-        with suppress(ConnectionError):  # closed, once the answer is there
+        with suppress(ConnectionError):  # the connection is closed after the answer
             while sent < 100 << 20 and not select([sock], [], [], 0)[0]:
                 await asyncio.wait_for(loop.sock_sendall(sock, bytes(1 << 20)), 5)
                 sent += 1 << 20
@@ -314,7 +314,7 @@ async def test_inline_files(service: Service, box: str, guest: FakeGuest) -> Non
 
 
 async def test_directories(service: Service, box: str) -> None:
-    """Make, list, stat, move and delete answer with entries; parents are made."""
+    """Requests to make, list, stat, move and delete are answered with entries. Parents are made."""
     answer = await service.call("POST", f"/sandboxes/{box}/filesystem/mkdir", {"path": "a/b/c"})
     entry = json.loads(answer.body)
     assert entry.pop("modified").endswith("Z")
@@ -385,7 +385,7 @@ async def test_a_long_directory(service: Service, box: str, guest: FakeGuest) ->
 async def test_documented_errors(
     service: Service, box: str, guest: FakeGuest, method: str, path: str, body: object, expected: tuple[int, str]
 ) -> None:
-    """Each route's errors have their status and word; the sandbox goes on."""
+    """Each route's errors have their status and word, and the sandbox goes on."""
     guest.files[f"{HOME}/f"] = b""
     answer = await service.call(method, f"/sandboxes/{box}/{path}", body)
     assert (answer.code, error_of(answer)["error"]) == expected
@@ -393,7 +393,7 @@ async def test_documented_errors(
 
 
 async def test_errors_of_the_agent_keep_their_word(service: Service, box: str, guest: FakeGuest) -> None:
-    """Each failure that the agent knows has a status; one that it does not know reads as `failed`."""
+    """Each failure of the wire has a status. An unknown one reads as `failed`."""
     for code in (*wire.FAILURES, "made_up"):
 
         async def refuse(stream: Stream, body: wire.Stat, code: str = code) -> None:
@@ -407,7 +407,7 @@ async def test_errors_of_the_agent_keep_their_word(service: Service, box: str, g
 
 
 async def test_head_of_a_path_with_blanks(service: Service, box: str, guest: FakeGuest) -> None:
-    """Paths are taken as they are: blanks at the ends and control characters are part of a name."""
+    """Paths are taken literally, so blanks at the ends and control characters are part of a name."""
     guest.files[f"{HOME}/ a\tb "] = b"x"
     answer = await service.call("GET", f"/sandboxes/{box}/files?path={quote(' a' + chr(9) + 'b ')}")
     assert (answer.code, answer.body) == (200, b"x")

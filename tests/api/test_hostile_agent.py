@@ -1,4 +1,4 @@
-"""Promise R13: a sandbox whose agent and kernel lie as they please, beside an honest one of somebody else."""
+"""Promise R13: a sandbox with a lying agent and kernel does no harm to another owner's honest one."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ MALICE, SECRET = "malice", "secret-of-the-other"
 DOCUMENTED = {200, 204, 400, 404, 409, 502}
 AT_ONCE = 20
 TIME_SCALE = 0.05
-"""Of the seconds that a guest is given for anything."""
+"""Factor for all seconds that a guest is given."""
 PATIENCE = 10.0
 """Seconds within which every request must be answered."""
 
@@ -95,7 +95,7 @@ STEPS = st.lists(COMMON, min_size=1, max_size=8) | st.builds(
 
 
 def programs() -> list[list[Any]]:
-    """Random programs; they run many at a time, which Hypothesis itself can't."""
+    """Random programs. They are made first, because Hypothesis itself can't run many at a time."""
     found: list[list[Any]] = []
 
     @settings(max_examples=PROGRAMS, suppress_health_check=list(HealthCheck))
@@ -121,7 +121,7 @@ class Side:
             assert (await self.ask("DELETE", "/sandboxes/{box}"))[0] in (204, 404)
 
     async def begin(self) -> None:
-        """Make a sandbox, in place of the one before."""
+        """Make a new sandbox in place of the old one."""
         await self.end()
         status, answer = await self.ask("POST", "/api/kernels", {})
         assert status == 201, answer
@@ -137,13 +137,13 @@ class Side:
 
 
 async def say_nothing(*_: Any) -> None:
-    """In place of anything that a guest should do."""
+    """Ignore a request. This replaces any handler of a guest."""
     await asyncio.sleep(60)
 
 
 async def play(guest: FakeGuest, steps: list[Any], parents: dict[str, bytes]) -> None:
-    """Let a guest do what it pleases, beside what it does as an honest one."""
-    with suppress(OSError):  # cut off for it
+    """Let a guest do a program's steps, beside its honest work."""
+    with suppress(OSError):  # the guest may be cut off for this
         for kind, what in steps:
             if kind == "message":
                 parts = [what["channel"], what["header"], parents.get(what["parent"], what["parent"])]
@@ -175,7 +175,7 @@ async def play(guest: FakeGuest, steps: list[Any], parents: dict[str, bytes]) ->
 
 
 async def overhear(socket: ClientConnection, heard: bytearray) -> None:
-    """Everything that a connection gets, unread."""
+    """Collect all bytes that a connection gets, without decoding them."""
     with suppress(ConnectionClosed):
         while True:
             frame = await socket.recv()
@@ -183,7 +183,7 @@ async def overhear(socket: ClientConnection, heard: bytearray) -> None:
 
 
 async def attack(bad: Side, good: Side, steps: list[Any]) -> bytes:
-    """One program of the bad side, while both sides' clients do their work; what the bad side's clients heard."""
+    """Play one program of the bad side while both sides' clients work. Return what the bad side's clients heard."""
     await bad.begin()
     service, guest, heard = bad.service, bad.guest, bytearray()
     async with AsyncExitStack() as stack:
@@ -218,7 +218,7 @@ async def attack(bad: Side, good: Side, steps: list[Any]) -> bytes:
         asking = [asyncio.create_task(request) for request in requests]
         await play(guest, steps, parents)
         await asyncio.wait(asking[:1], timeout=0.5)
-        if not asking[0].done():  # it waits for a cell that the kernel says still runs: not longer than the sandbox
+        if not asking[0].done():  # it waits as long as the sandbox lives for a cell that still runs, as the kernel says
             await bad.end()
         _, hung = await asyncio.wait(asking, timeout=PATIENCE)
         assert not hung, f"requests {[n for n, task in enumerate(asking) if task in hung]} hang"
@@ -237,7 +237,7 @@ async def attack(bad: Side, good: Side, steps: list[Any]) -> bytes:
 
 
 async def test_r13_programs_of_a_malicious_agent(tmp_path: Path) -> None:
-    """Nothing of one owner's reaches the other, every request is answered as documented, the log shows no traceback."""
+    """No owner gets another's data, each request gets a documented answer, and the log shows no traceback."""
     waiting, heard = programs(), []
     async with serving(tmp_path, FakeDriver(time_scale=TIME_SCALE), max_sandboxes=2 * AT_ONCE) as service:
 
@@ -249,7 +249,7 @@ async def test_r13_programs_of_a_malicious_agent(tmp_path: Path) -> None:
                 try:
                     heard.append(await attack(bad, good, steps))
                 except InvalidStatus as refused:
-                    assert refused.response.status_code == 404  # noqa: PT017  it died before its clients came
+                    assert refused.response.status_code == 404  # noqa: PT017  the sandbox died before its clients came
                 except BaseException as error:
                     error.add_note(f"the program: {steps}")
                     raise
@@ -262,7 +262,7 @@ async def test_r13_programs_of_a_malicious_agent(tmp_path: Path) -> None:
 
 
 async def test_a_kernel_that_never_comes_back(tmp_path: Path) -> None:
-    """An agent that says `restarting` and nothing after it: who waits for the kernel is told, when its time is over."""
+    """An agent says `restarting` and nothing after it. Clients that wait for the kernel are told in time."""
     async with serving(tmp_path, FakeDriver(time_scale=0.005)) as service:
         side = Side(service, service.key)
         await side.begin()

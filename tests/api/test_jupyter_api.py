@@ -1,4 +1,4 @@
-"""Jupyter's REST operations, what every client may rely on: models, keys, origins, where the server lives."""
+"""Jupyter's REST operations, as every client may rely on them: models, keys, origins, the server's address."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ UNKNOWN = "01234567-89ab-cdef-0123-456789abcdef"
 
 
 async def get(service: Service, path: str, **options: Any) -> Any:
-    """What a GET answers."""
+    """The answer to a GET."""
     answer = await service.call("GET", path, **options)
     assert answer.code == 200, answer.body
     return json.loads(answer.body)
@@ -40,7 +40,7 @@ async def start(service: Service, body: dict[str, Any] | None = None, **options:
 
 
 def checked(model: dict[str, Any]) -> dict[str, Any]:
-    """A kernel's model, which is as Jupyter's clients parse it."""
+    """A kernel's model, checked to be as Jupyter's clients parse it."""
     assert re.fullmatch(r"\w+-\w+-\w+-\w+-\w+", model["id"])
     assert datetime.strptime(model["last_activity"], "%Y-%m-%dT%H:%M:%S.%fZ")  # noqa: DTZ007  as jupyter_server does
     assert model["execution_state"] in ("starting", "idle", "busy", "restarting", "dead")
@@ -57,7 +57,7 @@ async def test_the_version_needs_no_key(service: Service) -> None:
 
 
 async def test_kernelspecs(service: Service) -> None:
-    """One for each template, and `python3`, by names that clients take, with a logo that is an image."""
+    """There is a kernelspec for each template, and `python3`, with a name that clients take and a logo."""
     specs = await get(service, "/api/kernelspecs")
     assert specs["default"] == "code_interpreter"
     assert set(specs["kernelspecs"]) == {"code_interpreter", "base", "python3"}
@@ -77,7 +77,7 @@ async def test_kernelspecs(service: Service) -> None:
 
 
 async def test_the_server_tells_its_status(service: Service) -> None:
-    """`GET /api/status` counts this owner's kernels and connections, nobody else's."""
+    """`GET /api/status` counts only this owner's kernels and connections."""
     kernel = await start(service)
     async with channels(service, kernel["id"]):
         status = await get(service, "/api/status")
@@ -95,7 +95,7 @@ async def test_the_server_tells_its_status(service: Service) -> None:
      b'{"name": "ci-v1", "env": {"KERNEL_LAUNCH_TIMEOUT": "40", "KERNEL_WORKING_DIR": "/no/such"}}'],
 )  # fmt: skip
 async def test_starts_of_all_clients(service: Service, body: bytes) -> None:
-    """No body, no content type, nulls, keys that we don't know: 201 with the model."""
+    """A start gets 201 with the model, also without body or content type, with nulls, or with unknown keys."""
     head = f"POST /api/kernels?token={service.key} HTTP/1.1\nContent-Length: {len(body)}"
     status, answer = await raw(service, head, body)
     assert status == 201
@@ -105,7 +105,7 @@ async def test_starts_of_all_clients(service: Service, body: bytes) -> None:
 
 
 async def test_an_unknown_name(service: Service) -> None:
-    """A kernelspec that is not there is 404, and nothing is started."""
+    """An unknown kernelspec is 404, and nothing is started."""
     answer = await service.call("POST", "/api/kernels", {"name": "julia-1.10"})
     assert (answer.code, error_of(answer)["error"]) == (404, "not_found")
     assert service.driver.machines == []
@@ -118,7 +118,7 @@ async def test_the_name_that_notebooks_have(service: Service) -> None:
 
 
 async def test_from_start_to_end(service: Service) -> None:
-    """Listed, found, interrupted (204), restarted (200 and the model), deleted (204), then 404."""
+    """A kernel is listed, found, interrupted (204), restarted (200 and the model), deleted (204), and then 404."""
     kernel = await start(service)
     path = f"/api/kernels/{kernel['id']}"
     assert await get(service, "/api/kernels") == [kernel]
@@ -136,7 +136,7 @@ async def test_from_start_to_end(service: Service) -> None:
 
 
 async def test_a_kernel_is_a_sandbox(service: Service) -> None:
-    """Whoever makes one gets both, under ids that tell each other."""
+    """A client that makes one gets both, and each id can be made from the other."""
     kernel = await start(service)
     box = await get(service, f"/sandboxes/{kernel['sandbox_id']}")
     assert box["kernelID"] == kernel["id"]
@@ -150,7 +150,7 @@ async def test_a_kernel_is_a_sandbox(service: Service) -> None:
 
 
 async def test_the_model_tells_what_goes_on(service: Service) -> None:
-    """Busy while a cell runs, connections counted, last_activity moved by cells and not by looking."""
+    """The model says busy while a cell runs, and counts connections. Cells move last_activity, reading does not."""
     kernel = await start(service)
     path = f"/api/kernels/{kernel['id']}"
     async with channels(service, kernel["id"]) as client, channels(service, kernel["id"]):
@@ -169,7 +169,7 @@ async def test_the_model_tells_what_goes_on(service: Service) -> None:
 
 
 async def test_a_kernel_that_died(service: Service) -> None:
-    """It stays listed as dead, with the reason, until its owner deletes it; restarting it is 404."""
+    """It stays listed as dead, with the reason, until its owner deletes it. A restart gets 404."""
     kernel = await start(service)
     path = f"/api/kernels/{kernel['id']}"
     service.guest(kernel["sandbox_id"]).die("killed by a test")
@@ -186,7 +186,7 @@ async def test_a_kernel_that_died(service: Service) -> None:
 
 
 async def test_the_journal(service: Service) -> None:
-    """Everything the kernel said, without a WebSocket: numbered, from a number on, or waited for."""
+    """All messages of the kernel, without a WebSocket: numbered, from a number on, and with waiting for new ones."""
     kernel = await start(service)
     path = f"/api/kernels/{kernel['id']}/journal"
     await service.execute(kernel["sandbox_id"], 'print("a")\n1 + 1')
@@ -228,7 +228,7 @@ async def test_idle_kernels_end(tmp_path: Path) -> None:
 
 
 async def test_a_sandbox_keeps_to_its_timeout(service: Service) -> None:
-    """One that was made with a lifetime ends at its end, whoever is connected, and says why."""
+    """A sandbox that was made with a lifetime ends after it, whoever is connected, and says why."""
     box = await service.create(timeout=1)
     kernel = (await get(service, f"/sandboxes/{box}"))["kernelID"]
     begun = time.monotonic()
@@ -239,7 +239,7 @@ async def test_a_sandbox_keeps_to_its_timeout(service: Service) -> None:
 
 
 async def test_environments_do_not_mix(tmp_path: Path) -> None:
-    """Eight kernels started at once with a secret each: every one sees its own, and one without sees none."""
+    """Eight kernels start at once with a secret each. Each sees its own, and a kernel without one sees none."""
     async with serving(tmp_path, Unisolated(tmp_path), max_sandboxes=9) as service:
         kernels = await asyncio.gather(*(start(service, {"env": {"KERNEL_SECRET": f"s{n}"}}) for n in range(8)))
         kernels.append(await start(service))
@@ -252,7 +252,7 @@ async def test_environments_do_not_mix(tmp_path: Path) -> None:
 
 
 async def test_sessions(service: Service) -> None:
-    """A path has one session; it can be renamed, moved to another kernel, and ends with its kernel."""
+    """A path has one session. It can be renamed and moved to another kernel, and ends with its kernel."""
     body = {"path": "a.ipynb", "type": "notebook", "name": "", "kernel": {"name": "base"}}
     answer = await service.call("POST", "/api/sessions", body)
     assert answer.code == 201
@@ -287,7 +287,7 @@ async def test_sessions(service: Service) -> None:
      ({"path": "a", "kernel": {"name": "nope"}}, 404), ({"path": 3}, 400)],
 )  # fmt: skip
 async def test_sessions_that_can_not_be(service: Service, body: dict[str, Any], status: int) -> None:
-    """A session without a path, or with a kernel that is not there, is refused and starts nothing."""
+    """A session without a path, or with an unknown kernel, is refused and starts nothing."""
     assert (await service.call("POST", "/api/sessions", body)).code == status
     assert await get(service, "/api/sessions") == []
     assert service.driver.machines == []
@@ -297,7 +297,7 @@ async def test_sessions_that_can_not_be(service: Service, body: dict[str, Any], 
 
 
 async def test_a_foreign_kernel_is_like_none(service: Service) -> None:
-    """On every route, WebSockets too, somebody else's kernel gets the same 404 as one that never was."""
+    """On every route, also on WebSockets, somebody else's kernel gets the same 404 as one that never existed."""
     kernel = await start(service)
     other = service.other_key
     assert await get(service, "/api/kernels", key=other) == []
@@ -324,14 +324,14 @@ CARRIERS = [
     ("", "AUTHORIZATION: TOKEN {}"), ("", "X-API-Key: {}"), ("", "x-api-key: {}"), ("?token={}", "X-Other: 1"),
     ("/t/{}", "X-Other: 1"), ("/t/{}", "Authorization: token "),
 ]  # fmt: skip
-"""Where a key may be: in the query or the path, or in a header."""
+"""Places of a key: in the query or the path, or in a header."""
 
 
 @pytest.mark.parametrize(("place", "header"), CARRIERS, ids=lambda text: text)
 async def test_every_way_to_carry_a_key(
     service: Service, place: str, header: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each lets in for REST and for WebSockets, a wrong key gets 401, and no key is ever in the log."""
+    """Each way works for REST and for WebSockets. A wrong key gets 401, and no key is ever in the log."""
     kernel = await start(service)
     wrong = "sk-sb-wrong"
     caplog.clear()
@@ -358,7 +358,7 @@ async def test_every_way_to_carry_a_key(
 
 @pytest.mark.parametrize("path", ["/t/{}", "/t/{}/", "/T/{}/api", "//T/{}/api", "/t/{}/t/{}/api", "/t/{}/%zz"])
 async def test_a_key_in_a_broken_path(service: Service, path: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A path with a key that names nothing is refused, and not written to the log either."""
+    """A path with a key but no route is refused, and the key is not in the log."""
     with caplog.at_level(logging.DEBUG):
         status, body = await raw(service, f"GET {path.replace('{}', service.key)} HTTP/1.1")
     assert status in (400, 404)
@@ -368,7 +368,7 @@ async def test_a_key_in_a_broken_path(service: Service, path: str, caplog: pytes
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "token "}, {"Authorization": "None x"}])
 async def test_without_a_key(service: Service, box: str, headers: dict[str, str]) -> None:
-    """Routes and WebSockets answer 401 before anything else, whatever they name."""
+    """Routes and WebSockets answer 401 before they look at anything else."""
     for path in ("/api/kernels", "/api/kernelspecs", f"/api/kernels/{UNKNOWN}", "/api/sessions"):
         assert (await service.call("GET", path, key=None, headers=headers)).code == 401
     for path in (f"/api/kernels/{UNKNOWN}/channels", f"/sandboxes/{box}/stream", "/sandboxes/x/stream"):
@@ -381,7 +381,7 @@ async def test_without_a_key(service: Service, box: str, headers: dict[str, str]
 
 
 async def test_web_pages(tmp_path: Path) -> None:
-    """Pages of the allowed origins may ask everything, those of others nothing; a WebSocket of theirs is 403."""
+    """Pages of allowed origins may send every request, pages of others none. A WebSocket of others gets 403."""
     good, bad = "https://lab.example:8443", "https://evil.example"
     async with serving(tmp_path, origins=frozenset({good})) as service:
         kernel = await start(service)
@@ -400,13 +400,13 @@ async def test_web_pages(tmp_path: Path) -> None:
             with pytest.raises(InvalidStatus) as refused:
                 await connecting.__aenter__()
             assert refused.value.response.status_code == 403
-        for origin in (good, service.url):  # the second: a page of the server's own
+        for origin in (good, service.url):  # the second is the origin of the server's own pages
             async with channels(service, kernel["id"], origin=origin) as client:
                 assert (await client.run("1 + 1")).value == "2"
 
 
 async def test_under_a_path(tmp_path: Path) -> None:
-    """With a base URL everything is under it: routes, WebSockets, and the addresses that answers name."""
+    """With a base URL everything is under it: routes, WebSockets, and the addresses in answers."""
     async with serving(tmp_path, base_url="/some/Where") as service:
         service.url += "/some/Where"
         answer = await service.call("POST", "/api/kernels")
@@ -440,5 +440,5 @@ async def test_tls(tmp_path: Path) -> None:
         trusted = ssl.create_default_context(cafile=str(certificate))
         async with channels(service, json.loads(answer.body)["id"], ssl=trusted) as client:
             assert (await client.run("6 * 7")).value == "42"
-        with pytest.raises((OSError, IndexError)):  # plain HTTP is closed without a word
+        with pytest.raises((OSError, IndexError)):  # a connection with plain HTTP is closed without an answer
             await raw(service, "GET /api HTTP/1.1")
