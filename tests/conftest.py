@@ -25,7 +25,7 @@ def open_files() -> dict[int, str]:
         try:
             found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
         except FileNotFoundError:
-            pass  # the one that lists the directory
+            pass  # this descriptor lists the directory
     return found
 
 
@@ -43,7 +43,7 @@ def temporary(directory: Path) -> list[str]:
 
 
 class Tracebacks(logging.Handler):
-    """Collects records that show a traceback, and what asyncio complains of when nobody else does."""
+    """A collector of records that show a traceback, and of asyncio's complaints about forgotten exceptions."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -91,14 +91,14 @@ async def leaks(request: pytest.FixtureRequest, tmp_path: Path, tracebacks: None
 
 @pytest.fixture
 async def service(tmp_path: Path) -> AsyncIterator[Service]:
-    """Four sandboxes at most, no pool."""
+    """A service with four sandboxes at most, and no pool."""
     async with serving(tmp_path) as running:
         yield running
 
 
 @pytest.fixture
 async def pooled(tmp_path: Path) -> AsyncIterator[Service]:
-    """Four sandboxes at most, one machine on stock."""
+    """A service with four sandboxes at most, and one machine in stock."""
     async with serving(tmp_path, pool_size=1) as running:
         yield running
 

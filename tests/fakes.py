@@ -1,8 +1,8 @@
 """A driver whose machines are scripted guests in this process, speaking the real codec over a socketpair.
 
 A healthy fake guest answers everything the agent answers: the handshake, a handful of programs, files in memory, and
-a kernel that understands a few lines of Python. What a test breaks, it breaks through a Script (replace the handler of
-one request, spoil the handshake), or by making the guest stall, flood, talk garbage or die.
+a kernel that understands a few lines of Python. A test breaks it through a Script (replace the handler of one request,
+spoil the handshake), or by making the guest stall, flood, talk garbage or die.
 """
 
 import ast
@@ -46,7 +46,7 @@ TEMPLATES = [
 
 
 class Refused(Exception):
-    """The fake agent can't do it: becomes a FAILURE."""
+    """The fake agent refuses a request. This becomes a FAILURE."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -58,11 +58,11 @@ Handler = Callable[["Stream", Any], Awaitable[None]]
 
 @dataclass
 class Script:
-    """What is wrong with a machine. By default nothing.
+    """A machine's faults, none by default.
 
-    `sample` makes a handshake's random sample, `resumed` may change the acknowledgement before it is sent,
-    `handlers` replace what is done for a request, `start_error` is raised instead of starting, `filter_error` when a
-    network policy is applied and when refusals are read.
+    `sample` makes a handshake's random sample. `resumed` may change the acknowledgement before it is sent. `handlers`
+    replace the handlers of requests. `start_error` is raised instead of starting, and `filter_error` when a network
+    policy is applied or refusals are read.
     """
 
     sample: Callable[[], bytes] = lambda: os.urandom(16)
@@ -74,7 +74,7 @@ class Script:
 
 
 class Stream:
-    """The guest's side of one conversation: sends with credit, receives DATA."""
+    """The guest's side of one conversation. It sends with credit and receives DATA."""
 
     def __init__(self, guest: "FakeGuest", number: int) -> None:
         self.guest = guest
@@ -136,10 +136,10 @@ class FakeGuest:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self.kernel = FakeKernel(self)
 
-    # -- what a test may do to it
+    # -- faults that a test may cause
 
     def stall(self) -> None:
-        """Read nothing any more."""
+        """Stop reading."""
         self._reads.clear()
 
     def go_on(self) -> None:
@@ -150,7 +150,7 @@ class FakeGuest:
             await asyncio.get_running_loop().sock_sendall(self._sock, data)
 
     def cut(self) -> None:
-        """End the byte stream though the machine lives on."""
+        """End the byte stream, though the machine lives on."""
         self._sock.shutdown(socket.SHUT_RDWR)
 
     # -- the agent
@@ -169,7 +169,7 @@ class FakeGuest:
                 for frame in decoder.frames():
                     await self._receive(frame)
         except OSError:
-            pass  # killed: the sockets are closed under us
+            pass  # the machine was killed, so the sockets are closed
         finally:
             await self.kernel.close()
             await cancel(*self._tasks.values())
@@ -422,9 +422,9 @@ PROGRAMS: dict[str, Callable[[Stream, wire.Spawn], Awaitable[int]]] = {
 
 
 class FakeKernel:
-    """Runs cells of a small part of Python: names, + - * /, print, input, display, sleep, os._exit, flood(megabytes).
+    """A kernel for a small part of Python: names, + - * /, print, input, display, sleep, os._exit, flood(megabytes).
 
-    Comm messages come back as they were, other requests get a reply; what comes on the control channel does not wait.
+    Comm messages come back as they were, and other requests get a reply. Control messages do not wait.
     """
 
     def __init__(self, guest: FakeGuest) -> None:
@@ -510,11 +510,11 @@ class FakeKernel:
                 await self._answer("shell", parts)
                 continue
             self._cell = asyncio.create_task(self._execute(parts[1], json.loads(bytes(parts[4]))))
-            # Not awaited itself: a cancelled cell must not look like our own end.
+            # The cell is not awaited itself, because a cancelled cell must not look like our own end.
             await asyncio.wait([self._cell])
 
     async def _answer(self, channel: str, parts: list[memoryview]) -> None:
-        """Everything but a cell: a comm message comes back, a request gets a reply."""
+        """Answer a message that is no cell. A comm message comes back, a request gets a reply."""
         parent, content = parts[1], json.loads(bytes(parts[4]))
         kind = str(json.loads(bytes(parent)).get("msg_type"))
         with suppress(OSError):  # the machine was killed
@@ -542,7 +542,7 @@ class FakeKernel:
             status = await self._error(parent, "KeyboardInterrupt", "")
         except OSError:
             return  # the machine was killed
-        except Exception as error:  # noqa: BLE001  whatever the cell raised
+        except Exception as error:  # noqa: BLE001  a cell may raise anything
             status = await self._error(parent, type(error).__name__, str(error))
         await self.publish("shell", "execute_reply", parent, {"status": status, **count})
         await self.publish("iopub", "status", parent, {"execution_state": "idle"})
@@ -639,7 +639,7 @@ OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
 
 
 class FakeSlot:
-    """A machine's network that only remembers: policies in the order they were applied, and refusals a test gives it.
+    """A machine's network that only remembers policies, in the order they were applied, and refusals of a test.
 
     While a test has cleared `may_apply`, applying waits.
     """
@@ -675,7 +675,7 @@ class FakeSlot:
 
 @dataclass
 class FakeNetwork:
-    """What `FakeSlot`s have in common."""
+    """The common part of all `FakeSlot`s."""
 
     mechanism: str = "netns"
     floor: Floor = field(default_factory=Floor)
@@ -717,7 +717,7 @@ class FakeVm:
             if self.nic is not None:
                 self.nic.close()
             self._task.add_done_callback(lambda _: self._theirs.close())
-            # What a dead process does to its sockets.
+            # A dead process's sockets are shut down like this.
             with suppress(OSError):
                 self._theirs.shutdown(socket.SHUT_RDWR)
 
@@ -742,9 +742,9 @@ class StoppableFakeVm(FakeVm):
 
 
 class FakeDriver:
-    """Starts fake machines by `script`, which holds for those started from then on; `machines` are all there were.
+    """A driver of fake machines. `script` holds for machines started from then on. `machines` are all machines so far.
 
-    They have a network card unless `network` is "off" or "host"; `has_cards` may say otherwise.
+    Machines have a network card unless `network` is "off" or "host". `has_cards` may say otherwise.
     """
 
     def __init__(self, *, time_scale: float = 1.0, stops: bool = True, network: str = "off") -> None:
@@ -806,7 +806,7 @@ class Service:
         timeout: float = 30.0,
         **options: Any,
     ) -> HTTPResponse:
-        """One request; `json` is encoded, `body` sent as it is. The key is `self.key` unless given (None: none)."""
+        """Send one request. `json` is encoded, `body` is sent as it is. Without `key` the service's is sent."""
         sent = dict(headers or {})
         if key is not None:
             sent["Authorization"] = f"Bearer {key or self.key}"
@@ -873,7 +873,7 @@ async def serving(
     network: FakeNetwork | None = None,
     **options: Any,
 ) -> AsyncIterator[Service]:
-    """A service for the time of the block; afterwards all of it is gone. `options` are the application's."""
+    """A service for the time of the block. Nothing is left of it afterwards. `options` are the application's."""
     driver = driver or FakeDriver()
     db = Store(directory / store)
     guests = Guests(driver)
@@ -900,12 +900,12 @@ def resident() -> int:
 
 
 def own_frame(kind: FrameType, stream: int, payload: bytes = b"", flags: int = 0) -> bytes:
-    """A frame with whatever payload."""
+    """A frame with any payload."""
     return wire.header(kind, stream, len(payload), flags) + payload
 
 
 async def eventually(check: Callable[[], Any], timeout: float = 5.0) -> None:
-    """Return when the check holds; fail when it does not within `timeout` seconds."""
+    """Return when the check holds, or fail after `timeout` seconds."""
     end = time.monotonic() + timeout
     while not check():
         assert time.monotonic() < end, "did not come true in time"

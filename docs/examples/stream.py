@@ -15,7 +15,7 @@ while seen != "end":
     try:
         with connect(f"{base}/sandboxes/{sys.argv[1]}/stream{since}", max_size=None,
                      additional_headers={"Authorization": f"Bearer {key}"}) as socket:  # fmt: skip
-            socket.send(json.dumps(run))  # again after a reconnect: the same id runs once
+            socket.send(json.dumps(run))  # sent again after a reconnect, because the same id runs once
             for event in map(json.loads, socket):
                 since = f"?since={event['seq']}"
                 if event.get("id") != run["id"]:

@@ -324,7 +324,7 @@ async def test_a_restart(real: Service, own: str, v1: bool) -> None:
 
 
 async def test_a_session_connects_again(service: Service) -> None:
-    """The newer connection of a session closes the older one with 1000; other sessions stay."""
+    """The newer connection of a session closes the older one with 1000. Other sessions stay."""
     kernel = await new_kernel(service)
     async with channels(service, kernel, "mine") as first, channels(service, kernel, "other") as other:
         async with channels(service, kernel, "mine") as second:
@@ -528,7 +528,7 @@ async def test_malformed_legacy_frames(real: Service, kernel: str, name: str) ->
 @LAYOUTS
 @pytest.mark.parametrize("channel", FORBIDDEN)
 async def test_channels_that_are_not_for_clients(real: Service, kernel: str, channel: bytes, v1: bool) -> None:
-    """1008, and the kernel is unharmed."""
+    """The connection is closed with 1008, and the kernel is unharmed."""
     frame = v1_frame(channel, *GOOD[1:]) if v1 else json.dumps({**LEGACY, "channel": channel.decode()})
     expected = 1008 if v1 or channel else None  # in the legacy layout no channel means shell
     if expected:

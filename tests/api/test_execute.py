@@ -391,7 +391,7 @@ async def test_an_old_execution_tells_what_is_missing(service: Service, box: str
 
 
 async def test_a_cell_among_very_many_requests(service: Service, box: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests without number from another client do not make the server forget the cell that runs."""
+    """Very many requests of another client do not make the server forget the cell that runs."""
     monkeypatch.setattr("kernel_gateway.kernel.MAX_PENDING", 3)
     kernel = service.sandboxes.get(service.owner, box).guest.kernel
     running = asyncio.create_task(service.execute(box, "time.sleep(0.3)\n7", timeout=5))

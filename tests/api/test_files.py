@@ -113,7 +113,7 @@ async def test_a_large_download_is_streamed(service: Service, box: str, guest: F
 
 
 async def test_a_file_that_shrinks(service: Service, box: str, guest: FakeGuest) -> None:
-    """A download that can't be completed is cut off, so that nobody takes it for whole."""
+    """A download that can't be completed is cut off, so that it does not look whole."""
 
     async def short(stream: Stream, body: wire.Read) -> None:
         await stream.event(guest._entry(f"{HOME}/f"))

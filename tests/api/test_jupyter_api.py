@@ -48,11 +48,11 @@ def checked(model: dict[str, Any]) -> dict[str, Any]:
     return model
 
 
-# -- what there is
+# -- versions, kernelspecs, status
 
 
 async def test_the_version_needs_no_key(service: Service) -> None:
-    """`GET /api` is how clients find out whether this is a Jupyter server."""
+    """Clients find out by `GET /api` whether this is a Jupyter server."""
     assert set(await get(service, "/api", key=None)) == {"version"}
 
 
@@ -377,7 +377,7 @@ async def test_without_a_key(service: Service, box: str, headers: dict[str, str]
         assert refused.value.response.status_code == 401
 
 
-# -- from where
+# -- origins and addresses
 
 
 async def test_web_pages(tmp_path: Path) -> None:

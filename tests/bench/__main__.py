@@ -1,8 +1,8 @@
-"""`make bench`: what users wait for, measured through the public API on the machine at hand.
+"""`make bench`: the users' waiting times, measured through the public API on the machine at hand.
 
-Every line has a floor or a peer from the same run: an empty request for what is latency, the same server without
-isolation for what runs code, a plain loopback HTTP copy for what moves bytes. What a Jupyter client sees is measured
-in `tests/bench/jupyter.py`. Raw samples go to `bench-results/<time>.json`.
+Every line has a floor or a peer from the same run: an empty request for latency, the same server without isolation for
+running code, a plain loopback HTTP copy for moving bytes. `tests/bench/jupyter.py` measures from a Jupyter client. Raw
+samples go to `bench-results/<time>.json`.
 """
 
 import argparse
@@ -35,7 +35,7 @@ PANDAS_CELL = "import pandas as pd; pd.DataFrame({'x': range(1000)}).describe()"
 
 
 class Bench:
-    """Collects samples; times in ms unless the name says otherwise."""
+    """A collection of samples. Times are in ms unless the name says otherwise."""
 
     def __init__(self) -> None:
         self.samples: dict[str, list[float]] = {}
@@ -154,7 +154,7 @@ def measure_network(bench: Bench, count: int) -> None:
 
 
 def measure_burst(bench: Bench, server: Server, name: str) -> None:
-    """Eight clients that create at the same moment: the time until the last has its sandbox."""
+    """The time until the last of eight clients that create at the same moment has its sandbox."""
     with ThreadPoolExecutor(8) as threads:
         started = time.perf_counter()
         answers = list(threads.map(lambda _: server.create(), range(8)))
@@ -192,7 +192,7 @@ def measure_transfers(bench: Bench, server: Server) -> None:
 
 @contextlib.contextmanager
 def plain_server() -> Iterator[str]:
-    """What the standard library does with the same bytes."""
+    """A plain HTTP server of the standard library, for the same bytes."""
     body = bytes(TRANSFER)
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -223,7 +223,7 @@ def plain_server() -> Iterator[str]:
 
 
 def measure_memory(bench: Bench, server: Server) -> None:
-    """What one more sandbox costs after a pandas cell, from the kernel's own accounting of its machine."""
+    """The memory of one more sandbox after a pandas cell, from the host kernel's accounting of its machine."""
     made = [server.create().json()["sandboxID"] for _ in range(3)]
     for sandbox in made:
         server.execute(sandbox, PANDAS_CELL)
@@ -278,7 +278,7 @@ def main() -> None:
 
 
 def measure_rest(bench: Bench, creates: int) -> dict[str, Any]:
-    """Sandboxes over REST; returns what the server says of itself."""
+    """Measure sandboxes over REST, and return the server's health."""
     server = Server("--pool-size", str(creates), "--max-sandboxes", "40", "--templates", "code_interpreter")
     health = server.health()
     try:
@@ -342,7 +342,7 @@ def report(bench: Bench, health: dict[str, Any] | None) -> None:
 
 
 def rest_table(bench: Bench) -> None:
-    """Print what was measured over REST."""
+    """Print the measurements over REST."""
     print(f"{'':34} {'p50':>9} {'min':>9} {'max':>9}")
     floor = "empty request (GET /health)"
     rows = [

@@ -1,9 +1,9 @@
 """A kernel behind a server, measured from a Jupyter client: ours, its peer, and the floor, which is no server at all.
 
-The floor is ipykernel driven by jupyter_client over ZMQ; the peer is Jupyter Kernel Gateway. All are measured by the
-same code and in short turns, because a machine is not as fast in one minute as it was in the last; each round has fresh
-servers and kernels. A client decodes every message whole. What a server costs is read from the scheduler's own account
-of its process; the kernel is not in it.
+The floor is ipykernel driven by jupyter_client over ZMQ. The peer is Jupyter Kernel Gateway. All are measured by the
+same code and in short turns, because a machine's speed changes from minute to minute. Each round has fresh servers and
+kernels. A client decodes every message whole. A server's cost is read from the scheduler's account of its process,
+without the kernel.
 """
 
 import asyncio
@@ -51,12 +51,12 @@ ROUNDS, TURNS, EXECUTES = 3, 5, 20
 WARM_UPS = 20
 LINES = 20_000
 FEW_LINES = 2_000
-"""For machines that may be emulated: there each print takes 8 ms."""
+"""Lines for machines that may be emulated, because each print takes 8 ms there."""
 BLOB = 20_000_000
 PATIENCE = 120
 """Seconds that one cell, or one start, may take."""
 SETTLE = 0.3
-"""Seconds for what a server still does when the client has its answer."""
+"""Seconds for a server's work after the client has its answer."""
 QUIET = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONPATH": ""}
 """Environment of everything started."""
 
@@ -72,7 +72,7 @@ FIGURE = "%matplotlib inline\nimport matplotlib.pyplot as plt; plt.figure(); plt
 
 @dataclass(slots=True)
 class Answer:
-    """One cell's wall time in ms, and what came."""
+    """One cell's wall time in ms, and the messages that came."""
 
     wall: float
     messages: list[dict[str, Any]]
@@ -87,7 +87,7 @@ class Answer:
 
 
 class Client:
-    """One client of one kernel, whatever lies between. The session makes the messages, for all in the same way."""
+    """One client of one kernel, over any way. The session makes the messages of all clients in the same way."""
 
     def __init__(self) -> None:
         self.session = Session()
@@ -151,9 +151,9 @@ class WebSocketClient(Client):
 
 
 class ZmqClient(Client):
-    """No server: the kernel's own sockets, read as soon as they can be.
+    """A client without a server. It reads the kernel's own sockets as soon as it can.
 
-    jupyter_client's asynchronous channels would cost the client twice as much, and the floor would be none.
+    jupyter_client's asynchronous channels would cost the client twice as much, and then this would be no floor.
     """
 
     def __init__(self, connection: KernelConnectionInfo) -> None:
@@ -174,13 +174,13 @@ class ZmqClient(Client):
 
     async def send(self, message: dict[str, Any]) -> None:
         self._channels.shell_channel.send(message)
-        self._drain()  # the descriptor tells of changes only, and sending may have taken one
+        self._drain()  # the descriptor only tells changes, and sending may have taken one
 
     async def receive(self) -> tuple[str, dict[str, Any]]:
         return await self._received.get()
 
     async def ready(self) -> Self:
-        """Wait until the kernel's output comes: a subscription takes effect some time after it is made."""
+        """Wait until the kernel's output comes, because a subscription takes effect some time after it is made."""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             with contextlib.suppress(TimeoutError):
@@ -259,7 +259,7 @@ class Server:
 
 
 def agents(server: int) -> dict[str, int]:
-    """Our server's one agent, when it runs on this host."""
+    """Our server's one agent, if it runs on this host."""
     for pid in Path(f"/proc/{server}/task/{server}/children").read_text().split():
         if b"guest_agent" in Path(f"/proc/{pid}/cmdline").read_bytes():
             return {"agent": int(pid)}
@@ -268,7 +268,7 @@ def agents(server: int) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Something to measure. `command` has `{port}`, `{key}`, `{directory}`; the floor has none."""
+    """Something to measure. `command` has `{port}`, `{key}`, `{directory}`. The floor has no command."""
 
     name: str
     command: Sequence[str] = ()
@@ -291,7 +291,7 @@ class Target:
             values = {"port": str(free_port()), "key": secrets.token_hex(20), "directory": directory}
             log = Path(directory, "log")
             with log.open("wb") as output:
-                # Started elsewhere: both servers' import package has the same name, and ours lies in this directory.
+                # It starts elsewhere, because both servers' packages have the same name and ours lies in this directory.
                 process = subprocess.Popen(
                     [each.format(**values) for each in self.command],
                     cwd=directory,
@@ -321,7 +321,7 @@ def free_port() -> int:
 
 
 def targets(peers: Path) -> list[Target]:
-    """All, in the order in which they are measured and shown."""
+    """All targets, in the order in which they are measured and shown."""
     gateway = (str(peers / "bin/python"), "-m", "kernel_gateway", "--KernelGatewayApp.port={port}")
     jupyter = {
         **QUIET, "KG_AUTH_TOKEN": "{key}", "JUPYTER_NO_CONFIG": "1", "IPYTHONDIR": "{directory}",
@@ -344,7 +344,7 @@ def targets(peers: Path) -> list[Target]:
 
 
 def nodelay(command: Sequence[str]) -> tuple[str, ...]:
-    """The peer as it would be with one line more: most of what it takes for a small cell is Nagle's algorithm."""
+    """The peer with TCP_NODELAY, because most of its time for a small cell is Nagle's algorithm."""
     python, _, module, *flags = command
     patched = (
         "import runpy\n"
@@ -371,7 +371,7 @@ def peers_environment() -> Path:
 
 
 def cpu(pid: int) -> float:
-    """Milliseconds that a process has run for, all its threads."""
+    """Milliseconds that all threads of a process have run for."""
     tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
     return sum(int(each.read_text().split()[0]) for each in tasks) / 1e6
 
@@ -385,7 +385,7 @@ def resident(pid: int) -> float:
 
 
 class Subject:
-    """A target with a kernel, in one round. Made by `start`."""
+    """A target with a kernel, in one round. `start` makes it."""
 
     def __init__(
         self, target: Target, client: Client, pids: Mapping[str, int], add: Callable[[str, float], None]
@@ -398,7 +398,7 @@ class Subject:
     @classmethod
     @contextlib.asynccontextmanager
     async def start(cls, target: Target, add: Callable[[str, float], None]) -> AsyncIterator[Self]:
-        """Start the server and a kernel, and run what is not measured."""
+        """Start the server and a kernel, and run the cells that are not measured."""
         began = time.perf_counter()
         async with target.running() as place:
             if place.pids:
@@ -436,7 +436,7 @@ class Subject:
         buffers = (await self._cell("comm", COMM)).find("comm_open")["buffers"]
         if len(text) != BLOB or sum(map(len, buffers)) != BLOB:
             raise SystemExit(f"{self.target.name}: an output is not whole")
-        if not self.target.is_machine:  # which has matplotlib
+        if not self.target.is_machine:  # a machine has matplotlib
             await self._client.execute(
                 f"import os, sys; os.environ['MPLCONFIGDIR'] = {str(packages / 'matplotlib')!r}\n"
                 f"sys.path.append({str(next(packages.glob('lib/python3*/site-packages')))!r})"
@@ -447,7 +447,7 @@ class Subject:
                 raise SystemExit(f"{self.target.name}: there is no figure")
 
     async def _cell(self, name: str, code: str) -> Answer:
-        """Run a cell once, with the account of who worked for it."""
+        """Run a cell once, and account the work of each process for it."""
         before = self._cpu()
         answer = await self._client.execute(code)
         await asyncio.sleep(SETTLE)
@@ -461,7 +461,7 @@ class Subject:
 
 
 async def measure_round(chosen: Sequence[Target], packages: Path, add: Callable[[str, float], None]) -> None:
-    """Start all, give each its turns, end all. One that fails lacks samples, which the table shows."""
+    """Start all, give each its turns, end all. A target that fails lacks samples, and the table shows that."""
     async with contextlib.AsyncExitStack() as stack:
         subjects = [await stack.enter_async_context(Subject.start(target, add)) for target in chosen]
         for _ in range(TURNS):
@@ -476,7 +476,7 @@ async def measure_round(chosen: Sequence[Target], packages: Path, add: Callable[
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A measurement in the table; `promise` is what the README tells of ours without isolation."""
+    """A measurement in the table. `promise` is the README's figure for our server without isolation."""
 
     name: str
     title: str
@@ -529,9 +529,9 @@ def table(samples: Mapping[str, list[float]]) -> Iterator[str]:
 
 
 def measure(add: Callable[[str, float], None]) -> None:
-    """Measure all targets; `add` takes each sample under its target's and its own name."""
+    """Measure all targets. `add` takes each sample under its target's and its own name."""
     build = [sys.executable, "-m", "kernel_gateway", "build", "--templates", "code_interpreter"]
-    subprocess.run(build, check=True)  # what a first start does is no start
+    subprocess.run(build, check=True)  # a first start would build, too
     peers = peers_environment()
     for turn in range(ROUNDS):
         print(f"  round {turn + 1} of {ROUNDS}", file=sys.stderr)

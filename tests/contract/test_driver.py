@@ -1,4 +1,4 @@
-"""One suite for every driver that needs no machine: what the gateway may rely on, of the fake and of the real agent.
+"""One suite for every driver that needs no machine: the promises that the gateway relies on, of fake and real agent.
 
 The real agent runs as a plain process (driver `unisolated`), with a real IPython kernel.
 """
@@ -45,12 +45,12 @@ async def guest(shared: Guest) -> AsyncIterator[Guest]:
     home = f"{shared.home}/{os.urandom(4).hex()}"
     await shared.link.call(wire.MakeDir(path=home), wire.Entry)
     yield dataclasses.replace(shared, home=home)
-    shared.kernel.open_journal(None)  # large output has a file, which is no leak
+    shared.kernel.open_journal(None)  # large output needs a file, and this one is no leak
 
 
 @pytest.fixture(scope="module", params=["fake", REAL])
 async def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Guest]:
-    """One guest for all tests that leave it alive: a kernel takes half a second to start."""
+    """One guest for all tests that leave it alive, because a kernel takes half a second to start."""
     driver = driver_of(request.param, tmp_path_factory.mktemp("agents"))
     guest = await Guests(driver).start("base")
     yield guest
@@ -58,7 +58,7 @@ async def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 
 async def spawn(guest: Guest, *argv: str, stdin: bytes = b"", **fields: Any) -> tuple[wire.Exited, bytes, bytes]:
-    """Run a program to its end: how it ended, and its output."""
+    """Run a program to its end, and return how it ended and its output."""
     request = wire.Spawn(argv=list(argv), **{"env": {}, "cwd": guest.home, **fields})
     out = {wire.STDOUT: b"", wire.STDERR: b""}
     async with guest.link.ask(request) as conversation:
@@ -125,7 +125,7 @@ async def test_start_wait_kill(driver: VmDriver) -> None:
     waiting = [asyncio.create_task(vm.wait()) for _ in range(2)]
     await asyncio.sleep(0.05)
     assert not any(task.done() for task in waiting)
-    waiting[0].cancel()  # one who no longer waits is nothing to the others
+    waiting[0].cancel()  # the others wait on when one is cancelled
     await asyncio.gather(vm.kill(), vm.kill())
     reason = await waiting[1]
     assert reason
@@ -145,7 +145,7 @@ async def test_two_machines_are_distinct(driver: VmDriver) -> None:
 
 
 async def test_the_link_tells_the_end_of_the_machine(driver: VmDriver) -> None:
-    """When a machine is killed its link closes, and what waits on it is told."""
+    """When a machine is killed its link closes, and a request that waits on it is told."""
     guest = await Guests(driver).start("base")
     waiting = asyncio.create_task(spawn(guest, "sleep", "60"))
     await asyncio.sleep(0.1)
@@ -158,7 +158,7 @@ async def test_the_link_tells_the_end_of_the_machine(driver: VmDriver) -> None:
 
 
 async def test_the_channel_is_its_readers_to_close(driver: VmDriver) -> None:
-    """Closed by another, its number could be somebody else's socket while the loop still listens on it."""
+    """Nobody else closes it, because its number could become another socket while the loop still listens on it."""
     vm = await driver.start("base")
     link = await Link.open(vm.open())
     await link.call(wire.Ping(), wire.Done)
@@ -173,7 +173,7 @@ async def test_the_channel_is_its_readers_to_close(driver: VmDriver) -> None:
 
 
 async def test_resume(driver: VmDriver) -> None:
-    """The handshake tells nonce, generation, a fresh sample and the home; it can be done again."""
+    """The handshake tells nonce, generation, a fresh sample and the home. It can be done again."""
     vm = await driver.start("base")
     link = await Link.open(vm.open())
     try:
@@ -211,14 +211,14 @@ async def test_a_program(guest: Guest) -> None:
 
 
 async def test_standard_input(guest: Guest) -> None:
-    """Megabytes go in and come out as they were; without input a program reads its end at once."""
+    """Megabytes go in and come out unchanged. Without input a program reads the end at once."""
     content = random.Random(1).randbytes(3_000_000)
     assert await spawn(guest, "cat", stdin=content) == (wire.Exited(code=0), content, b"")
     assert (await spawn(guest, "cat"))[1] == b""
 
 
 async def test_input_that_nobody_reads(guest: Guest) -> None:
-    """A program that ends without reading its input ends all the same, and the link goes on."""
+    """A program may end without reading its input, and the link goes on."""
     assert (await spawn(guest, "true", stdin=bytes(5_000_000)))[0] == wire.Exited(code=0)
     assert await guest.link.call(wire.Ping(), wire.Done) == wire.Done()
 
@@ -234,7 +234,7 @@ async def test_environment(guest: Guest) -> None:
 
 
 async def test_a_timeout(guest: Guest) -> None:
-    """At its timeout a program is killed; what it had printed is there."""
+    """At its timeout a program is killed. Its output until then is there."""
     begun = time.monotonic()
     end, out, _ = await spawn(guest, "sh", "-c", "echo begun; sleep 30", timeout_ms=300)
     assert 0.3 <= time.monotonic() - begun < 1.3
@@ -242,13 +242,13 @@ async def test_a_timeout(guest: Guest) -> None:
 
 
 async def test_what_can_not_be_run(guest: Guest) -> None:
-    """No such program, no such directory: refused by name, and nothing has started."""
+    """A missing program or directory is refused by name, and nothing has started."""
     assert await refused(guest, wire.Spawn(argv=["frobnicate"], env={}, cwd=guest.home)) == "cannot_run"
     assert await refused(guest, wire.Spawn(argv=["true"], env={}, cwd="/no/such")) == "invalid"
 
 
 async def test_leaving_a_conversation_cancels(guest: Guest) -> None:
-    """A program whose reader leaves is ended; the link is as good as before."""
+    """A program whose reader leaves is ended, and the link goes on."""
     async with guest.link.ask(wire.Spawn(argv=["sleep", "60"], env={}, cwd=guest.home)) as conversation:
         await conversation.receive()
     assert (await spawn(guest, "echo", "next"))[1] == b"next\n"
@@ -260,7 +260,7 @@ async def test_leaving_a_conversation_cancels(guest: Guest) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 300_001, 10_000_000])
 async def test_files_round_trip(guest: Guest, size: int) -> None:
-    """A file of any size is read as it was written, whole and in parts; parents are made."""
+    """A file of any size is read as it was written, whole and in parts. Its parents are made."""
     content = random.Random(size).randbytes(size)
     path = f"{guest.home}/a/b/ü {size}.bin"
     entry = await write(guest, path, content)
@@ -293,7 +293,7 @@ async def test_a_write_that_is_cut_short_changes_nothing(guest: Guest) -> None:
 
 
 async def test_directories(guest: Guest) -> None:
-    """Make, list, move and delete, with what lies below."""
+    """A directory is made, listed, moved and deleted with its content."""
     home = guest.home
     made = await guest.link.call(wire.MakeDir(path=f"{home}/d/e"), wire.Entry)
     assert (made.kind, made.path) == ("dir", f"{home}/d/e")
@@ -326,7 +326,7 @@ async def test_a_directory_in_pages(guest: Guest) -> None:
 
 
 async def test_files_refused(guest: Guest) -> None:
-    """What can't be done is told by a word of the wire."""
+    """A refusal is a word of the wire."""
     home = guest.home
     await write(guest, f"{home}/f", b"1")
     assert await refused(guest, wire.Read(path=f"{home}/none")) == "not_found"
@@ -353,7 +353,7 @@ async def test_metrics(guest: Guest) -> None:
 
 
 async def test_cells_keep_their_state(guest: Guest) -> None:
-    """Values, text, errors and the count; what one cell sets the next one knows."""
+    """Values, text, errors and the count are right, and a cell knows the variables of earlier cells."""
     cell = await execute(guest, "x = 41\nprint('hello')\nx + 1")
     assert (cell.stdout, cell.results[0].data["text/plain"], cell.error) == ("hello\n", "42", None)
     count = cell.executionCount
@@ -388,7 +388,7 @@ async def test_restart(guest: Guest) -> None:
 
 
 async def test_a_kernel_that_dies(guest: Guest) -> None:
-    """The cell is told, the next one runs in a new kernel, files and programs are not concerned."""
+    """The cell is told, the next one runs in a new kernel, and files and programs stay."""
     await write(guest, f"{guest.home}/kept", b"1")
     cell = await execute(guest, "import os; os._exit(3)")
     assert cell.error is not None
@@ -399,7 +399,7 @@ async def test_a_kernel_that_dies(guest: Guest) -> None:
 
 
 async def records_of(guest: Guest, request: str, after: int) -> list[Record]:
-    """All messages that answer a request, up to the one with which it is over."""
+    """All messages that answer a request, up to the one that ends it."""
     found: list[Record] = []
     with guest.kernel.journal.reader(after) as reader:
         async with asyncio.timeout(20):
@@ -412,7 +412,7 @@ async def records_of(guest: Guest, request: str, after: int) -> list[Record]:
 
 
 async def ask(guest: Guest, kind: str, channel: str = "shell", **content: Any) -> list[Record]:
-    """What answers a message as a Jupyter client sends it."""
+    """The answers to a message that is sent as a Jupyter client would."""
     after = guest.kernel.journal.last
     parts = message.new(channel, kind, content, session="theirs")
     if sending := guest.kernel.send(parts, "mine"):
@@ -435,7 +435,7 @@ async def test_the_course_of_a_cell(guest: Guest) -> None:
 
 
 async def test_a_request_of_a_jupyter_client(guest: Guest) -> None:
-    """The reply is the asking session's own, what is published is everybody's; it is over with the last of both."""
+    """The reply is for the asking session, published messages are for all. The request ends with the last of both."""
     found = await ask(guest, "kernel_info_request")
     assert sorted(each.kind for each in found) == ["kernel_info_reply", "status", "status"]
     for each in found:
@@ -445,7 +445,7 @@ async def test_a_request_of_a_jupyter_client(guest: Guest) -> None:
 
 
 async def test_the_control_channel_does_not_wait(guest: Guest) -> None:
-    """While a cell runs a request on the control channel is answered, and one to interrupt ends the cell."""
+    """While a cell runs, requests on the control channel are answered, and an interrupt ends the cell."""
     execution = guest.kernel.run("import time; time.sleep(60)")
     await eventually(lambda: execution.is_started)
     found = await ask(guest, "kernel_info_request", "control")
@@ -472,7 +472,7 @@ async def test_input(guest: Guest) -> None:
 
 
 async def test_the_kernels_state(guest: Guest) -> None:
-    """It is busy while a cell runs, and idle before and after."""
+    """The kernel is busy while a cell runs, and idle before and after."""
     assert guest.kernel.state == "idle"
     execution = guest.kernel.run("import time; time.sleep(0.2)")
     await eventually(lambda: execution.is_started)
@@ -482,7 +482,7 @@ async def test_the_kernels_state(guest: Guest) -> None:
 
 
 async def test_a_request_whose_kernel_ends(guest: Guest) -> None:
-    """Requests of Jupyter's clients are answered with an error when their kernel ends under them; none waits on."""
+    """When a kernel ends, open requests of Jupyter's clients are answered with an error, and none waits on."""
     after = guest.kernel.journal.last
     first, second = (
         message.new("shell", "execute_request", {"code": code}, session="theirs")
@@ -500,7 +500,7 @@ async def test_a_request_whose_kernel_ends(guest: Guest) -> None:
 
 
 async def test_20_mb_arrive_intact(guest: Guest) -> None:
-    """A display of 20 MB crosses in chunks and is what it was."""
+    """A display of 20 MB crosses in chunks unchanged."""
     cell = await execute(
         guest, "from IPython.display import display; display({'text/plain': 'ab' * 10000000}, raw=True)"
     )
@@ -581,7 +581,7 @@ async def test_killing_the_agent_leaves_no_process(real: Guest) -> None:
 
 
 async def test_the_agent_survives_nonsense_without_answering(tmp_path: Path) -> None:
-    """Bytes that are no frames end the agent's channel; nothing hangs."""
+    """Bytes that are no frames end the agent's channel, and nothing hangs."""
     vm = await Unisolated(tmp_path).start("base")
     sock = vm.open()
     sock.setblocking(False)
@@ -592,7 +592,7 @@ async def test_the_agent_survives_nonsense_without_answering(tmp_path: Path) -> 
 
 
 async def test_kernel_messages_hold_no_key(real: Guest, tmp_path: Path) -> None:
-    """What crosses has no signature, and the kernel's key stays inside."""
+    """A message crosses without its signature, and the kernel's key stays inside."""
     seen: list[bytes] = []
     inner = real.link.on_kernel_message
 
@@ -612,6 +612,6 @@ async def test_kernel_messages_hold_no_key(real: Guest, tmp_path: Path) -> None:
 
 
 async def test_an_answer_of_another_type_is_refused(guest: Guest) -> None:
-    """`call` checks the type of what comes back."""
+    """`call` checks the type of the answer."""
     with pytest.raises(GuestUnresponsive, match="answered Ping with Done"):
         await guest.link.call(wire.Ping(), wire.Metrics)

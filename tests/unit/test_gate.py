@@ -1,4 +1,4 @@
-"""The gate of one sandbox, on loopback: what is redirected to it, and what uses it as a proxy."""
+"""The gate of one sandbox, on loopback: redirected connections, and connections to it as a proxy."""
 
 import asyncio
 import errno
@@ -159,7 +159,7 @@ class World:
         writer.close()
 
     async def say(self, data: bytes, *, explicit: bool = False, ends: bool = False) -> bytes:
-        """Send this and read all that comes; b"RST" where the connection is reset."""
+        """Send this and read all that comes, or b"RST" if the connection is reset."""
         writer = None
         try:
             async with asyncio.timeout(30):
@@ -208,7 +208,7 @@ async def test_an_allowed_name_passes_to_the_address_it_was_given() -> None:
 async def test_a_refused_name_gets_an_alert(
     policy: Policy, name: str | None, address: IPv4Address, refused: tuple[str, int, str]
 ) -> None:
-    """One that TLS libraries print as a sentence. Nothing is dialled."""
+    """TLS libraries print the alert as a sentence. Nothing is dialled."""
     async with World(policy, going_to=(address, 443)).run() as world:
         assert await world.hello(name) == ACCESS_DENIED
         assert world.refused == [refused]
@@ -216,7 +216,7 @@ async def test_a_refused_name_gets_an_alert(
 
 
 async def test_a_name_that_no_rule_names_is_judged_by_its_address() -> None:
-    """With the internet allowed, other names pass; so does what has none or is no TLS."""
+    """With the internet allowed, other names pass. So do connections without a name or without TLS."""
     async with World(NOT_EVIL, going_to=(OTHER, 443), holds=True).run() as world:
         for first in (client_hello("a.example"), client_hello(None), b"SSH-2.0-x\r\n"):
             assert await world.say(first, ends=True) == first + b"<end>"
@@ -237,7 +237,7 @@ async def test_the_floor_is_below_all_rules() -> None:
 
 @pytest.mark.parametrize("policy", [ONLY_SITE, NOT_EVIL])
 async def test_a_hello_that_can_not_be_read_is_refused(policy: Policy) -> None:
-    """Also where its address would be allowed: a server might read a denied name in it."""
+    """It is refused even if its address is allowed, because a server might read a denied name in it."""
     bad = client_hello("site.example").replace(b"site.example", b"site\0example")
     long = b"\x16\x03\x01\x40\x00" + b"\x01\x00\x3f\xff" + bytes(2000)
     async with World(policy, limits=Limits(head=0.2)).run() as world:
@@ -248,7 +248,7 @@ async def test_a_hello_that_can_not_be_read_is_refused(policy: Policy) -> None:
 
 
 async def test_a_hello_may_come_in_pieces() -> None:
-    """Not in any number: each would be read from the start."""
+    """The number of pieces is limited, because the hello is read from its start for each piece."""
     first = client_hello("site.example")
     async with World(ONLY_SITE, holds=True).run() as world:
         for size, expected in ((100, first + b"<end>"), (2, ACCESS_DENIED)):
@@ -263,7 +263,7 @@ async def test_a_hello_may_come_in_pieces() -> None:
 
 
 async def test_who_is_silent_has_no_name() -> None:
-    """After a while it is judged by its address: some servers speak first."""
+    """After a while a silent connection is judged by its address, because some servers speak first."""
     async with World(Policy(), limits=Limits(head=0.1, idle=0.3), holds=True).run() as world:
         assert await world.say(b"") == b"RST"
         assert world.dialled == [(str(SITE), 443)]
@@ -274,14 +274,14 @@ async def test_who_is_silent_has_no_name() -> None:
 
 
 async def test_what_can_not_be_reached_is_reset() -> None:
-    """As it would be without a gate."""
+    """A guest sees the same as without a gate."""
     async with World(ONLY_SITE, unreachable=True).run() as world:
         assert await world.say(client_hello("site.example")) == b"RST"
         assert world.refused == []
 
 
 async def test_tls_works_through_the_gate_and_its_refusal_can_be_read(tmp_path: Path) -> None:
-    """A real client and a real server."""
+    """A real client and a real server talk through the gate."""
     make_certificate(tmp_path)
     theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     theirs.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
@@ -302,7 +302,7 @@ async def test_tls_works_through_the_gate_and_its_refusal_can_be_read(tmp_path: 
 
 
 async def test_one_request_passes() -> None:
-    """Written anew, and alone on its connection; a second one to another host goes nowhere."""
+    """The request is written anew and alone on its connection. A second one to another host goes nowhere."""
     async with World(ONLY_SITE, going_to=(SITE, 80)).run() as world:
         second = b"GET /2 HTTP/1.1\r\nHost: evil.example\r\n\r\n"
         answer = await world.say(b"GET /1 HTTP/1.1\r\nHost: SITE.example.\r\nA: b\r\n\r\n" + second)
@@ -312,7 +312,7 @@ async def test_one_request_passes() -> None:
 
 
 async def test_bodies_pass_and_nothing_behind_them() -> None:
-    """A body of some size, by length and in chunks, and then a smuggled request."""
+    """A body passes, by length and in chunks, and a request smuggled behind it does not."""
     body = bytes(range(256)) * 1000
     smuggled = b"GET /evil HTTP/1.1\r\nHost: evil.example\r\n\r\n"
     chunked = (
@@ -342,7 +342,7 @@ async def test_bodies_pass_and_nothing_behind_them() -> None:
     ],
 )
 async def test_a_refused_request_is_told_why(host: str, address: IPv4Address, reason: str) -> None:
-    """A text says that it was the sandbox's policy, and where it is to be seen."""
+    """A text names the sandbox's policy as the reason, and the address where it can be read."""
     async with World(ONLY_SITE, going_to=(address, 80)).run() as world:
         answer = await world.get(host)
         assert answer.startswith(b"HTTP/1.1 403 Forbidden\r\n")
@@ -354,7 +354,7 @@ async def test_a_refused_request_is_told_why(host: str, address: IPv4Address, re
 
 
 async def test_a_number_that_is_not_the_address_is_refused() -> None:
-    """Also where both would be allowed: nobody sends that who means well."""
+    """It is refused even if both addresses are allowed, because no honest client sends that."""
     async with World(NOT_EVIL, going_to=(SITE, 80)).run() as world:
         assert (await world.get("8.8.8.8")).startswith(b"HTTP/1.1 403 ")
         assert await world.get(str(SITE)) == world.answer
@@ -375,14 +375,14 @@ async def test_a_number_that_is_not_the_address_is_refused() -> None:
     ],
 )
 async def test_a_request_with_two_readings_is_not_sent_on(data: bytes) -> None:
-    """The guest is told; nothing is dialled."""
+    """The guest is told, and nothing is dialled."""
     async with World(NOT_EVIL, going_to=(SITE, 80)).run() as world:
         assert (await world.say(data)).startswith(b"HTTP/1.1 400 ")
         assert world.dialled == []
 
 
 async def test_a_server_that_is_not_there() -> None:
-    """502, with a text; a request that does not come is given up."""
+    """The guest gets 502 with a text. A request that does not come is given up."""
     async with World(going_to=(SITE, 80), unreachable=True, limits=Limits(head=0.1)).run() as world:
         assert (await world.get("site.example")).startswith(b"HTTP/1.1 502 ")
         assert await world.say(b"GET / HTTP/1.1\r\n") == b"RST"
@@ -392,7 +392,7 @@ async def test_a_server_that_is_not_there() -> None:
 
 
 async def test_the_proxy_is_asked_by_name_if_the_name_stands_for_the_address() -> None:
-    """Else by the address: a guest must not have the proxy look up a name that it only says."""
+    """Otherwise it is asked by address, because a guest must not make the proxy look up a name it invented."""
     async with World(has_proxy=True, holds=True).run() as world:
         for name in ("site.example", "metadata.google.internal", "evil.example", None):
             assert (await world.hello(name)).endswith(b"<end>")
@@ -403,7 +403,7 @@ async def test_the_proxy_is_asked_by_name_if_the_name_stands_for_the_address() -
 
 
 async def test_the_proxy_gets_http_as_proxies_do() -> None:
-    """In absolute form: many let CONNECT through to 443 only."""
+    """The request is in absolute form, because many proxies let CONNECT through to 443 only."""
     async with World(has_proxy=True, going_to=(SITE, 80)).run() as world:
         assert await world.get("site.example", "/a") == world.answer
         assert await world.get("evil.example", "/a") == world.answer
@@ -415,7 +415,7 @@ async def test_the_proxy_gets_http_as_proxies_do() -> None:
 
 @pytest.mark.parametrize("says", [b"HTTP/1.1 403 No\r\n\r\n", b"", b"HTTP/1.1 200", b"x" * 20000 + b"\r\n\r\n"])
 async def test_a_proxy_that_does_not_connect(says: bytes) -> None:
-    """The connection ends; a program that speaks to us as a proxy is told."""
+    """The connection ends, and a program that uses the gate as a proxy is told."""
     async with World(has_proxy=True, proxy_says=says).run() as world:
         assert await world.hello("site.example") == b"RST"
         tunnel = b"CONNECT site.example:443 HTTP/1.1\r\nHost: site.example\r\n\r\n"
@@ -430,7 +430,7 @@ def tunnel_to(authority: str) -> bytes:
 
 
 async def test_a_tunnel() -> None:
-    """To any port, to an address that was judged; what comes behind the head is passed on."""
+    """A tunnel goes to any port of a judged address. Bytes behind its head are passed on."""
     async with World(NOT_EVIL, holds=True).run() as world:
         answer = await world.say(tunnel_to("Site.example:8443") + b"early", explicit=True, ends=True)
         assert answer == b"HTTP/1.1 200 Connection established\r\n\r\nearly<end>"
@@ -441,7 +441,7 @@ async def test_a_tunnel() -> None:
 
 
 async def test_a_plain_request_to_the_proxy() -> None:
-    """One, as a path to the server, or in absolute form to the host's proxy; without the guest's credentials."""
+    """One request goes as a path to the server, or in absolute form to the host's proxy, without credentials."""
     data = b"GET http://site.example:81/a HTTP/1.1\r\nHost: x\r\nProxy-Authorization: y\r\nProxy-Connection: z\r\n\r\n"
     async with World(NOT_EVIL).run() as world:
         assert await world.say(data, explicit=True) == world.answer
@@ -475,7 +475,7 @@ async def test_a_plain_request_to_the_proxy() -> None:
     ],
 )
 async def test_what_the_proxy_refuses(policy: Policy, host: str, port: int, reason: str, has_proxy: bool) -> None:
-    """With 403 and a text, for tunnels and plain requests, whichever way out there is; nothing is dialled."""
+    """Tunnels and plain requests get 403 and a text with either way out, and nothing is dialled."""
     async with World(policy, has_proxy=has_proxy).run() as world:
         world.names["private.example"] = [PRIVATE]
         plain = f"GET http://{host}:{port}/ HTTP/1.1\r\nHost: x\r\n\r\n".encode()
@@ -488,14 +488,14 @@ async def test_what_the_proxy_refuses(policy: Policy, host: str, port: int, reas
 
 
 async def test_a_closed_policy_asks_for_no_names() -> None:
-    """A name could carry a message out."""
+    """No name is looked up, because it could carry a message out."""
     async with World(ONLY_SITE).run() as world:
         await world.say(tunnel_to("secret.evil.example:443"), explicit=True)
         assert world.looked_up == []
 
 
 async def test_of_several_addresses_only_the_right_ones_are_dialled() -> None:
-    """The host's proxy could take any of them, so it gets none of such a name."""
+    """The host's proxy could take any of the addresses, so it is not asked for such a name."""
     async with World(holds=True).run() as world:
         assert b" 200 " in await world.say(tunnel_to("both.example:443"), explicit=True, ends=True)
         assert world.dialled == [(str(SITE), 443)]
@@ -505,7 +505,7 @@ async def test_of_several_addresses_only_the_right_ones_are_dialled() -> None:
 
 
 async def test_a_name_that_only_the_hosts_proxy_knows() -> None:
-    """It decides. Without it there is nowhere to go."""
+    """The proxy decides. Without a proxy there is no connection."""
     async with World(NOT_EVIL, has_proxy=True, holds=True).run() as world:
         assert b" 200 " in await world.say(tunnel_to("unknown.example:443"), explicit=True, ends=True)
         assert world.proxied[0].startswith(b"CONNECT unknown.example:443 HTTP/1.1\r\n")
@@ -536,7 +536,7 @@ async def test_what_is_no_request_to_a_proxy(data: bytes) -> None:
 
 
 async def test_a_new_policy_cuts_what_it_forbids() -> None:
-    """And nothing else."""
+    """Connections that the new policy allows go on."""
     async with World(NOT_EVIL, holds=True).run() as world:
         first = client_hello("site.example")
         connections = []
@@ -546,7 +546,7 @@ async def test_a_new_policy_cuts_what_it_forbids() -> None:
             await (reader.readexactly(len(first)) if data is first else reader.readuntil(b"\r\n\r\nx"))
             connections.append((reader, writer))
         world.policy = ONLY_SITE
-        world.pins.clear()  # the answer has expired since
+        world.pins.clear()  # as if the answer had expired
         world.gate.judge_again()
         (site, site_writer), (other, other_writer) = connections
         async with asyncio.timeout(20):
@@ -560,7 +560,7 @@ async def test_a_new_policy_cuts_what_it_forbids() -> None:
 
 
 async def test_a_policy_that_changes_while_dialling_holds() -> None:
-    """Not a byte of the guest's has gone out."""
+    """Not a byte of the guest goes out."""
     async with World(NOT_EVIL, going_to=(OTHER, 443), policy_while_dialling=ONLY_SITE, holds=True).run() as world:
         assert await world.hello("a.example") == b"RST"
         assert world.dialled == [(str(OTHER), 443)]
@@ -569,7 +569,7 @@ async def test_a_policy_that_changes_while_dialling_holds() -> None:
 
 
 async def test_a_guest_has_its_share_of_connections() -> None:
-    """What is beyond is reset and counted."""
+    """Further connections are reset and counted."""
     async with World(limits=Limits(connections=2), holds=True).run() as world:
         writers = []
         for _ in range(2):
@@ -585,7 +585,7 @@ async def test_a_guest_has_its_share_of_connections() -> None:
 
 
 async def test_who_does_not_read_is_not_read_from() -> None:
-    """A server that sends without end, to a guest that does not read: what is in between stays small."""
+    """If a server sends without end and the guest does not read, the bytes in between stay few."""
     sent = 0
     has_stopped = asyncio.Event()
 
@@ -616,20 +616,20 @@ async def test_who_does_not_read_is_not_read_from() -> None:
 
 
 async def test_what_is_idle_is_cut() -> None:
-    """After a while without a byte either way."""
+    """A connection is cut after a while without a byte either way."""
     async with World(limits=Limits(idle=0.3), holds=True).run() as world:
         assert await world.say(b"hello") == b"RST"
 
 
 async def test_much_passes_unchanged() -> None:
-    """Both ways at once."""
+    """Both ways are copied at once."""
     data = b"SSH" + bytes(range(251)) * 40_000
     async with World(holds=True).run() as world:
         assert await world.say(data, ends=True) == data + b"<end>"
 
 
 async def test_closing_cuts_everything() -> None:
-    """Also what has just come, and it may be closed again."""
+    """Connections that have just come are cut, too, and the gate may be closed again."""
     async with World(holds=True).run() as world:
         reader, writer = await asyncio.open_connection(*world.redirected)
         writer.write(b"hello")
@@ -645,7 +645,7 @@ async def test_closing_cuts_everything() -> None:
 
 
 async def test_where_it_was_going_is_unknown() -> None:
-    """Who comes to the gate without having been redirected is reset."""
+    """A connection that was not redirected is reset."""
     async with World(going_to=None).run() as world:
         assert await world.say(b"hello") == b"RST"
         assert world.dialled == []

@@ -1,4 +1,4 @@
-"""What a connection's first bytes mean: real ClientHellos, cut and bent ones, HTTP heads, and names."""
+"""The meaning of a connection's first bytes: real ClientHellos, cut and bent ones, HTTP heads, and names."""
 
 import re
 import ssl
@@ -44,7 +44,7 @@ def sni(*names: bytes, kind: int = 0) -> bytes:
 
 
 def handshake(*extensions: bytes, end: bytes = b"") -> bytes:
-    """A ClientHello of our own, without its records."""
+    """A ClientHello made by hand, without its records."""
     listed = b"".join(extensions)
     body = b"\x03\x03" + bytes(32) + b"\0" + b"\0\x02\x13\x01" + b"\x01\0" + len(listed).to_bytes(2, "big") + listed
     body += end
@@ -95,7 +95,7 @@ def test_grease_is_skipped_and_the_outer_name_counts() -> None:
 
 
 def test_a_number_is_an_address() -> None:
-    """Some clients put one where a name belongs; it is judged as what it is."""
+    """Some clients send an address in place of a name. It is judged as an address."""
     assert read_hello(records(handshake(sni(b"8.8.8.8")))) == Hello(IPv4Address("8.8.8.8"))
 
 
@@ -122,7 +122,7 @@ def test_a_number_is_an_address() -> None:
     ],
 )
 def test_a_hello_with_two_readings_has_none(data: bytes) -> None:
-    """What another program might read differently is refused."""
+    """Bytes that another program might read differently are refused."""
     with pytest.raises(Malformed):
         read_hello(data)
 
@@ -148,7 +148,7 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
 
 @given(st.data())
 def test_a_bent_hello_is_read_or_refused(data: st.DataObject) -> None:
-    """One byte of a real one is changed anywhere."""
+    """One byte of a real hello is changed anywhere."""
     at = data.draw(st.integers(0, len(REAL) - 1))
     bent = REAL[:at] + bytes([data.draw(st.integers(0, 255))]) + REAL[at + 1 :]
     try:
@@ -209,14 +209,14 @@ def test_a_host_has_one_form(text: str, host: str | IPv4Address) -> None:
     ],
 )
 def test_what_could_be_two_hosts_is_none(text: str) -> None:
-    """The tricks that filters are passed with: NUL, users, other digits, octal, hex, short addresses, other dots."""
+    """Tricks against filters are refused: NUL, users, other digits, octal, hex, short addresses, other dots."""
     with pytest.raises(Malformed):
         parse_host(text)
 
 
 @given(st.text(max_size=40) | st.from_regex(r"[a-zA-Z0-9_.x-]{1,40}", fullmatch=True))
 def test_a_parsed_host_stays_what_it_is(text: str) -> None:
-    """The form is final: parsed again it is the same, and it is what libc would look up or connect to."""
+    """The form is final. Parsing it again changes nothing, and libc would look up or connect to the same."""
     try:
         host = parse_host(text)
     except Malformed:
@@ -227,13 +227,13 @@ def test_a_parsed_host_stays_what_it_is(text: str) -> None:
 
 
 def test_local_names_are_known() -> None:
-    """Single labels, localhost, multicast DNS, the clouds' metadata; not a name that only looks like it."""
+    """Single labels, localhost, multicast DNS and the clouds' metadata are local. Names that look alike are not."""
     assert all(map(is_local, ["db", "localhost", "a.localhost", "printer.local", "metadata.google.internal"]))
     assert not any(map(is_local, ["example.com", "local.example", "internal.example.com", "notlocal.co"]))
 
 
 def test_reverse_names_are_addresses() -> None:
-    """The address is judged; what is not one can't be asked for."""
+    """A reverse name's address is judged. A name without one can't be looked up."""
     assert reverse_address("4.3.2.1.in-addr.arpa") == IPv4Address("1.2.3.4")
     assert reverse_address("example.com") is None
     for name in ("10.in-addr.arpa", "b.4.3.2.1.in-addr.arpa", "1.0.0.ip6.arpa", "04.3.2.1.in-addr.arpa"):
@@ -245,7 +245,7 @@ def test_reverse_names_are_addresses() -> None:
     "text", [b"", b":80", b"a:0", b"a:65536", b"a:999999", b"a:b", b"u@a", b"a:80:80", b"[::1]:80", b"a:"]
 )
 def test_an_authority_is_a_host_and_perhaps_a_port(text: bytes) -> None:
-    """Nothing else."""
+    """Any other text is refused."""
     assert parse_authority(b"A.example.:8080") == ("a.example", 8080)
     with pytest.raises(Malformed):
         parse_authority(text)
@@ -261,7 +261,7 @@ def request(data: bytes) -> Request:
 
 
 def test_a_request_is_written_anew() -> None:
-    """With one host, in its one form, and as the only one of its connection."""
+    """It has one host, in its one form, and is the only request of its connection."""
     read = request(
         b"GET /a?b HTTP/1.1\r\nHOST: Example.COM.:80\r\nX-A: 1\r\nConnection: keep-alive\r\nUpgrade: h2c\r\n"
         b"HTTP2-Settings: x\r\nProxy-Authorization: Basic eA==\r\n\r\n"
@@ -276,7 +276,7 @@ def test_a_request_is_written_anew() -> None:
 
 
 def test_bodies_are_measured_anew() -> None:
-    """By length or in chunks; what follows is dropped, chunk extensions and trailers too."""
+    """A body has a length or chunks. Bytes behind it, chunk extensions and trailers are dropped."""
     read = request(b"POST / HTTP/1.1\r\nHost: a.example\r\nContent-Length: 5\r\n\r\nhe")
     assert read.receive_body(b"") + read.receive_body(b"lloGET / HTTP/1.1\r\n") == b"hello"
     read = request(b"POST / HTTP/1.1\r\nHost: a.example\r\nTransfer-Encoding: chunked\r\n\r\n5;x=y\r\nhel")
@@ -304,7 +304,7 @@ def test_bodies_are_measured_anew() -> None:
     ],
 )
 def test_a_head_with_two_readings_has_none(head: bytes) -> None:
-    """What a server might read differently is refused."""
+    """A head that a server might read differently is refused."""
     with pytest.raises(Malformed):
         Request().receive_head(head)
 
@@ -317,7 +317,7 @@ def test_a_server_is_asked_for_paths() -> None:
 
 
 def test_a_proxy_is_asked_for_addresses() -> None:
-    """http:// with a host, or a tunnel to host and port."""
+    """An address is http:// with a host, or a tunnel to host and port."""
 
     def absolute(target: bytes) -> object:
         return request(b"GET " + target + b" HTTP/1.1\r\nHost: other.example\r\n\r\n").absolute()
@@ -357,7 +357,7 @@ HEADS = st.builds(
 
 @given(st.binary(max_size=200) | HEADS, st.integers(1, 50))
 def test_any_request_is_read_or_refused(data: bytes, size: int) -> None:
-    """In pieces of any size; nothing but Malformed comes out, and what is written has one Host at most."""
+    """Pieces may have any size. Only Malformed is raised, and a written head has one Host at most."""
     read = Request()
     has_head = False
     try:

@@ -17,7 +17,7 @@ SANDBOX_IDS = st.text(ID_ALPHABET, min_size=ID_LENGTH, max_size=ID_LENGTH).map(l
 @example(PREFIX + "0" * ID_LENGTH)
 @example(PREFIX + "z" * ID_LENGTH)
 def test_there_and_back(sandbox: str) -> None:
-    """Every sandbox has a kernel id of five groups, as Jupyter's routes want it, and that leads back to it."""
+    """Every sandbox has a kernel id of five groups, as Jupyter's routes want it, and the id leads back to it."""
     kernel = kernel_id(sandbox)
     assert re.fullmatch("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", kernel)
     assert sandbox_id(kernel) == sandbox
@@ -30,7 +30,7 @@ def test_no_two_share_one(one: str, other: str) -> None:
 
 
 def test_new_ids() -> None:
-    """They are legal, all different, and use the whole alphabet."""
+    """New ids are legal, all different, and use the whole alphabet."""
     made = [new_id() for _ in range(1000)]
     assert len(set(made)) == 1000
     assert all(LEGAL_ID.fullmatch(each) and sandbox_id(kernel_id(each)) == each for each in made)
@@ -56,7 +56,7 @@ def test_any_uuid(kernel: uuid.UUID) -> None:
 @example("\ud800" * 32)
 @example("0" * 100_000)
 def test_any_text(text: str) -> None:
-    """What is no UUID leads to an id that no sandbox has; nothing raises."""
+    """A text that is no UUID leads to an id that no sandbox has, and nothing raises."""
     found = sandbox_id(text)
     assert LEGAL_ID.fullmatch(found)
     if found == PREFIX:

@@ -1,4 +1,4 @@
-"""Imports point one way. Read from the source, so that nothing has to be loaded."""
+"""Imports point one way. The tests read them from the source, so that nothing has to be loaded."""
 
 import ast
 import sys
@@ -52,7 +52,7 @@ def below(prefix: str) -> list[str]:
 
 
 def test_the_reader_of_imports_reads() -> None:
-    """The test's own eyes: known imports are seen."""
+    """Known imports are seen."""
     assert "guest_agent.wire" in ours("kernel_gateway.link")
     assert "kernel_gateway.jupyter.message" in ours("kernel_gateway.jupyter.execution")
     assert outside("kernel_gateway.api.base") == {"msgspec", "tornado"}
@@ -66,7 +66,7 @@ def test_the_wire_stands_alone() -> None:
 
 @pytest.mark.parametrize("name", below("guest_agent"))
 def test_the_agent_never_imports_the_gateway(name: str) -> None:
-    """What runs in the guest comes without the gateway."""
+    """The guest's code comes without the gateway."""
     assert not {each for each in imports(name) if each.startswith("kernel_gateway")}
 
 
@@ -74,7 +74,7 @@ def test_the_agent_never_imports_the_gateway(name: str) -> None:
     "name", ["kernel_gateway.errors", "kernel_gateway.lifecycle", *below("kernel_gateway.jupyter")]
 )
 def test_the_core_is_pure(name: str) -> None:
-    """Errors, lifecycle and kernel messages know no technology, only each other, downwards."""
+    """Errors, lifecycle and kernel messages import no technology, and each other only downwards."""
     assert outside(name) <= {"msgspec"}
     messages = {"kernel_gateway.jupyter", "kernel_gateway.jupyter.message"}
     allowed = {
@@ -88,7 +88,7 @@ def test_the_core_is_pure(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["kernel_gateway.network.policy", "kernel_gateway.network.rules"])
 def test_policies_and_rules_are_pure(name: str) -> None:
-    """What a sandbox may reach is decided without I/O: text and values in, text and values out."""
+    """Policies and rules do no I/O: text and values in, text and values out."""
     assert outside(name) == set()
     allowed = {"kernel_gateway.network.rules": {"kernel_gateway.network.policy", "kernel_gateway.drivers"}}
     assert ours(name) <= allowed.get(name, {"kernel_gateway.errors"})
@@ -96,14 +96,14 @@ def test_policies_and_rules_are_pure(name: str) -> None:
 
 
 def test_a_hello_is_read_without_io() -> None:
-    """What a guest says first is bytes in, a name out."""
+    """Reading a hello is bytes in, a name out."""
     assert ours("kernel_gateway.network.hello") == set()
     assert outside("kernel_gateway.network.hello") == {"h11"}
     assert not imports("kernel_gateway.network.hello") & {"asyncio", "socket", "ssl", "os", "time"}
 
 
 def test_resolver_and_gate_know_no_namespaces() -> None:
-    """They are given sockets, and judge by policies."""
+    """Resolver and gate are given sockets, and judge by policies."""
     allowed = {"kernel_gateway.network.hello", "kernel_gateway.network.policy"}
     for name in ("kernel_gateway.network.resolver", "kernel_gateway.network.gate"):
         assert ours(name) == allowed
@@ -113,20 +113,20 @@ def test_resolver_and_gate_know_no_namespaces() -> None:
 
 @pytest.mark.parametrize("name", below("kernel_gateway.network"))
 def test_networks_know_nothing_above_them(name: str) -> None:
-    """A network knows errors and what a driver is; no driver, no sandbox, no HTTP."""
+    """A network knows errors and the protocols of drivers, but no driver, no sandbox and no HTTP."""
     allowed = {"kernel_gateway.errors", "kernel_gateway.drivers", *below("kernel_gateway.network")}
     assert ours(name) <= allowed
 
 
 @pytest.mark.parametrize("name", below("kernel_gateway.api"))
 def test_the_api_knows_only_policies_of_the_network(name: str) -> None:
-    """HTTP reads policies; what enforces them is a machine's."""
+    """HTTP reads policies, and the machine's network enforces them."""
     assert ours(name) & set(below("kernel_gateway.network")) <= {"kernel_gateway.network.policy"}
 
 
 @pytest.mark.parametrize("name", below("kernel_gateway.drivers"))
 def test_drivers_know_nothing_above_them(name: str) -> None:
-    """A driver knows snapshots and other driver modules; no sandboxes, no HTTP, no kernel."""
+    """A driver knows snapshots and other driver modules, but no sandboxes, no HTTP and no kernel."""
     allowed = ("kernel_gateway.drivers", "kernel_gateway.snapshot")
     assert all(each.startswith(allowed) for each in ours(name)), ours(name)
 
@@ -154,7 +154,7 @@ def test_tornado_stays_at_the_edge() -> None:
 
 
 def test_the_journal_knows_only_messages() -> None:
-    """What keeps messages knows nothing of kernels, sandboxes and sockets."""
+    """The journal knows nothing of kernels, sandboxes and sockets."""
     assert {each.removesuffix(".message") for each in ours("kernel_gateway.journal")} == {"kernel_gateway.jupyter"}
     assert outside("kernel_gateway.journal") == {"msgspec"}
 

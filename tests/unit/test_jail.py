@@ -22,7 +22,7 @@ is_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root has users to g
 
 
 def test_two_servers_share_no_user(tmp_path: Path) -> None:
-    """Each holds a block of its own; one that is let go is taken again."""
+    """Each server holds a block of its own. A released block is taken again."""
     first, second = jail.claim(tmp_path), jail.claim(tmp_path)
     try:
         assert first.number != second.number
@@ -38,7 +38,7 @@ def test_two_servers_share_no_user(tmp_path: Path) -> None:
 
 
 def test_living_machines_share_no_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user is given again only when it has come back, also after all have been given once."""
+    """A user is given again only when it has come back, even after all have been given once."""
     monkeypatch.setattr(jail, "UIDS", 3)
     users = jail.claim(tmp_path)
     try:
@@ -53,7 +53,7 @@ def test_living_machines_share_no_user(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_no_block_reaches_beyond_its_own() -> None:
-    """Blocks lie side by side, above every account and below what fits; who tries a view is in none of them."""
+    """Blocks lie side by side, above every account and within the range. The user that tries a view is in none."""
     last = jail.FIRST_UID + jail.SERVERS * jail.UIDS - 1
     assert jail.FIRST_UID > 1 << 20
     assert last < (1 << 32) - 2
@@ -63,7 +63,7 @@ def test_no_block_reaches_beyond_its_own() -> None:
 
 
 def test_the_directory_of_claims_must_be_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody else can hold our locks: the directory is ours alone, and not somebody else's or a link."""
+    """Nobody else can hold our locks, because the directory is ours alone, not somebody else's and not a link."""
     uid = os.geteuid() or 4242
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr(os, "geteuid", lambda: uid)
@@ -87,7 +87,7 @@ def test_the_directory_of_claims_must_be_ours(tmp_path: Path, monkeypatch: pytes
 
 @pytest.fixture
 def process() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Starts processes that sleep as some user."""
+    """A starter of processes that sleep as some user."""
     started = []
 
     def start(uid: int, **environment: str) -> subprocess.Popen[bytes]:
@@ -105,8 +105,8 @@ def process() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
 def test_strays_of_dead_servers_are_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
-    """A process with a user of a block that nobody holds ends; that of another server's block, or of no block, not."""
-    # Other numbers than those of servers that may run here.
+    """A process of a block that nobody holds is ended. Processes of a held block, or of no block, are not."""
+    # These numbers differ from those of servers that may run here.
     monkeypatch.setattr(jail, "FIRST_UID", 1_700_000_000)
     with_server, own = jail.claim(tmp_path), jail.claim(tmp_path)
     try:
@@ -127,7 +127,7 @@ def test_strays_of_dead_servers_are_killed(
 def test_machines_of_a_server_whose_locks_are_not_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
-    """Containers may share process ids and not /run: another's machines are let alone, and so are their users."""
+    """Containers may share process ids and not /run. Another container's machines and their users are let alone."""
     monkeypatch.setattr(jail, "FIRST_UID", 1_700_000_000)
     server, ended = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["true"])
     ended.wait()
@@ -151,7 +151,7 @@ def test_machines_of_a_server_whose_locks_are_not_seen(
 def test_a_number_that_is_another_process_by_now_is_spared(
     process: Callable[[int], subprocess.Popen[bytes]],
 ) -> None:
-    """Before it is killed a process is looked at once more."""
+    """A process is looked at once more before it is killed."""
     child = process(os.geteuid())
     jail._end(child.pid, 7)
     assert child.poll() is None
@@ -161,7 +161,7 @@ def test_a_number_that_is_another_process_by_now_is_spared(
 
 
 def test_the_order_of_the_view() -> None:
-    """Everything is mounted before the old root goes; what is bound is read-only; last the root is, too."""
+    """Everything is mounted before the old root goes. Bound directories are read-only, and at last the root is, too."""
     text = jail.script([Path("/usr/lib"), Path("/usr/bin")], kvm=None, own_proc=True)
     lines = text.splitlines()
     assert lines[0] == "set -e"
@@ -179,14 +179,14 @@ def test_the_order_of_the_view() -> None:
 
 
 def test_the_view_in_a_user_namespace() -> None:
-    """There a /proc can't be mounted, only the host's be bound, with all that is mounted on it."""
+    """A /proc can't be mounted there. The host's is bound, with all that is mounted on it."""
     lines = jail.script([], kvm=None, own_proc=False).splitlines()
     assert "mount --rbind /proc proc" in lines
     assert not [line for line in lines if "-t proc" in line]
 
 
 def test_links_stay_links(tmp_path: Path) -> None:
-    """Of a system whose /lib is a link the view has the link; odd names are quoted."""
+    """If the system's /lib is a link, the view has the link. Odd names are quoted."""
     odd = tmp_path / "a folder; rm"
     odd.mkdir()
     link = tmp_path / "lib"
@@ -200,7 +200,7 @@ def test_links_stay_links(tmp_path: Path) -> None:
 
 @pytest.fixture
 def prefix(tmp_path: Path) -> Path:
-    """A QEMU of one's own, installed somewhere."""
+    """A QEMU that somebody has installed elsewhere."""
     for name in ("opt/bin", "opt/lib", "opt/share/qemu", "opt/share/other"):
         (tmp_path / name).mkdir(parents=True)
     program = tmp_path / "opt/bin/qemu"
@@ -222,7 +222,7 @@ def test_folders_of_other_qemus(prefix: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_only_what_all_may_read_is_shown() -> None:
-    """Folders that others may not read, or may write, are not; nor those in the system's directories, which are."""
+    """Folders that others may not read, or may write, are not shown. Those in system directories are not added."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         folder = Path(name)
         for mode, expected in {0o755: True, 0o555: True, 0o700: False, 0o750: False, 0o777: False}.items():
@@ -239,7 +239,7 @@ def test_only_what_all_may_read_is_shown() -> None:
 
 
 def test_limits_of_a_machine() -> None:
-    """It may use more on the host than it shows its guest: pages it is the first to touch count twice."""
+    """A machine may use more on the host than it shows its guest, because pages that it touches first count twice."""
     found = jail.limits(Machine("tcg", 2, 2048))
     assert found.cpus == 2.5
     assert found.threads == 128
@@ -248,7 +248,7 @@ def test_limits_of_a_machine() -> None:
 
 
 def test_limits_of_the_process() -> None:
-    """No core dumps, few files, none longer than the disk; whoever gains power can't raise them again."""
+    """There are no core dumps, few files, none longer than the disk. A process that gains power can't raise this."""
     assert jail.process_limits(1000) == ["prlimit", "--core=0:0", "--nofile=256:256", "--fsize=1000:1000", "--"]
 
 
@@ -257,7 +257,7 @@ def test_limits_of_the_process() -> None:
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a plain directory does not do: a group can be removed though it has files, not while it has processes."""
+    """A plain directory that acts like a group: it can be removed although it has files, but not with processes."""
 
     def rmdir(path: Path) -> None:
         procs = path / "cgroup.procs"
@@ -302,7 +302,7 @@ def found(trees: tuple[str, str]) -> Cgroups:
 
 @pytest.mark.usefixtures("kernel")
 def test_version_1(tmp_path: Path) -> None:
-    """A directory for each controller, below the server's own, with its limits; removed with its server's when done."""
+    """Each controller has a directory below the server's own, with its limits. It is removed with the server's."""
     groups = found(v1(tmp_path, "cpu", "memory", "pids", "freezer"))
     assert (groups.version, groups.controllers) == (1, ["cpu", "memory", "pids"])
     group = groups.make("cellvm-3", "77", LIMITS)
@@ -324,7 +324,7 @@ def test_version_1(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("kernel")
 def test_controllers_that_share_a_hierarchy(tmp_path: Path) -> None:
-    """Version 1 with cpu and cpuacct mounted together, and without the others: what is there is used."""
+    """Version 1 may have cpu and cpuacct mounted together, and no others. The existing ones are used."""
     groups = found(v1(tmp_path, "cpu,cpuacct", "freezer"))
     assert groups.controllers == ["cpu"]
     group = groups.make("cellvm-0", "1", LIMITS)
@@ -341,7 +341,7 @@ def test_a_part_of_the_tree(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("kernel")
 def test_version_2_alone_in_its_group(tmp_path: Path) -> None:
-    """A service: the server steps aside into a group within, so that its own may have others with limits."""
+    """A service moves into a group within its own, so that its own group may have others with limits."""
     me = str(os.getpid())
     everything = "cpuset cpu io memory pids"
     trees = v2(tmp_path, "/svc", {"/": (everything, "1\n2\n"), "/svc": (everything, me)})
@@ -356,13 +356,13 @@ def test_version_2_alone_in_its_group(tmp_path: Path) -> None:
     (path,) = group.paths
     limits = {name: (path / name).read_text() for name in ("memory.max", "cpu.max", "pids.max")}
     assert limits == {"memory.max": str(1 << 30), "cpu.max": "250000 100000", "pids.max": "128"}
-    # From now on this process is in the group aside; it still finds the same place.
+    # From now on this process is in the inner group, and it still finds the same place.
     (own / "cgroup.procs").write_text("")
     assert found((trees[0], f"0::/svc/{ASIDE}")).places == groups.places
 
 
 def test_version_2_at_the_top_of_a_container(tmp_path: Path) -> None:
-    """What looks like the top there is a group like others: it may not have both processes and limited groups."""
+    """A container's top is a group like others, so it may not have both processes and limited groups."""
     trees = v2(tmp_path, "/", {"/": ("cpu memory pids", str(os.getpid()))})
     assert [place.aside for place in found(trees).places] == [False], "the kernel's own top"
     (tmp_path / "cgroup.type").write_text("domain")
@@ -370,7 +370,7 @@ def test_version_2_at_the_top_of_a_container(tmp_path: Path) -> None:
 
 
 def test_version_2_among_others(tmp_path: Path) -> None:
-    """A shell: others are in the same group, so the nearest one above that has the most controllers is used."""
+    """Others are in a shell's group, so the nearest group above with the most controllers is used."""
     groups = found(
         v2(
             tmp_path,
@@ -387,13 +387,13 @@ def test_version_2_among_others(tmp_path: Path) -> None:
 
 
 def test_version_2_at_the_top(tmp_path: Path) -> None:
-    """The root group may have processes and groups with limits at once: nobody has to step aside."""
+    """The root group may have both processes and groups with limits, so nobody has to move."""
     groups = found(v2(tmp_path, "/", {"/": ("cpu memory pids", f"1\n{os.getpid()}\n")}))
     assert groups.places == (cgroup.Place(tmp_path, ("cpu", "memory", "pids"), aside=False),)
 
 
 def test_nothing_to_be_had(tmp_path: Path) -> None:
-    """A version 2 without controllers beside none of version 1, or no control groups at all."""
+    """There may be a version 2 without controllers and no version 1, or no control groups at all."""
     assert Cgroups.find(*v2(tmp_path, "/", {"/": ("", "")})) is None
     assert Cgroups.find("22 1 0:20 / /proc rw - proc proc rw", "0::/") is None
 
@@ -423,7 +423,7 @@ def test_a_group_is_made_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     ],
 )
 def test_a_death_for_want_of_memory_is_known(tmp_path: Path, file: str, text: str) -> None:
-    """In both versions the group tells whether something in it was killed."""
+    """In both versions the group tells whether a process in it was killed."""
     group = found(v1(tmp_path, "memory")).make("cellvm-0", "1", LIMITS)
     assert not group.was_out_of_memory()
     for kills, expected in ((0, False), (1, True), (12, True)):
@@ -433,7 +433,7 @@ def test_a_death_for_want_of_memory_is_known(tmp_path: Path, file: str, text: st
 
 @pytest.mark.usefixtures("kernel")
 def test_groups_of_dead_servers_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of blocks that nobody holds go, wherever they are in the tree; those of others and of living ones stay."""
+    """Groups of blocks that nobody holds are removed anywhere in the tree. Groups of others and of the living stay."""
     monkeypatch.setattr(jail, "strays", list)  # machines of servers that run here are not ours to touch
     claims = tmp_path / "claims"
     claims.mkdir()
@@ -474,7 +474,7 @@ def steps(command: list[str]) -> list[str]:
 
 
 def test_the_command_line_as_root(users: jail.Users, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits first, then the view, for which it takes root, then no power any more, then QEMU."""
+    """Limits come first, then the view, which needs root, then the loss of all power, then QEMU."""
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     view = jail.View({"mount": 7, "net": 8})
     cell = jail.Jail(users, view, None).cell(Machine("tcg", 1, 512), 1000)
@@ -487,7 +487,7 @@ def test_the_command_line_as_root(users: jail.Users, monkeypatch: pytest.MonkeyP
 
 
 def test_the_command_line_without_root(users: jail.Users, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user namespace for the view, one more for each machine, and no change of user."""
+    """There is a user namespace for the view, one more for each machine, and no change of user."""
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     view = jail.View({"mount": 7, "user": 9})
     command = jail.Jail(users, view, None).cell(Machine("tcg", 1, 512), 1000).command(["qemu"])
@@ -498,7 +498,7 @@ def test_the_command_line_without_root(users: jail.Users, monkeypatch: pytest.Mo
 
 
 def test_a_machine_whose_server_has_ended_does_not_begin() -> None:
-    """A server may be killed before its machine has the parent-death signal; nobody would end it then."""
+    """A server may be killed before its machine has the parent-death signal, and then nobody would end the machine."""
     command = jail.inside(None, None, ["echo", "begun"])
     assert subprocess.run(command, capture_output=True, text=True).stdout == "begun\n"
     orphan = ["sh", "-c", '"$@"; exit $?', "sh", *command]
@@ -508,7 +508,7 @@ def test_a_machine_whose_server_has_ended_does_not_begin() -> None:
 
 @is_root
 def test_root_of_a_user_namespace_is_told() -> None:
-    """There machines' users do not exist; said before any machine fails for it."""
+    """The machines' users do not exist there. This is said before any machine fails because of it."""
     jail.check_users()
     code = "from kernel_gateway.drivers.jail import check_users; check_users()"
     ran = subprocess.run(
@@ -520,7 +520,7 @@ def test_root_of_a_user_namespace_is_told() -> None:
 def test_a_host_that_gives_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without a view and control groups machines still run; the log says what is missing."""
+    """Without a view and control groups machines still run, and the log says what is missing."""
 
     def refuse(*_: object, **__: object) -> jail.View:
         raise jail.JailError("unshare: Operation not permitted")

@@ -39,7 +39,7 @@ def size_of(record: Record) -> int:
 
 
 def now(reading: Coroutine[Any, Any, list[Record | Gap]]) -> list[Record | Gap]:
-    """What a reader gets without waiting."""
+    """The messages that a reader gets without waiting."""
     try:
         reading.send(None)
     except StopIteration as done:
@@ -49,7 +49,7 @@ def now(reading: Coroutine[Any, Any, list[Record | Gap]]) -> list[Record | Gap]:
 
 
 def all_after(journal: Journal, after: int) -> list[Record | Gap]:
-    """Everything that is left behind a number."""
+    """Everything that is kept after a number."""
     found: list[Record | Gap] = []
     while page := journal.read(found[-1].seq if found else after):
         found += page
@@ -57,7 +57,7 @@ def all_after(journal: Journal, after: int) -> list[Record | Gap]:
 
 
 def check_cover(found: list[Record | Gap], after: int, last: int) -> tuple[list[int], int]:
-    """Every number is either there or counted by the gap before what follows. Returns those there, and the count."""
+    """Check that every number is there or counted by a gap. Return the numbers that are there, and the count."""
     seqs, missing = [], 0
     for each in found:
         if isinstance(each, Gap):
@@ -73,7 +73,7 @@ def check_cover(found: list[Record | Gap], after: int, last: int) -> tuple[list[
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
-    """Journals that are closed after the test; small ones unless a test says otherwise."""
+    """Journals that are closed after the test. They are small unless a test says otherwise."""
     with ExitStack() as stack:
 
         def made(directory: Path = tmp_path, memory: int = 20_000, disk: int = 50_000, **options: Any) -> Journal:
@@ -98,7 +98,7 @@ def open_in(directory: Path) -> list[str]:
         try:
             links.append(os.readlink(f"/proc/self/fd/{name}"))
         except FileNotFoundError:
-            pass  # the one that lists the directory
+            pass  # this descriptor lists the directory
     return [link for link in links if link.startswith(str(directory))]
 
 
@@ -122,7 +122,7 @@ def test_numbers(make: Make) -> None:
 
 
 def test_what_is_kept_of_a_message(small: None, make: Make) -> None:
-    """All of it comes back from the disk as it was: any bytes, buffers, kind, request, session, end."""
+    """A message comes back from the disk unchanged: any bytes, buffers, kind, request, session, end."""
     journal = make()
     odd = [[b"shell", b"", b"\xff", bytes(range(256)), b"x", b"", bytes(300)], [b"iopub"] + [b""] * 4]
     for each in odd:
@@ -137,7 +137,7 @@ def test_what_is_kept_of_a_message(small: None, make: Make) -> None:
 
 
 def test_memory_first_then_a_file_without_a_name(small: None, make: Make, tmp_path: Path) -> None:
-    """While memory suffices there is no file; then there is one that no other process sees."""
+    """While memory suffices there is no file. Then there is one that no other process sees."""
     journal = make()
     while journal._held_bytes < 15_000:
         say(journal, "x" * 500)
@@ -152,7 +152,7 @@ def test_memory_first_then_a_file_without_a_name(small: None, make: Make, tmp_pa
 
 
 def test_the_file_is_a_ring(small: None, make: Make) -> None:
-    """However much comes, the file does not grow beyond its size; the newest messages are there, the oldest not."""
+    """The file does not grow beyond its size. The newest messages are there, the oldest are not."""
     journal = make()
     for n in range(2000):
         say(journal, str(n) * 50)
@@ -165,7 +165,7 @@ def test_the_file_is_a_ring(small: None, make: Make) -> None:
 
 
 def test_since_anywhere(small: None, make: Make) -> None:
-    """From any number on, whether it is gone, on disk or in memory, the same messages follow; ahead of all: none."""
+    """The same messages follow any number, whether it is gone, on disk or in memory. None follow the last."""
     journal = make()
     for n in range(300):
         say(journal, str(n) * random.Random(n).randrange(300))
@@ -181,7 +181,7 @@ def test_since_anywhere(small: None, make: Make) -> None:
 
 
 def test_where_a_reader_stands(small: None, make: Make) -> None:
-    """How far behind one is who starts anywhere is known to the byte in memory, to the page on disk."""
+    """A reader's distance from the end is known to the byte in memory, and to the page on disk."""
     journal = make()
     ends = [0, *(say(journal, "x" * 300).end for _ in range(300))]
     oldest = next(each.seq for each in all_after(journal, 0) if isinstance(each, Record))
@@ -207,13 +207,13 @@ def test_a_gap_names_the_request_that_follows(small: None, make: Make) -> None:
 
 
 def cell(journal: Journal, name: str, texts: int) -> None:
-    """What a cell says that prints a lot."""
+    """The messages of a cell that prints a lot."""
     for kind in ("status", "execute_input", *["stream"] * texts, "execute_reply", "status"):
         journal.append(parts("x" * 500, name), kind, name)
 
 
 def test_essentials_survive(small: None, make: Make) -> None:
-    """Of a cell that is no longer kept its course is, with a gap where its output was, and none before it."""
+    """The essentials of an old cell are still kept, with a gap in place of its output, and no gap before them."""
     journal = make()
     cell(journal, "a", 150)
     cell(journal, "b", 150)
@@ -227,7 +227,7 @@ def test_essentials_survive(small: None, make: Make) -> None:
 
 
 def test_essentials_are_bounded(small: None, make: Make) -> None:
-    """Of very many the newest are kept, of large ones none; those that are missing are counted like others."""
+    """Only the newest essentials are kept, and no large ones. Missing ones are counted like other messages."""
     journal = make()
     for n in range(500):
         journal.append(parts("x" * 100, f"p{n}"), "status", f"p{n}")
@@ -257,7 +257,7 @@ def no_space(monkeypatch: pytest.MonkeyPatch, directory: Path) -> Path:
 
 
 def short_writes(monkeypatch: pytest.MonkeyPatch, directory: Path) -> Path:
-    """What the kernel does when the disk becomes full in the middle of a write."""
+    """Writes like those of a kernel whose disk becomes full in the middle of a write."""
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[: len(data) // 2], at))
     return directory
@@ -272,7 +272,7 @@ def test_a_full_disk(
     caplog: pytest.LogCaptureFixture,
     breaks: Callable[[pytest.MonkeyPatch, Path], Path],
 ) -> None:
-    """What can't be written is a gap, and nothing else: memory, essentials and numbers are as ever."""
+    """Messages that can't be written become a gap. Memory, essentials and numbers are not affected."""
     journal = make(breaks(monkeypatch, tmp_path))
     cell(journal, "a", 200)
     found = all_after(journal, 0)
@@ -286,7 +286,7 @@ def test_a_full_disk(
 
 
 def test_a_disk_that_is_full_for_a_while(small: None, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what fell into that time is missing; readers get the rest, in order."""
+    """Only messages of that time are missing. Readers get the rest, in order."""
     journal = make(disk=200_000)
     while journal.last < 40:
         say(journal, "x" * 1000)
@@ -302,7 +302,7 @@ def test_a_disk_that_is_full_for_a_while(small: None, make: Make, monkeypatch: p
 
 
 def test_a_limit_on_the_files_size(make: Make) -> None:
-    """A real limit of the system in the middle of a page: a gap, no harm to what was written before and after."""
+    """A real limit of the system in the middle of a page makes a gap. Earlier and later pages are not harmed."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     journal = make(memory=2 * MIB, disk=20 * MIB)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5 * MIB // 2, before[1]))
@@ -320,7 +320,7 @@ def test_a_limit_on_the_files_size(make: Make) -> None:
 
 
 def test_messages_larger_than_everything(small: None, make: Make) -> None:
-    """The newest message is kept whatever its size; one that fits neither memory nor disk is a gap afterwards."""
+    """The newest message is kept whatever its size. If it fits neither memory nor disk, it becomes a gap later."""
     journal = make()
     sizes = [100, 30_000, 100, 60_000, 100, 49_000, 100, 100_000, 100, 200_000]
     for n, size in enumerate(sizes, 1):
@@ -349,7 +349,7 @@ def test_the_largest_message_there_can_be(make: Make) -> None:
 
 
 def test_readers_at_different_speeds(small: None, make: Make) -> None:
-    """Each gets everything in its own time; only who is too far behind has gaps."""
+    """Each reader gets everything at its own speed. Only a reader that is too far behind has gaps."""
     journal = make()
     readers = {pause: journal.reader(0) for pause in (1, 3, 150)}
     found: dict[int, list[Record | Gap]] = {pause: [] for pause in readers}
@@ -379,7 +379,7 @@ def test_a_page_at_a_time(make: Make) -> None:
 
 
 async def test_a_reader_waits(make: Make) -> None:
-    """One that has everything waits, and goes on with the next message, once for several."""
+    """A reader that has everything waits for the next message, and wakes once for several."""
     journal = make()
     with journal.reader(0) as reader, journal.reader(0) as other:
         waiting = asyncio.create_task(reader.next())
@@ -391,7 +391,7 @@ async def test_a_reader_waits(make: Make) -> None:
 
 
 async def test_a_wait_that_is_given_up(make: Make) -> None:
-    """A reader whose wait was cancelled loses nothing by that."""
+    """A reader whose wait was cancelled loses nothing."""
     journal = make()
     with journal.reader(0) as reader:
         with pytest.raises(TimeoutError):
@@ -405,7 +405,7 @@ async def test_a_wait_that_is_given_up(make: Make) -> None:
 
 
 async def test_a_journal_ends(small: None, make: Make, tmp_path: Path) -> None:
-    """Who waits hears of it, who is behind gets the rest first; the file goes with the last reader."""
+    """A waiting reader is told, and one that is behind gets the rest first. The file goes with the last reader."""
     journal = make(disk=200_000)
     for _ in range(50):
         say(journal, "x" * 1000)
@@ -425,7 +425,7 @@ async def test_a_journal_ends(small: None, make: Make, tmp_path: Path) -> None:
 
 
 def test_a_journal_ends_without_readers(small: None, make: Make, tmp_path: Path) -> None:
-    """Its file goes at once; one who comes later gets what memory has, and a gap."""
+    """Its file goes at once. A later reader gets the messages in memory, and a gap."""
     journal = make()
     for _ in range(50):
         say(journal, "x" * 1000)
@@ -442,7 +442,7 @@ def test_a_journal_ends_without_readers(small: None, make: Make, tmp_path: Path)
 
 @dataclass
 class Held:
-    """What the guest was told, and that it was told nothing twice."""
+    """The last word to the guest, with a check that no word comes twice."""
 
     calls: list[bool] = field(default_factory=list)
 
@@ -456,7 +456,7 @@ class Held:
 
 
 def test_nobody_reads(make: Make) -> None:
-    """Without a reader the guest is never held, whatever it says."""
+    """Without a reader the guest is never held."""
     held = Held()
     journal = make(memory=MIB, on_pressure=held)
     for _ in range(100):
@@ -465,7 +465,7 @@ def test_nobody_reads(make: Make) -> None:
 
 
 def test_held_to_the_byte(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader may be exactly so many bytes behind; one more, and the guest is held until it has read."""
+    """A reader may be exactly HIGH_WATER bytes behind. At one more the guest is held until the reader has read."""
     monkeypatch.setattr(module, "HIGH_WATER", 1000)
     held = Held()
     journal = make(on_pressure=held)
@@ -483,7 +483,7 @@ def test_held_to_the_byte(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_the_fastest_counts(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One who stands still does not hold the guest while another reads; when that one leaves, it does."""
+    """A reader that stands still does not hold the guest while another reads. When the other leaves, it does."""
     monkeypatch.setattr(module, "HIGH_WATER", 1000)
     held = Held()
     journal = make(on_pressure=held)
@@ -512,7 +512,7 @@ OPERATIONS = st.lists(
 @settings(max_examples=150)
 @given(OPERATIONS)
 def test_held_exactly_when_the_fastest_is_behind(operations: list[tuple[str, int]]) -> None:
-    """Whoever comes, reads and goes: the guest is held if and only if every reader is too far behind."""
+    """The guest is held if and only if every reader is too far behind, however readers come, read and go."""
     held, readers = Held(), dict[int, Reader]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "HIGH_WATER", 2000)
@@ -547,7 +547,7 @@ def texts(found: list[Record | Gap]) -> list[tuple[int, str, str]]:
 
 
 def test_neighbours_are_joined(make: Make) -> None:
-    """Neighbouring text of one request becomes one message with the last number; everything else stays."""
+    """Neighbouring text of one request becomes one message with the last number. Everything else stays."""
     journal = make()
     for letter, parent in (("a", "p"), ("b", "p"), ("c", "q"), ("d", "q"), ("e", "p")):
         say(journal, letter, parent)
@@ -595,7 +595,7 @@ def test_a_gap_separates(small: None, make: Make) -> None:
 
 
 def test_joined_text_has_a_size(make: Make) -> None:
-    """Of 10 MB no message becomes much larger than a page."""
+    """With 10 MB of text, no message becomes much larger than a page."""
     journal = make(memory=20 * MIB)
     for n in range(1000):
         say(journal, f"{n:10000}")
@@ -617,7 +617,7 @@ def test_text_that_is_none(make: Make, content: bytes) -> None:
 
 
 def test_nothing_of_a_message_is_lost_by_joining(make: Make) -> None:
-    """Text with buffers, and text for one session only, is nobody else's."""
+    """Text with buffers, or for one session only, is not joined with other text."""
     journal = make()
     say(journal, "a")
     journal.append([*parts("b"), b"buffer"], "stream", "p")
@@ -649,7 +649,7 @@ def test_joining_keeps_text_and_numbers(pieces: list[tuple[str, str, str, str]])
     found = merged(records)
 
     def stretches(records: list[Record | Gap]) -> list[Any]:
-        """What a reader sees: text of one stream in a row is the same whether in one piece or in many."""
+        """A reader's view, in which neighbouring text of one stream is one piece."""
         seen: list[Any] = []
         for each in records:
             if isinstance(each, Gap) or each.kind != "stream":
@@ -674,7 +674,7 @@ def test_joining_keeps_text_and_numbers(pieces: list[tuple[str, str, str, str]])
 
 @dataclass
 class Model:
-    """All messages there ever were, and what each reader has seen of them."""
+    """All messages so far, and the messages that each reader has seen."""
 
     journal: Journal
     memory: int
@@ -717,7 +717,7 @@ class Model:
             assert self.may_be_missing(seq), seq
 
     def may_be_missing(self, seq: int) -> bool:
-        """Whether so much has come since that a message need not be kept: up to a page each is lost at the ring's
+        """Whether so much has come since that a message need not be kept. Up to a page each is lost at the ring's
         end, at its front, and in memory."""
         is_essential = self.essential[seq] > self.essential[seq - 1]
         if is_essential and self.essential[-1] - self.essential[seq - 1] <= module.ESSENTIAL_MEMORY:
@@ -759,7 +759,7 @@ def test_any_readers_of_any_messages(steps: list[tuple[Any, ...]], room: tuple[i
 
 
 def test_a_long_life(small: None, make: Make) -> None:
-    """The same over thousands of messages, with readers that come and go."""
+    """The same holds over thousands of messages, with readers that come and go."""
     rng = random.Random(7)
     model = Model(make(), 20_000, 50_000)
     for _ in range(8000):
@@ -784,7 +784,7 @@ def test_a_long_life(small: None, make: Make) -> None:
     ids=["small", "MiB", "20 MiB"],
 )
 def test_200_mb(make: Make, size: int, count: int, limit: int) -> None:
-    """200 MB of small messages, or of large ones: memory stays within its bound, read or unread."""
+    """With 200 MB of small or of large messages, memory stays within its bound, read or unread."""
     journal = make(memory=module.MEMORY, disk=module.DISK)
     tracemalloc.start()
     try:

@@ -27,7 +27,7 @@ def msg(kind: str, metadata: dict[str, Any] | None = None, /, **content: Any) ->
 
 
 def events(*messages: tuple[str, dict[str, Any]], execution: str = "e", ends: bool = False) -> list[StreamEvent]:
-    """Events of messages numbered from 1; the last one may be that which ends the execution."""
+    """Events of messages numbered from 1. The last message may end the execution."""
     translate = Events()
     return [
         event
@@ -43,7 +43,7 @@ def check(
     execution: str = "e",
     metadata: dict[str, Any] | None = None,
 ) -> None:
-    """A message means this one event, with its number and execution, or none."""
+    """Check that a message becomes this one event, with its number and execution, or none."""
     found = Events().receive(7, kind, execution, False, msg(kind, metadata, **content))
     assert found == ([] if expected is None else [msgspec.structs.replace(expected, seq=7, id=execution)])
 
@@ -100,7 +100,7 @@ def check(
     ],
 )
 def test_every_kind_of_event(kind: str, content: dict[str, Any], expected: StreamEvent | None) -> None:
-    """Each message type becomes its event, with the number and the execution; those that nobody needs become none."""
+    """Each message type becomes its event, with the number and the execution. Types that nobody needs become none."""
     check(expected, kind, content)
 
 
@@ -116,7 +116,7 @@ def test_every_kind_of_event(kind: str, content: dict[str, Any], expected: Strea
     ],
 )
 def test_which_statuses_are_events(state: str, execution: str, is_told: bool) -> None:
-    """Busy and idle of a request are not; the kernel's own states are."""
+    """The kernel's own states are events. A request's busy and idle are not."""
     check(StreamEvent("status", state=state) if is_told else None, "status", {"execution_state": state}, execution)
 
 
@@ -137,7 +137,7 @@ def test_which_statuses_are_events(state: str, execution: str, is_told: bool) ->
     ],
 )
 def test_a_status_tells_its_cause(metadata: dict[str, Any], expected: StreamEvent) -> None:
-    """Why a kernel has ended is in the message's metadata; nonsense there is no harm."""
+    """The reason of a kernel's end is in the message's metadata. Nonsense there does no harm."""
     check(expected, "status", {"execution_state": "dead"}, "", metadata)
 
 
@@ -153,7 +153,7 @@ def test_the_end(kind: str) -> None:
 
 
 def test_the_end_after_another_event() -> None:
-    """A message may be both: an aborted cell's reply."""
+    """An aborted cell's reply is both an error and the end."""
     found = events(("status", {"execution_state": "idle"}), ("execute_reply", {"status": "aborted"}), ends=True)
     assert [(each.type, each.seq) for each in found] == [("error", 2), ("end", 2)]
     assert found[0].error is not None
@@ -220,7 +220,7 @@ def shown(kind: str, text: str, display_id: str | None = None) -> StreamEvent:
 
 
 def test_text_is_cut_at_the_limit() -> None:
-    """Text is kept up to the limit of each stream; the rest is counted, streams apart."""
+    """Text is kept up to the limit of each stream. The rest is counted for each stream."""
     pieces = (("stdout", "x" * 8), ("stderr", "e"), ("stdout", "y" * 8), ("stdout", "z"))
     found = cell(*(StreamEvent(name, text=text) for name, text in pieces), text_limit=10)
     assert (found.stdout, found.stderr) == ("x" * 8 + "yy", "e")
@@ -229,7 +229,7 @@ def test_text_is_cut_at_the_limit() -> None:
 
 
 def test_results_are_left_out_at_the_limit() -> None:
-    """A result that does not fit is left out and counted; a smaller one after it still fits."""
+    """A result that does not fit is left out and counted. A smaller one after it still fits."""
     found = cell(*(shown("display", "x" * size) for size in (60, 60, 30)), result_limit=100)
     assert [len(result.data["text/plain"]) for result in found.results] == [60, 30]
     assert found.truncated is not None
@@ -250,7 +250,7 @@ def test_nothing_left_out_is_not_mentioned() -> None:
 
 
 def test_an_update_replaces_what_was_displayed() -> None:
-    """Only the display of that id changes, in its place; an update of an unknown one is a display itself."""
+    """Only the display of that id changes, in its place. An update of an unknown id becomes a display."""
     found = cell(
         shown("display", "a", "1"), shown("display", "b", "2"), shown("result", "c"), shown("update", "A", "1"),
         shown("update", "d", "3"), shown("update", "D", "3"), shown("update", "e"),
@@ -260,14 +260,14 @@ def test_an_update_replaces_what_was_displayed() -> None:
 
 
 def test_many_updates_stay_within_the_limit() -> None:
-    """A display that grows by its updates is cut as well: an outcome is never larger than allowed."""
+    """A display that grows by its updates is limited, too, so an outcome is never larger than allowed."""
     updates = [shown("update", "x" * size, "1") for size in range(0, 1000, 100)]
     found = cell(shown("display", "", "1"), *updates, result_limit=500)
     assert sum(len(result.data["text/plain"]) for result in found.results) <= 500
 
 
 def test_what_is_not_part_of_an_outcome() -> None:
-    """Clears, statuses and input requests change nothing; the last error counts."""
+    """Clears, statuses and input requests change nothing. The last error counts."""
     found = cell(
         shown("result", "1"),
         StreamEvent("clear", wait=False),
@@ -293,7 +293,7 @@ def test_malformed_headers_and_content_read_as_empty(part: bytes) -> None:
 
 
 def test_a_message_of_ours() -> None:
-    """It has the documented form: channel, a header with a fresh id and the time, parent, metadata, content."""
+    """Our message has the documented form: channel, header with a fresh id and the time, parent, metadata, content."""
     parts = message.new("shell", "execute_request", {"code": "ü\ud800"}, session="s", metadata={"a": 1})
     header = json.loads(parts[1])
     assert set(header) == {"msg_id", "msg_type", "session", "username", "date", "version"}
@@ -319,7 +319,7 @@ def text(name: str, text: str) -> bytes:
 
 @given(st.lists(st.text(), min_size=1), st.sampled_from(["stdout", "stderr"]))
 def test_joined(texts: list[str], name: str) -> None:
-    """Texts of one stream become one, in order, whatever is in them."""
+    """Texts of one stream become one text, in order, whatever they hold."""
     found = message.joined([text(name, each) for each in texts])
     assert found is not None
     assert json.loads(found) == {"name": name, "text": "".join(texts)}
@@ -331,7 +331,7 @@ def test_joined(texts: list[str], name: str) -> None:
      *NO_JSON_OBJECT],
 )  # fmt: skip
 def test_what_can_not_be_joined(other: bytes) -> None:
-    """Another stream, and what is no text, is left as it is."""
+    """Messages of different streams, or without text, are not joined."""
     for contents in ([text("stdout", "a"), other], [other, text("stdout", "a")]):
         assert message.joined(contents) is None
 
@@ -351,6 +351,6 @@ def test_numbered_keeps_what_the_gateway_says_itself() -> None:
 
 @pytest.mark.parametrize("metadata", [*NO_JSON_OBJECT[:5], b"{ }", b"{\n}", b"x", b'"{}"'])
 def test_numbered_metadata_that_is_none(metadata: bytes) -> None:
-    """What is no object counts as empty."""
-    if metadata != b"{":  # not closed: nothing can be said of it
+    """Metadata that is no object counts as empty."""
+    if metadata != b"{":  # this one is not even closed
         assert json.loads(message.numbered(metadata, 5)) == {"cellvm": {"seq": 5}}

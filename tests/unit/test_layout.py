@@ -1,4 +1,4 @@
-"""Both layouts of kernel messages, against jupyter_server's own functions; and whatever else may be in a frame."""
+"""Both layouts of kernel messages, against jupyter_server's own functions, and frames that are no messages."""
 
 import json
 import struct
@@ -70,7 +70,7 @@ def parsed(parts: list[bytes]) -> list[Any]:
 
 
 def legacy(parts: list[bytes]) -> dict[str, Any]:
-    """A message as Jupyter's clients have it before they send it."""
+    """A message in the form that Jupyter's clients have before they send it."""
     header, parent, metadata, content = (json.loads(part) for part in parts[1:5])
     return {
         "header": header,
@@ -98,7 +98,7 @@ def test_v1_is_jupyters(parts: list[bytes]) -> None:
 
 @given(PARTS)
 def test_legacy_is_jupyters(parts: list[bytes]) -> None:
-    """What a client reads in our frame is the message; text without buffers, binary with them."""
+    """A client reads the message in our frame, which is text without buffers and binary with them."""
     frame = layout.to_legacy(parts)
     assert isinstance(frame, bytes if parts[5:] else str)
     text, *buffers = layout.split_legacy(frame) if isinstance(frame, bytes) else [frame.encode()]
@@ -109,7 +109,7 @@ def test_legacy_is_jupyters(parts: list[bytes]) -> None:
 
 @given(PARTS)
 def test_legacy_from_jupyters_clients(parts: list[bytes]) -> None:
-    """What Jupyter's clients send is read as the message: as text, as a binary frame with buffers or without."""
+    """Frames of Jupyter's clients are read as the message: text, and binary with or without buffers."""
     whole = legacy(parts)
     assert parsed(layout.from_legacy(serialize_binary_message(whole))) == parsed(parts)
     assert parsed(layout.from_legacy(json.dumps({**whole, "buffers": []}))) == parsed(parts[:5])
@@ -124,7 +124,7 @@ def test_from_one_layout_to_the_other(parts: list[bytes]) -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 1000, layout.MAX_PARTS - 10])
 def test_many_buffers(count: int) -> None:
-    """Buffers of all bytes and of none, however many, come as they were."""
+    """Buffers come unchanged, whatever their bytes and their number."""
     parts = [*EXAMPLE[:5], *(ALL_BYTES if each % 100 == 0 else b"" for each in range(count))]
     assert layout.from_v1(layout.to_v1(parts)) == parts
     assert layout.from_legacy(layout.to_legacy(parts)) == parts
@@ -161,7 +161,7 @@ HEAD = {"msg_id": "m", "msg_type": "execute_request", "version": "5.4"}
     ],
 )
 def test_clients_leave_out_and_add(more: dict[str, Any]) -> None:
-    """Without a channel it is shell's; without parent and metadata they are empty; what is more does no harm."""
+    """A missing channel means shell, and missing parent and metadata are empty. Additional fields do no harm."""
     sent = {"header": HEAD, "content": {"code": "1"}, **more}
     assert said(json.dumps(sent)) == [b"shell", HEAD, {}, {}, {"code": "1"}]
 
@@ -170,13 +170,13 @@ def test_clients_leave_out_and_add(more: dict[str, Any]) -> None:
     "more", [{"date": ""}, {"date": None}, {"session": ""}, {"version": "5"}, {"subshell_id": None}]
 )
 def test_headers_are_passed_on_as_they_are(more: dict[str, Any]) -> None:
-    """Whatever a client has in its header, the kernel gets."""
+    """The kernel gets a client's whole header."""
     header = {**HEAD, **more}
     assert said(json.dumps({"header": header, "channel": "control"}))[:2] == [b"control", header]
 
 
 def test_a_binary_frame_of_one_part() -> None:
-    """Some clients send every message so."""
+    """Some clients send every message as a binary frame of one part."""
     text = json.dumps({"header": HEAD, "content": {"code": "ü"}, "buffers": []}).encode()
     frame = struct.pack("!II", 1, 8) + text
     assert parsed(layout.from_legacy(frame)) == [b"shell", HEAD, {}, {}, {"code": "ü"}]
@@ -209,7 +209,7 @@ def test_what_a_kernel_should_not_say(parts: list[bytes]) -> None:
 
 
 def test_bytes_that_are_no_text_stay_valid_json() -> None:
-    """A kernel may print bytes that are not UTF-8: in legacy text they are replaced."""
+    """A kernel may print bytes that are not UTF-8. In legacy text they are replaced."""
     frame = layout.to_legacy([b"iopub", raw(HEAD), b"{}", b"{}", b'{"text": "a\xffb"}'])
     assert isinstance(frame, str)
     assert json.loads(frame)["content"] == {"text": "a\ufffdb"}
@@ -230,7 +230,7 @@ def test_the_journals_form(parts: list[bytes]) -> None:
 
 
 def accepts(read: Any, frame: str | bytes) -> bool:
-    """Whether a frame is taken: then it is a message that a kernel takes too. Else LayoutError, and nothing else."""
+    """Whether a frame is taken. Check that a kernel takes such a message, too, and that only LayoutError is raised."""
     try:
         parts = read(frame)
     except LayoutError:
@@ -268,7 +268,7 @@ def one_text(parts: list[bytes]) -> bytes:
 @given(mutated(lambda parts: serialize_binary_message(legacy(parts))) | st.binary(max_size=200))
 @example(b"")
 def test_any_bytes_as_legacy(frame: bytes) -> None:
-    """The same for binary legacy frames."""
+    """The same holds for binary legacy frames."""
     accepts(layout.from_legacy, frame)
 
 
@@ -278,12 +278,12 @@ def test_any_bytes_as_legacy(frame: bytes) -> None:
 @example("[" * 100_000)
 @example('{"header":' * 50_000)
 def test_any_text_as_legacy(frame: str) -> None:
-    """The same for text."""
+    """The same holds for text."""
     accepts(layout.from_legacy, frame)
 
 
 def table(kind: str, offsets: list[int], rest: bytes, count: int | None = None) -> bytes:
-    """A frame with any table of offsets; `kind` is that of one number."""
+    """A frame with any table of offsets. `kind` is the format of one number."""
     return (
         struct.pack(f"{kind[0]}{1 + len(offsets)}{kind[1]}", len(offsets) if count is None else count, *offsets) + rest
     )
@@ -314,7 +314,7 @@ def spoiled(offsets: list[int], largest: int) -> list[list[int]]:
 
 
 def test_tables_of_v1() -> None:
-    """A table that does not divide the frame exactly is refused; the right one is not."""
+    """A table that does not divide the frame exactly is refused. The right one is not."""
     offsets, rest = good_offsets(EXAMPLE, 8 * (2 + len(EXAMPLE))), b"".join(EXAMPLE)
     assert layout.from_v1(table("<Q", offsets, rest)) == EXAMPLE
     for wrong in spoiled(offsets, 2**64 - 1):
@@ -326,7 +326,7 @@ def test_tables_of_v1() -> None:
 
 
 def test_tables_of_legacy() -> None:
-    """The same for the legacy table, which has no last offset."""
+    """The same holds for the legacy table, which has no last offset."""
     pieces = [one_text(EXAMPLE), *EXAMPLE[5:], b"abc"]
     offsets, rest = good_offsets(pieces[:-1], 4 * (1 + len(pieces))), b"".join(pieces)
     assert layout.from_legacy(table(">I", offsets, rest))[5:] == pieces[1:]
@@ -351,7 +351,7 @@ WRONG = [b"", b"null", b"[]", b"3", b'"x"', b"{", b"{}}", b'{"a":}', b'{"a": NaN
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 @pytest.mark.parametrize("wrong", WRONG, ids=range(len(WRONG)))
 def test_parts_that_are_no_objects(at: int, wrong: bytes) -> None:
-    """A kernel would drop such a message without a word; here the client hears of it."""
+    """A kernel would drop such a message without a word. The gateway tells the client."""
     parts = [*EXAMPLE[:at], wrong, *EXAMPLE[at + 1 :]]
     assert not accepts(layout.from_v1, layout.to_v1(parts))
 
@@ -397,6 +397,6 @@ def test_texts_that_are_no_messages(text: str) -> None:
 
 @pytest.mark.parametrize("channel", [3, [], {}, "x" * 21, True])
 def test_channels_that_are_none(channel: Any) -> None:
-    """A channel is a short name; which names a client may use is decided elsewhere."""
+    """A channel is a short name. Other code decides which names a client may use."""
     assert not accepts(layout.from_legacy, json.dumps({"header": HEAD, "channel": channel}))
     assert {b"shell", b"control", b"stdin"} == message.SENT_BY_CLIENT

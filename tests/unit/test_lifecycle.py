@@ -1,4 +1,4 @@
-"""The life of a sandbox: the table, and what holds for every walk through it."""
+"""The life of a sandbox: the table, and properties of every walk through it."""
 
 import pytest
 from hypothesis import given
@@ -40,14 +40,14 @@ def test_the_table_covers_every_state() -> None:
 
 @pytest.mark.parametrize("event", Event)
 def test_stopped_is_final(event: Event) -> None:
-    """Whatever happens to a stopped sandbox, it stays stopped, and nobody is told off for asking again."""
+    """A stopped sandbox stays stopped whatever happens, and another request is no error."""
     assert decide(S, event) is None
 
 
 @pytest.mark.parametrize("state", State)
 @pytest.mark.parametrize("event", sorted(set(Event) - REQUESTS))
 def test_facts_are_never_refused(state: State, event: Event) -> None:
-    """A fact is taken in every state: `decide` answers, it does not raise."""
+    """A fact is taken in every state. `decide` returns and does not raise."""
     assert decide(state, event) in (None, *State)
 
 

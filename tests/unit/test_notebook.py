@@ -73,7 +73,7 @@ def test_results_errors_and_counts() -> None:
 
 
 def test_clear() -> None:
-    """A clear empties the cell at once, or with `wait` when the next output comes; never later ones."""
+    """A clear empties the cell at once, or with `wait` when the next output comes. Later output stays."""
     clear, wait = StreamEvent("clear", wait=False), StreamEvent("clear", wait=True)
     assert brief(outputs(out("a"), clear)) == []
     assert brief(outputs(out("a"), clear, out("b"))) == ["b"]
@@ -84,7 +84,7 @@ def test_clear() -> None:
 
 
 def test_an_update_reaches_all_displays_of_its_id() -> None:
-    """In the cell itself, in earlier ones, several in one; others and results with other ids stay."""
+    """Displays change in the cell itself, in earlier ones, and several in one. Displays with other ids stay."""
     update = shown("new", "x", kind="update", metadata={"m": 1})
     book = session([shown("old", "x"), shown("other", "y")], [shown("old", "x"), shown("old", "x"), update, out("t")])
     assert [joined(cell) for cell in book["cells"]] == [["new", "other"], ["new", "new", "t"]]
@@ -92,7 +92,7 @@ def test_an_update_reaches_all_displays_of_its_id() -> None:
 
 
 def test_an_update_without_a_display() -> None:
-    """Nothing is shown for it, also when its display was cleared away, and a due clear stays due."""
+    """An update without a display shows nothing, even if a clear removed the display. A due clear stays due."""
     update = shown("new", "x", kind="update")
     assert joined(session([update])["cells"][0]) == []
     assert joined(session([shown("a", "x"), StreamEvent("clear"), update])["cells"][0]) == []
@@ -100,7 +100,7 @@ def test_an_update_without_a_display() -> None:
 
 
 def test_updates_come_in_the_kernels_order() -> None:
-    """A thread of the first cell may update after the second cell did: the later number wins."""
+    """The later number wins, because a thread of the first cell may update after the second cell did."""
     first = [shown("0", "x", seq=1), shown("3", "x", kind="update", seq=9)]
     second = [shown("2", "x", kind="update", seq=5)]
     assert joined(session(first, second)["cells"][0]) == ["3"]
@@ -114,7 +114,7 @@ def test_a_gap_is_told() -> None:
 
 
 def test_a_cell_has_a_limit() -> None:
-    """What no longer fits is counted and told; a clear makes room, an update takes no more than there is."""
+    """Output that does not fit is counted and told. A clear makes room. An update takes no more than there is."""
     written = outputs(*[out("x" * 100)] * 20, limit=1000)
     assert len(written[0]["text"]) < 1000
     assert f"{20 - len(written[0]['text']) // 100} messages of output are missing" in written[-1]["text"]
@@ -134,14 +134,14 @@ def test_small_things_count_too() -> None:
 
 
 def test_bundles_are_as_the_format_wants_them() -> None:
-    """JSON types keep their value; everything else is text."""
+    """JSON types keep their value. Everything else is text."""
     data = {"application/vnd.x+json": {"a": [1]}, "application/json": 1, "text/plain": 3, "image/png": None, "a": ["b"]}
     (written,) = outputs(StreamEvent("display", data=data))
     assert written["data"] == {**data, "text/plain": "3", "image/png": "null", "a": '["b"]'}
 
 
 def test_session_notebook() -> None:
-    """It names its kernel and language, and each cell has its code, number and id."""
+    """The notebook names its kernel and language, and each cell has its code, number and id."""
     events = [StreamEvent("started", executionCount=4), out("Grüße\n"), StreamEvent("end", executionCount=4)]
     content = session_notebook([("print('Grüße')", 4, events), ("1/0", None, [])])
     book = nbformat.reads(content.decode(), as_version=4)
@@ -162,7 +162,7 @@ def test_no_cells() -> None:
 
 
 def test_lone_surrogates() -> None:
-    """Code that is no text for UTF-8 is written as JSON's escape and read back as it was."""
+    """Code that UTF-8 can't hold is written with JSON's escapes and read back unchanged."""
     code = "x = '\ud800'"
     assert json.loads(session_notebook([(code, 1, [])]))["cells"][0]["source"] == [code]
 
@@ -258,7 +258,7 @@ def test_old_formats(tmp_path: Path) -> None:
 
 
 def test_a_run_replaces_outputs_and_nothing_else(tmp_path: Path) -> None:
-    """Old outputs go, also of cells that were not reached; text, metadata and skipped cells stay."""
+    """Old outputs are removed, even from cells that were not reached. Text, metadata and skipped cells stay."""
     stale = [{"output_type": "stream", "name": "stdout", "text": "stale"}]
     path = notebook(
         tmp_path / "x.ipynb",
@@ -283,7 +283,7 @@ def test_a_run_replaces_outputs_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    """Its mode stays, a link stays a link, and nothing is left beside it."""
+    """The file's mode stays, a link stays a link, and nothing is left beside it."""
     path = notebook(tmp_path / "x.ipynb", {"source": "1"})
     path.chmod(0o640)
     link = tmp_path / "link.ipynb"
@@ -296,7 +296,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_our_notebooks(path: Path) -> None:
-    """They are kept in format 4.5, valid, without outputs, for Python, told in words, and check themselves."""
+    """Our notebooks are valid, in format 4.5, for Python, without outputs, explained in words, and check themselves."""
     book = json.loads(path.read_text())
     nbformat.validate(book)
     assert (book["nbformat"], book["nbformat_minor"]) == (4, 5)
@@ -309,5 +309,5 @@ def test_our_notebooks(path: Path) -> None:
 
 
 def test_there_are_notebooks() -> None:
-    """At least the five that the README names."""
+    """There are at least the five that the README names."""
     assert len(NOTEBOOKS) >= 5

@@ -1,4 +1,4 @@
-"""Policies: how entries are read, what is refused with which words, and what a policy permits."""
+"""Policies: how entries are read, how wrong ones are refused, and what a policy permits."""
 
 import re
 import socket
@@ -23,7 +23,7 @@ NAMES = st.builds(
 )
 ENTRIES = st.lists(BLOCKS.map(str) | ADDRESSES.map(str) | NAMES, max_size=8)
 NEARLY = st.text("0123456789abcdefxX.:/*@-_%[]\\ \0\n", max_size=24)
-"""Text of what entries are made of."""
+"""Text of the characters that entries are made of."""
 
 
 def parse(
@@ -35,7 +35,7 @@ def parse(
 
 
 def refusal(allow: list[str] | None = None, deny: list[str] | None = None, *, floor: Floor | None = None) -> str:
-    """What a policy is refused with, message and hint."""
+    """The message and the hint that a policy is refused with."""
     with pytest.raises(InvalidRequest) as caught:
         parse(allow, deny, floor=floor)
     return f"{caught.value} | {caught.value.hint}"
@@ -71,7 +71,7 @@ def refusal(allow: list[str] | None = None, deny: list[str] | None = None, *, fl
     ],
 )
 def test_entries_and_their_normal_form(entry: str, shown: str) -> None:
-    """What is a right entry, and how it is shown."""
+    """A right entry is accepted and shown in its normal form."""
     assert parse(deny=[entry]).deny_out == (shown,)
 
 
@@ -136,7 +136,7 @@ def test_entries_and_their_normal_form(entry: str, shown: str) -> None:
     ],
 )
 def test_entries_that_are_refused(entry: str, says: str) -> None:
-    """Each says which entry of which list it is, and what is wrong with it."""
+    """Each refusal names the list and the entry, and says what is wrong with it."""
     assert says in refusal(deny=["example.com", entry])
     assert refusal(deny=["example.com", entry]).startswith("network.denyOut[1]: ")
     assert refusal(allow=[entry]).startswith("network.allowOut[0]: ")
@@ -146,21 +146,21 @@ def test_entries_that_are_refused(entry: str, says: str) -> None:
     "entry", ["::1", "2001:db8::/32", "::ffff:8.8.8.8", "::8.8.8.8", "64:ff9b::808:808", "2002:808:808::1", "::/0"]
 )
 def test_ipv6_can_be_denied_only(entry: str) -> None:
-    """IPv6 is off in sandboxes: denying it changes nothing, allowing it can't be done, in whatever form."""
+    """IPv6 is off in sandboxes, so denying it in any form changes nothing and allowing it is refused."""
     assert refusal(allow=[entry]).startswith(f"network.allowOut[0]: '{entry}' can't be allowed: IPv6 is off")
     if not entry.startswith("::ffff:"):
         assert parse(deny=[entry]) == Policy()
 
 
 def test_a_mapped_address_is_denied_as_what_it_is() -> None:
-    """A guest can write an IPv4 address as one of IPv6 and reach it: denied means denied."""
+    """The IPv4 address is denied, because a guest can reach it by its IPv6 form."""
     assert parse(deny=["::ffff:8.8.8.8"]).deny == (IPv4Network("8.8.8.8/32"),)
     assert parse(deny=["::ffff:8.0.0.0/104"]).deny == (IPv4Network("8.0.0.0/8"),)
     assert parse(deny=["::ffff:0:0/96"]) == Policy(allow_internet=False)
 
 
 def test_the_number_of_entries() -> None:
-    """500 in both lists together; more is refused with the limit, before any is looked at."""
+    """Both lists may have 500 entries together. More are refused before any is read, and the message has the limit."""
     half = [f"n{number}.example" for number in range(MAX_ENTRIES // 2)]
     assert len(parse(half, half).allow_names) == MAX_ENTRIES // 2
     assert "may have 500 entries together, not 501" in refusal([*half, ""], half)
@@ -168,7 +168,7 @@ def test_the_number_of_entries() -> None:
 
 
 def test_duplicates_are_merged() -> None:
-    """The same entry in another spelling is one; blocks are joined where they meet."""
+    """An entry in two spellings is one entry. Blocks are joined where they meet."""
     policy = parse(["a.b", "A.B.", "1.1.1.1", "1.1.1.1/32"], ["8.8.8.0/25", "8.8.8.128/25", "8.8.8.8"])
     assert (policy.allow_names, policy.allow) == (("a.b",), (IPv4Network("1.1.1.1/32"),))
     assert policy.allow_out == ("a.b", "1.1.1.1")
@@ -177,7 +177,7 @@ def test_duplicates_are_merged() -> None:
 
 
 def test_denying_everything_is_no_internet() -> None:
-    """In one entry or in two halves."""
+    """Everything may be denied in one entry or in two halves."""
     for everything in (["0.0.0.0/0"], ["0.0.0.0/1", "128.0.0.0/1"], ["0.0.0.0/0", "1.1.1.1"]):
         assert parse(deny=everything) == Policy(allow_internet=False) == parse(internet=False)
         assert parse(deny=everything).deny_out == tuple(everything)
@@ -206,7 +206,7 @@ def test_any_text(text: str) -> None:
 @example("1.0x7")
 @example("a.1")
 def test_no_name_is_an_address_elsewhere(text: str) -> None:
-    """What we take for a name, libc does not take for an address."""
+    """libc takes none of our names for an address."""
     with suppress(InvalidRequest):
         for name in parse([text]).allow_names:
             assert len(name) <= MAX_NAME
@@ -216,7 +216,7 @@ def test_no_name_is_an_address_elsewhere(text: str) -> None:
 
 @given(ENTRIES)
 def test_the_normal_form_means_the_same(entries: list[str]) -> None:
-    """What is shown, sent again, is the same policy and is shown the same."""
+    """The shown entries, sent again, make the same policy and are shown the same."""
     first = parse(deny=entries)
     again = parse(deny=list(first.deny_out))
     assert (again, again.deny_out) == (first, first.deny_out)
@@ -237,13 +237,13 @@ def test_the_floor_is_documented() -> None:
 
 
 def test_blocks_of_the_floor_are_disjoint() -> None:
-    """`refuses_all` counts on it."""
+    """Blocks are disjoint, because `refuses_all` relies on it."""
     assert not [pair for pair in combinations(DENIED, 2) if pair[0].overlaps(pair[1])]
 
 
 @pytest.mark.parametrize("block", DENIED, ids=str)
 def test_the_floor_can_not_be_allowed(block: IPv4Network) -> None:
-    """A denied block, a part of it and an address in it are 400 that names the entry and says why."""
+    """A denied block, a part of it or an address in it is 400, and the message names the entry and says why."""
     parts = {block, IPv4Network((block[-1], 32)), IPv4Network((block[0], 32))}
     for entry in {str(part) for part in parts} | {str(block[0])}:
         says = refusal(["1.1.1.1", entry])
@@ -253,14 +253,14 @@ def test_the_floor_can_not_be_allowed(block: IPv4Network) -> None:
 
 
 def test_what_is_partly_above_the_floor_can_be_allowed() -> None:
-    """A block that reaches out of the floor is a right entry, and the floor stays. Two denied blocks in one are not."""
+    """A block that is partly public is a right entry, and the floor stays. A block of two denied blocks is not."""
     assert parse(["0.0.0.0/0"]).allow == (IPv4Network("0.0.0.0/0"),)
     assert parse(["10.0.0.0/7"]).allow == (IPv4Network("10.0.0.0/7"),)
     assert "can't be allowed" in refusal(["224.0.0.0/3"])
 
 
 def test_the_operators_exceptions_can_be_allowed() -> None:
-    """An exception, parts of it and what holds it; never the host itself."""
+    """An exception, its parts and blocks around it can be allowed, but never the host itself."""
     floor = Floor(
         exceptions=(IPv4Network("10.20.0.0/16"),), host=frozenset({IPv4Address("10.20.0.1"), IPv4Address("8.8.8.8")})
     )
@@ -282,7 +282,7 @@ SMALL = st.builds(
 
 @given(SMALL, st.lists(SMALL, max_size=4), st.lists(st.integers(-20, 20), max_size=16))
 def test_refuses_all_is_each(block: IPv4Network, exceptions: list[IPv4Network], host: list[int]) -> None:
-    """A block is refused when each of its addresses is."""
+    """A block is refused if each of its addresses is."""
     near = frozenset(IPv4Address((int(block[0]) + offset) % 2**32) for offset in host)
     for ours in (near, frozenset(block)):
         floor = Floor(exceptions=tuple(exceptions), host=ours)
@@ -307,7 +307,7 @@ def holds(entries: list[str], address: IPv4Address) -> bool:
 def test_addresses(internet: bool, allow: list[str], deny: list[str], address: IPv4Address, which: int) -> None:
     """Allow wins over deny, deny over the default."""
     entries = [*allow, *deny]
-    if which < len(entries):  # most addresses are in no block: take one that is
+    if which < len(entries):  # most addresses are in no block, so take one that is
         address = IPv4Network(entries[which])[0]
     open_floor = Floor(exceptions=(IPv4Network("0.0.0.0/0"),))
     policy = parse(allow, deny, internet=internet, floor=open_floor)
@@ -330,12 +330,12 @@ def test_addresses(internet: bool, allow: list[str], deny: list[str], address: I
     ],
 )
 def test_names(name: str, permitted: bool | None) -> None:
-    """A star is every name below, not the name itself; allow wins; what no rule names, its addresses decide."""
+    """A star is every name below, not the name itself. Allow wins. Addresses decide about names without a rule."""
     policy = parse(["example.com", "*.wild.example"], ["bad.wild.example", "*.example.org"])
     assert policy.permits_name(name) is permitted
 
 
 def test_what_restricts() -> None:
-    """Allowing alone takes nothing away; IPv6 is off without our doing."""
+    """A policy that only allows restricts nothing, and neither does one about IPv6, which is off anyway."""
     assert not any(policy.restricts for policy in (Policy(), parse(["1.1.1.1", "a.b"]), parse(deny=["::/0"])))
     assert all(policy.restricts for policy in (parse(internet=False), parse(deny=["1.1.1.1"]), parse(deny=["a.b"])))

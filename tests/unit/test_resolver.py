@@ -64,7 +64,7 @@ def silent(query: dns.message.Message) -> None:
 
 @dataclass
 class Upstream:
-    """A resolver on loopback, over UDP and TCP on one port; keeps what it was asked and from where."""
+    """A resolver on loopback, over UDP and TCP on one port. It keeps its questions and where they came from."""
 
     answer: Answer
     asked: list[tuple[str, str]] = field(default_factory=list)
@@ -119,7 +119,7 @@ class Upstream:
 
 @dataclass
 class World:
-    """A resolver, what it was told to use, and what it has called."""
+    """A resolver, its settings, and the calls that it has made."""
 
     upstreams: list[Upstream]
     policy: Policy = field(default_factory=Policy)
@@ -164,7 +164,7 @@ class World:
                     self.reader.shutdown()
 
     async def send(self, *datagrams: bytes) -> None:
-        """Send these from one socket, and wait for no answers."""
+        """Send these from one socket, without waiting for answers."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.setblocking(False)
             sock.connect(self.address)
@@ -194,7 +194,7 @@ def told(answer: dns.message.Message) -> list[str]:
 
 
 async def test_a_name_is_asked_for_anew() -> None:
-    """The guest gets the records it asked for; upstream sees the question and nothing else of the guest's."""
+    """The guest gets the records it asked for. The upstream resolver sees only the question of the guest's bytes."""
     upstream = Upstream(answering(f"Example.com. 90000 A {PUBLIC}", "planted.example. 60 A 8.8.8.8"))
     async with World([upstream]).run() as world:
         query = dns.message.make_query(
@@ -213,7 +213,7 @@ async def test_a_name_is_asked_for_anew() -> None:
 
 
 async def test_each_query_has_a_number_and_a_port_of_its_own() -> None:
-    """Who can't see our queries can't answer them."""
+    """So nobody can answer a query without seeing it."""
     upstream = Upstream(answering(f"a.example. 60 A {PUBLIC}"))
     async with World([upstream]).run() as world:
         await asyncio.gather(*(world.ask("a.example") for _ in range(20)))
@@ -222,7 +222,7 @@ async def test_each_query_has_a_number_and_a_port_of_its_own() -> None:
 
 
 async def test_aliases_are_followed_and_strays_dropped() -> None:
-    """The chain and what is at its end, in this order."""
+    """The answer has the chain of aliases and then the records at its end."""
     records = ["a.example. 30 CNAME b.example.", "b.example. 60 CNAME c.example.", f"c.example. 60 A {PUBLIC}"]
     async with World([Upstream(answering(*records, f"d.example. 60 A {OTHER}"))]).run() as world:
         answer = await world.ask("a.example")
@@ -244,7 +244,7 @@ async def test_a_name_that_does_not_exist_says_for_how_long() -> None:
 
 
 async def test_other_records_pass() -> None:
-    """Mail servers, texts, services."""
+    """Mail servers, texts and services are looked up."""
     records = ["a.example. 60 MX 10 m.example.", 'a.example. 60 TXT "hello"', "a.example. 60 SRV 1 2 3 s.example."]
     async with World([Upstream(answering(*records))]).run() as world:
         for kind, record in zip(("MX", "TXT", "SRV"), records, strict=True):
@@ -253,7 +253,7 @@ async def test_other_records_pass() -> None:
 
 @pytest.mark.parametrize("kind", ["AAAA", "HTTPS", "SVCB"])
 async def test_ipv6_and_address_hints_are_empty(kind: str) -> None:
-    """Nothing is asked for and nothing found; the name exists all the same."""
+    """Nothing is looked up, and the answer has no records, but the name exists."""
     upstream = Upstream(answering())
     async with World([upstream]).run() as world:
         answer = await world.ask("a.example", kind)
@@ -272,7 +272,7 @@ async def test_wholesale_questions_are_refused(kind: str) -> None:
 
 
 async def test_private_answers_are_taken_out() -> None:
-    """A public name does not lead to a private address: the rest of its addresses is told, or it does not exist."""
+    """Private addresses of a public name are removed. Without any others the name does not exist."""
     upstream = Upstream(answering(f"a.example. 60 A {PRIVATE}", f"a.example. 60 A {PUBLIC}"))
     async with World([upstream]).run() as world:
         assert told(await world.ask("a.example")) == [f"a.example. 60 IN A {PUBLIC}"]
@@ -293,7 +293,7 @@ async def test_private_answers_are_taken_out() -> None:
     "name", ["db", "localhost", "a.localhost", "printer.local", "metadata.google.internal", "7.0.0.10.in-addr.arpa"]
 )
 async def test_local_names_are_never_asked_for(name: str) -> None:
-    """A company's resolver would know them."""
+    """Local names are not asked for, because a company's resolver would know them."""
     upstream = Upstream(answering(f"{name}. 60 A {PUBLIC}"))
     async with World([upstream]).run() as world:
         for kind in ("A", "PTR", "TXT", "AAAA"):
@@ -306,7 +306,7 @@ async def test_local_names_are_never_asked_for(name: str) -> None:
     "name", ["8.8.8.8", "a\\.b.example", "a\\000.example", "a\\@b.example", "1.0.ip6.arpa", "*.a.example"]
 )
 async def test_what_is_no_name_does_not_exist(name: str) -> None:
-    """Not asked for either."""
+    """Such a name is not asked for, either."""
     upstream = Upstream(answering())
     async with World([upstream]).run() as world:
         assert (await world.ask(name)).rcode() == dns.rcode.NXDOMAIN
@@ -314,13 +314,13 @@ async def test_what_is_no_name_does_not_exist(name: str) -> None:
 
 
 async def test_public_addresses_have_names() -> None:
-    """The reverse of what is public is asked for."""
+    """Reverse names of public addresses are looked up."""
     async with World([Upstream(answering("8.8.8.8.in-addr.arpa. 60 PTR dns.google."))]).run() as world:
         assert told(await world.ask("8.8.8.8.in-addr.arpa", "PTR")) == ["8.8.8.8.in-addr.arpa. 60 IN PTR dns.google."]
 
 
 async def test_names_obey_the_policy() -> None:
-    """Denied names do not exist; allowed ones are let through before they are told; a new policy acts at once."""
+    """Denied names do not exist. Allowed ones are let through before they are told. A new policy acts at once."""
     upstream = Upstream(answering(f"a.example. 7 A {PUBLIC}", f"a.example. 7 A {PRIVATE}"))
     async with World([upstream], policy=Policy(deny_names=("a.example",))).run() as world:
         assert (await world.ask("A.Example")).rcode() == dns.rcode.NXDOMAIN
@@ -349,7 +349,7 @@ async def test_a_filter_that_fails_fails_the_query() -> None:
 
 
 async def test_what_was_given_is_remembered_for_a_while() -> None:
-    """As long as the filter lets it through, whatever the policy."""
+    """An answer is remembered as long as the filter lets it through, whatever the policy."""
     async with World([Upstream(answering(f"a.example. 300 A {PUBLIC}"))]).run() as world:
         await world.ask("a.example")
         world.now += 359
@@ -361,7 +361,7 @@ async def test_what_was_given_is_remembered_for_a_while() -> None:
 
 
 async def test_the_next_resolver_is_asked() -> None:
-    """When one is silent, fails or answers rubbish; and when none answers there is a failure, in time."""
+    """The next one is asked when one is silent, fails or answers rubbish. If none answers, the query fails in time."""
     limits = Limits(attempt=0.2, total=0.5)
     good = answering(f"a.example. 60 A {PUBLIC}")
     for bad in (silent, answering(rcode=dns.rcode.SERVFAIL), answering(rcode=dns.rcode.REFUSED), lambda _: b"\0" * 12):
@@ -376,7 +376,7 @@ async def test_the_next_resolver_is_asked() -> None:
 
 
 async def test_answers_to_other_questions_are_not_believed() -> None:
-    """Another number, another name, no question at all."""
+    """Answers with another number, another name or no question are ignored."""
 
     def forged(query: dns.message.Message) -> bytes:
         other = dns.message.make_query("b.example", "A", id=query.id)
@@ -398,7 +398,7 @@ async def test_answers_to_other_questions_are_not_believed() -> None:
 
 
 async def test_long_answers_come_over_tcp() -> None:
-    """Upstream and to the guest, which is told so; very long ones are not read."""
+    """They do so from upstream and to the guest, which is told to ask again. Very long answers are not read."""
     records = [f"a.example. 60 A 93.184.{each}.1" for each in range(90)]
     upstream = Upstream(answering(*records), truncates=True)
     async with World([upstream]).run() as world:
@@ -419,7 +419,7 @@ async def test_long_answers_come_over_tcp() -> None:
 
 
 async def test_a_guest_has_its_share() -> None:
-    """So many queries at once and in a second, so many connections; the rest is dropped and counted."""
+    """Queries at once, queries in a second, and connections are limited. The rest is dropped and counted."""
     async with World([Upstream(silent)], limits=Limits(under_way=3, per_second=5, burst=10, total=5)).run() as world:
         await world.send(*(dns.message.make_query(f"a{number}.example", "A").to_wire() for number in range(20)))
         async with asyncio.timeout(20):
@@ -443,7 +443,7 @@ async def test_a_guest_has_its_share() -> None:
 
 
 async def test_answers_that_take_long_to_read() -> None:
-    """Their guest pays for them, what it has waiting behind one is dropped, and others' questions come next."""
+    """Their guest pays for them. Its work that waits behind one is dropped, and others' questions come next."""
     suffix = ".".join("a" * 118)
     costly = dns.message.make_response(dns.message.make_query(f"x.{suffix}", "MX"))
     costly.answer.append(
@@ -489,7 +489,7 @@ async def test_answers_that_take_long_to_read() -> None:
     ],
 )
 async def test_bent_queries_get_short_answers(change: dict[int, int], rcode: dns.rcode.Rcode) -> None:
-    """Never longer than what was asked."""
+    """The answer is never longer than the query."""
     async with World([Upstream(answering())]).run() as world:
         query = bytearray(dns.message.make_query("a.example", "A").to_wire())
         for at, byte in change.items():
@@ -509,7 +509,7 @@ async def test_a_later_edns_is_not_spoken() -> None:
 
 
 def test_answers_are_never_answered() -> None:
-    """Nor what has no whole head."""
+    """Answers, and bytes without a whole head, get no answer."""
     answer = dns.message.make_response(dns.message.make_query("a.example", "A"))
     assert read_query(answer.to_wire()) is None
     assert read_query(b"\0" * 11) is None
@@ -521,7 +521,7 @@ WIRE = dns.message.make_query("a.example", "A", use_edns=0).to_wire()
 @settings(deadline=None)
 @given(st.binary(max_size=80) | st.tuples(st.integers(0, len(WIRE) - 1), st.binary(min_size=1, max_size=3)))
 def test_any_bytes_are_answered_shortly_or_not_at_all(data: bytes | tuple[int, bytes]) -> None:
-    """Random datagrams and bent queries: no exception, no question's worth of an answer more than was asked."""
+    """Random datagrams and bent queries raise nothing, and answers are hardly longer than queries."""
     if isinstance(data, tuple):
         at, piece = data
         data = WIRE[:at] + piece + WIRE[at + len(piece) :]
@@ -531,7 +531,7 @@ def test_any_bytes_are_answered_shortly_or_not_at_all(data: bytes | tuple[int, b
         policy=lambda: Policy(allow_internet=False),
         pin=lambda *_: asyncio.sleep(0),
         refused=lambda name, reason: None,
-        reader=ThreadPoolExecutor(1),  # not used: nobody is asked
+        reader=ThreadPoolExecutor(1),  # not used, because nobody is asked
     )
     answer = asyncio.run(resolver.respond(data))
     if answer is not None:
@@ -539,7 +539,7 @@ def test_any_bytes_are_answered_shortly_or_not_at_all(data: bytes | tuple[int, b
 
 
 async def test_rubbish_over_the_wire_stops_nothing() -> None:
-    """Datagrams and connections of rubbish, and a query after them."""
+    """A query after datagrams and connections of rubbish is answered."""
     async with World([Upstream(answering(f"a.example. 60 A {PUBLIC}"))]).run() as world:
         await world.send(b"", b"\0", b"\xff" * 4000, WIRE[:-1], WIRE + b"x")
         for data in (b"", b"\0", b"\0\0", b"\xff\xff" + b"x" * 100, b"\0\x05hello", b"\0\x0c" + b"\xff" * 12):
@@ -555,7 +555,7 @@ async def test_rubbish_over_the_wire_stops_nothing() -> None:
 
 
 async def test_closing_ends_all_that_is_under_way() -> None:
-    """Queries and connections; nothing is left, and it may be closed again."""
+    """Queries and connections end, nothing is left, and the resolver may be closed again."""
     async with World([Upstream(silent)]).run() as world:
         reader, writer = await asyncio.open_connection(*world.tcp_address)
         query = asyncio.create_task(world.ask("a.example"))

@@ -1,4 +1,4 @@
-"""The store: keys are kept as hashes only, the journal closes what a crash left open."""
+"""The store. Keys are kept as hashes only, and entries that a crash left open are closed."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -49,7 +49,7 @@ def frames_of(data: bytes) -> list[Frame]:
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_every_body_survives_the_wire(frame_type: FrameType, kind: type[wire.Body], data: st.DataObject) -> None:
-    """What is encoded is what is decoded, for every type of body."""
+    """Every type of body is decoded as it was encoded."""
     body = data.draw(values(kind))
     (frame,) = frames_of(wire.encode(frame_type, 77, body))
     assert (frame.type, frame.stream, frame.flags) == (frame_type, 77, 0)
@@ -112,7 +112,7 @@ def test_length_is_checked_before_anything_is_kept(frame_type: FrameType) -> Non
     "head", [b"\x02\x04\0\0\0\0\0\x10\0\0\0\0", b"\x01\x00\0\0\0\0\0\x10\0\0\0\0", b"\x01\x09\0\0\0\0\0\x10\0\0\0\0"]
 )
 def test_an_error_is_final(head: bytes) -> None:
-    """After a wrong generation or type nothing more is decoded, though good frames follow."""
+    """After a wrong generation or type nothing more is decoded, even if good frames follow."""
     decoder = Decoder()
     decoder.receive_data(own_frame(FrameType.END, 16) + head)
     frames = decoder.frames()
@@ -125,7 +125,7 @@ def test_an_error_is_final(head: bytes) -> None:
 
 
 def test_a_body_too_large_is_not_sent() -> None:
-    """Our own side refuses to encode what the peer would refuse to read."""
+    """Our side refuses to encode a body that the peer would refuse to read."""
     with pytest.raises(FrameError, match="over its limit"):
         wire.encode(FrameType.REQUEST, 16, wire.Stat(path="x" * wire.MAX_CONTROL))
     with pytest.raises(FrameError, match="over its limit"):
@@ -151,7 +151,7 @@ def test_a_body_too_large_is_not_sent() -> None:
     ],
 )
 def test_bodies_that_are_not_what_they_should_be(payload: bytes) -> None:
-    """Wrong tag, missing or mistyped field, bad UTF-8, rest, deep nesting: FrameError, nothing else."""
+    """A wrong tag, a missing or mistyped field, bad UTF-8, a rest or deep nesting raises FrameError only."""
     with pytest.raises(FrameError):
         wire.decode(Frame(FrameType.REQUEST, 16, 0, payload))
 
@@ -171,7 +171,7 @@ def join(data: bytes) -> list[list[memoryview]]:
 
 @pytest.mark.parametrize("size", [0, 1, 12, wire.CHUNK - 50, wire.CHUNK, wire.CHUNK + 1, 1024 * 1024, 1024 * 1024 + 7])
 def test_messages_cross_in_chunks(size: int) -> None:
-    """A message of any size arrives as it was, in DATA frames of at most CHUNK bytes, MORE on all but the last."""
+    """A message of any size arrives unchanged, in DATA frames of at most CHUNK bytes, with MORE on all but the last."""
     parts = [b"iopub", b"{}", b"", b"{}", random.Random(size).randbytes(size), b"binary"]
     sent = [b"".join(frame) for frame in wire.chunk(wire.KERNEL, wire.pack_parts(parts))]
     frames = frames_of(b"".join(sent))
@@ -222,7 +222,7 @@ def test_a_message_has_a_limit() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, wire.CHUNK - 1, wire.CHUNK + 1])
 def test_only_the_last_chunk_may_be_small(size: int) -> None:
-    """A chunk that is not the last is full: a guest can't make us keep a great many tiny ones."""
+    """A chunk that is not the last is full, so a guest can't make us keep a great many tiny ones."""
     with pytest.raises(FrameError, match="not the last"):
         MessageJoiner().receive(Frame(FrameType.DATA, wire.KERNEL, wire.MORE, bytes(size)))
 
@@ -274,12 +274,12 @@ def test_r12_random_and_mutated_frames() -> None:
             del data[rng.randrange(len(data)) :]
         return bytes(data)
 
-    for _ in range(2000):  # whatever is allocated once
+    for _ in range(2000):  # let one-time allocations happen first
         feed(one())
     before, begun = resident(), time.monotonic()
     for _ in range(100_000):
         feed(one())
     took = time.monotonic() - begun
-    assert min(outcomes.values()) > 5000, outcomes  # each way out was taken often
+    assert min(outcomes.values()) > 5000, outcomes  # each outcome was common
     assert resident() - before <= 8 << 20
     assert took < 5

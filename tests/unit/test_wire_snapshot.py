@@ -1,4 +1,4 @@
-"""The protocol's surface, compared with a file in the repository: every change of it shows as a diff."""
+"""The protocol's surface, compared with a file in the repository, so that every change shows as a diff."""
 
 import json
 import os
