@@ -2,13 +2,16 @@ VENV ?= .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.ready
 
-.PHONY: serve test check bench docs clean lock
+.PHONY: serve test test-fast check bench docs clean lock
 
 serve: $(STAMP)      ## set up, build, start; prints URL and key
 	@exec $(VENV)/bin/cellvm serve
 
 test: $(STAMP)       ## everything, on real machines too
 	@exec sh tests/run.sh
+
+test-fast: $(STAMP)  ## the tests that need no machine
+	@exec sh tests/run.sh fast
 
 check: $(STAMP)      ## format, lint, types
 	$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy

@@ -1,10 +1,38 @@
 #!/bin/sh
-# `make test`: checks, then the templates, then all tests, the fast ones first. Stops at the first part that fails.
+# `make test` runs checks, builds the templates, then runs all tests. `make test-fast` (argument `fast`) runs the tests
+# that need no machine. Several processes share the tests, because many tests wait. Tests marked `alone` come last, one
+# after the other. A check or a build that fails ends the run. All tests run even if some fail, because one run should
+# show all failures.
 set -eu
 bin=${VENV:-.venv}/bin
 export PYTHONASYNCIODEBUG=1
+fast="tests/unit tests/api tests/contract"
+machines="tests/guest tests/e2e"
+failed=0
+
+phase() {
+    echo "== pytest $*"
+    "$bin/python" -m pytest "$@" || failed=1
+}
+
+beside() {
+    phase -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder -m "not alone" "$@"
+}
+
+alone() {
+    phase -m alone $(grep -rl --include="test_*.py" "mark\.alone" "$@")
+}
+
+if [ "${1:-}" = fast ]; then
+    beside $fast
+    alone $fast
+    exit $failed
+fi
 "$bin/ruff" format --check .
 "$bin/ruff" check .
 "$bin/mypy"
 "$bin/cellvm" build
-exec "$bin/python" -m pytest tests/unit tests/api tests/contract tests/guest tests/e2e
+beside $fast
+beside $machines
+alone $fast $machines
+exit $failed

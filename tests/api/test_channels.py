@@ -434,7 +434,7 @@ CLIENTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CLIENTS)
 async def test_clients_as_they_are(real: Service, kernel: str, name: str) -> None:
-    """Channel, buffers, date and session may be missing. One-part binary frames, keys in the query, compression work."""
+    """Channel, buffers, date and session may be missing. One-part frames, keys in the query and compression work."""
     message = {**CLIENTS[name], "content": {**CELL, "code": "print(6 * 7)"}}
     message["header"] = {**message["header"], "msg_id": uuid.uuid4().hex}
     uri = address(real, f"/api/kernels/{kernel}/channels", token=real.key)

@@ -178,6 +178,7 @@ async def test_output_beyond_the_limit(service: Service, box: str) -> None:
     assert resident() - before <= 48 << 20
 
 
+@pytest.mark.alone
 async def test_r8_a_slow_reader_of_a_stream(service: Service, box: str) -> None:
     """A client that does not read stops the guest, not the server. Memory stays, and others are served meanwhile."""
     before = resident()

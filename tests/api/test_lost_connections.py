@@ -279,6 +279,7 @@ async def test_r14_200_mb_with_nobody_there(tmp_path: Path) -> None:
 # -- R8: slow readers
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("others", [0, 1], ids=["alone", "beside a fast reader"])
 async def test_r8_a_client_that_does_not_read(tmp_path: Path, others: int) -> None:
     """While 200 MB are printed the server grows by 32 MiB at most, and another sandbox's round trips stay short.

@@ -91,6 +91,7 @@ async def address(service: Service, box: str) -> dict[str, str]:
     return {"id": box, "kernel": kernel, "session": json.loads(answer.body)["id"]}
 
 
+@pytest.mark.alone
 async def test_r11_1000_malformed_bodies(service: Service, box: str) -> None:
     """Of 1,000 bodies none gets an undocumented 5xx, every error has the schema, p99 < 50 ms, memory + <= 16 MiB."""
     rng = random.Random(11)

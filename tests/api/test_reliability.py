@@ -23,6 +23,7 @@ from tests.fakes import FakeDriver, FakeGuest, Service, Stream, error_of, eventu
 # -- R2: the machine ends
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("path", "body"),
     [("processes", {"cmd": "die"}), ("processes", {"cmd": "sleep", "args": ["60"]}), ("execute", {"code": "die()"})],
@@ -579,6 +580,7 @@ async def test_r28_lists_show_what_is_ones_own(service: Service) -> None:
     assert [(each["sandbox_id"], each["execution_state"]) for each in listed] == [(foreign, "dead")]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("path", ["/sandboxes/{id}", "/api/kernels/{kernel}"])
 async def test_r28_time_tells_nothing(service: Service, path: str) -> None:
     """The median answers to a foreign and a random id are less than a millisecond apart."""

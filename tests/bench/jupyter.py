@@ -291,7 +291,7 @@ class Target:
             values = {"port": str(free_port()), "key": secrets.token_hex(20), "directory": directory}
             log = Path(directory, "log")
             with log.open("wb") as output:
-                # It starts elsewhere, because both servers' packages have the same name and ours lies in this directory.
+                # It starts elsewhere, because both servers' packages have one name and ours lies here.
                 process = subprocess.Popen(
                     [each.format(**values) for each in self.command],
                     cwd=directory,

@@ -1,11 +1,13 @@
 """Fixtures for tests with other people's clients: what those need is installed once per lock file. No skips."""
 
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -48,9 +50,10 @@ def programs(progress: Callable[[str], None]) -> None:
     install = ["apt-get", "install", "--yes", "--no-install-recommends", *missing]
     if os.geteuid() or not shutil.which("apt-get"):
         pytest.fail(f"these tests need {', '.join(missing)}; as root, run: {' '.join(install)}")
-    progress(f"installing {', '.join(missing)}")
-    for command in (["apt-get", "update"], install):
-        run(command, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
+    with locked("programs"):
+        progress(f"installing {', '.join(missing)}")
+        for command in (["apt-get", "update"], install):
+            run(command, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
 
 
 @pytest.fixture(scope="session")
@@ -93,11 +96,21 @@ def cached(name: str, lock: Path, make: Callable[[Path], None]) -> Path:
     """A directory that is made once for each content of a lock file."""
     directory = CACHE / f"{name}-{hashlib.sha256(lock.read_bytes()).hexdigest()[:16]}"
     ready = directory / ".ready"
-    if not ready.exists():
-        shutil.rmtree(directory, ignore_errors=True)
-        make(directory)
-        ready.touch()
+    with locked(name):
+        if not ready.exists():
+            shutil.rmtree(directory, ignore_errors=True)
+            make(directory)
+            ready.touch()
     return directory
+
+
+@contextmanager
+def locked(name: str) -> Iterator[None]:
+    """One process at a time: several workers may need the same thing first."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def run(command: list[str], **options: object) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,8 @@ from typing import Any
 
 import requests
 
-KEY = "e2b_" + "7" * 40
+KEY = "e2b_" + secrets.token_hex(20)
+"""Of one run, or of one worker of it: a search of the host finds no other's."""
 CELLVM = Path(sys.executable).with_name("cellvm")
 START_LIMIT = 600
 """Seconds until a server must be ready; it may have to build its templates first."""

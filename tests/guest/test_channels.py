@@ -156,6 +156,7 @@ async def test_r8_a_client_that_does_not_read(server: Server, box: Sandbox) -> N
         assert (await client.run("1", 60)).value == "1"
 
 
+@pytest.mark.alone
 async def test_r2_the_machine_is_killed(start_server: Callable[..., Server]) -> None:
     """Its clients are closed with 4410 within a second, and the kernel is listed as dead, with the reason."""
     server = start_server(pool_size=0)

@@ -299,6 +299,7 @@ def test_r6_the_guest_ends_itself(server: Server, kind: str) -> None:
 BUSY = "for _ in 1 2; do (while :; do :; done) & done; sleep 1000"
 
 
+@pytest.mark.alone
 def test_r32_a_noisy_neighbour(server: Server) -> None:
     """R32: cells of a sandbox whose neighbour keeps all its processors busy take their time, and not much more.
 

@@ -44,6 +44,7 @@ def is_listening(url: str) -> bool:
 # -- R1: the server is killed
 
 
+@pytest.mark.alone
 def test_kill_9_of_the_server(start_server: StartServer) -> None:
     """R1: 1 s after `kill -9` of the server nothing of it is left; its successor is ready and tells what happened."""
     server = start_server(pool_size=1)
@@ -70,6 +71,7 @@ def test_kill_9_of_the_server(start_server: StartServer) -> None:
         assert sandbox.value("6 * 7") == 42
 
 
+@pytest.mark.alone
 def test_kill_9_during_create(start_server: StartServer) -> None:
     """R1: a server killed while it starts machines leaves none of them."""
     server = start_server(pool_size=3)
@@ -96,6 +98,7 @@ def test_sigterm(start_server: StartServer) -> None:
 # -- R2: a machine is killed
 
 
+@pytest.mark.alone
 def test_kill_9_of_a_machine(start_server: StartServer) -> None:
     """R2: requests to a machine that is killed end within 1 s, its slot is freed, and the pool is refilled."""
     server = start_server(pool_size=1, max_sandboxes=1)
@@ -202,6 +205,7 @@ STUBBORN = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", STUBBORN)
 def test_cell_timeout_replaces_the_kernel(box: Sandbox, kind: str) -> None:
     """R16: a cell that can't be interrupted loses its kernel, says so in time, and the next cell works."""
