@@ -151,7 +151,7 @@ async def build(settings: Settings) -> None:
     with steps() as step:
         await install_packages(settings.qemu, step)
         templates = load_templates(settings)
-        async with opened_driver(settings, templates, step) as opened:
+        async with opened_driver(settings, templates.default, step) as opened:
             for template in sorted(templates, key=lambda template: template is not templates.default):
                 await opened.prepare(template, step)
     console.print("all templates are built")
@@ -197,7 +197,7 @@ async def fresh_guest(settings: Settings, template_id: str) -> AsyncIterator[Gue
         with steps() as step:
             if settings.isolation != "unisolated":
                 await install_packages(settings.qemu, step)
-            opened = await stack.enter_async_context(opened_driver(settings, templates, step))
+            opened = await stack.enter_async_context(opened_driver(settings, template, step))
             await opened.prepare(template, step)
         guest = await Guests(opened.driver, settings.guest_env).start(template.id)
         try:

@@ -184,8 +184,9 @@ async def build_image(template: Template, cache: Cache, ca_bundle: Path | None, 
         except* BuildError as failed:
             raise failed.exceptions[0] from None
         shutil.rmtree(work / "tmp")
-        machines_read = [work / "root.erofs", *(work / "boot/boot").glob("vmlinuz-*"), work / "boot/bin/busybox"]
-        await asyncio.to_thread(seal, work, machines_read)
+        booted = [*(work / "boot/boot").glob("vmlinuz-*"), work / "boot/bin/busybox"]
+        modules = modules_in_order(work / "boot/lib/modules")
+        await asyncio.to_thread(seal, work, [work / "root.erofs", *booted, *modules])
     return cache.use(directory)
 
 

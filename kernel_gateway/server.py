@@ -107,8 +107,11 @@ class Opened:
 
 
 @asynccontextmanager
-async def opened_driver(settings: Settings, templates: Templates, progress: Progress) -> AsyncIterator[Opened]:
+async def opened_driver(settings: Settings, first: Template, progress: Progress) -> AsyncIterator[Opened]:
     """The driver that the settings ask for. It offers no template before that was prepared.
+
+    Args:
+        first: the template that will be prepared first, because KVM is tried with its image.
 
     Raises:
         SettingsError: the isolation or a setting of the network can't be had here.
@@ -129,7 +132,7 @@ async def opened_driver(settings: Settings, templates: Templates, progress: Prog
     building = builder(settings)
     with closing(building.cache):
         async with building.cache.building(progress):
-            accelerator = await _accelerator(settings, templates.default, building, disks, progress)
+            accelerator = await _accelerator(settings, first, building, disks, progress)
         # The jail is first: the server may have to leave its control group to it, which it can only while it is alone.
         with closing(Jail.open(building.binary, kvm=accelerator == "kvm")) as jail:
             if accelerator == "kvm" and (why := jail.kvm_refused()):
@@ -239,7 +242,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
         left = store.end_all("host_restart")
         if left:
             log.warning("%d sandboxes ended with the server before this one", left)
-        async with opened_driver(settings, templates, progress) as opened, AsyncExitStack() as last:
+        async with opened_driver(settings, templates.default, progress) as opened, AsyncExitStack() as last:
             driver = opened.driver
             check_bind(settings, sockets, driver)
             preparation = Preparation(opened.prepare)

@@ -275,5 +275,5 @@ async def test_kvm_by_name_where_there_is_none(isolation: str, device: Path, tmp
 
     settings = Settings(isolation=isolation, data_dir=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(SettingsError, match=r"^--isolation qemu-kvm: there is no /dev/kvm: load kvm_intel"):
-        async with opened_driver(settings, load_templates(settings), lambda _: None):
+        async with opened_driver(settings, load_templates(settings).default, lambda _: None):
             pass
