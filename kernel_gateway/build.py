@@ -32,7 +32,6 @@ from kernel_gateway.image import (
     build_initrd,
     content_hash,
     finished,
-    image_key,
 )
 from kernel_gateway.link import Link
 from kernel_gateway.pool import Guests
@@ -129,11 +128,6 @@ class Builder:
         """The files that machines of this image read, opened for the server's life."""
         kernel = next((directory / "boot/boot").glob("vmlinuz-*"))
         return Image(*opened_for_machines([kernel, initrd, directory / "root.erofs"]))
-
-    def is_built(self, template: Template) -> bool:
-        """Whether an image and some snapshot of the template are in the cache, so that it is ready in a second."""
-        has_image = (self.cache.root / "images" / image_key(template, self.ca_bundle)).is_dir()
-        return has_image and any((self.cache.root / "snapshots").glob(f"{template.id}-*"))
 
     async def ready(self, template: Template, driver: Qemu, step: Progress) -> None:
         """Build what is missing, verify, offer the template on the driver, and see a first machine answer.
