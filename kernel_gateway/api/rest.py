@@ -809,7 +809,7 @@ class Upload:
             return
         source, name = self._waiting
         if not (path or name):
-            raise InvalidRequest("the file has no path: send `path`, or a file name that is a path")
+            raise InvalidRequest("where to? send `path`, or a file name that is a path")
         request = wire.Move(source=source, destination=self._target(path or name))
         self.entries[-1] = await self._guest.link.call(request, wire.Entry)
         self._waiting = None
