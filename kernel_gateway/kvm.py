@@ -68,23 +68,22 @@ async def verdict(builder: Builder, template: Template, disks: Path, step: Progr
     """
     if why := refused():
         return Verdict(False, why)
-    directory = await builder.image(template, step)
-    path = builder.cache.root / "kvm" / builder.kvm_key(template, directory)
-    if not anew and (found := _remembered(path)):
-        return found
     try:
         jail = Jail.open(builder.binary, kvm=True)
     except DriverError as error:
         return Verdict(False, str(error))
     try:
-        why = jail.kvm_refused()
-        if why:
-            why = (
-                f"the users that machines run as can't open /dev/kvm ({why}): give the server CAP_MKNOD, or give "
-                "the device to a group that may read and write it"
+        if why := jail.kvm_refused():  # not kept, because another server may have other privileges
+            return Verdict(
+                False,
+                f"the users that machines run as can't open /dev/kvm ({why}): give the server CAP_MKNOD, or give the "
+                "device to a group that may read and write it",
             )
-        else:
-            why = await builder.probe_kvm(template, Qemu(builder.binary, "kvm", disks, jail), step)
+        directory = await builder.image(template, step)
+        path = builder.cache.root / "kvm" / builder.kvm_key(template, directory)
+        if not anew and (found := _remembered(path)):
+            return found
+        why = await builder.probe_kvm(template, Qemu(builder.binary, "kvm", disks, jail), step)
     finally:
         jail.close()
     found = Verdict(not why, why)

@@ -206,7 +206,10 @@ async def test_machines_users_may_not_open_it(ask: Ask, jail: FakeJail, probe: P
         "no KVM: the users that machines run as can't open /dev/kvm (cannot open /dev/kvm: Permission denied): give "
         "the server CAP_MKNOD, or give the device to a group that may read and write it"
     )
-    assert probe.answers == []
+    jail.refusal, probe.answers = "", [""]
+    assert await ask() == Verdict(True)  # a server with other privileges is not told the same
+    jail.refusal = "cannot open /dev/kvm: Permission denied"
+    assert not (await ask()).works
 
 
 def test_the_key_of_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
