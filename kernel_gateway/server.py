@@ -314,6 +314,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
 async def make_rest(settings: Settings, templates: Templates, preparation: Preparation) -> None:
     """What a server does after it is ready: make its other templates, then delete what is old in the cache."""
     await preparation.make_all(template for template in templates if template is not templates.default)
+    log.info("the other templates have had their turn")
     if settings.cache_days and settings.isolation != "unisolated":
         cache = Cache(settings.cache_path)
         async with cache.building(log.info):

@@ -58,6 +58,8 @@ class Server:
             raise
         self.url = found[1]
         self.start_time = time.monotonic() - started
+        # Each template has a first machine, which tests that count machines must not see.
+        until(lambda: b"the other templates have had their turn" in self.log.read_bytes()[offset:], START_LIMIT)
         self.scale = SLOWNESS[self.get("/health").json()["accelerator"]]
 
     def _ready_line(self, offset: int) -> re.Match[str] | None:
