@@ -38,7 +38,7 @@ MIB = 1 << 20
 CUTS = 200
 
 
-# -- R15: half-open connections. Begun before all others and looked at after them: it takes 40 s, in which they run.
+# -- R15: half-open connections. This begins before all other tests and ends after them, because it takes 40 s.
 
 FLOOD_FOR_EVER = """
 import time
@@ -52,7 +52,7 @@ while True:
 
 @pytest.fixture(scope="module", autouse=True)
 async def stopped_client(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SimpleNamespace]:
-    """A client that is stopped while output flows to it; how long its server takes to notice, and with what memory."""
+    """A client that is stopped while output flows to it, and its server's memory and time to notice."""
     async with server_process(tmp_path_factory.mktemp("server") / "data") as server:
         kernel = await server.kernel()
         async with peer(read_for_ever, server, kernel) as other:
@@ -67,7 +67,7 @@ async def stopped_client(tmp_path_factory: pytest.TempPathFactory) -> AsyncItera
 
 
 async def nobody_there(server: ServerProcess, kernel: str) -> float:
-    """How many seconds it takes until nobody is connected."""
+    """Wait until nobody is connected, and return the seconds that it took."""
     begun = time.monotonic()
     while json.loads((await server.call("GET", f"/api/kernels/{kernel}")).body)["connections"]:
         await asyncio.sleep(0.5)
@@ -86,7 +86,7 @@ Connect = Callable[[int | None], AbstractAsyncContextManager[Client | Agent]]
 
 
 def told(got: Message | dict[str, Any], request: str) -> tuple[int, str, bool]:
-    """Of a message or an event: its number, what the cell has printed, whether the cell is over."""
+    """The number of a message or an event, the text that it prints, and whether the cell is over."""
     if isinstance(got, dict):
         mine = got.get("id") == request
         return got["seq"], got.get("text", "") if mine else "", mine and got["type"] == "end"
@@ -95,9 +95,9 @@ def told(got: Message | dict[str, Any], request: str) -> tuple[int, str, bool]:
 
 
 async def follow(connect: Connect, request: str, seen: int, *, says_where: bool = True) -> str:
-    """What a cell prints, over as many connections as it takes.
+    """The text that a cell prints, over as many connections as it takes.
 
-    The client says where it was, or leaves that to the server and drops the numbers that it knows.
+    The client tells its last number, or leaves that to the server and drops the messages that it has already.
     """
     text = ""
     while True:
@@ -113,7 +113,7 @@ async def follow(connect: Connect, request: str, seen: int, *, says_where: bool 
         except TimeoutError:
             raise
         except (WebSocketException, OSError, EOFError):
-            pass  # cut
+            pass  # the connection was cut
 
 
 PRINT_LINES = """
@@ -129,10 +129,10 @@ while not os.path.exists({stop!r}):
 
 
 async def test_r14_200_cuts(tmp_path: Path) -> None:
-    """Connections cut at 200 random points: everybody has every byte once.
+    """Connections are cut at 200 random points, and each client gets every byte once.
 
-    Those who say where they were, with the same session, a new one each time (a page reload), on the stream for agents;
-    one who does not say it; one who stays all the time; one who leaves politely again and again.
+    Three clients tell their last number: one with the same session, one with a new one each time (a page reload), one
+    on the stream for agents. A fourth does not tell it. One stays all the time. One leaves politely again and again.
     """
     rng, stop = random.Random(14), tmp_path / "stop"
     async with serving(tmp_path, Unisolated(tmp_path)) as service, AsyncExitStack() as stack:
@@ -146,7 +146,7 @@ async def test_r14_200_cuts(tmp_path: Path) -> None:
             return SimpleNamespace(url=proxy.url, key=service.key)
 
         first = await stack.enter_async_context(channels(service, kernel))
-        for session in ("silent", "polite"):  # where a session begins that says nothing
+        for session in ("silent", "polite"):  # this is where a session without a number begins
             async with channels(service, kernel, session):
                 pass
         request = await first.start(PRINT_LINES.format(stop=str(stop)))
@@ -171,7 +171,7 @@ async def test_r14_200_cuts(tmp_path: Path) -> None:
 
 
 async def leaving(service: Service, kernel: str, request: str, seen: int, rng: random.Random) -> str:
-    """What a cell prints to a session that closes its connection properly again and again, and connects again."""
+    """The text of a cell for a session that closes its connection properly and connects again, many times."""
     text, is_over = "", False
     while not is_over:
         async with channels(service, kernel, "polite") as client:
@@ -179,7 +179,7 @@ async def leaving(service: Service, kernel: str, request: str, seen: int, rng: r
             with suppress(ConnectionClosed):
                 while not is_over:
                     if time.monotonic() > leaves_at:
-                        await client.socket.close()  # what had come before is still there to be read
+                        await client.socket.close()  # messages that came before can still be read
                     number, piece, is_over = told(await client.receive(), request)
                     text += piece if number > seen else ""
                     seen = max(number, seen)
@@ -188,7 +188,7 @@ async def leaving(service: Service, kernel: str, request: str, seen: int, rng: r
 
 @pytest.mark.parametrize("reply_comes", ["before", "after"])
 async def test_a_page_reload_hears_the_reply(service: Service, reply_comes: str) -> None:
-    """A new session with `since` gets replies to the one before, those of cells that still run too."""
+    """A new session with `since` gets the replies to the old one, also those of cells that still run."""
     kernel, _ = await new_kernel(service)
     async with channels(service, kernel) as client:
         request = await client.start('time.sleep(0.3); print("done")')
@@ -216,7 +216,7 @@ async def test_replies_wait_for_their_session(service: Service) -> None:
 
 
 async def test_a_new_session_begins_at_the_present(service: Service) -> None:
-    """Without a number a session that was never there is told nothing of the past."""
+    """A new session without a number gets no messages of the past."""
     kernel, box = await new_kernel(service)
     await service.execute(box, 'print("old")')
     async with channels(service, kernel) as client:
@@ -232,11 +232,11 @@ for n in range(200):
     sys.stdout.flush()
 """
 LINE, LINES = 100, 2_000_000
-"""Bytes of a line, and how many of them there are: 200 MB."""
+"""Bytes of a line, and the number of lines: 200 MB in all."""
 
 
 def check_lines(text: str, first: int = 0) -> None:
-    """Lines are whole, in order, each once, up to the last."""
+    """Check that lines are whole, in order, each once, up to the last."""
     line = "-" * 89
     assert len(text) == (LINES - first) * LINE
     for at in range(first, LINES, 10_000):
@@ -252,7 +252,7 @@ async def idle(server: ServerProcess, kernel: str, timeout: float = 60) -> None:
 
 
 async def test_r14_200_mb_with_nobody_there(tmp_path: Path) -> None:
-    """The server's memory grows by 80 MB at most; who comes back is told once what is missing, and gets the rest."""
+    """Memory grows by 80 MB at most. A client that comes back is told once of the gap, and gets the rest."""
     async with server_process(tmp_path / "data") as server:
         kernel = await server.kernel()
         async with channels(server, kernel) as client:
@@ -292,7 +292,7 @@ async def test_r8_a_client_that_does_not_read(tmp_path: Path, others: int) -> No
         slow = await stack.enter_async_context(channels(server, kernel, max_queue=1))
         fast = [await stack.enter_async_context(channels(server, kernel)) for _ in range(others)]
         measuring = await stack.enter_async_context(peer(measure, server, other))
-        # What is measured is the server, not the competition for two processors.
+        # The server has precedence, because the test measures it and not the competition for two processors.
         with suppress(PermissionError):
             favour(server.process.pid)
             favour(measuring.process.pid)
@@ -323,7 +323,7 @@ async def test_r8_a_client_that_does_not_read(tmp_path: Path, others: int) -> No
 
 
 async def test_r9_a_flood_that_nobody_takes(service: Service) -> None:
-    """With all clients stalled the guest is stopped and memory stays; when they read on, all is there, in order."""
+    """With all clients stalled the guest is stopped and memory stays. When they read on, all is there, in order."""
     kernel, box = await new_kernel(service)
     guest = service.guest(box)
     pieces = 0
@@ -356,7 +356,7 @@ async def test_r9_a_flood_that_nobody_takes(service: Service) -> None:
 
 
 async def test_r9_a_guest_that_sends_against_the_credit(service: Service) -> None:
-    """It is destroyed, its clients are closed with 4410, and memory stays."""
+    """The guest is destroyed, its clients are closed with 4410, and memory stays."""
     kernel, box = await new_kernel(service)
     guest = service.guest(box)
     parts = [
@@ -369,7 +369,7 @@ async def test_r9_a_guest_that_sends_against_the_credit(service: Service) -> Non
     message = b"".join(b"".join(frame) for frame in wire.chunk(wire.KERNEL, wire.pack_parts(parts)))
     before = resident()
     async with channels(service, kernel, max_queue=1) as client:
-        with pytest.raises(OSError):  # noqa: PT011, PT012  its end of the stream is closed
+        with pytest.raises(OSError):  # noqa: PT011, PT012  the guest's end of the stream is closed
             for _ in range(400):  # 80 MB
                 await guest.send(message)
         assert resident() - before <= 16 * MIB
@@ -377,7 +377,7 @@ async def test_r9_a_guest_that_sends_against_the_credit(service: Service) -> Non
 
 
 async def test_r10_a_guest_that_stops_reading(tmp_path: Path) -> None:
-    """20 MB that it does not take stay with the client; at the deadline the sandbox is given up with 4410."""
+    """20 MB that the guest does not take stay with the client. At the deadline the sandbox is given up with 4410."""
     driver = FakeDriver(time_scale=0.05)  # 10 s become half a second
     async with serving(tmp_path, driver) as service:
         kernel, box = await new_kernel(service)
@@ -398,7 +398,7 @@ async def test_r10_a_guest_that_stops_reading(tmp_path: Path) -> None:
 
 
 async def test_r10_a_guest_that_pauses_reading(service: Service) -> None:
-    """20 MB sent while it does not read arrive whole when it goes on."""
+    """20 MB that are sent while the guest does not read arrive whole when it goes on."""
     kernel, box = await new_kernel(service)
     guest = service.guest(box)
     async with channels(service, kernel) as client:
@@ -425,7 +425,7 @@ async def test_r10_a_guest_that_pauses_reading(service: Service) -> None:
 async def upgrade_on(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, server: ServerProcess, path: str
 ) -> bytes:
-    """The status line of an upgrade on a connection that is there already."""
+    """The status line of an upgrade on an existing connection."""
     head = f"GET {path} HTTP/1.1\nHost: x\nX-API-Key: {server.key}\nUpgrade: websocket\nConnection: Upgrade\n"
     head += f"Sec-WebSocket-Version: 13\nSec-WebSocket-Key: {'A' * 22}==\n\n"
     writer.write(head.replace("\n", "\r\n").encode())
@@ -459,7 +459,7 @@ async def test_r23_the_server_is_stopped(tmp_path: Path) -> None:
 
 
 async def test_r1_the_server_is_killed(tmp_path: Path) -> None:
-    """The next server tells that the kernel is dead, and why; its WebSocket is 404."""
+    """The next server tells that the kernel is dead, and why. The kernel's WebSocket is 404."""
     async with server_process(tmp_path / "data") as server:
         kernel = await server.kernel()
         async with channels(server, kernel) as client:
@@ -479,9 +479,9 @@ async def test_r1_the_server_is_killed(tmp_path: Path) -> None:
 
 
 async def test_r15_a_client_that_stands_still(stopped_client: SimpleNamespace) -> None:
-    """A stopped client is noticed within 45 s while output flows; its memory is freed, and the kernel goes on."""
+    """A stopped client is noticed within 45 s while output flows. Its memory is freed, and the kernel goes on."""
     async with asyncio.timeout(60):
-        assert 5 < await stopped_client.noticing <= 45  # slow is not gone
+        assert 5 < await stopped_client.noticing <= 45  # a client that is only slow must not be given up
     assert stopped_client.server.memory() - stopped_client.before <= 32 * MIB
     answer = await stopped_client.server.call("POST", f"/api/kernels/{stopped_client.kernel}/interrupt")
     assert answer.code == 204

@@ -1,4 +1,4 @@
-"""R11: whatever a client sends, the answer is a documented one: no 5xx, no traceback, memory bounded."""
+"""R11: whatever a client sends, the answer is documented, without 5xx or traceback, and memory is bounded."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ from kernel_gateway.api.base import JSON_LIMIT, STATUS, Route
 from tests.fakes import Service, error_of, resident
 
 EXPECTED = {501, 502, 503, 507}
-"""5xx that are an answer of ours: not offered, the guest refused, no room."""
+"""Statuses 5xx that are documented answers: not offered, the guest refused, no room."""
 BODIES = [route for route in ROUTES if route.body is not None]
 
 VALID: dict[str, dict[str, object]] = {
@@ -68,7 +68,7 @@ VALUES: list[object] = [
 
 
 def bodies(rng: random.Random, route: Route) -> bytes:
-    """A body that is most likely wrong: raw text, a valid body with one field spoiled, or bytes of one changed."""
+    """A body that is most likely wrong: raw text, or a valid body with a spoiled field or changed bytes."""
     valid = dict(VALID[route.body.__name__])
     how = rng.randrange(4)
     if how == 0:
@@ -85,7 +85,7 @@ def bodies(rng: random.Random, route: Route) -> bytes:
 
 
 async def address(service: Service, box: str) -> dict[str, str]:
-    """What the names in routes' paths mean while `box` runs: its id, its kernel's, a session's."""
+    """Values for the names in routes' paths while `box` runs: its id, its kernel's, a session's."""
     kernel = json.loads((await service.call("GET", f"/sandboxes/{box}")).body)["kernelID"]
     answer = await service.call("POST", "/api/sessions", {"path": "a.ipynb", "kernel": {"id": kernel}})
     return {"id": box, "kernel": kernel, "session": json.loads(answer.body)["id"]}
@@ -93,7 +93,7 @@ async def address(service: Service, box: str) -> dict[str, str]:
 
 @pytest.mark.alone
 async def test_r11_1000_malformed_bodies(service: Service, box: str) -> None:
-    """Of 1,000 bodies none gets an undocumented 5xx, every error has the schema, p99 < 50 ms, memory + <= 16 MiB."""
+    """None of 1,000 bodies gets an undocumented 5xx. Errors have the schema, p99 < 50 ms, memory + <= 16 MiB."""
     rng = random.Random(11)
     times: list[float] = []
     counts: dict[int, int] = {}
@@ -127,7 +127,7 @@ async def test_r11_1000_malformed_bodies(service: Service, box: str) -> None:
 
 
 async def test_malformed_queries_and_paths(service: Service, box: str) -> None:
-    """Queries and paths with anything in them get documented answers."""
+    """Queries and paths with any content get documented answers."""
     pieces = [
         "",
         "%00",
@@ -180,7 +180,7 @@ async def test_malformed_queries_and_paths(service: Service, box: str) -> None:
     ],
 )
 async def test_queries_of_the_journal(service: Service, box: str, query: str, status: int) -> None:
-    """Numbers that are none, or out of range, are 400; those ahead of the journal are no error."""
+    """A number that is malformed or out of range gets 400. A number ahead of the journal is no error."""
     kernel = (await address(service, box))["kernel"]
     answer = await service.call("GET", f"/api/kernels/{kernel}/journal?{query}", timeout=5)
     assert answer.code == status, answer.body
@@ -216,7 +216,7 @@ RAW = [
 
 @pytest.mark.parametrize("data", RAW, ids=range(len(RAW)))
 async def test_what_is_no_http(service: Service, data: bytes) -> None:
-    """Bytes that are no proper request end the connection or get a 4xx; the server goes on."""
+    """Bytes that are no proper request end the connection or get a 4xx, and the server goes on."""
     reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
     writer.write(data)
     writer.write_eof()
@@ -234,7 +234,7 @@ async def test_what_is_no_http(service: Service, data: bytes) -> None:
 
 @pytest.mark.parametrize("route", BODIES, ids=lambda route: f"{route.method} {route.path}")
 async def test_a_json_body_too_large(service: Service, route: Route) -> None:
-    """Over the limit is 413, whether the length is announced or the body comes in chunks, on every route."""
+    """On every route a body over the limit gets 413, whether its length is announced or it comes in chunks."""
     box = await service.create()
     path = route.path.replace("{id}", box)
     body = b'{"x": "' + b"a" * JSON_LIMIT + b'"}'
@@ -250,7 +250,7 @@ async def test_a_json_body_too_large(service: Service, route: Route) -> None:
 
 
 async def test_a_json_body_at_the_limit(service: Service, box: str) -> None:
-    """Exactly the limit is read."""
+    """A body of exactly the limit is read."""
     body = b'{"cmd": "true", "x": "' + b"a" * (JSON_LIMIT - 24) + b'"}'
     assert len(body) == JSON_LIMIT
     answer = await service.call("POST", f"/sandboxes/{box}/processes", body=body)
@@ -306,7 +306,7 @@ CHECKS = [
 
 
 async def test_requests_made_from_the_document(service: Service, box: str) -> None:
-    """Schemathesis makes valid and invalid requests from /openapi.json; every answer is one that it documents."""
+    """Schemathesis makes valid and invalid requests from /openapi.json, which documents every answer to them."""
     document = json.loads((await service.call("GET", "/openapi.json", key=None)).body)
     schema = schemathesis.openapi.from_dict(document)
     names = await address(service, box)
@@ -315,7 +315,7 @@ async def test_requests_made_from_the_document(service: Service, box: str) -> No
     checked = 0
 
     def run(operation: object, headers: dict[str, str], examples: int) -> None:
-        """In a thread: its client is a blocking one."""
+        """Test one operation. This runs in a thread, because the client blocks."""
         label = operation.label  # type: ignore[attr-defined]
         both = st.one_of(
             operation.as_strategy(generation_mode=schemathesis.GenerationMode.POSITIVE),  # type: ignore[attr-defined]
@@ -337,13 +337,13 @@ async def test_requests_made_from_the_document(service: Service, box: str) -> No
                     case.path_parameters[name] = names[name]
             wait = (case.query or {}).get("wait")
             if isinstance(wait, int | float) and 0 <= wait <= 60:
-                case.query["wait"] = 0  # valid as well, and sooner over
+                case.query["wait"] = 0  # this is valid as well, and ends sooner
             response = case.call(base_url=service.url, headers=headers, timeout=10)
             checked += 1
             if response.status_code >= 500 and response.status_code not in EXPECTED:
                 problems.append(f"{label}: {response.status_code} {response.text[:300]}")
                 return
-            # A list or an object becomes a parameter sent several times, which is legal: the last one counts.
+            # A list or an object becomes a parameter that is sent several times, which is legal. The last one counts.
             is_repeated = any(isinstance(value, list | dict) for value in (case.query or {}).values())
             judged = [check for check in CHECKS if not is_repeated or check is not checks.negative_data_rejection]
             try:

@@ -1,4 +1,4 @@
-"""Network policies over HTTP: at creation and later, what can't be enforced, what was refused."""
+"""Network policies over HTTP: at creation and later, policies that can't be enforced, refusals."""
 
 import asyncio
 import json
@@ -75,7 +75,7 @@ async def test_a_policy_is_in_force_before_anything_runs(filtered: Service) -> N
 
 
 async def test_a_policy_that_can_not_be_applied_fails_the_create(filtered: Service) -> None:
-    """A guest whose policy can't be applied is destroyed before it hears of anybody's environment; another is tried."""
+    """A guest whose policy can't be applied is destroyed before it gets the environment. Another one is tried."""
     filtered.driver.script.filter_error = DriverError("not yet")
     answer = await filtered.call("POST", "/sandboxes", {"templateID": "base", "network": RULES, "envVars": {"T": "x"}})
     assert (answer.code, error_of(answer)["error"]) == (503, "host_full")
@@ -88,7 +88,7 @@ async def test_a_policy_that_can_not_be_applied_fails_the_create(filtered: Servi
 
 
 async def test_a_host_without_room_for_a_process(filtered: Service) -> None:
-    """An error of the host's fails the create, too; the machine is gone."""
+    """An error of the host fails the create, too, and the machine is gone."""
     filtered.driver.script.filter_error = OSError("no more processes")
     answer = await filtered.call("POST", "/sandboxes", {"templateID": "base", "allow_internet_access": False})
     assert (answer.code, error_of(answer)["error"]) == (503, "host_full")
@@ -149,7 +149,7 @@ BAD = [
 
 @pytest.mark.parametrize(("rules", "says"), BAD)
 async def test_a_bad_policy_starts_nothing(filtered: Service, rules: dict[str, Any], says: str) -> None:
-    """400 that names the entry."""
+    """The create gets 400 that names the entry."""
     body = json.dumps({"templateID": "base", "network": rules}).encode()
     answer = await filtered.call("POST", "/sandboxes", body=body)
     assert (answer.code, error_of(answer)["error"]) == (400, "invalid_request")
@@ -159,7 +159,7 @@ async def test_a_bad_policy_starts_nothing(filtered: Service, rules: dict[str, A
 
 @pytest.mark.parametrize(("rules", "says"), BAD)
 async def test_a_bad_policy_changes_nothing(filtered: Service, rules: dict[str, Any], says: str) -> None:
-    """The same later: 400, and the policy is as it was."""
+    """A later request gets the same 400, and the policy stays."""
     box = await filtered.create(network=RULES)
     answer = await filtered.call("PUT", f"/sandboxes/{box}/network", body=json.dumps(rules).encode())
     assert (answer.code, error_of(answer)["error"]) == (400, "invalid_request")
@@ -169,7 +169,7 @@ async def test_a_bad_policy_changes_nothing(filtered: Service, rules: dict[str, 
 
 
 async def test_spellings_that_contradict_each_other(filtered: Service) -> None:
-    """Nobody has to guess which of the two counts."""
+    """A contradiction is refused, so that nobody has to guess which of the two counts."""
     fields = {"allow_internet_access": True, "allowInternetAccess": False}
     for answer in (
         await filtered.call("POST", "/sandboxes", {"templateID": "base", **fields}),
@@ -190,7 +190,7 @@ async def test_spellings_that_contradict_each_other(filtered: Service) -> None:
     ],
 )
 async def test_what_is_not_offered_is_not_ignored(filtered: Service, rules: dict[str, Any], name: str) -> None:
-    """Fields of E2B's that would change what a sandbox may do get 501 that names them."""
+    """E2B's fields that would change a sandbox's rights get 501 that names them."""
     box = await filtered.create()
     before = len(filtered.driver.machines)
     for answer in (
@@ -204,7 +204,7 @@ async def test_what_is_not_offered_is_not_ignored(filtered: Service, rules: dict
 
 
 async def test_a_full_and_a_draining_server(filtered: Service) -> None:
-    """No room is 503 as ever, whatever the policy; so is a server that is going down."""
+    """A server that is full or going down answers 503, whatever the policy."""
     for _ in range(4):
         await filtered.create(allow_internet_access=False)
     answer = await filtered.call("POST", "/sandboxes", {"templateID": "base", "network": RULES})
@@ -216,7 +216,7 @@ async def test_a_full_and_a_draining_server(filtered: Service) -> None:
 
 
 async def test_a_machine_from_the_pool_gets_the_policy(tmp_path: Path) -> None:
-    """Machines on stock have the default policy; the one that becomes a sandbox has its own before it does."""
+    """Machines in stock have the default policy. A machine gets its own policy before it becomes a sandbox."""
     driver = FakeDriver(network="passt")
     async with serving(tmp_path, driver, pool_size=1, network=FakeNetwork("passt")) as service:
         await eventually(lambda: service.sandboxes.pools["code_interpreter"].ready == 1)
@@ -230,7 +230,7 @@ async def test_a_machine_from_the_pool_gets_the_policy(tmp_path: Path) -> None:
 
 
 async def test_replace(filtered: Service) -> None:
-    """A PUT replaces everything; what is absent is the default again."""
+    """A PUT replaces everything. A field that is absent has its default again."""
     box = await filtered.create(network=RULES)
     for fields, policy in (
         ({"denyOut": ["8.8.8.8"]}, Policy(deny=(IPv4Network("8.8.8.8/32"),))),
@@ -248,7 +248,7 @@ async def test_replace(filtered: Service) -> None:
 
 
 async def test_ports_are_opened_and_closed_by_the_same_routes(filtered: Service) -> None:
-    """`allowPublicTraffic` is closed by default; a PUT without it leaves the ports as they are."""
+    """Ports are closed by default. A PUT without `allowPublicTraffic` leaves the ports unchanged."""
 
     async def is_open(box: str) -> bool:
         return bool((await detail(filtered, box))["network"]["allowPublicTraffic"])
@@ -270,7 +270,7 @@ async def test_ports_are_opened_and_closed_by_the_same_routes(filtered: Service)
 
 @pytest.mark.parametrize("error", [DriverError("nft: busy"), CellvmError("no"), OSError("no more processes")])
 async def test_a_put_that_fails(filtered: Service, error: Exception) -> None:
-    """502, and what was in force stays in force and is told; the next one works."""
+    """The PUT gets 502. The old policy stays in force and is told, and the next PUT works."""
     box = await filtered.create(network=RULES)
     filtered.driver.script.filter_error = error
     answer = await put(filtered, box, {"allowPublicTraffic": True})
@@ -290,7 +290,7 @@ async def test_a_put_that_fails(filtered: Service, error: Exception) -> None:
 
 
 async def test_puts_come_one_after_the_other(filtered: Service) -> None:
-    """Of two at once the second is applied after the first has been, and is what is told."""
+    """The second of two PUTs is applied after the first one, and is told."""
     box = await filtered.create()
     slot = filtered.slot(box)
     slot.may_apply.clear()
@@ -305,7 +305,7 @@ async def test_puts_come_one_after_the_other(filtered: Service) -> None:
 
 
 async def test_a_client_that_hangs_up(filtered: Service) -> None:
-    """A PUT whose client has gone is done to its end: what is told is what is in force."""
+    """A PUT whose client has gone is done to its end, so that the told policy is the one in force."""
     box = await filtered.create()
     slot = filtered.slot(box)
     slot.may_apply.clear()
@@ -319,7 +319,7 @@ async def test_a_client_that_hangs_up(filtered: Service) -> None:
 
 
 async def test_a_sandbox_that_ends_under_a_put(filtered: Service) -> None:
-    """The request says that it has ended, and nothing hangs."""
+    """The answer says that the sandbox has ended, and nothing hangs."""
     box = await filtered.create()
     slot = filtered.slot(box)
     slot.may_apply.clear()
@@ -332,7 +332,7 @@ async def test_a_sandbox_that_ends_under_a_put(filtered: Service) -> None:
 
 
 async def test_an_ended_sandbox(filtered: Service) -> None:
-    """404 with the reason, for its owner, on both routes."""
+    """Its owner gets 404 with the reason on both routes."""
     box = await filtered.create()
     await filtered.call("DELETE", f"/sandboxes/{box}")
     for answer in (await put(filtered, box, RULES), await filtered.call("GET", f"/sandboxes/{box}/network")):
@@ -341,7 +341,7 @@ async def test_an_ended_sandbox(filtered: Service) -> None:
 
 
 async def test_r28_somebody_elses_sandbox(filtered: Service) -> None:
-    """404, also for a policy that would be 400 or 501, and nothing is applied."""
+    """The answer is 404, also for a policy that would get 400 or 501, and nothing is applied."""
     box = await filtered.create()
     for fields in (RULES, {"allowOut": ["::1"]}, {"rules": [1]}):
         answer = await put(filtered, box, fields, key=filtered.other_key)
@@ -366,7 +366,7 @@ async def test_a_sandbox_that_is_being_created(filtered: Service) -> None:
 
 
 async def test_refusals(filtered: Service) -> None:
-    """What was refused is listed as the filter tells it, with times people can read, and counted."""
+    """Refusals are listed and counted as the filter tells them, with times that people can read."""
     box = await filtered.create(network=RULES)
     filtered.slot(box).refused = [
         Refusal("10.0.0.1", 80, "tcp", "floor", 3, 1_700_000_000.25),
@@ -395,7 +395,7 @@ async def test_refusals(filtered: Service) -> None:
 
 
 async def test_a_refusal_of_what_is_no_text(filtered: Service) -> None:
-    """Whatever a guest has asked for, the list can be read."""
+    """The list can be read, whatever a guest has asked for."""
     box = await filtered.create()
     filtered.slot(box).refused = [Refusal("\ud800\0<b>" + "x" * 5000, 443, "tcp", "policy", 1, 0.0)]
     (refused,) = (await network(filtered, box))["refused"]
@@ -403,7 +403,7 @@ async def test_a_refusal_of_what_is_no_text(filtered: Service) -> None:
 
 
 async def test_refusals_that_can_not_be_read(filtered: Service) -> None:
-    """502, not a list that looks empty."""
+    """The answer is 502, because an empty list would be untrue."""
     box = await filtered.create()
     filtered.driver.script.filter_error = DriverError("nft: no")
     answer = await filtered.call("GET", f"/sandboxes/{box}/network")
@@ -414,7 +414,7 @@ async def test_refusals_that_can_not_be_read(filtered: Service) -> None:
 
 
 async def test_without_a_network_every_policy_is_kept(service: Service) -> None:
-    """Machines without a card reach nothing: any policy is enforced by that, and told."""
+    """Any policy is accepted and told, because machines without a card reach nothing."""
     box = await service.create(network=RULES)
     told = await network(service, box)
     assert (told["mechanism"], told["allowOut"], told["refused"]) == ("off", ["example.com", "1.1.1.1"], [])
@@ -425,7 +425,7 @@ async def test_without_a_network_every_policy_is_kept(service: Service) -> None:
 
 
 async def test_on_the_hosts_network_nothing_can_be_restricted(host: Service) -> None:
-    """501 with a sentence, at creation and later; what restricts nothing is fine."""
+    """A policy gets 501 with a sentence, at creation and later, unless it restricts nothing."""
     for fields in ({"allow_internet_access": False}, {"network": RULES}, {"network": {"denyOut": ["a.b"]}}):
         answer = await host.call("POST", "/sandboxes", {"templateID": "base", **fields})
         assert (answer.code, error_of(answer)["error"]) == (501, "not_implemented")
@@ -439,7 +439,7 @@ async def test_on_the_hosts_network_nothing_can_be_restricted(host: Service) -> 
 
 
 async def test_a_machine_without_its_filter_is_not_used(filtered: Service) -> None:
-    """Where machines have filters, one that has none gets no sandbox with a policy."""
+    """Where machines have filters, a machine without one never becomes a sandbox with a policy."""
     filtered.driver.has_cards = False
     answer = await filtered.call("POST", "/sandboxes", {"templateID": "base", "network": RULES})
     assert (answer.code, error_of(answer)["error"]) == (503, "host_full")
@@ -447,6 +447,6 @@ async def test_a_machine_without_its_filter_is_not_used(filtered: Service) -> No
 
 
 async def test_health_tells_the_mechanism(filtered: Service, host: Service) -> None:
-    """Whoever looks after a server sees how its sandboxes reach the internet."""
+    """Health tells how the server's sandboxes reach the internet."""
     for service, mechanism in ((filtered, "netns"), (host, "host")):
         assert json.loads((await service.call("GET", "/health", key=None)).body)["network"] == mechanism

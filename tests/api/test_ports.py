@@ -1,7 +1,7 @@
-"""Services in sandboxes through the gateway, by path and by host name; also services and clients that misbehave.
+"""Services in sandboxes through the gateway, by path and by host name, also with bad services and clients.
 
 The sandbox is a real agent (driver `unisolated`), the service a small one on raw sockets in its kernel. It notes every
-byte it gets; after each test none of them may be of a key.
+byte that it gets. After each test no key may be among them.
 """
 
 import asyncio
@@ -180,17 +180,17 @@ class Lab:
         return await self.service.call(method, path, headers=headers, follow_redirects=False, **options)
 
     async def answered(self, raw: bytes, **options: Any) -> HTTPResponse:
-        """What becomes of these bytes as the service's answer."""
+        """The client's answer when the service answers with these bytes."""
         return await self.call("POST", "/raw", body=raw, **options)
 
     async def value(self, expression: str) -> Any:
-        """Something of the service's."""
+        """The value of an expression in the service's kernel."""
         cell = await self.service.execute(self.box, f"print(json.dumps({expression}))")
         assert cell["error"] is None
         return json.loads(cell["stdout"])
 
     async def has_seen(self, text: str) -> bool:
-        """Whether the service has got these bytes; letters in any case."""
+        """Whether the service has got this text, in upper or lower case."""
         return bool(await self.value(f"{text.lower().encode()!r} in seen.lower()"))
 
     async def open(self, public: bool = True, port: int | None = -1) -> int:
@@ -211,12 +211,12 @@ class Lab:
                 await writer.wait_closed()
 
     async def spoken(self, request: bytes) -> bytes:
-        """All that the gateway says to these bytes until it closes the connection."""
+        """The gateway's whole answer to these bytes, until it closes the connection."""
         async with self.raw(request) as (reader, _), asyncio.timeout(20):
             return await reader.read()
 
     def head(self, path: str = "/", method: str = "GET", *lines: str, key: str | None = "") -> bytes:
-        """The head of a request of our own making."""
+        """The head of a request."""
         sent = [f"{method} {self.base}{path} HTTP/1.1", "Host: gateway", *lines]
         if key is not None:
             sent.append(f"Authorization: Bearer {key or self.service.key}")
@@ -225,7 +225,7 @@ class Lab:
 
 @pytest.fixture(scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Lab]:
-    """One service for all tests that leave it as it was."""
+    """One service for all tests that leave it unchanged."""
     directory = tmp_path_factory.mktemp("ports")
     async with serving(directory, Unisolated(directory), origins=frozenset({"https://lab.example"})) as service:
         yield await start(service)
@@ -241,7 +241,7 @@ async def start(service: Service) -> Lab:
 
 @pytest.fixture
 async def lab(shared: Lab) -> AsyncIterator[Lab]:
-    """The service; afterwards its ports are closed, and it has seen no key."""
+    """The service. Afterwards its ports are closed, and it must have seen no key."""
     yield shared
     await shared.open(public=False, port=None)
     await eventually(lambda: len(shared.sandbox.port_users) == 0)
@@ -256,7 +256,7 @@ def free_port() -> int:
 
 
 def echoed(answer: HTTPResponse) -> dict[str, Any]:
-    """What the service says it got; headers by their names in small letters."""
+    """The request as the service got it. Names of headers are in small letters."""
     assert answer.code == 200, answer.body
     told = json.loads(answer.body)
     return {**told, "headers": {name.lower(): value for name, value in told["headers"]}}
@@ -283,7 +283,7 @@ async def test_any_method(lab: Lab, method: str) -> None:
 
 
 async def test_head(lab: Lab) -> None:
-    """HEAD has the length of the body, and no body; the connection to the gateway goes on."""
+    """HEAD has the length of the body, and no body. The connection to the gateway goes on."""
     request = lab.head("/x", "HEAD")
     async with lab.raw(request + request) as (reader, _), asyncio.timeout(20):
         for _ in range(2):
@@ -293,7 +293,7 @@ async def test_head(lab: Lab) -> None:
 
 
 async def test_paths_are_the_services_own(lab: Lab) -> None:
-    """What looks like a way out of the path, or a route of the gateway, is only a path of the service."""
+    """A path with `..`, or like a route of the gateway, is only a path of the service."""
     for path in (
         "/../../../health",
         "//evil.example/x",
@@ -310,7 +310,7 @@ async def test_paths_are_the_services_own(lab: Lab) -> None:
 
 
 async def test_the_slash_after_the_port(lab: Lab) -> None:
-    """Without it: a redirect, so that relative links work. Other methods are told."""
+    """A GET without it gets a redirect, so that relative links work. Other methods get an error."""
     for method in ("GET", "HEAD"):
         answer = await lab.call(method, "?a=b", key=None)
         assert (answer.code, answer.headers["Location"]) == (308, f"{lab.base}/?a=b")
@@ -320,7 +320,7 @@ async def test_the_slash_after_the_port(lab: Lab) -> None:
 
 @pytest.mark.parametrize("port", ["0", "65536", "99999", "-1", "08000", "x", "8000x", "%38000", "8" * 400, "１"])
 async def test_ports_that_are_none(lab: Lab, port: str) -> None:
-    """Only 1 to 65535, written in the one way there is."""
+    """A port is a number from 1 to 65535, without leading zeros."""
     port = port.encode().decode("latin-1")
     request = lab.head().replace(f"ports/{lab.port}".encode(), f"ports/{port}".encode("latin-1"))
     assert b"400 Bad Request" in await lab.spoken(
@@ -329,7 +329,7 @@ async def test_ports_that_are_none(lab: Lab, port: str) -> None:
 
 
 async def test_a_port_that_is_closed(lab: Lab) -> None:
-    """Nothing listens: 502 with the words that E2B's clients look for, and nothing of the guest's own."""
+    """The answer is 502 with the words that E2B's clients look for, and without the guest's own."""
     lab.port, port = free_port(), lab.port
     try:
         answer = await lab.call("GET", "/")
@@ -342,7 +342,7 @@ async def test_a_port_that_is_closed(lab: Lab) -> None:
 
 @pytest.mark.parametrize("is_chunked", [False, True])
 async def test_100_mib_up(lab: Lab, is_chunked: bool) -> None:
-    """A large upload arrives whole, and the server does not grow by it."""
+    """A large upload arrives whole, and the server does not grow."""
     piece, count = bytes(range(256)) * 1024, 400
     digest = hashlib.sha256(piece * 1)
     for _ in range(count - 1):
@@ -362,7 +362,7 @@ async def test_100_mib_up(lab: Lab, is_chunked: bool) -> None:
 
 
 async def test_100_mib_down(lab: Lab) -> None:
-    """A large download arrives whole, and the server does not grow by it."""
+    """A large download arrives whole, and the server does not grow."""
     before, most, size = resident(), 0, 0
     async with lab.raw(lab.head("/big/100", "GET", "Connection: close")) as (reader, _):
         await reader.readuntil(b"\r\n\r\n")
@@ -375,7 +375,7 @@ async def test_100_mib_down(lab: Lab) -> None:
 
 
 async def test_a_slow_reader_stops_the_service(lab: Lab) -> None:
-    """A client that reads nothing holds the service, not the server's memory; others are not held up."""
+    """A client that reads nothing stops the service. The server's memory stays, and others are not held up."""
     before = resident()
     async with lab.raw(lab.head("/big/200", "GET", "Connection: close")) as (reader, _):
         await reader.readuntil(b"\r\n\r\n")
@@ -390,7 +390,7 @@ async def test_a_slow_reader_stops_the_service(lab: Lab) -> None:
 
 
 async def test_a_service_that_does_not_read(lab: Lab) -> None:
-    """An upload waits for the service, and nothing piles up; when the service ends, so does the request."""
+    """An upload waits for the service, and nothing piles up. When the service ends, so does the request."""
     before, sent = resident(), 0
     async with lab.raw(lab.head("/stall?s", "POST", f"Content-Length: {200 * MIB}")) as (_, writer):
         with suppress(TimeoutError):
@@ -418,7 +418,7 @@ async def test_events_come_at_once(lab: Lab) -> None:
 
 
 async def test_an_answer_before_the_request_is_whole(lab: Lab) -> None:
-    """The service refuses early: the client hears it while it still sends, and its connection stays usable."""
+    """The client hears an early refusal while it still sends, and its connection stays usable."""
     second = lab.head("/x", "GET", "Connection: close")
     async with lab.raw(lab.head("/early", "POST", "Content-Length: 1000000")) as (reader, writer), asyncio.timeout(20):
         head = await reader.readuntil(b"\r\n\r\n")
@@ -429,7 +429,7 @@ async def test_an_answer_before_the_request_is_whole(lab: Lab) -> None:
 
 
 async def test_an_answer_to_an_upload_that_nobody_reads(lab: Lab) -> None:
-    """The service has answered and reads no more: what is left of the body is dropped, and the client gets to read."""
+    """When the service has answered and reads no more, the rest of the body is dropped and the client can read."""
     size = 12 * MIB
     async with lab.raw(lab.head("/refuse", "POST", f"Content-Length: {size}")) as (reader, writer), asyncio.timeout(20):
         for _ in range(12):
@@ -443,7 +443,7 @@ async def test_an_answer_to_an_upload_that_nobody_reads(lab: Lab) -> None:
 
 
 async def test_a_body_that_is_not_wanted_is_not_waited_for(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who was refused and sends no body after all has no connection for ever; by the gateway's own routes neither."""
+    """A client that was refused and sends no body is cut off after a while, also by the gateway's own routes."""
     monkeypatch.setattr(ports, "IGNORED_BODY_TIMEOUT", 0.3)
     monkeypatch.setattr(base, "JSON_BODY_TIMEOUT", 0.3)
     assert (await lab.spoken(lab.head("/x", "POST", "Content-Length: 9", key="wrong"))).startswith(b"HTTP/1.1 401 ")
@@ -453,7 +453,7 @@ async def test_a_body_that_is_not_wanted_is_not_waited_for(lab: Lab, monkeypatch
 
 
 async def test_expect_100(lab: Lab) -> None:
-    """Who waits to be asked for the body is asked; who is refused is not, and the connection ends there."""
+    """A client that waits for 100 gets it. A client that is refused does not, and the connection ends."""
     lines = ("Content-Length: 3", "Expect: 100-continue", "Connection: close")
     async with lab.raw(lab.head("/x", "POST", *lines)) as (reader, writer), asyncio.timeout(20):
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
@@ -466,7 +466,7 @@ async def test_expect_100(lab: Lab) -> None:
 
 
 async def test_expect_100_with_an_upgrade(lab: Lab) -> None:
-    """There is no body to be asked for, so nobody is asked in the middle of the answer."""
+    """There is no body, so no 100 is sent in the middle of the answer."""
     lines = ("Connection: Upgrade", "Upgrade: websocket", "Expect: 100-continue")
     async with lab.raw(lab.head("/x", "GET", *lines) + lab.head("/y", "GET", "Connection: close")) as (reader, _):
         async with asyncio.timeout(20):
@@ -484,7 +484,7 @@ async def test_a_client_that_hangs_up(lab: Lab) -> None:
                 while (await lab.value("len(begun)")) == begun:
                     await asyncio.sleep(0.01)
         await eventually(lambda: len(lab.sandbox.port_users) == 0)
-        if path == "/ticks?h":  # it notices when it says more
+        if path == "/ticks?h":  # the service notices when it sends more
             for _ in range(3):
                 await lab.call("GET", "/tick?h")
         async with asyncio.timeout(60):
@@ -493,7 +493,7 @@ async def test_a_client_that_hangs_up(lab: Lab) -> None:
 
 
 async def test_a_client_that_hangs_up_behind_its_next_request(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes that wait to be read do not hide that there is nobody any more."""
+    """The gateway notices that the client has gone, though bytes of it wait to be read."""
     monkeypatch.setattr(ports, "HANG_UP_LOOK", 0.1)
     async with lab.raw(lab.head("/hang") + b"G"):
         await eventually(lambda: len(lab.sandbox.port_users) == 1)
@@ -501,7 +501,7 @@ async def test_a_client_that_hangs_up_behind_its_next_request(lab: Lab, monkeypa
 
 
 async def test_http_1_0(lab: Lab) -> None:
-    """An answer that ends by closing is whole; so is one to a client of that age."""
+    """An answer that ends with the connection is whole, and so is an answer to a client of HTTP 1.0."""
     answer = await lab.answered(b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\nuntil the end")
     assert (answer.code, answer.body) == (200, b"until the end")
     raw = b"HTTP/1.0 200 OK\r\n\r\nthe end"
@@ -514,7 +514,7 @@ async def test_http_1_0(lab: Lab) -> None:
 
 
 async def test_informational_answers_are_skipped(lab: Lab) -> None:
-    """1xx before the answer is between the service and us."""
+    """Answers 1xx before the real one are for the gateway alone."""
     hints = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n"
     answer = await lab.answered(hints + b"HTTP/1.1 201 Made\r\nContent-Length: 2\r\n\r\nok")
     assert (answer.code, answer.body, answer.headers.get("Link")) == (201, b"ok", None)
@@ -522,19 +522,19 @@ async def test_informational_answers_are_skipped(lab: Lab) -> None:
 
 @pytest.mark.parametrize("status", [204, 304])
 async def test_answers_without_a_body(lab: Lab, status: int) -> None:
-    """They have none, whatever they say."""
+    """Such answers have no body, whatever their headers say."""
     answer = await lab.answered(b"HTTP/1.1 %d X\r\nContent-Length: 5\r\nETag: x\r\n\r\n" % status)
     assert (answer.code, answer.body, answer.headers["ETag"]) == (status, b"", "x")
 
 
 async def test_an_unknown_status(lab: Lab) -> None:
-    """A number nobody knows passes; the words beside it are ours."""
+    """An unknown number passes, with a reason phrase of the gateway."""
     answer = await lab.answered(b"HTTP/1.1 599 \xff\xfe<script>\r\nContent-Length: 0\r\n\r\n")
     assert (answer.code, answer.reason) == (599, "Unknown")
 
 
 async def test_chunked_answers_with_trailers(lab: Lab) -> None:
-    """Chunks are joined, trailers dropped; very many very small ones come through too."""
+    """Chunks are joined and trailers dropped. Very many very small chunks pass, too."""
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X-Sum\r\n\r\n"
     answer = await lab.answered(head + b"3;ext=1\r\nabc\r\n1\r\nd\r\n0\r\nX-Sum: 1\r\n\r\n")
     assert (answer.body, answer.headers.get("X-Sum"), answer.headers.get("Trailer")) == (b"abcd", None, None)
@@ -571,7 +571,7 @@ async def test_chunked_answers_with_trailers(lab: Lab) -> None:
     ids=lambda raw: repr(raw[:60]),
 )
 async def test_malformed_answers(lab: Lab, raw: bytes) -> None:
-    """Whatever a service says that is no answer is 502 with a sentence of ours."""
+    """If the service's bytes are no answer, the client gets 502 with a sentence of the gateway."""
     answer = await lab.answered(raw)
     error = error_of(answer)
     assert (answer.code, error["error"]) == (502, "failed")
@@ -588,7 +588,7 @@ async def test_malformed_answers(lab: Lab, raw: bytes) -> None:
     ],
 )
 async def test_an_answer_that_breaks_off(lab: Lab, raw: bytes) -> None:
-    """A service that dies in the middle: what there was arrives, and nobody can take it for whole."""
+    """The part before the break arrives, and no client can take it for whole."""
     spoken = await lab.spoken(lab.head("/raw", "POST", f"Content-Length: {len(raw)}") + raw)
     head, _, body = spoken.partition(b"\r\n\r\n")
     assert b"abc" in body
@@ -596,7 +596,7 @@ async def test_an_answer_that_breaks_off(lab: Lab, raw: bytes) -> None:
 
 
 def spoiled(rng: random.Random, text: bytes) -> bytes:
-    """Some bytes of it changed, doubled or cut out."""
+    """The text with some bytes changed, doubled or cut out."""
     data = bytearray(text)
     for _ in range(rng.randrange(1, 4)):
         at = rng.randrange(len(data))
@@ -613,7 +613,7 @@ def spoiled(rng: random.Random, text: bytes) -> bytes:
 
 
 async def test_500_spoiled_answers(lab: Lab) -> None:
-    """Each becomes an answer, a 502, or a connection that is cut; never a fault of the server."""
+    """Each becomes an answer, a 502, or a connection that is cut, but never a fault of the server."""
     rng = random.Random(4)
     whole = [
         b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nLocation: http://localhost/x\r\nSet-Cookie: a; Domain=x\r\n\r\nabcde",
@@ -630,7 +630,7 @@ async def test_500_spoiled_answers(lab: Lab) -> None:
 
 
 async def test_500_spoiled_requests(lab: Lab) -> None:
-    """Each is answered by the service or refused with a 4xx; never a fault of the server."""
+    """Each is answered by the service or refused with a 4xx, but is never a fault of the server."""
     rng = random.Random(5)
     lines = (
         "Content-Length: 5",
@@ -661,7 +661,7 @@ async def test_500_spoiled_requests(lab: Lab) -> None:
 
 
 async def test_more_than_the_length_says(lab: Lab) -> None:
-    """What comes after the answer is nobody's: not the next answer's."""
+    """Bytes after the answer are dropped, and do not become part of the next answer."""
     raw = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
     request = lab.head("/raw", "POST", f"Content-Length: {len(raw)}") + raw
     spoken = await lab.spoken(request + lab.head("/x", "GET", "Connection: close"))
@@ -706,7 +706,7 @@ async def test_smuggling(lab: Lab, lines: tuple[str, ...]) -> None:
 
 
 async def test_a_request_within_a_body(lab: Lab) -> None:
-    """A body is a body, whatever it looks like."""
+    """A body that looks like a request is only a body."""
     inner = lab.head("/within", key=None)
     answer = await lab.call("GET", "/x", body=inner)
     assert echoed(answer)["body"] == inner.decode()
@@ -715,7 +715,7 @@ async def test_a_request_within_a_body(lab: Lab) -> None:
 
 @pytest.mark.parametrize("path", ["/a\rb", "/a\nX: y", "/a\x00", "/a b", "/a\tb", "/\xff", "/\x7f"])
 async def test_characters_that_no_address_has(lab: Lab, path: str) -> None:
-    """They are refused; encoded they pass as they are."""
+    """They are refused. Encoded ones pass unchanged."""
     spoken = await lab.spoken(lab.head(path, "GET", "Connection: close"))
     assert spoken.startswith(b"HTTP/1.1 400 ")
     encoded = "/" + "".join(f"%{ord(each):02x}" for each in path[1:])
@@ -727,7 +727,7 @@ async def test_characters_that_no_address_has(lab: Lab, path: str) -> None:
     ["GET http://gateway{base}/ HTTP/1.1", "CONNECT {base}/ HTTP/1.1", "OPTIONS * HTTP/1.1", "GET {base}/ HTTP/2"],
 )
 async def test_it_is_no_proxy(lab: Lab, line: str) -> None:
-    """Other forms of a request than for a path reach no service."""
+    """Requests in a form other than for a path reach no service."""
     before = await lab.value("len(begun)")
     first = lab.head("/", "GET", "Connection: close").split(b"\r\n", 1)[1]
     spoken = await lab.spoken(line.format(base=lab.base).encode() + b"\r\n" + first)
@@ -739,7 +739,7 @@ async def test_it_is_no_proxy(lab: Lab, line: str) -> None:
 
 
 async def test_hop_by_hop_headers(lab: Lab) -> None:
-    """What is said about a connection is for the next hop only, both ways; so is what it names."""
+    """Headers about a connection, and headers that it names, are for the next hop only, both ways."""
     headers = {
         "Connection": "close, X-Named",
         "X-Named": "1",
@@ -772,7 +772,7 @@ async def test_hop_by_hop_headers(lab: Lab) -> None:
 
 
 async def test_a_port_needs_the_owners_key(lab: Lab) -> None:
-    """No key, an unknown one, another owner's: as everywhere else, also for sandboxes that do not exist."""
+    """No key, an unknown one and another owner's are refused as on all routes, also for unknown sandboxes."""
     nobody = f"/sandboxes/sbx{'a' * 20}/ports/{lab.port}"
     for prefix in (lab.base, nobody, f"/sandboxes/x/ports/{lab.port}"):
         for headers, message in (
@@ -807,7 +807,7 @@ FORMS = {
 @pytest.mark.parametrize("public", [False, True])
 @pytest.mark.parametrize("by_host", [False, True])
 async def test_no_key_reaches_the_service(lab: Lab, form: str, public: bool, by_host: bool) -> None:
-    """Whichever way a key comes, the service does not see it; what stands beside it stays as it is."""
+    """The service does not see a key, in whatever form it comes. Values beside the key stay unchanged."""
     await lab.open(public)
     key = lab.service.key
     texts = {"KEY": key, "ENC": "%65" + key[1:], "BASIC": base64.b64encode(f"x:{key}".encode()).decode()}
@@ -822,13 +822,13 @@ async def test_no_key_reaches_the_service(lab: Lab, form: str, public: bool, by_
     assert told["target"] in ("/x?own=%41&token=mine", "/x?own=%41&a=1&token=mine")
     assert told["headers"]["x-own"] == "1"
     assert not {"authorization", "x-api-key"} & set(told["headers"])
-    # A page whose address has the key in it could read it there: no browser shows this answer as one.
+    # An answer to an address with a key is a download, because a page could read its own address.
     assert answer.headers.get("Content-Disposition") == ("attachment" if query else None)
 
 
 @pytest.mark.parametrize("public", [False, True])
 async def test_a_key_in_the_path_is_refused(lab: Lab, public: bool) -> None:
-    """The page could read it there."""
+    """A key there is refused, because the page could read it."""
     await lab.open(public)
     before = await lab.value("len(begun)")
     for key in (lab.service.key, "wrong"):
@@ -845,7 +845,7 @@ async def test_a_key_in_the_path_is_refused(lab: Lab, public: bool) -> None:
 
 
 async def test_the_services_own_credentials(lab: Lab) -> None:
-    """They reach it: on an open port as they are, on a closed one beside a key of ours in another place."""
+    """They reach the service: alone on an open port, and on a closed one beside a key of ours elsewhere."""
     own = {"Authorization": "Bearer of-the-app", "X-API-Key": lab.service.key}
     assert echoed(await lab.call("GET", "/", key=None, headers=own))["headers"]["authorization"] == "Bearer of-the-app"
     own = {"Authorization": f"Bearer {lab.service.key}", "X-API-Key": "of-the-app"}
@@ -855,21 +855,21 @@ async def test_the_services_own_credentials(lab: Lab) -> None:
     told = echoed(await lab.call("GET", "/?token=of-the-app", key=None, headers=own))
     assert {name: told["headers"][name.lower()] for name in own} == own
     assert told["target"] == "/?token=of-the-app"
-    # Another owner is a visitor like any other, and a key of that owner's is a key.
+    # Another owner is a visitor like any other, and that owner's key must not reach the service either.
     told = echoed(await lab.call("GET", "/", key=lab.service.other_key))
     assert "authorization" not in told["headers"]
 
 
 @pytest.mark.parametrize("name", ["Authorization", "X-API-Key"])
 async def test_keys_are_looked_for_in_one_header(lab: Lab, name: str) -> None:
-    """To look for them in a thousand would keep everybody waiting."""
+    """A header that comes many times is refused, because the search for keys would keep everybody waiting."""
     lines = [f"{name}: {' '.join(f'x{n}' for n in range(60))}"] * 100
     assert (await lab.spoken(lab.head("/x", "GET", *lines, "Connection: close"))).startswith(b"HTTP/1.1 400 ")
     assert (await lab.call("GET", "/x")).code == 200
 
 
 async def test_addresses_of_the_gateways_pages_stay_here(lab: Lab) -> None:
-    """A Referer from outside the preview is dropped: the gateway's own addresses may have a key in them."""
+    """A Referer from outside the preview is dropped, because the gateway's own addresses may have a key."""
     origin = lab.service.url
     for referer in (f"{origin}/t/{lab.service.key}/lab", f"{origin}/?token={lab.service.key}", "https://elsewhere/"):
         assert "referer" not in echoed(await lab.call("GET", "/", headers={"Referer": referer}))["headers"]
@@ -878,7 +878,7 @@ async def test_addresses_of_the_gateways_pages_stay_here(lab: Lab) -> None:
 
 
 async def test_open_and_close(lab: Lab) -> None:
-    """An open port needs no key, the others still do; closing ends what visitors have open, not the owner's."""
+    """An open port needs no key, the others still do. Closing it cuts visitors' connections, not the owner's."""
     assert await lab.open() == 204
     path = f"/sandboxes/{lab.box}/ports"
     listed = json.loads((await lab.service.call("GET", path)).body)
@@ -898,14 +898,14 @@ async def test_open_and_close(lab: Lab) -> None:
         assert await lab.open(public=False) == 204
         for name in "vovovo":
             await lab.call("GET", f"/tick?{name}")
-        assert await visitor.read() == b""  # cut: there is no last chunk
+        assert await visitor.read() == b""  # it was cut, because there is no last chunk
         await owner.readuntil(b"\r\n0\r\n\r\n")
     assert (await lab.call("GET", "/", key=None)).code == 401
     assert json.loads((await lab.service.call("GET", path)).body) == {"allPublic": False, "ports": []}
 
 
 async def test_all_ports_at_once(lab: Lab) -> None:
-    """Without a port all are meant; then one alone can't be closed."""
+    """A request without a port means all ports. After that a single one can't be closed."""
     assert await lab.open(port=None) == 204
     assert json.loads((await lab.service.call("GET", f"/sandboxes/{lab.box}/ports")).body)["allPublic"] is True
     assert (await lab.call("GET", "/", key=None)).code == 200
@@ -930,14 +930,14 @@ async def test_open_from_the_start(service: Service) -> None:
 
 @pytest.mark.parametrize("body", [{"port": 0}, {"port": 65536}, {"port": "8000"}, {"port": 8.5}, {"public": 1}, []])
 async def test_ports_that_can_not_be_opened(lab: Lab, body: object) -> None:
-    """A body that is not right opens nothing."""
+    """An invalid body opens nothing."""
     answer = await lab.service.call("PUT", f"/sandboxes/{lab.box}/ports", body)
     assert (answer.code, error_of(answer)["error"]) == (400, "invalid_request")
     assert not lab.sandbox.open_ports
 
 
 async def test_connections_are_limited(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the limit the answer is 503; the sandbox itself is still reached."""
+    """Beyond the limit the answer is 503. The sandbox itself can still be reached."""
     monkeypatch.setattr(ports, "MAX_CONNECTIONS", 2)
     monkeypatch.setattr(ports, "MAX_VISITORS", 1)
     await lab.open()
@@ -967,7 +967,7 @@ OF_THE_ORIGIN = (
 
 
 async def test_by_path_a_page_has_no_origin(lab: Lab) -> None:
-    """It shares the gateway's address: so it is sandboxed, and says nothing in the gateway's name."""
+    """The page is sandboxed, and may set no headers for the origin, because it shares the gateway's address."""
     answer = await lab.answered(OF_THE_ORIGIN, headers={"Cookie": "secret=1", "Origin": "https://app.example"})
     assert answer.headers.get_list("Content-Security-Policy") == ["default-src 'self'", CSP]
     assert answer.headers.get_list("X-Content-Type-Options") == ["nosniff"]
@@ -980,7 +980,7 @@ async def test_by_path_a_page_has_no_origin(lab: Lab) -> None:
 
 
 async def test_by_host_name_a_page_has_its_own(lab: Lab) -> None:
-    """Cookies pass, but for this host alone; what it says of its origin is about its own."""
+    """Cookies pass, but for this host alone. Headers about the origin pass, because the origin is its own."""
     answer = await lab.by_host("POST", "/raw", body=OF_THE_ORIGIN, headers={"Cookie": "own=1"})
     assert answer.headers.get_list("Set-Cookie") == ["a=b", "c=d; Path=/; Secure"]
     assert answer.headers.get_list("Content-Security-Policy") == ["default-src 'self'"]
@@ -991,7 +991,7 @@ async def test_by_host_name_a_page_has_its_own(lab: Lab) -> None:
 
 
 async def test_the_gateways_cors_is_not_the_ports(lab: Lab) -> None:
-    """A page that may use the gateway gets from a port what the service says, also to a preflight."""
+    """A page that may use the gateway gets the service's own CORS headers from a port, also for a preflight."""
     headers = {"Origin": "https://lab.example", "Access-Control-Request-Method": "PUT"}
     told = echoed(await lab.call("OPTIONS", "/", headers=headers))
     assert (told["method"], told["headers"]["origin"]) == ("OPTIONS", "https://lab.example")
@@ -1023,7 +1023,7 @@ async def test_the_gateways_cors_is_not_the_ports(lab: Lab) -> None:
     ],
 )
 async def test_redirects(lab: Lab, location: str, by_path: str, by_host: str) -> None:
-    """Addresses as the service knows them become those that the client knows."""
+    """The service's addresses become the client's."""
     location = location.format(port=lab.port, base=lab.base)
     raw = f"HTTP/1.1 302 Found\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode()
     answer = await lab.answered(raw)
@@ -1033,7 +1033,7 @@ async def test_redirects(lab: Lab, location: str, by_path: str, by_host: str) ->
 
 
 async def test_a_page_of_the_service_is_its_own(lab: Lab) -> None:
-    """The service knows itself as localhost, so its own pages come from there; others from where they do."""
+    """The service's own pages have localhost as their origin, as the service knows itself. Others keep theirs."""
     for call, own in (
         (lab.call, lab.service.url),
         (lab.call, "null"),
@@ -1052,7 +1052,7 @@ async def test_a_page_of_the_service_is_its_own(lab: Lab) -> None:
 
 
 async def test_by_host_name(lab: Lab) -> None:
-    """The whole address is the service's; the gateway's own routes do not exist there."""
+    """The whole address is the service's. The gateway's own routes do not exist there."""
     for path in ("/", "/health", "/sandboxes", "/openapi.json", "/api/kernels", f"{lab.base}/x"):
         told = echoed(await lab.by_host("GET", path))
         assert told["target"] == path
@@ -1064,7 +1064,7 @@ async def test_by_host_name(lab: Lab) -> None:
 
 
 async def test_odd_host_names(lab: Lab) -> None:
-    """A name that begins like a port's is never the gateway's, and one that does not is."""
+    """A host name that begins like a port's never reaches the gateway's own routes. All others do."""
     for host in (
         f"{lab.port}-sbx{'a' * 20}.localhost",
         f"{lab.port}-.localhost",
@@ -1090,7 +1090,7 @@ async def test_odd_host_names(lab: Lab) -> None:
 
 
 async def test_another_domain(tmp_path: Any) -> None:
-    """The setting says under which domain; it may name the port that clients use."""
+    """The setting names the domain, and perhaps the port that clients use."""
     async with serving(tmp_path, domain="Preview.Example.com:8443") as service:
         box = await service.create()
         host = f"8000-{box}.preview.example.com"
@@ -1102,7 +1102,7 @@ async def test_another_domain(tmp_path: Any) -> None:
 
 
 async def test_under_a_base_url(tmp_path: Any) -> None:
-    """With a base URL in front, redirects and prefixes have it too."""
+    """Redirects and prefixes begin with the base URL, too."""
     async with serving(tmp_path, Unisolated(tmp_path), base_url="/cells") as service:
         service.url += "/cells"
         lab = await start(service)
@@ -1143,7 +1143,7 @@ async def test_websockets(lab: Lab, by_host: bool) -> None:
 
 
 async def test_websockets_with_the_key_in_the_query(lab: Lab) -> None:
-    """Pages can send it nowhere else; the service does not see it."""
+    """Pages can send a key nowhere else. The service does not see it."""
     async with websocket(lab, key=None, query=f"?token={lab.service.key}&a=1") as ws, asyncio.timeout(20):
         await ws.send("x")
         assert await ws.recv() == "x"
@@ -1157,7 +1157,7 @@ async def test_websockets_with_the_key_in_the_query(lab: Lab) -> None:
 
 
 async def test_a_websocket_ends_with_its_sandbox(tmp_path: Any) -> None:
-    """So does a request that waits for an answer, and one that has half of it."""
+    """A request that waits for an answer, and one that has half of it, end as well."""
     async with serving(tmp_path, Unisolated(tmp_path)) as service:
         lab = await start(service)
         async with (
@@ -1187,7 +1187,7 @@ async def test_a_websocket_whose_client_vanishes(lab: Lab) -> None:
 
 
 async def test_a_visitors_websocket_on_a_port_that_is_closed(lab: Lab) -> None:
-    """Nothing passes any more."""
+    """The WebSocket is cut, and nothing passes any more."""
     await lab.open(port=lab.sockets)
     async with websocket(lab, key=None) as ws, asyncio.timeout(20):
         await ws.send("x")
@@ -1198,7 +1198,7 @@ async def test_a_visitors_websocket_on_a_port_that_is_closed(lab: Lab) -> None:
 
 
 async def test_visitors_of_a_port_that_is_closed(lab: Lab) -> None:
-    """They are cut at once, whatever they wait for, and what they say is not passed on; the owner stays."""
+    """They are cut at once, whatever they wait for, and no bytes of theirs pass. The owner stays."""
     await lab.open()
     upgrade = ("Connection: Upgrade", "Upgrade: echo")
     async with (
@@ -1222,7 +1222,7 @@ async def test_visitors_of_a_port_that_is_closed(lab: Lab) -> None:
 
 
 async def test_any_upgrade(lab: Lab) -> None:
-    """Bytes pass as they are, those that came with the answer first; what was sent before hanging up still arrives."""
+    """Bytes pass unchanged, bytes behind the answer first. Bytes that were sent before a hang-up still arrive."""
     request = lab.head("/tunnel", "GET", "Connection: keep-alive, Upgrade", "Upgrade: echo")
     async with lab.raw(request) as (reader, writer), asyncio.timeout(20):
         head = await reader.readuntil(b"\r\n\r\n")
@@ -1239,7 +1239,7 @@ async def test_any_upgrade(lab: Lab) -> None:
 
 
 async def test_an_upgrade_that_is_refused(lab: Lab) -> None:
-    """Then the answer is an ordinary one, and the connection goes on."""
+    """The refusal is an ordinary answer, and the connection goes on."""
     request = lab.head("/x", "GET", "Connection: Upgrade", "Upgrade: websocket")
     async with lab.raw(request + lab.head("/y", "GET", "Connection: close")) as (reader, _), asyncio.timeout(20):
         spoken = await reader.read()
@@ -1251,7 +1251,7 @@ async def test_an_upgrade_that_is_refused(lab: Lab) -> None:
 
 
 async def test_agents_that_answer_nonsense(service: Service, box: str) -> None:
-    """Whatever an agent does with a Connect is a documented 502, and says nothing in the agent's words."""
+    """Whatever an agent does with a Connect, the client gets a documented 502 without the agent's words."""
     script = service.guest(box).script
 
     async def done(stream: Any, body: wire.Connect) -> None:
@@ -1293,7 +1293,7 @@ async def test_agents_that_answer_nonsense(service: Service, box: str) -> None:
 
 
 async def test_agents_that_never_let_go(service: Service, box: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a client has left is not kept, and an agent that answers nothing any more loses its sandbox."""
+    """A request whose client has left is not kept. An agent that answers nothing loses its sandbox."""
     monkeypatch.setattr(link, "MAX_CANCELLED", 20)
 
     async def flood(stream: Any, body: wire.Connect) -> None:
@@ -1328,7 +1328,7 @@ async def test_agents_that_never_let_go(service: Service, box: str, monkeypatch:
 
 
 async def test_connecting_is_bounded(service: Service, box: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service that neither accepts nor refuses is 502 in time; a client that gives up before is gone at once."""
+    """A service that neither accepts nor refuses gives 502 in time. A client that leaves earlier is gone at once."""
 
     async def never(stream: Any, body: wire.Connect) -> None:
         await asyncio.Event().wait()
@@ -1350,7 +1350,7 @@ async def test_connecting_is_bounded(service: Service, box: str, monkeypatch: py
 
 
 async def test_the_log_tells_little(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
-    """One line a request: no query, no path of the service's, no key, nothing that the service says."""
+    """A request has one line, without query, path within the service, key, or anything from the service."""
     caplog.set_level(logging.INFO)
     await lab.call("GET", f"/private-path?q=private-query&token={lab.service.key}")
     await lab.answered(b"HTTP/1.1 200 private-reason\r\nX: private-header\r\nContent-Length: 1\r\n\r\nx")

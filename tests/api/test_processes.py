@@ -1,4 +1,4 @@
-"""Commands over HTTP: what comes back, what is refused, and that output without end stays bounded."""
+"""Commands over HTTP: answers, refusals, and bounds on endless output."""
 
 import asyncio
 import json
@@ -39,7 +39,7 @@ async def test_a_failing_command_is_no_error(service: Service, box: str) -> None
 
 
 async def test_stdin_environment_and_directory(service: Service, box: str) -> None:
-    """Standard input arrives whole and ends, variables win over the sandbox's, `cwd` is resolved from home."""
+    """Standard input arrives whole and ends. Variables win over the sandbox's. `cwd` is resolved from home."""
     text = "ünïcödé\n" * 300_000
     assert (await service.run(box, "cat", stdin=text))["stdout"] == text
     assert (await service.run(box, "cat"))["stdout"] == ""
@@ -54,7 +54,7 @@ async def test_stdin_environment_and_directory(service: Service, box: str) -> No
 
 
 async def test_output_that_is_not_utf8(service: Service, box: str) -> None:
-    """Bytes that are no text become U+FFFD; a character cut in two by the transport does not."""
+    """Bytes that are no text become U+FFFD. A character that the transport has cut in two does not."""
     result = await service.run(box, "binary", "ff41fec3")
     assert result["stdout"] == "\ufffdA\ufffd\ufffd"
 
@@ -92,7 +92,7 @@ async def test_output_that_is_not_utf8(service: Service, box: str) -> None:
     ],
 )
 async def test_refused(service: Service, box: str, body: dict[str, object], says: str) -> None:
-    """What can't be right is 400 with a message that says what; nothing runs."""
+    """An invalid request gets 400 with a message that says what is wrong, and nothing runs."""
     error = await refused(service, box, **body)
     assert (error["code"], error["error"]) == (400, "invalid_request")
     assert says in str(error["message"])
@@ -100,7 +100,7 @@ async def test_refused(service: Service, box: str, body: dict[str, object], says
 
 
 async def test_arguments_at_the_limit_and_too_many(service: Service, box: str) -> None:
-    """An argument of just the limit passes; more than a frame holds is 413, and the sandbox is fine."""
+    """An argument of just the limit passes. More than a frame holds gets 413, and the sandbox goes on."""
     long = "x" * 131071
     assert len((await service.run(box, "echo", long))["stdout"]) == 131072
     assert (await refused(service, box, cmd="true", args=[long] * 9))["error"] == "too_large"
@@ -108,7 +108,7 @@ async def test_arguments_at_the_limit_and_too_many(service: Service, box: str) -
 
 
 async def test_no_such_program(service: Service, box: str) -> None:
-    """A program that can't be started is 502 cannot_run, with its name."""
+    """A program that can't be started gives 502 cannot_run with its name."""
     error = await refused(service, box, cmd="frobnicate")
     assert (error["code"], error["error"]) == (502, "cannot_run")
     assert "frobnicate" in str(error["message"])
@@ -116,7 +116,7 @@ async def test_no_such_program(service: Service, box: str) -> None:
 
 
 async def test_r8_a_command_that_prints_200_mb(service: Service, box: str) -> None:
-    """The answer holds the first 8 MiB and tells how much was left out; memory grows by 48 MiB at most."""
+    """The answer holds the first 8 MiB and tells how much was left out. Memory grows by 48 MiB at most."""
     await service.run(box, "flood", "20")
     before, peak = resident(), 0
 
@@ -161,7 +161,7 @@ async def test_a_client_that_hangs_up_ends_its_command(service: Service, box: st
 async def test_r16_a_guest_that_ignores_the_timeout(
     service: Service, box: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The host's own watchdog ends a command that the guest does not end: 502, and the sandbox is destroyed."""
+    """The host's own watchdog ends a command that the guest does not. The sandbox is destroyed, with 502."""
     monkeypatch.setattr("kernel_gateway.api.rest.WATCHDOG", 0.3)
 
     async def deaf(stream: Stream, body: wire.Spawn) -> None:

@@ -29,7 +29,7 @@ from tests.fakes import FakeDriver, FakeGuest, Service, Stream, error_of, eventu
     [("processes", {"cmd": "die"}), ("processes", {"cmd": "sleep", "args": ["60"]}), ("execute", {"code": "die()"})],
 )
 async def test_r2_the_machine_dies_during_a_request(pooled: Service, path: str, body: dict[str, object]) -> None:
-    """The request ends with sandbox_died and an unknown outcome within 200 ms; the slot is free, the pool refilled."""
+    """The request ends with sandbox_died and unknown outcome in 200 ms. The slot is free, the pool refilled."""
     pool = pooled.sandboxes.pools["code_interpreter"]
     await eventually(lambda: pool.ready == 1)
     box = await pooled.create()
@@ -65,7 +65,7 @@ async def test_a_machine_that_dies_on_stock_is_replaced(pooled: Service) -> None
 async def test_whatever_happens_the_pool_is_filled(
     pooled: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its task survives what nobody thought of, and says so."""
+    """The pool's task survives an unexpected exception, and logs it."""
     pool = pooled.sandboxes.pools["code_interpreter"]
     await eventually(lambda: pool.ready == 1)
     start, failures = pooled.driver.start, iter([RuntimeError("can't start new thread"), OSError("EBADF")])
@@ -83,7 +83,7 @@ async def test_whatever_happens_the_pool_is_filled(
 
 
 async def test_the_pool_hands_out_a_machine_that_runs(pooled: Service) -> None:
-    """On stock a machine stands still; the create continues it, and it was exercised before."""
+    """A machine in stock stands still, and was exercised before. The create lets it go on."""
     pool = pooled.sandboxes.pools["code_interpreter"]
     await eventually(lambda: pool.ready == 1)
     vm = pooled.driver.machines[0]
@@ -99,7 +99,7 @@ async def test_the_pool_hands_out_a_machine_that_runs(pooled: Service) -> None:
 
 
 async def test_other_sandboxes_do_not_notice(service: Service) -> None:
-    """The end of one machine, or its nonsense, is nothing to the next."""
+    """The end of one machine, or its nonsense, does not disturb the others."""
     first, second = await service.create(), await service.create()
     slow = asyncio.create_task(service.run(second, "sleep", "0.3"))
     await service.guest(first).send(random.Random(5).randbytes(100_000))
@@ -127,7 +127,7 @@ def changed(**fields: object) -> Callable[[wire.Resumed], wire.Resumed]:
 async def test_a_machine_that_does_not_acknowledge_is_destroyed(
     tmp_path: Path, resumed: Callable[[wire.Resumed], wire.Resumed | None]
 ) -> None:
-    """Without a proper acknowledgement no machine becomes a sandbox: two are tried, both destroyed, 503."""
+    """A machine without a proper acknowledgement is never used. After two of them the create gets 503."""
     driver = FakeDriver(time_scale=0.02)
     driver.script.resumed = resumed
     async with serving(tmp_path, driver) as service:
@@ -141,7 +141,7 @@ async def test_a_machine_that_does_not_acknowledge_is_destroyed(
 
 
 async def test_a_repeated_sample_is_never_used(service: Service, caplog: pytest.LogCaptureFixture) -> None:
-    """Two machines with the same randomness: the second is destroyed and the log is loud."""
+    """The second of two machines with the same randomness is destroyed, with a critical line in the log."""
     await service.create()
     first = next(iter(service.sandboxes._guests._samples))
     service.driver.script.sample = lambda: first
@@ -174,7 +174,7 @@ async def test_a_bad_machine_from_the_pool_is_replaced(pooled: Service) -> None:
 async def test_a_pool_that_can_not_be_filled_goes_on_trying(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Failures are logged, retried with pauses, and end when machines start again."""
+    """Failures are logged, and starts are retried with pauses until machines start again."""
     monkeypatch.setattr("kernel_gateway.pool.RETRY_AFTER_FAILURE", (0.05, 0.1))
     driver = FakeDriver()
     driver.script.resumed = changed(nonce=b"")
@@ -217,14 +217,14 @@ def nonsense(kind: str) -> bytes:
     ],
 )  # fmt: skip
 async def test_a_guest_that_breaks_the_protocol_is_destroyed(service: Service, box: str, kind: str) -> None:
-    """Whatever nonsense comes, requests end with guest_unresponsive, the machine is destroyed, the server lives."""
+    """Whatever the nonsense, requests end with guest_unresponsive, the machine is destroyed, the server lives."""
     running = asyncio.create_task(service.call("POST", f"/sandboxes/{box}/processes", {"cmd": "sleep", "args": ["60"]}))
     guest = service.guest(box)
     await eventually(lambda: any(isinstance(request, wire.Spawn) for request in guest.requests))
     try:
         await guest.send(nonsense(kind))
     except OSError:
-        pass  # cut off in the middle
+        pass  # the guest was cut off in the middle
     error = error_of(await running)
     assert (error["code"], error["error"], error["outcome"]) == (502, "guest_unresponsive", "unknown")
     await eventually(lambda: not service.driver.alive and len(service.sandboxes) == 0)
@@ -232,7 +232,7 @@ async def test_a_guest_that_breaks_the_protocol_is_destroyed(service: Service, b
 
 
 async def test_kernel_messages_with_strange_content_are_harmless(service: Service, box: str) -> None:
-    """Messages of the right form with any content never end a request with 500; others are ignored."""
+    """Messages of the right form with any content never end a request with 500. Others are ignored."""
     guest = service.guest(box)
     strange = [b"", b"null", b"[]", b"{", b"\xff", b'{"msg_id": 3}', b"[" * 5000, b'{"msg_type": null}', b"1e999"]
     rng = random.Random(11)
@@ -251,7 +251,7 @@ async def test_kernel_messages_with_strange_content_are_harmless(service: Servic
     b'{"execution_state": []}', b'{"execution_count": "x", "status": 5}', b'{"ename": {}, "traceback": "abc"}',
     b'{"data": {"text/plain": 1e999}}', b'{"data": {"a": NaN}}', b'{"name": "stdout", "text": "\\ud800"}'])  # fmt: skip
 async def test_a_lying_kernel_gets_no_500(service: Service, box: str, content: bytes) -> None:
-    """Our own cell answered with messages whose content is nonsense: 200, or 502; never 500."""
+    """A cell of ours that is answered with nonsense gets 200 or 502, never 500."""
     guest = service.guest(box)
     execute = guest.kernel._execute
 
@@ -286,7 +286,7 @@ async def test_a_lying_kernel_gets_no_500(service: Service, box: str, content: b
 async def test_an_answer_of_another_type_gets_no_500(
     service: Service, box: str, path: str, request_type: type[wire.Body], reply: wire.Body
 ) -> None:
-    """A guest that answers with the wrong body is 502 guest_unresponsive, never 500."""
+    """A guest that answers with the wrong body gives 502 guest_unresponsive, never 500."""
 
     async def wrong(stream: Stream, body: wire.Body) -> None:
         await stream.reply(reply)
@@ -301,7 +301,7 @@ async def test_an_answer_of_another_type_gets_no_500(
 
 
 async def test_hostile_entries_get_no_500(service: Service, box: str) -> None:
-    """Impossible times, sizes and names in an entry, and a listing without end, are 200 or 502; never 500."""
+    """Impossible times, sizes and names in an entry, and a listing without end, give 200 or 502, never 500."""
     wild = wire.Entry(
         name="\0", path="\r\nX: y", kind="?", size=-1, mode=-(2**60), owner="", group="", modified_ns=2**63 - 1
     )
@@ -338,7 +338,7 @@ async def test_hostile_entries_get_no_500(service: Service, box: str) -> None:
 
 
 async def test_r9_a_guest_that_floods_against_the_credit_is_cut_off(service: Service, box: str) -> None:
-    """A guest that sends 200 MB to a client who reads nothing: DATA beyond the credit ends it; memory stays."""
+    """A guest that sends 200 MB beyond its credit, to a client that reads nothing, is ended. Memory stays."""
     guest = service.guest(box)
     guest.files["/big"] = bytes(10)
     sent = 0
@@ -367,7 +367,7 @@ async def test_r9_a_guest_that_floods_against_the_credit_is_cut_off(service: Ser
 
 
 async def test_r9_a_guest_that_floods_kernel_messages(service: Service, box: str) -> None:
-    """Messages that nobody waits for, against all credit: memory stays, other requests are answered."""
+    """Memory stays and other requests are answered while unwanted messages come against all credit."""
     guest = service.guest(box)
     text = json.dumps({"name": "stdout", "text": "x" * 200_000}).encode()
     head = b'{"msg_type": "stream", "msg_id": "1"}'
@@ -378,7 +378,7 @@ async def test_r9_a_guest_that_floods_kernel_messages(service: Service, box: str
         try:
             await guest.send(message)
         except OSError:
-            break  # cut off for it: fine as well
+            break  # the guest may also be cut off for this
         if number % 50 == 0:
             assert (await service.call("GET", "/health", timeout=2)).code == 200
         peak = max(peak, resident())
@@ -386,7 +386,7 @@ async def test_r9_a_guest_that_floods_kernel_messages(service: Service, box: str
 
 
 async def test_r10_a_guest_that_stops_reading(tmp_path: Path) -> None:
-    """Input that the guest does not take ends in guest_unresponsive at the deadline; memory hardly grows."""
+    """Input that the guest does not take ends in guest_unresponsive at the deadline. Memory hardly grows."""
     driver = FakeDriver(time_scale=0.05)  # 10 s become half a second
     async with serving(tmp_path, driver) as service:
         box = await service.create()
@@ -421,7 +421,7 @@ async def test_r10_a_guest_that_stops_reading(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["health", "metrics", "filesystem/stat?path=x"])
 async def test_a_guest_that_does_not_answer(tmp_path: Path, path: str) -> None:
-    """A request without an answer ends in guest_unresponsive, not never."""
+    """A request that the guest does not answer ends in guest_unresponsive in time."""
     driver = FakeDriver(time_scale=0.02)
     async with serving(tmp_path, driver) as service:
         box = await service.create()
@@ -434,7 +434,7 @@ async def test_a_guest_that_does_not_answer(tmp_path: Path, path: str) -> None:
 
 
 async def test_r18_200_creates_at_capacity_4(service: Service) -> None:
-    """There are never more than 4; the others are 503 with Retry-After, quickly; afterwards there is room for 4."""
+    """There are never more than 4. The others get 503 with Retry-After quickly. Afterwards there is room for 4."""
     service.driver.script.start_delay = 0.05
     most = 0
 
@@ -526,7 +526,7 @@ async def test_r28_a_foreign_sandbox_is_like_none(service: Service, route: Route
 
 @pytest.mark.parametrize("route", routes_with("kernel"), ids=named)
 async def test_r28_a_foreign_kernel_is_like_none(service: Service, route: Route) -> None:
-    """The same holds for kernels, also for what is no kernel's id at all."""
+    """The same holds for kernels, also for an id that no kernel can have."""
     foreign, ended = await foreign_boxes(service)
     for kernel in (kernel_id(foreign), kernel_id(ended), kernel_id("sbx" + "a" * 20), foreign, "x"):
         assert await every_answer(service, route, route.path.format(kernel=kernel)) == NO_SANDBOX
@@ -536,7 +536,7 @@ async def test_r28_a_foreign_kernel_is_like_none(service: Service, route: Route)
 
 @pytest.mark.parametrize("route", routes_with("session"), ids=named)
 async def test_r28_a_foreign_session_is_like_none(service: Service, route: Route) -> None:
-    """The same holds for sessions; and a session of one's own can't be given somebody else's kernel."""
+    """The same holds for sessions. A session can't be moved to somebody else's kernel either."""
     foreign, _ = await foreign_boxes(service)
     kernel = {"id": kernel_id(foreign)}
     theirs = {"path": "a.ipynb", "kernel": kernel}
@@ -600,7 +600,7 @@ async def test_r28_time_tells_nothing(service: Service, path: str) -> None:
 
 
 async def test_r26_random_requests_end_in_order(service: Service) -> None:
-    """Creates, deletes, commands and deaths at random: every answer is a documented one, and nothing is left."""
+    """Creates, deletes, commands and deaths come at random. Every answer is documented, and nothing is left."""
     rng = random.Random(26)
     codes: list[int] = []
     known = [await service.create()]
@@ -626,7 +626,7 @@ async def test_r26_random_requests_end_in_order(service: Service) -> None:
             assert error_of(answer)["error"] in {"not_found", "host_full", "sandbox_died", "conflict"}
 
     async def client() -> None:
-        # One request after another: how many are under way at once does not depend on how busy the machine is.
+        # Requests begin one after another, so that their number at a time does not depend on the machine's load.
         while len(codes) < 300 or not {200, 201, 204, 404} <= set(codes):
             await one()
 
@@ -639,7 +639,7 @@ async def test_r26_random_requests_end_in_order(service: Service) -> None:
 
 
 async def test_a_cut_link_ends_the_sandbox(service: Service, box: str) -> None:
-    """A machine that lives on without its channel is of no use: it is destroyed."""
+    """A machine that lives on without its channel is destroyed, because it is of no use."""
     guest: FakeGuest = service.guest(box)
     guest.cut()
     await eventually(lambda: not service.driver.alive and len(service.sandboxes) == 0)

@@ -1,4 +1,4 @@
-"""Sandboxes over HTTP: create, find, list, lifetimes, keys; templates; the server's own routes."""
+"""Sandboxes over HTTP (create, find, list, lifetimes, keys), templates, and the server's own routes."""
 
 import asyncio
 import json
@@ -75,7 +75,7 @@ async def test_create(service: Service) -> None:
     ],
 )
 async def test_create_refuses(service: Service, fields: dict[str, object], says: str) -> None:
-    """A bad field is 400, the message says which; nothing is started."""
+    """A bad field gets 400 with a message that names it, and nothing is started."""
     answer = await service.call("POST", "/sandboxes", fields)
     assert answer.code == 400
     error = error_of(answer)
@@ -92,7 +92,7 @@ async def test_limits_of_the_timeout_are_allowed(service: Service) -> None:
 
 
 async def test_unknown_template_names_those_there_are(service: Service) -> None:
-    """The hint tells what this server offers."""
+    """The hint names this server's templates."""
     answer = await service.call("POST", "/sandboxes", {"templateID": "x"})
     assert "code_interpreter, base" in error_of(answer)["hint"]
 
@@ -121,7 +121,7 @@ async def test_get_list_and_filters(service: Service) -> None:
 
 @pytest.mark.parametrize(("method", "suffix"), [("DELETE", ""), ("POST", "/shutdown")])
 async def test_delete(service: Service, box: str, method: str, suffix: str) -> None:
-    """A delete answers 204 without a body when the machine is gone; afterwards 404 says how it ended."""
+    """A delete answers 204 without a body when the machine is gone. Afterwards 404 says how it ended."""
     answer = await service.call(method, f"/sandboxes/{box}{suffix}")
     assert (answer.code, answer.body) == (204, b"")
     assert "Content-Type" not in answer.headers
@@ -132,7 +132,7 @@ async def test_delete(service: Service, box: str, method: str, suffix: str) -> N
 
 
 async def test_delete_twice_at_once(service: Service, box: str) -> None:
-    """Of two deletes at the same time none fails otherwise than with 404, and one machine is destroyed."""
+    """Two deletes at the same time destroy one machine, and get 204 or 404."""
     answers = await asyncio.gather(*(service.call("DELETE", f"/sandboxes/{box}") for _ in range(2)))
     assert {answer.code for answer in answers} in ({204}, {204, 404})
     assert service.driver.alive == []
@@ -155,7 +155,7 @@ async def ends_in(service: Service, box: str) -> float:
 
 
 async def test_expiry_to_the_second(service: Service) -> None:
-    """A sandbox ends at its timeout, not before and within a second after; the owner is told why."""
+    """A sandbox ends at its timeout, not before and within a second after. The owner is told why."""
     before = time.monotonic()
     box = await service.create(timeout=1)
     after = time.monotonic()
@@ -168,7 +168,7 @@ async def test_expiry_to_the_second(service: Service) -> None:
 
 
 async def test_timeout_connect_and_refreshes(service: Service) -> None:
-    """`timeout` sets the end, sooner or later; `connect` and `refreshes` only ever put it off."""
+    """`timeout` sets the end, sooner or later. `connect` and `refreshes` can only put it off."""
     box = await service.create(timeout=100)
     answer = await service.call("POST", f"/sandboxes/{box}/timeout", {"timeout": 50})
     assert (answer.code, answer.body) == (204, b"")
@@ -190,7 +190,7 @@ async def test_timeout_connect_and_refreshes(service: Service) -> None:
 
 
 async def test_a_step_of_the_wall_clock_moves_no_deadline(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lifetimes are on the monotonic clock: an hour's step forward ends nothing."""
+    """A step of an hour forward ends nothing, because lifetimes are on the monotonic clock."""
     box = await service.create(timeout=60)
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + 3600)
@@ -212,7 +212,7 @@ async def test_lifetime_counts_from_the_end_of_the_create(tmp_path: Path) -> Non
 
 
 async def test_full(tmp_path: Path) -> None:
-    """Beyond the maximum a create is 503 with Retry-After; a delete makes room."""
+    """Beyond the maximum a create gets 503 with Retry-After. A delete makes room."""
     async with serving(tmp_path, max_sandboxes=1) as service:
         box = await service.create()
         answer = await service.call("POST", "/sandboxes", {"templateID": "base"})
@@ -222,7 +222,7 @@ async def test_full(tmp_path: Path) -> None:
 
 
 async def test_draining(service: Service, box: str) -> None:
-    """A server that is going down takes no sandboxes, says so in its health, and still answers for those there are."""
+    """A server that goes down creates no sandboxes, says so in its health, and still serves existing ones."""
     service.sandboxes.is_draining = True
     answer = await service.call("POST", "/sandboxes", {"templateID": "base"})
     assert (answer.code, error_of(answer)["error"], answer.headers["Retry-After"]) == (503, "draining", "10")
@@ -232,7 +232,7 @@ async def test_draining(service: Service, box: str) -> None:
 
 
 async def test_a_machine_that_does_not_start(service: Service) -> None:
-    """When no machine can be started the create is 503, nothing is left, and the slot is free again."""
+    """When no machine can be started the create gets 503, nothing is left, and the slot is free again."""
     service.driver.script.start_error = DriverError("no room")
     answer = await service.call("POST", "/sandboxes", {"templateID": "base"})
     assert (answer.code, error_of(answer)["error"]) == (503, "host_full")
@@ -300,7 +300,7 @@ async def test_all_forms_of_a_key(service: Service, headers: dict[str, str], whi
     ],
 )
 async def test_a_key_in_the_address(service: Service, caplog: pytest.LogCaptureFixture, path: str, status: int) -> None:
-    """Clients that can't set headers put the key into the query or the path; it never gets into the log."""
+    """Clients that can't set headers put the key into the query or the path. It never gets into the log."""
     with caplog.at_level("INFO"):
         answer = await service.call("GET", path.replace("KEY", service.key), key=None)
     assert answer.code == status
@@ -308,7 +308,7 @@ async def test_a_key_in_the_address(service: Service, caplog: pytest.LogCaptureF
 
 
 async def test_a_header_is_stronger_than_the_address(service: Service) -> None:
-    """A wrong key in the header is not mended by a right one in the address."""
+    """A wrong key in the header is refused, even with a right one in the address."""
     for path in (f"/sandboxes?token={service.key}", f"/t/{service.key}/sandboxes"):
         assert (await service.call("GET", path, key="wrong")).code == 401
 
@@ -393,7 +393,7 @@ async def test_what_comes_later_says_so(service: Service, box: str, route: objec
 
 
 async def test_unknown_paths_and_methods(service: Service) -> None:
-    """An unknown path is 404, a method that a path does not have 405 with those it has; all in the error's shape."""
+    """An unknown path gets 404, an unknown method 405 with the allowed ones. Both have the error's shape."""
     for path in ("/", "/nope", "/sandboxes/a/b/c", "/sandboxes/a/files/x", "//", "/sandbox%65s%00"):
         assert (await service.call("GET", path)).code == 404
         assert error_of(await service.call("GET", path))["error"] == "not_found"
@@ -422,7 +422,7 @@ async def test_openapi_lists_every_route(service: Service) -> None:
 
 @pytest.mark.parametrize("box_id", ["a.b", "%00", "x" * 65, "%2e%2e", "%C3%A4", "%ff", "a%20b", "a%2fb"])
 async def test_illegal_ids(service: Service, box_id: str) -> None:
-    """What can't be an id is 400, in the error's shape."""
+    """A text that can't be an id gets 400 in the error's shape."""
     answer = await service.call("GET", f"/sandboxes/{box_id}")
     assert answer.code in (400, 404)
     assert error_of(answer)["code"] == answer.code
@@ -431,7 +431,7 @@ async def test_illegal_ids(service: Service, box_id: str) -> None:
 
 
 async def test_every_answer_has_its_headers(service: Service, box: str) -> None:
-    """No sniffing, no version of the web server, also on errors."""
+    """Answers forbid sniffing and hide the web server's version, also on errors."""
     for path in ("/health", f"/sandboxes/{box}", "/nope", f"/sandboxes/{box}/files?path=/none"):
         answer = await service.call("GET", path)
         assert answer.headers["X-Content-Type-Options"] == "nosniff"

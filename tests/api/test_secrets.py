@@ -1,4 +1,4 @@
-"""Promise R30 without machines: no secret is in a log, an error or a list, whatever becomes of the request."""
+"""Promise R30 without machines: no secret is in a log, an error or a list, whether a request fails or not."""
 
 import io
 import json
@@ -16,7 +16,7 @@ CANARY = "canary-9d1f27"
 
 @pytest.fixture
 def told() -> Iterator[io.StringIO]:
-    """All that is logged, as the server writes it, with tracebacks."""
+    """The whole log as the server writes it, with tracebacks."""
     text = io.StringIO()
     handler = logging.StreamHandler(text)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s %(message)s"))
@@ -47,7 +47,7 @@ def everywhere(answers: list[HTTPResponse]) -> str:
 
 @pytest.mark.parametrize("path", ["/sandboxes", "/api/kernels", "/sandboxes/sbxnone", "/nothing", "/sandboxes?limit=x"])
 async def test_keys(service: Service, told: io.StringIO, path: str) -> None:
-    """Neither a key that is right nor one that is wrong is repeated or logged, in whichever form it was sent."""
+    """No key, right or wrong, is repeated or logged, whatever form it was sent in."""
     wrong = "e2b_" + CANARY
     answers = [
         *await every_form_of_a_key(service, path, service.key),
@@ -61,7 +61,7 @@ async def test_keys(service: Service, told: io.StringIO, path: str) -> None:
 
 
 async def use(service: Service, box: str) -> list[HTTPResponse]:
-    """Hands secrets in by every door, also where they are not welcome."""
+    """Send secrets in every way, also to routes that refuse them."""
 
     def secret(name: str) -> str:
         return f"{CANARY}-{name}"
@@ -100,7 +100,7 @@ async def test_what_is_handed_in(service: Service, told: io.StringIO) -> None:
 
 
 async def test_a_failure_of_ours(service: Service, told: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A 500 tells nothing; its traceback in the log holds neither the request's body, nor its headers or query."""
+    """A 500 tells nothing. Its traceback in the log holds neither the request's body, nor its headers or query."""
 
     async def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("broken by a test")
@@ -122,4 +122,4 @@ async def test_a_failure_of_ours(service: Service, told: io.StringIO, monkeypatc
     assert not re.search("broken by a test|Traceback", everywhere([answer]))
     for handler in logging.getLogger().handlers:
         if isinstance(found := getattr(handler, "found", None), list):
-            found.clear()  # the traceback was wanted: the fixture `tracebacks` shall not complain
+            found.clear()  # the fixture `tracebacks` must not complain, because this traceback was wanted

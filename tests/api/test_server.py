@@ -58,7 +58,7 @@ async def call(
 async def test_a_server_from_start_to_end(
     tmp_path: Path, client: AsyncHTTPClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It starts, warns that there is no isolation, answers, runs commands and cells, and leaves nothing."""
+    """The server starts, warns that there is no isolation, answers, runs commands and cells, and leaves nothing."""
     with caplog.at_level(logging.INFO):
         async with running(settings(tmp_path), lambda text: None) as server:
             assert "ISOLATION IS OFF" in caplog.text
@@ -85,7 +85,7 @@ async def test_a_server_from_start_to_end(
 
 
 async def test_the_first_start_makes_a_key(tmp_path: Path, client: AsyncHTTPClient) -> None:
-    """Without a key in the settings the first start makes one that works; later starts know it and make none."""
+    """Without a key in the settings the first start makes one that works. Later starts know it and make none."""
     mine = settings(tmp_path, api_key="", pool_size=0)
     async with running(mine, lambda text: None) as server:
         key = server.new_key
@@ -107,7 +107,7 @@ async def test_two_servers_do_not_share_a_data_directory(tmp_path: Path) -> None
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Tornado leaves its socket to the GC
 async def test_a_port_that_is_taken(tmp_path: Path) -> None:
-    """Refused by host and port; nothing stays held."""
+    """The start is refused with host and port in the message, and nothing stays held."""
     async with running(settings(tmp_path, pool_size=0), lambda text: None) as server:
         port = int(server.url.rsplit(":", 1)[1])
         with pytest.raises(SettingsError, match=rf"127\.0\.0\.1:{port}"):
@@ -124,7 +124,7 @@ async def test_settings_that_can_not_be_used(tmp_path: Path, fields: dict[str, s
 
 
 async def test_a_stop_lets_requests_finish(tmp_path: Path, client: AsyncHTTPClient) -> None:
-    """While it goes down the server finishes what is under way and takes nothing new."""
+    """A server that goes down finishes its running requests and takes no new ones."""
     context = running(settings(tmp_path, pool_size=0), lambda text: None)
     server = await context.__aenter__()
     answer = await call(client, server, "POST", "/sandboxes", {"templateID": "base"})
@@ -137,7 +137,7 @@ async def test_a_stop_lets_requests_finish(tmp_path: Path, client: AsyncHTTPClie
 
 
 async def test_a_stop_does_not_wait_for_ever(tmp_path: Path, client: AsyncHTTPClient) -> None:
-    """What does not finish within shutdown_timeout is ended with its sandbox, and told so."""
+    """A request that does not finish within shutdown_timeout ends with its sandbox, and its answer says so."""
     context = running(settings(tmp_path, pool_size=0, shutdown_timeout=1), lambda text: None)
     server = await context.__aenter__()
     answer = await call(client, server, "POST", "/sandboxes", {"templateID": "base"})
@@ -171,7 +171,7 @@ async def test_a_restart_tells_what_became_of_sandboxes(tmp_path: Path, client: 
 
 
 def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """`cellvm keys` makes, lists and removes keys; the list never shows one."""
+    """`cellvm keys` makes, lists and removes keys. The list never shows one."""
     monkeypatch.setenv("CELLVM_DATA_DIR", str(tmp_path))
     assert main(["keys", "add", "mine"]) == 0
     key = next(word for word in capsys.readouterr().out.split() if word.startswith("e2b_"))
@@ -191,7 +191,7 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     [(["serve", "--port", "x"], "--port"), (["serve", "--isolation", "docker"], "--isolation")],
 )
 def test_a_bad_flag(argv: list[str], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """A value that can't be is told with the flag's name and a non-zero status, without a traceback."""
+    """An invalid value gives a message with the flag's name and a non-zero status, without a traceback."""
     assert main([*argv, "--data-dir", str(tmp_path)]) == 1
     told = capsys.readouterr().err
     assert says in told
@@ -211,7 +211,7 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 async def test_it_listens_beyond_this_machine_only_when_told(tmp_path: Path) -> None:
-    """What is no boundary is not offered to other machines by accident; the message says what to do."""
+    """Without isolation the server listens elsewhere only by a flag, so not by accident. The message names it."""
     with pytest.raises(SettingsError, match="allow-insecure-emulation"):
         async with running(settings(tmp_path, host="0.0.0.0", pool_size=0), print):
             pass
@@ -228,7 +228,7 @@ def certificate(directory: Path) -> Path:
 
 
 def test_an_extra_ca_is_added(tmp_path: Path) -> None:
-    """Guests trust the bundle and the operator's own; what is no certificate is refused with its setting's name."""
+    """Guests trust the bundle and the operator's CA. A file without a certificate is refused by its setting."""
     bundle, own = tmp_path / "bundle.pem", certificate(tmp_path)
     bundle.write_text("# the host's\n")
     made = builder(settings(tmp_path, ca_bundle=str(bundle), extra_ca=str(own))).ca_bundle

@@ -1,4 +1,4 @@
-"""The stream for agents, and executions as a resource: every event, taken up again wherever it broke off."""
+"""The stream for agents, and executions as a resource: every event, also after a break at any place."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ def kinds(events: list[dict[str, Any]]) -> list[str]:
 
 
 def bare(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Events without what differs from run to run."""
+    """Events without the fields that differ from run to run."""
     return [
         {name: value for name, value in each.items() if name not in ("seq", "id", "executionCount")} for each in events
     ]
@@ -89,7 +89,7 @@ async def test_every_event(real: Service, real_box: str) -> None:
 
 
 async def test_every_event_has_a_number(service: Service, box: str) -> None:
-    """`seq` is there always, on a kernel that never said anything and in a refusal too: clients resume by it."""
+    """Every event has `seq`, also on a silent kernel and in a refusal, because clients resume by it."""
     async with agent(service, box) as client:
         await client.run("1")
         await client.send("execute", code="1", id="not legal!")
@@ -99,7 +99,7 @@ async def test_every_event_has_a_number(service: Service, box: str) -> None:
 
 
 async def test_the_kernel_s_own_states(real: Service) -> None:
-    """A kernel that ends, and one that is restarted: why, with which exit code, and when there is another."""
+    """A kernel's end and restart are told, with reason and exit code, and again when there is another kernel."""
     box = await real.create()
     async with agent(real, box) as client:
         events = await client.run("import os; os._exit(3)")
@@ -119,7 +119,7 @@ async def test_the_kernel_s_own_states(real: Service) -> None:
 
 
 async def test_an_interrupt(real: Service, real_box: str) -> None:
-    """The running cell ends with KeyboardInterrupt; its variables stay."""
+    """The running cell ends with KeyboardInterrupt, and its variables stay."""
     async with agent(real, real_box) as client:
         await client.send("execute", code="kept = 1; print('.', flush=True)\nimport time; time.sleep(60)", id="i")
         await client.until("stdout")
@@ -166,7 +166,7 @@ async def test_a_timeout_counts_from_the_start(service: Service, box: str) -> No
 
 
 async def test_an_id_runs_once(service: Service, box: str) -> None:
-    """The same id and code again, while it runs or later, runs nothing; with other code it is refused."""
+    """The same id and code again, while it runs or later, runs nothing. The id with other code is refused."""
     async with agent(service, box) as client, agent(service, box) as other:
         await client.run("n = 0")
         for sender in (client, other, client):
@@ -198,7 +198,7 @@ MALFORMED = [
 
 @pytest.mark.parametrize("frame", MALFORMED, ids=lambda frame: str(frame[:40]))
 async def test_malformed_commands(service: Service, box: str, frame: str | bytes) -> None:
-    """1007; other clients and the kernel are unharmed."""
+    """The connection is closed with 1007. Other clients and the kernel are unharmed."""
     async with agent(service, box) as other:
         async with agent(service, box) as client:
             await client.socket.send(frame)
@@ -207,7 +207,7 @@ async def test_malformed_commands(service: Service, box: str, frame: str | bytes
 
 
 async def test_code_that_is_no_text(service: Service, box: str) -> None:
-    """Half a surrogate pair is refused or closes the connection; it never reaches the kernel."""
+    """Half a surrogate pair is refused or closes the connection, and never reaches the kernel."""
     async with agent(service, box) as client:
         await client.socket.send('{"type": "execute", "code": "\\ud800"}')
         assert await close_code(client.socket) == 1007
@@ -217,7 +217,7 @@ async def test_code_that_is_no_text(service: Service, box: str) -> None:
 
 
 async def test_everybody_sees_the_same(service: Service, box: str) -> None:
-    """Two clients of the stream see the same events, of cells that came from anywhere."""
+    """Two clients of the stream see the same events, wherever the cells came from."""
     kernel = json.loads((await service.call("GET", f"/sandboxes/{box}")).body)["kernelID"]
     async with agent(service, box) as first, agent(service, box) as second, channels(service, kernel) as jupyter:
         await first.run('print("a"); 1 / 0')
@@ -231,7 +231,7 @@ async def test_everybody_sees_the_same(service: Service, box: str) -> None:
 
 
 async def test_from_every_number_on(service: Service, box: str) -> None:
-    """Whatever number a client comes back with, it gets what follows, once, and then what is new."""
+    """A client that comes back with any number gets the following events once, and then new ones."""
     async with agent(service, box, since=0) as client:
         for code in ('print("a"); display({"text/plain": "b"}); 1', "1 / 0", "2"):
             await client.run(code)
@@ -245,7 +245,7 @@ async def test_from_every_number_on(service: Service, box: str) -> None:
 
 
 async def test_a_gap_is_told(service: Service, box: str) -> None:
-    """Of far more than is kept, it is said how much is missing and where; the course of things is there."""
+    """A gap tells how much is missing and where. Events that tell the course of things are never missing."""
     async with agent(service, box) as client:
         await client.run('print("early")', id="early")
         await client.send("execute", code="flood(100)", id="flood")
@@ -262,7 +262,7 @@ async def test_a_gap_is_told(service: Service, box: str) -> None:
 
 
 async def test_a_client_that_leaves_does_not_stop_its_cell(service: Service, box: str) -> None:
-    """It may come back with its number, send its command again, and gets what it missed."""
+    """The client may come back with its number and send its command again, and gets the events it missed."""
     code = 'time.sleep(0.3); print("done")'
     async with agent(service, box) as client:
         await client.send("execute", code=code, id="mine")
@@ -327,14 +327,14 @@ async def keyed(service: Service, box: str, code: str, key: str = "k-1") -> HTTP
 
 
 async def execution(service: Service, box: str, key: str = "k-1") -> dict[str, Any]:
-    """What is told of the execution with that key."""
+    """The execution with that key, as the server tells it."""
     answer = await service.call("GET", f"/sandboxes/{box}/executions/{key}")
     assert answer.code == 200, answer.body
     return dict(json.loads(answer.body))
 
 
 async def test_an_execution_outlives_its_client(service: Service, box: str) -> None:
-    """With an Idempotency-Key a cell goes on when the client hangs up; asked again, it is the same run."""
+    """With an Idempotency-Key a cell goes on when the client hangs up. The same request again finds the same run."""
     await service.execute(box, "n = 0")
     code = "time.sleep(0.5); n = n + 1; n"
     _, writer = await asyncio.open_connection("127.0.0.1", service.port)
@@ -356,7 +356,7 @@ async def test_an_execution_outlives_its_client(service: Service, box: str) -> N
 
 
 async def test_an_execution_whose_kernel_ended(service: Service, box: str) -> None:
-    """Nobody knows how far it came: unknown, and not safe to repeat. One that never was is 404, and safe to start."""
+    """Its status is unknown and a repeat is not safe. An execution that never existed is 404 and safe to start."""
     answer = await keyed(service, box, "import os; os._exit(3)")
     assert json.loads(answer.body)["error"]["code"] == "kernel_restarted"
     over = await execution(service, box)
