@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import base64
 import logging
+import math
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmana
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from guest_agent import wire
@@ -181,7 +183,8 @@ async def doctor(settings: Settings) -> int:
         own = frozenset()
     for finding in examine(settings, found, await choose(settings.network), own):
         failed = failed or finding.level == "fail"
-        print_line = f"{marks[finding.level]}  {finding.what}" + (f" — {finding.meaning}" if finding.meaning else "")
+        told = escape(finding.what + (f" — {finding.meaning}" if finding.meaning else ""))  # a guest's console is in it
+        print_line = f"{marks[finding.level]}  {told}"
         Console(highlight=False, soft_wrap=True).print(print_line)
     return int(failed)
 
@@ -427,7 +430,7 @@ def main(argv: list[str] | None = None) -> int:
             case "nb":
                 return asyncio.run(run_notebook(settings, options))
             case "cache":
-                unused = settings.cache_days if options.unused is None else options.unused
+                unused = (settings.cache_days or math.inf) if options.unused is None else options.unused
                 return asyncio.run(cache(settings, options.action, unused))
             case "keys":
                 return keys(settings, options.action, options.name)

@@ -6,6 +6,7 @@ of a server only verifies.
 
 import asyncio
 import hashlib
+import itertools
 import logging
 import math
 import os
@@ -53,6 +54,10 @@ ASK_EVERY = 0.1
 LAST_WORDS = 1500
 """Characters of a machine's console that an error shows."""
 FIRMWARE = "bios-microvm.bin"
+
+
+class HostRefused(BuildError):
+    """The host has no room for a first machine, or is too slow for one: that says nothing of the snapshot."""
 
 
 class NotBooted(BuildError):
@@ -164,6 +169,8 @@ class Builder:
             try:
                 await self._offer(template, driver, path, manifest, image, machine, told)
                 return
+            except HostRefused:
+                raise
             except BuildError as error:
                 log.warning("the cached snapshot of %s is of no use and is made again: %s", template.id, error)
                 self.cache.drop(path)
@@ -206,6 +213,8 @@ class Builder:
             try:
                 guest = await Guests(driver).start(template.id)
             except (DriverError, CellvmError) as error:
+                if isinstance(error.__cause__, OSError):  # a time-out is one, too
+                    raise HostRefused(f"no machine of the template {template.id} could be started: {error}") from error
                 raise BuildError(f"a machine that was restored from the snapshot does not answer: {error}") from error
             await guest.kill()
         except BaseException:
@@ -226,7 +235,7 @@ class Builder:
                 with closing(await Link.open(vm.open(), time_scale=driver.capabilities.time_scale)) as link:
                     try:
                         await vm.progressing(_answered(link), BOOT_CPU)
-                    except DriverError as error:
+                    except (CellvmError, DriverError) as error:
                         raise NotBooted(_what_was_seen(template, vm, error)) from error
                     step("warm the kernel")
                     warm = wire.Warm(modules=template.warm, exercise=template.exercise)
@@ -298,13 +307,17 @@ def _argv(machine: Machine, *, network: bool) -> str:
 
 
 async def _answered(link: Link) -> None:
-    """Return when the agent answers. It is asked again and again, because the guest drops what comes too early."""
-    while True:
+    """Return when the agent answers. It is asked again and again, because the guest drops what comes too early.
+
+    The questions become rarer, because a link bears only so many that are not answered.
+    """
+    for asked in itertools.count():
         try:
-            await link.call(wire.Ping(), wire.Done, timeout=ASK_EVERY)
+            await link.call(wire.Ping(), wire.Done, timeout=ASK_EVERY * min(1 + asked / 10, 20))
             return
         except GuestUnresponsive:
-            continue
+            if link.closed.done():  # the link gave the guest up
+                raise
 
 
 def _what_was_seen(template: Template, vm: QemuVm, error: Exception) -> str:

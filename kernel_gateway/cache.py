@@ -15,7 +15,9 @@ Names with a dot in front are unfinished work: whoever holds `lock` may delete t
 
 import asyncio
 import fcntl
+import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -23,8 +25,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+log = logging.getLogger(__name__)
+
 KINDS = ("wheels", "debs", "images", "initrd", "snapshots", "kvm")
 DAY = 86_400
+KEY = r"(?:[A-Za-z0-9_-]+-)?[0-9a-f]{16}|bookworm"
+"""The names of entries: nothing else in the directory is ours to delete."""
+ENTRY = re.compile(rf"(?:{KEY})(?:\.part)?")
+UNFINISHED = re.compile(rf"\.(?:{KEY})(?:\.part)?(?:-[a-z0-9_]{{8}})?")
+"""Names of work that was begun (with the letters of `mkdtemp`), and of entries that are being deleted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +73,20 @@ class Cache:
                     progress(f"wait for another build in {self.root}")
                 waiting = True
                 await asyncio.sleep(0.5)
-            for left in (*self.root.glob(".*"), *self.root.glob("*/.*")):
-                await asyncio.to_thread(_delete, left)
+            for left in self._unfinished():
+                try:
+                    await asyncio.to_thread(_delete, left)
+                except OSError as error:  # another user's, say; it is in nobody's way
+                    log.warning("%s is left of a build that was killed, and can't be deleted: %s", left, error)
             yield
         finally:
             os.close(lock)
+
+    def _unfinished(self) -> Iterator[Path]:
+        """What builders that were killed have left. No other file is touched, whatever the directory is used for."""
+        for kind in KINDS:
+            yield from (path for path in (self.root / kind).glob(".*") if UNFINISHED.fullmatch(path.name))
+        yield from (path for path in self.root.glob(".probe-*") if re.fullmatch(r"\.probe-\d+", path.name))
 
     def use(self, path: Path) -> Path:
         """Hold an entry for as long as this cache is open, and note that it was used now. Returns the path."""
@@ -92,7 +110,7 @@ class Cache:
 
     def entries(self) -> list[Entry]:
         """All there is, the largest first."""
-        found = [_entry(path) for kind in KINDS for path in (self.root / kind).glob("[!.]*")]
+        found = [_entry(path) for kind in KINDS for path in (self.root / kind).iterdir() if ENTRY.fullmatch(path.name)]
         return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.size, reverse=True)
 
     def prune(self, days: float) -> Iterator[Entry]:

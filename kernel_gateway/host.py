@@ -58,11 +58,16 @@ async def install_packages(qemu: str, step: Progress) -> None:
         raise BuildError(f"missing: {', '.join(packages)}. As root, run:\n  {' '.join(command)}")
     step(f"install {', '.join(packages)}")
     quiet = {"DEBIAN_FRONTEND": "noninteractive"}
-    # An installation before this one may have been interrupted, or may still be at work.
-    await run(["dpkg", "--configure", "-a"], quiet, step)
-    waiting = ["-o", "DPkg::Lock::Timeout=600"]
+    waiting = ["-o", "DPkg::Lock::Timeout=600"]  # another installation may be at work
     await run(["apt-get", *waiting, "update"], quiet, step)
-    await run([*command, *waiting], quiet, step)
+    try:
+        await run([*command, *waiting], quiet, step)
+    except BuildError as error:
+        if "dpkg --configure -a" not in str(error):
+            raise
+        step("finish an installation that was interrupted")
+        await run(["dpkg", "--configure", "-a"], quiet, step)
+        await run([*command, *waiting], quiet, step)
 
 
 @dataclass(frozen=True, slots=True)

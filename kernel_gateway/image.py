@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -43,6 +44,22 @@ WHEEL_PLATFORMS = (
 INITRD = "initrd.cpio.gz"
 DIES_WITH_US = ("setpriv", "--pdeathsig=TERM", "--")
 """The prefix of a command that ends when this process is killed."""
+ALONE = (
+    "setpriv",
+    "--pdeathsig=KILL",
+    "--",
+    "unshare",
+    "--mount",
+    "--mount-proc",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--",
+)
+"""The same for root, in namespaces of its own. With their first process go all others, and all mounts.
+
+`unshare` blocks every signal that asks, so it is killed, and it takes the rest with it.
+"""
 SEAL, CHECKED = "files.json", "checked.json"
 """What a directory's files must be, and which ones were found to be so."""
 
@@ -142,7 +159,7 @@ async def run(command: list[str], env: dict[str, str], step: Progress) -> None:
             last = [*last[-20:], line]
     except BaseException:
         # In a session of its own, so that Ctrl-C reaches only us: the tool is told once, and cleans up behind itself.
-        process.terminate()
+        process.send_signal(signal.SIGKILL if command[: len(ALONE)] == [*ALONE] else signal.SIGTERM)
         await process.wait()
         raise
     if await process.wait():
@@ -181,7 +198,7 @@ async def build_image(template: Template, cache: Cache, ca_bundle: Path | None, 
             async with asyncio.TaskGroup() as both:
                 both.create_task(download_wheels(rootfs / "requirements.lock", wheels, step))
                 both.create_task(_debian(template, work, cache, wheels, ca_bundle, step))
-        except* BuildError as failed:
+        except* (BuildError, OSError) as failed:
             raise failed.exceptions[0] from None
         shutil.rmtree(work / "tmp")
         booted = [*(work / "boot/boot").glob("vmlinuz-*"), work / "boot/bin/busybox"]
@@ -201,12 +218,9 @@ async def _debian(
     (work / "tmp").mkdir()
     packages = [line for line in (rootfs / "debian.txt").read_text().split("\n") if line and line[0] != "#"]
     excluded = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("man", "locale", "doc", "info")]
-    # As root in namespaces of its own: with the first process of them goes all the rest, mounts included, also when
-    # this process is killed.
-    alone = ["unshare", "--mount", "--mount-proc", "--pid", "--fork", "--kill-child", "--"]
     await run(
         [
-            *DIES_WITH_US, *(alone if os.geteuid() == 0 else []),
+            *(ALONE if os.geteuid() == 0 else DIES_WITH_US),
             "mmdebstrap", "--mode=unshare", "--variant=minbase", f"--include={','.join(packages + template.debian)}",
             *excluded,
             # Packages are kept outside, in the cache.
@@ -230,7 +244,9 @@ async def download_wheels(lock: Path, directory: Path, step: Progress) -> None:
     """Fill a folder with every wheel of the lock file, hashes checked. An interrupted download is continued."""
     if directory.is_dir():
         known = set(re.findall(r"sha256:([0-9a-f]{64})", lock.read_text()))
-        if {await asyncio.to_thread(_sha256, wheel) for wheel in directory.glob("*.whl")} <= known:
+        wheels = list(directory.glob("*.whl"))
+        wanted = len(re.findall(r"^[A-Za-z0-9._-]+(?:\[.*?\])?==", lock.read_text(), re.MULTILINE))
+        if len(wheels) == wanted and {await asyncio.to_thread(_sha256, wheel) for wheel in wheels} <= known:
             touch(directory)
             return
         log.warning("Python packages are downloaded again, because a file in %s is damaged", directory)

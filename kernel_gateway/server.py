@@ -316,10 +316,13 @@ async def make_rest(settings: Settings, templates: Templates, preparation: Prepa
     await preparation.make_all(template for template in templates if template is not templates.default)
     log.info("the other templates have had their turn")
     if settings.cache_days and settings.isolation != "unisolated":
-        cache = Cache(settings.cache_path)
-        async with cache.building(log.info):
-            for entry in await asyncio.to_thread(lambda: list(cache.prune(settings.cache_days))):
-                log.info("deleted from the cache, unused for %d days: %s", settings.cache_days, entry.name)
+        try:
+            cache = Cache(settings.cache_path)
+            async with cache.building(log.info):
+                for entry in await asyncio.to_thread(lambda: list(cache.prune(settings.cache_days))):
+                    log.info("deleted from the cache, unused for %d days: %s", settings.cache_days, entry.name)
+        except OSError as error:
+            log.warning("old entries of the cache can't be deleted: %s", error)
 
 
 async def cancelled(task: asyncio.Task[None]) -> None:

@@ -34,9 +34,10 @@ def _look(rdtsc: Callable[[], int]) -> tuple[int, int]:
     """Clock (ns) and counter at one moment: of several looks, the one that was interrupted least."""
     found = []
     for _ in range(LOOKS):
-        before = time.monotonic_ns()
+        # RAW, because a time server bends the other clock by more than TOLERANCE.
+        before = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
         counter = rdtsc()
-        after = time.monotonic_ns()
+        after = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
         found.append((after - before, (before + after) // 2, counter))
     _, clock, counter = min(found)
     return clock, counter

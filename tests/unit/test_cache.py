@@ -38,33 +38,33 @@ def ignore(_: str) -> None:
 def test_all_entries_are_told(cache: Cache) -> None:
     """Each with its size on disk, the largest first; unfinished work is none."""
     for n, kind in enumerate(KINDS):
-        entry(cache, f"{kind}/key{n}", days=n, size=(n + 1) * 50_000)
-    entry(cache, "images/.unfinished-x")
+        entry(cache, f"{kind}/{n:016x}", days=n, size=(n + 1) * 50_000)
+    entry(cache, "images/.dddddddddddddddd-abcd_123")
     found = cache.entries()
-    assert [each.name for each in found] == [f"{kind}/key{n}" for n, kind in reversed(list(enumerate(KINDS)))]
+    assert [each.name for each in found] == [f"{kind}/{n:016x}" for n, kind in reversed(list(enumerate(KINDS)))]
     assert all(each.size >= 50_000 and not each.is_held for each in found)
     assert time.time() - found[0].used_at == pytest.approx((len(KINDS) - 1) * DAY, abs=60)
 
 
 async def test_what_was_not_used_is_pruned(cache: Cache) -> None:
     """Only what is old enough goes, and it goes whole."""
-    old, young = entry(cache, "images/old", days=15), entry(cache, "images/young", days=13)
+    old, young = entry(cache, "images/aaaaaaaaaaaaaaaa", days=15), entry(cache, "images/bbbbbbbbbbbbbbbb", days=13)
     async with cache.building(ignore):
         assert [each.path for each in cache.prune(14)] == [old]
         assert list(cache.prune(14)) == []
     assert young.is_dir()
-    assert os.listdir(cache.root / "images") == ["young"]
+    assert os.listdir(cache.root / "images") == ["bbbbbbbbbbbbbbbb"]
 
 
 async def test_what_a_server_uses_is_never_pruned(cache: Cache) -> None:
     """Another process holds an entry: it stays until that process ends, however it ends."""
-    held = entry(cache, "snapshots/held", days=100)
+    held = entry(cache, "snapshots/base-cccccccccccccccc", days=100)
     script = f"""
 import sys, time
 from pathlib import Path
 from kernel_gateway.cache import Cache
 cache = Cache(Path({str(cache.root)!r}))
-cache.use(cache.root / "snapshots/held")
+cache.use(cache.root / "snapshots/base-cccccccccccccccc")
 print("held", flush=True)
 time.sleep(600)
 """
@@ -88,13 +88,13 @@ time.sleep(600)
 
 async def test_using_twice_and_dropping(cache: Cache) -> None:
     """An entry is held once however often it is used; one that is of no use can be deleted by whoever holds it."""
-    path = entry(cache, "images/key")
+    path = entry(cache, "images/3333333333333333")
     files = len(os.listdir("/proc/self/fd"))
     assert cache.use(path) == cache.use(path) == path
     assert len(os.listdir("/proc/self/fd")) == files + 1
     cache.drop(path)
     assert not path.exists()
-    cache.use(entry(cache, "images/other"))
+    cache.use(entry(cache, "images/2222222222222222"))
     cache.close()
     assert len(os.listdir("/proc/self/fd")) == files
 
@@ -117,15 +117,44 @@ async def test_one_builds_at_a_time(cache: Cache) -> None:
 
 async def test_what_a_killed_builder_left_is_deleted(cache: Cache) -> None:
     """Unfinished work of a process that was killed goes with the next build; what was downloaded stays."""
-    with pytest.raises(KeyboardInterrupt), finished(cache.root / "images/key"):
+    with pytest.raises(KeyboardInterrupt), finished(cache.root / "images/3333333333333333"):
         raise KeyboardInterrupt
-    entry(cache, "images/.key-abc")
-    entry(cache, "snapshots/.pruned")
+    entry(cache, "images/.eeeeeeeeeeeeeeee-abcd1234")
+    entry(cache, "snapshots/.base-ffffffffffffffff")
     (cache.root / ".probe-1").touch()
-    entry(cache, "wheels/key.part")
+    entry(cache, "wheels/1111111111111111.part")
     async with cache.building(ignore):
         assert sorted(str(path.relative_to(cache.root)) for path in cache.root.glob("**/.*")) == []
-    assert (cache.root / "wheels/key.part/file").exists()
+    assert (cache.root / "wheels/1111111111111111.part/file").exists()
+
+
+async def test_what_is_not_ours_is_never_deleted(tmp_path: Path) -> None:
+    """A directory that serves other purposes, too, keeps its files: hidden ones, and folders of our kinds' names."""
+    for name in (".ssh/id", ".bashrc", "project/.git/head", "images/holiday/1.jpg", "images/.thumbs/1", "kvm/notes/x"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+        os.utime(path.parent, (0, 0))
+    before = sorted(tmp_path.rglob("*"))
+    cache = Cache(tmp_path)
+    async with cache.building(ignore):
+        assert list(cache.prune(0)) == []
+    assert set(before) <= set(tmp_path.rglob("*"))
+
+
+async def test_what_can_not_be_deleted_is_in_nobodys_way(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another user's leftover is told by its path, and the build goes on."""
+    left = entry(cache, "images/.dddddddddddddddd-abcd1234")
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("kernel_gateway.cache._delete", refuse)
+    async with cache.building(ignore):
+        pass
+    assert str(left) in caplog.text
 
 
 # -- sealed directories

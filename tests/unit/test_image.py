@@ -1,6 +1,11 @@
 """Pieces of the image builder that need no build: the archive, hashes, kernel modules, templates."""
 
+import asyncio
+import contextlib
+import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +13,7 @@ import pytest
 from kernel_gateway import image
 from kernel_gateway.image import Cpio, content_hash, dependencies, finished, modules_in_order
 from kernel_gateway.templates import Templates, rootfs_dir
+from tests.fakes import eventually
 
 
 def parse(archive: bytes) -> dict[str, tuple[int, bytes]]:
@@ -150,3 +156,36 @@ def test_a_template_file_that_is_wrong_is_named(tmp_path: Path) -> None:
     assert [template.id for template in Templates.load(tmp_path, ["a"])] == ["a"]
     with pytest.raises(ValueError, match="no template 'b'; there are a"):
         Templates.load(tmp_path, ["b"])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="namespaces of a build are root's")
+@pytest.mark.parametrize("how", ["cancelled", "killed"])
+async def test_a_builds_tool_ends_with_us(how: str, tmp_path: Path) -> None:
+    """Whether the build is cancelled or its process is killed: within seconds nothing of the tool is left."""
+    mark = f"31{os.getpid()}.{len(how)}"
+    if how == "cancelled":
+        running = asyncio.create_task(image.run([*image.ALONE, "sleep", mark], {}, print))
+        await eventually(lambda: of_command(mark))
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(running, 5)
+    else:
+        code = (
+            "import asyncio; from kernel_gateway import image; "
+            f"asyncio.run(image.run([*image.ALONE, 'sleep', '{mark}'], {{}}, print))"
+        )
+        parent = subprocess.Popen([sys.executable, "-c", code])
+        await eventually(lambda: of_command(mark))
+        parent.kill()
+        parent.wait()
+    await eventually(lambda: not of_command(mark))
+
+
+def of_command(argument: str) -> list[str]:
+    """Processes `sleep` with that argument."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_bytes() == f"sleep\0{argument}\0".encode():
+                found.append(path.parent.name)
+    return found
