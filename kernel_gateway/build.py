@@ -148,13 +148,34 @@ class Builder:
 
         directory = await self.image(template, told)
         initrd = await asyncio.to_thread(build_initrd, directory, self.cache)
-        image = self.open_image(directory, initrd)
         machine = await asyncio.to_thread(machine_of, template, driver.capabilities.accelerator)
-        manifest = Manifest(
+        # In a thread, because a server may be at work already.
+        manifest = await asyncio.to_thread(self._expected, template, driver, machine, directory, initrd)
+        path = self.cache.root / "snapshots" / f"{template.id}-{content_hash(msgspec.json.encode(manifest.made_with))}"
+        image = self.open_image(directory, initrd)
+        try:
+            if path.is_dir():
+                try:
+                    await self._offer(template, driver, path, manifest, image, machine, told)
+                    return
+                except HostRefused:
+                    raise
+                except BuildError as error:
+                    log.warning("the cached snapshot of %s is of no use and is made again: %s", template.id, error)
+                    self.cache.drop(path)
+            await self._make(template, driver, image, machine, manifest, path, told)
+            await self._offer(template, driver, path, manifest, image, machine, told)
+        except BaseException:
+            image.close()
+            raise
+
+    def _expected(self, template: Template, driver: Qemu, machine: Machine, image: Path, initrd: Path) -> Manifest:
+        """What a snapshot that fits here was made with."""
+        return Manifest(
             template=template.id,
             made_with={
                 "recipe": repr(template),
-                "image": directory.name,
+                "image": image.name,
                 "initrd": initrd.parent.name,
                 "qemu": qemu_version(self.binary),
                 "firmware": firmware(self.binary),
@@ -164,26 +185,6 @@ class Builder:
             tsc_khz=machine.tsc_khz,
             files={},
         )
-        path = self.cache.root / "snapshots" / f"{template.id}-{content_hash(msgspec.json.encode(manifest.made_with))}"
-        if path.is_dir():
-            try:
-                await self._offer(template, driver, path, manifest, image, machine, told)
-                return
-            except HostRefused:
-                raise
-            except BuildError as error:
-                log.warning("the cached snapshot of %s is of no use and is made again: %s", template.id, error)
-                self.cache.drop(path)
-        for attempt in range(1, BOOT_ATTEMPTS + 1):
-            try:
-                with finished(path) as work:
-                    await self._make(template, driver, image, machine, manifest, work, told)
-                break
-            except NotBooted as error:
-                if attempt == BOOT_ATTEMPTS:
-                    raise
-                log.warning("boot %d of at most %d: %s", attempt, BOOT_ATTEMPTS, error)
-        await self._offer(template, driver, path, manifest, image, machine, told)
 
     async def _offer(
         self, template: Template, driver: Qemu, path: Path, expected: Manifest, image: Image, machine: Machine,
@@ -222,12 +223,27 @@ class Builder:
             raise
 
     async def _make(
+        self, template: Template, driver: Qemu, image: Image, machine: Machine, manifest: Manifest, path: Path,
+        step: Progress,
+    ) -> None:  # fmt: skip
+        """Make a snapshot. A machine that does not come up is booted again, BOOT_ATTEMPTS times in all."""
+        for attempt in range(1, BOOT_ATTEMPTS + 1):
+            try:
+                with finished(path) as work:
+                    await self._boot(template, driver, image, machine, manifest, work, step)
+                return
+            except NotBooted as error:
+                if attempt == BOOT_ATTEMPTS:
+                    raise
+                log.warning("boot %d of at most %d: %s", attempt, BOOT_ATTEMPTS, error)
+
+    async def _boot(
         self, template: Template, driver: Qemu, image: Image, machine: Machine, manifest: Manifest, work: Path,
         step: Progress,
     ) -> None:  # fmt: skip
         step("boot the template")
         memory = memory_file("template", machine.ram_mb * 1024 * 1024)
-        disk = self._format(work / "disk", template.disk_mb)
+        disk = await asyncio.to_thread(self._format, work / "disk", template.disk_mb)
         state = os.open(work / "state", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             vm = await driver.boot(image, machine, memory, disk)
@@ -279,7 +295,7 @@ class Builder:
         machine = machine_of(template, "kvm")
         memory = memory_file("probe", machine.ram_mb * 1024 * 1024)
         path = self.cache.root / f".probe-{os.getpid()}"
-        disk = self._format(path, template.disk_mb)
+        disk = await asyncio.to_thread(self._format, path, template.disk_mb)
         try:
             path.unlink()
             vm = await driver.boot(image, machine, memory, disk)
@@ -295,6 +311,7 @@ class Builder:
         finally:
             os.close(memory)
             os.close(disk)
+            image.close()
         return ""
 
 

@@ -1,4 +1,4 @@
-"""The cache: what templates are built from and into. Each entry is named by a hash of all that went into it.
+"""The cache: what templates are built from and into. Entries but `debs` are named by a hash of what went into them.
 
     wheels/KEY               Python packages of a lock file; `KEY.part` while they are being downloaded
     debs/SUITE               Debian packages
@@ -27,9 +27,11 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+SUITE = "bookworm"
+"""The Debian release of guests."""
 KINDS = ("wheels", "debs", "images", "initrd", "snapshots", "kvm")
 DAY = 86_400
-KEY = r"(?:[A-Za-z0-9_-]+-)?[0-9a-f]{16}|bookworm"
+KEY = rf"(?:[A-Za-z0-9_-]+-)?[0-9a-f]{{16}}|{SUITE}"
 """The names of entries: nothing else in the directory is ours to delete."""
 ENTRY = re.compile(rf"(?:{KEY})(?:\.part)?")
 UNFINISHED = re.compile(rf"\.(?:{KEY})(?:\.part)?(?:-[a-z0-9_]{{8}})?")
@@ -94,7 +96,7 @@ class Cache:
             held = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             fcntl.flock(held, fcntl.LOCK_SH)
             self._held[path] = held
-        touch(path)
+        path.touch()
         return path
 
     def drop(self, path: Path) -> None:
@@ -121,11 +123,6 @@ class Cache:
             # A server that starts now waits for `building`, so nobody begins to use the entry meanwhile.
             _delete(entry.path)
             yield entry
-
-
-def touch(path: Path) -> None:
-    """Note that an entry was used now."""
-    os.utime(path)
 
 
 def _locked(file: int, kind: int) -> bool:

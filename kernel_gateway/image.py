@@ -23,12 +23,11 @@ from pathlib import Path
 
 import msgspec
 
-from kernel_gateway.cache import Cache, touch
+from kernel_gateway.cache import SUITE, Cache
 from kernel_gateway.templates import Template, rootfs_dir
 
 log = logging.getLogger(__name__)
 
-SUITE = "bookworm"
 AGENT_PACKAGES = ("ipykernel", "msgspec", "pyzmq")
 """Python packages of every guest: the agent and the kernel."""
 MODULES = (
@@ -139,8 +138,13 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-async def run(command: list[str], env: dict[str, str], step: Progress) -> None:
+async def run(
+    command: list[str], env: dict[str, str], step: Progress, *, ended_by: signal.Signals = signal.SIGTERM
+) -> None:
     """Run a program, passing its lines `step: …` on. Cancelling ends it, and waits until it has cleaned up.
+
+    Args:
+        ended_by: the signal that ends it: SIGKILL for what runs behind `ALONE`.
 
     Raises:
         BuildError: it failed.
@@ -159,7 +163,7 @@ async def run(command: list[str], env: dict[str, str], step: Progress) -> None:
             last = [*last[-20:], line]
     except BaseException:
         # In a session of its own, so that Ctrl-C reaches only us: the tool is told once, and cleans up behind itself.
-        process.send_signal(signal.SIGKILL if command[: len(ALONE)] == [*ALONE] else signal.SIGTERM)
+        process.send_signal(ended_by)
         await process.wait()
         raise
     if await process.wait():
@@ -211,16 +215,16 @@ async def _debian(
     template: Template, work: Path, cache: Cache, wheels: Path, ca_bundle: Path | None, step: Progress
 ) -> None:
     """Make the tree of the guest and what lies beside it, in `work`. The hook waits for the wheels."""
-    rootfs = rootfs_dir()
+    rootfs, is_root = rootfs_dir(), os.geteuid() == 0
     debs = cache.root / "debs" / SUITE
     debs.mkdir(exist_ok=True)
-    touch(debs)
+    debs.touch()
     (work / "tmp").mkdir()
     packages = [line for line in (rootfs / "debian.txt").read_text().split("\n") if line and line[0] != "#"]
     excluded = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("man", "locale", "doc", "info")]
     await run(
         [
-            *(ALONE if os.geteuid() == 0 else DIES_WITH_US),
+            *(ALONE if is_root else DIES_WITH_US),
             "mmdebstrap", "--mode=unshare", "--variant=minbase", f"--include={','.join(packages + template.debian)}",
             *excluded,
             # Packages are kept outside, in the cache.
@@ -237,17 +241,18 @@ async def _debian(
             "TMPDIR": str(work / "tmp"),
         },
         step,
+        ended_by=signal.SIGKILL if is_root else signal.SIGTERM,
     )  # fmt: skip
 
 
 async def download_wheels(lock: Path, directory: Path, step: Progress) -> None:
     """Fill a folder with every wheel of the lock file, hashes checked. An interrupted download is continued."""
     if directory.is_dir():
-        known = set(re.findall(r"sha256:([0-9a-f]{64})", lock.read_text()))
-        wheels = list(directory.glob("*.whl"))
-        wanted = len(re.findall(r"^[A-Za-z0-9._-]+(?:\[.*?\])?==", lock.read_text(), re.MULTILINE))
+        text, wheels = lock.read_text(), list(directory.glob("*.whl"))
+        known = set(re.findall(r"sha256:([0-9a-f]{64})", text))
+        wanted = len(re.findall(r"^[A-Za-z0-9._-]+(?:\[.*?\])?==", text, re.MULTILINE))
         if len(wheels) == wanted and {await asyncio.to_thread(_sha256, wheel) for wheel in wheels} <= known:
-            touch(directory)
+            directory.touch()
             return
         log.warning("Python packages are downloaded again, because a file in %s is damaged", directory)
         shutil.rmtree(directory)

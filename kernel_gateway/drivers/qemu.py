@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,6 +45,11 @@ class Image:
     kernel: int
     initrd: int
     root: int
+
+    def close(self) -> None:
+        """Close them, when no machine will be started with them any more."""
+        for fd in astuple(self):
+            os.close(fd)
 
 
 class QemuVm:
@@ -299,10 +304,6 @@ class Qemu:
     async def _card(self) -> Nic | None:
         return None if self._nics is None else await self._nics.take()
 
-    def command(self, machine: Machine, fds: Descriptors, *, template: bool) -> list[str]:
-        """The command line, for manifests and tests."""
-        return qemu(self._binary, machine, fds, template=template)
-
     def _spawn(
         self, machine: Machine, image: Image, memory: int, disk: int, nic: Nic | None, *, template: bool
     ) -> QemuVm:
@@ -330,7 +331,7 @@ class Qemu:
                 console=its_console.fileno(),
                 tap=None if nic is None else nic.tap,
             )
-            argv = cell.command(self.command(machine, fds, template=template))
+            argv = cell.command(qemu(self._binary, machine, fds, template=template))
             # The parent-death signal is tied to the thread that spawns: this must be the main one.
             process = subprocess.Popen(
                 argv,

@@ -21,9 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.guest.client import CELLVM, Server
+from tests.guest.client import CELLVM, Server, cache_without_snapshots
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cellvm"
 RESULTS = Path("bench-results/starts.json")
 KILLED_WITHIN = 60.0
 """Seconds from a start to the latest moment at which it is killed."""
@@ -88,16 +87,10 @@ def main() -> None:
     parser.add_argument("--template", default="code_interpreter")
     options = parser.parse_args()
     samples: list[dict[str, Any]] = []
-    (CACHE / "test").mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="starts-", dir=CACHE / "test") as name:
-        cache = Path(name)
-        for kind in ("images", "initrd", "wheels", "debs", "kvm"):
-            subprocess.run(["cp", "-al", CACHE / kind, cache], check=True)
-        (cache / "snapshots").mkdir()
-        with load(options.loops * (os.cpu_count() or 1)):
-            for number in range(options.count):
-                samples.append(one(cache, options.template, kill=options.kill))
-                print(f"{number + 1}: {json.dumps(samples[-1])[:500]}", flush=True)
+    with cache_without_snapshots() as cache, load(options.loops * (os.cpu_count() or 1)):
+        for number in range(options.count):
+            samples.append(one(cache, options.template, kill=options.kill))
+            print(f"{number + 1}: {json.dumps(samples[-1])[:500]}", flush=True)
     ready = sorted(sample["ready"] for sample in samples if "ready" in sample)
     values = [sample for sample in samples if "first_value" in sample]
     print(f"{len(values)} of {options.count} ready", *(f"{seconds:.0f}" for seconds in ready))

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.client import Server
+from tests.guest.client import CACHE, Server
 
 HERE = Path(__file__).parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cellvm" / "test"
+PREPARED = CACHE / "test"
 PROGRAMS = {"chromium": "chromium", "node": "nodejs", "npm": "npm"}
 """Programs that these tests need, and the Debian package of each."""
 
@@ -94,7 +94,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def cached(name: str, lock: Path, make: Callable[[Path], None]) -> Path:
     """A directory that is made once for each content of a lock file."""
-    directory = CACHE / f"{name}-{hashlib.sha256(lock.read_bytes()).hexdigest()[:16]}"
+    directory = PREPARED / f"{name}-{hashlib.sha256(lock.read_bytes()).hexdigest()[:16]}"
     ready = directory / ".ready"
     with locked(name):
         if not ready.exists():
@@ -107,8 +107,8 @@ def cached(name: str, lock: Path, make: Callable[[Path], None]) -> Path:
 @contextmanager
 def locked(name: str) -> Iterator[None]:
     """One process at a time: several workers may need the same thing first."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / f"{name}.lock").open("w") as file:
+    PREPARED.mkdir(parents=True, exist_ok=True)
+    with (PREPARED / f"{name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

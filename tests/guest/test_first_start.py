@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,21 +13,15 @@ import msgspec
 import pytest
 
 from kernel_gateway.snapshot import FileDigest, Manifest, copy_sparse, memory_file
-from tests.guest.client import CELLVM, comm, until
+from tests.guest.client import CACHE, CELLVM, cache_without_snapshots, comm, until
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cellvm"
 MADE_AGAIN = "base: boot the template"
 
 
 @pytest.fixture(scope="module")
 def cache() -> Iterator[Path]:
-    """A copy of the cache: images as links, because nobody changes them here, the snapshot of `base` as a copy."""
-    (CACHE / "test").mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="copy-", dir=CACHE / "test") as name:
-        copy = Path(name)
-        for kind in ("images", "initrd", "wheels", "kvm", "debs"):
-            subprocess.run(["cp", "-al", CACHE / kind, copy], check=True)
-        (copy / "snapshots").mkdir()
+    """A cache of the tests' own, with a copy of the snapshot of `base`."""
+    with cache_without_snapshots() as copy:
         for snapshot in (CACHE / "snapshots").glob("base-*"):
             subprocess.run(["cp", "-a", snapshot, copy / "snapshots"], check=True)
         yield copy

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -164,7 +165,7 @@ async def test_a_builds_tool_ends_with_us(how: str, tmp_path: Path) -> None:
     """Whether the build is cancelled or its process is killed: within seconds nothing of the tool is left."""
     mark = f"31{os.getpid()}.{len(how)}"
     if how == "cancelled":
-        running = asyncio.create_task(image.run([*image.ALONE, "sleep", mark], {}, print))
+        running = asyncio.create_task(image.run([*image.ALONE, "sleep", mark], {}, print, ended_by=signal.SIGKILL))
         await eventually(lambda: of_command(mark))
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
