@@ -431,6 +431,7 @@ def test_nothing_is_left_of_a_killed_server(start_server: Callable[..., Server])
     until(server.pool_ready, 60)
     with ExitStack() as stack:
         stack.enter_context(server.sandbox())
+        until(server.pool_ready, 60)  # a machine that is being started is not in its group yet
         machines = server.machines()
         number = block_of(Path(f"/proc/{min(machines)}").stat().st_uid)
         assert number is not None
