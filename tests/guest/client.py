@@ -1,4 +1,4 @@
-"""What the tests on real machines share: a server as users start it, and a thin client for what it offers."""
+"""The tests on real machines share this: a server as users start it, and a thin client for it."""
 
 import json
 import os
@@ -18,13 +18,13 @@ from typing import Any
 import requests
 
 KEY = "e2b_" + secrets.token_hex(20)
-"""Of one run, or of one worker of it: a search of the host finds no other's."""
+"""Each worker of a run has its own key, so that a search of the host finds no other worker's."""
 CELLVM = Path(sys.executable).with_name("cellvm")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cellvm"
 START_LIMIT = 600
-"""Seconds until a server must be ready; it may have to build its templates first."""
+"""Seconds until a server must be ready. It may have to build its templates first."""
 SLOWNESS = {"kvm": 1.0, "tcg": 2.0}
-"""How much longer an emulated guest may take where a promise allows for it."""
+"""A promise that allows for an emulated guest gives it this many times as long."""
 
 
 class Server:
@@ -70,7 +70,7 @@ class Server:
         return re.search(r"^CellVM .* is ready at (http://\S+)", text, re.MULTILINE)
 
     def close(self) -> None:
-        """Stop it, by force if need be; idempotent."""
+        """Stop the server, by force if it does not stop in time. Idempotent."""
         self.http.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
@@ -102,7 +102,7 @@ class Server:
                 self.request("DELETE", f"/sandboxes/{sandbox.id}")
 
     def machines(self) -> set[int]:
-        """Process ids of its QEMUs."""
+        """Process ids of the server's QEMUs."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         return {int(pid) for pid in children if comm(int(pid)).startswith("qemu")}
 
@@ -117,7 +117,7 @@ class Server:
 
     @contextmanager
     def memory_grows_at_most(self, limit: int) -> Iterator[None]:
-        """The server's memory must not peak higher than this many bytes above where it is now."""
+        """The server's memory must not peak higher than this many bytes above its present size."""
         Path(f"/proc/{self.pid}/clear_refs").write_text("5")  # forget the peak so far
         before = self.memory("VmRSS")
         yield
@@ -150,13 +150,13 @@ class Sandbox:
         return answer.json()
 
     def shell(self, script: str, **fields: Any) -> str:
-        """What a bash script prints; it must succeed."""
+        """The output of a bash script, which must succeed."""
         result = self.run("bash", "-c", script, **fields)
         assert result["exitCode"] == 0, result
         return result["stdout"]
 
     def execute(self, code: str, **fields: Any) -> dict[str, Any]:
-        """What becomes of a cell."""
+        """The result of a cell."""
         answer = self.post("/execute", json={"code": code, **fields})
         assert answer.status_code == 200, answer.text
         return answer.json()
@@ -178,7 +178,7 @@ class Sandbox:
 
 @contextmanager
 def cache_without_snapshots() -> Iterator[Path]:
-    """A cache for the time of the block, with all of the user's but snapshots: links, because nobody changes them."""
+    """The user's cache without snapshots for the time of the block. Files are links, because nobody changes them."""
     (CACHE / "test").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="copy-", dir=CACHE / "test") as name:
         for kind in ("images", "initrd", "wheels", "debs", "kvm"):
@@ -188,7 +188,7 @@ def cache_without_snapshots() -> Iterator[Path]:
 
 
 def until(done: Callable[[], Any], limit: float, *, every: float = 0.01) -> Any:
-    """Wait until `done` answers something true; that is returned."""
+    """Wait until `done` returns a true value, and return that value."""
     deadline = time.monotonic() + limit
     while not (found := done()):
         assert time.monotonic() < deadline, f"still not after {limit} s"
@@ -197,7 +197,7 @@ def until(done: Callable[[], Any], limit: float, *, every: float = 0.01) -> Any:
 
 
 def comm(pid: int) -> str:
-    """A process's name; empty when there is no such process, or only its entry is left."""
+    """A process's name. It is empty when there is no such process, or only its entry is left."""
     try:
         name, state = re.search(r"\((.*)\) (\S)", Path(f"/proc/{pid}/stat").read_text(), re.DOTALL).groups()
     except OSError:

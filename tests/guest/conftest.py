@@ -10,7 +10,7 @@ from tests.guest.client import Sandbox, Server
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The limit is for a test alone: the first start of a server may have to build templates."""
+    """The limit excludes fixtures, because the first start of a server may have to build templates."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.timeout(180, func_only=True))
@@ -33,7 +33,7 @@ def box(server: Server) -> Iterator[Sandbox]:
 
 @pytest.fixture
 def start_server(server: Server, tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Starts servers of the test's own on one data directory; with `server` before it all templates are built."""
+    """Starts the test's own servers on one data directory. It needs `server`, which builds all templates."""
     with ExitStack() as started:
 
         def start(*, pool_size: int = 1, max_sandboxes: int = 2) -> Server:

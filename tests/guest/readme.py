@@ -14,7 +14,7 @@ from typing import Any, Self
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 ADDRESS = "127.0.0.1:8888"
-"""Where the README expects the server. Tests take a free port, and this text is all that they replace in a block."""
+"""The server's address in the README. In a block, tests replace only this text, by the address of a free port."""
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "*-results", "site", "__pycache__", ".*_cache")
 
 
@@ -38,7 +38,7 @@ def blocks() -> Iterator[Block]:
 
 
 def checkout(directory: Path) -> Path:
-    """A copy of the tree as a clone would be, whose `.venv` is the environment of these tests."""
+    """A copy of the tree, like a clone. Its `.venv` is the environment of these tests."""
     venv = Path(sys.prefix)
     assert (venv / ".ready").exists(), "these tests need the environment that `make` sets up"
     tree = Path(shutil.copytree(ROOT, directory / "cellvm", ignore=LEFT_OUT))
@@ -49,7 +49,7 @@ def checkout(directory: Path) -> Path:
 
 
 def documents(text: str) -> list[Any]:
-    """The JSON objects and arrays in what a block printed, in order. curl prints answers without a newline between."""
+    """The JSON objects and arrays in a block's output, in order. curl prints no newline between two answers."""
     found, decoder, at = [], json.JSONDecoder(), 0
     while (start := re.compile(r"[{\[]").search(text, at)) is not None:
         try:
@@ -62,7 +62,7 @@ def documents(text: str) -> list[Any]:
 
 
 def failures(text: str) -> list[Any]:
-    """Answers that say that something went wrong: errors of the server, exceptions of a cell, failed commands."""
+    """Answers that tell of a failure: errors of the server, exceptions of a cell, failed commands."""
     return [
         answer
         for answer in documents(text)
@@ -97,7 +97,7 @@ class Terminal:
         self.shell.stdout.close()
 
     def run(self, text: str) -> str:
-        """Paste a block; what it prints, with standard error. It must succeed, and print no answer that is an error."""
+        """Paste a block and return its output, with standard error. It must succeed, and print no failure."""
         script = self.directory.parent / "block.sh"
         script.write_text(text.replace(ADDRESS, self.address))
         self.shell.stdin.write(f"failed=0; . {script} < /dev/null; printf '\\nfailed: %s\\n' $failed\n")

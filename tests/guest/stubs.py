@@ -1,7 +1,7 @@
-"""Servers of a stub internet (or of the host), in one namespace: they note everything that arrives, and answer it.
+"""Servers of a stub internet (or of the host), in one namespace. They note and answer everything that arrives.
 
-Run with the file to note it in, and a role. TCP ports answer a line with the address that was asked for (as HTTP where
-it looks like HTTP), UDP ports the same; port 53 of the internet answers DNS from world.NAMES.
+The arguments are the file for the notes, and a role. TCP and UDP ports answer a line with the address that was asked
+for. A line that looks like HTTP gets HTTP. Port 53 of the internet answers DNS from world.NAMES.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
             writer.write(f"{role} {address} {port}\n".encode())
         await writer.drain()
     except OSError:
-        pass  # whoever asked has gone
+        pass  # the client has gone
     finally:
         writer.close()
 

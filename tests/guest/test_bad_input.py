@@ -1,4 +1,4 @@
-"""Wrong, hostile and merely unusual requests: the documented status, a message that helps, and bounded memory."""
+"""Wrong, hostile and unusual requests get the documented status and a helpful message, and take bounded memory."""
 
 import base64
 import hashlib
@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 
 def check_error(answer: requests.Response, status: int, word: str) -> dict[str, Any]:
-    """It is an error of the documented shape that mentions `word`."""
+    """The answer is an error of the documented shape that mentions `word`."""
     assert answer.status_code == status, answer.text
     body = answer.json()
     assert body["code"] == status
@@ -51,7 +51,7 @@ CREATES = {
 
 @pytest.mark.parametrize("case", CREATES)
 def test_create_refused(server: Server, case: str) -> None:
-    """A create that can't be right is refused with 400 and names what is wrong; no sandbox comes of it."""
+    """A create with a wrong field gets 400 that names the field, and no sandbox is made."""
     body, word = CREATES[case]
     before = server.get("/health").json()["sandboxes"]
     check_error(server.post("/sandboxes", json=body), 400, word)
@@ -65,7 +65,7 @@ def test_broken_json(server: Server, body: bytes) -> None:
 
 
 def test_no_key(server: Server) -> None:
-    """Without a known key nothing is offered but /health; the answer says how to send one."""
+    """Without a known key only /health works. The other answers say how to send a key."""
     assert requests.get(f"{server.url}/health", timeout=10).status_code == 200
     for headers in ({}, {"Authorization": "Bearer e2b_" + "0" * 40}, {"X-API-Key": ""}):
         answer = requests.post(f"{server.url}/sandboxes", json={"templateID": "base"}, headers=headers, timeout=10)
@@ -73,7 +73,7 @@ def test_no_key(server: Server) -> None:
 
 
 def test_unknown_sandbox(server: Server) -> None:
-    """An id that names nothing is 404 on every route of sandboxes."""
+    """An unknown id gets 404 on every route of sandboxes."""
     for method, path in [
         ("GET", ""),
         ("DELETE", ""),
@@ -98,7 +98,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_refusals_keep_the_connection(server: Server, box: Sandbox, case: str) -> None:
-    """A refused request does not spoil its connection: the next one on it is answered."""
+    """The next request on the connection of a refused one is answered."""
     method, path, fields, status = REFUSALS[case]
     for _ in range(20):
         assert server.request(method, path.replace("BOX", box.id), **fields).status_code == status
@@ -111,7 +111,7 @@ HUGE = 2 << 30
 
 
 def send_huge(server: Server, path: str, chunked: bool) -> tuple[bytes, int]:
-    """Send a 2 GB body that is made as it goes, until the server answers; returns the answer and what was sent."""
+    """Send up to 2 GB until the server answers. Returns the answer and the number of bytes that were sent."""
     place = urlsplit(server.url)
     length = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {HUGE}"
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n{length}\r\n\r\n"
@@ -137,7 +137,7 @@ def send_huge(server: Server, path: str, chunked: bool) -> tuple[bytes, int]:
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
 @pytest.mark.parametrize("path", ["/sandboxes", "processes", "execute"])
 def test_two_gigabytes_of_json(server: Server, box: Sandbox, path: str, chunked: bool) -> None:
-    """A 2 GB body where JSON belongs is refused with 413 early on, at no cost in memory."""
+    """A 2 GB body where JSON belongs is refused early with 413, and takes no memory."""
     if not path.startswith("/"):
         path = f"/sandboxes/{box.id}/{path}"
     with server.memory_grows_at_most(16 * MIB):
@@ -179,7 +179,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("case", COMMANDS)
 def test_command_refused(box: Sandbox, case: str) -> None:
-    """A command that can't be right is refused with 400 and names what is wrong; the sandbox goes on."""
+    """A command with a wrong field gets 400 that names the field, and the sandbox goes on."""
     body, word = COMMANDS[case]
     check_error(box.post("/processes", json=body), 400, word)
     assert box.shell("echo fine") == "fine\n"
@@ -189,19 +189,19 @@ def test_command_refused(box: Sandbox, case: str) -> None:
     ("body", "word"), [({}, "code"), ({"code": 1}, "code"), ({"code": "1", "timeout": 0}, "timeout")]
 )
 def test_cell_refused(box: Sandbox, body: dict[str, Any], word: str) -> None:
-    """A cell that can't be right is refused with 400."""
+    """A cell with a wrong field gets 400."""
     check_error(box.post("/execute", json=body), 400, word)
 
 
 @pytest.mark.parametrize("cmd", ["no-such-command", "/etc/passwd", "/home", "./relative"])
 def test_command_not_runnable(box: Sandbox, cmd: str) -> None:
-    """A command that is not found or not a program answers 502 and its name."""
+    """A command that is not found or is no program gets 502 with its name."""
     assert check_error(box.post("/processes", json={"cmd": cmd}), 502, cmd)["error"] == "cannot_run"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
 def test_command_ends_by_signal(box: Sandbox, number: int) -> None:
-    """A command that a signal ended answers 128 + N and the signal."""
+    """The exit code of a command that a signal ended is 128 + N, and the signal is told."""
     result = box.run("bash", "-c", f"echo out; echo err >&2; kill -{number} $$")
     assert (result["exitCode"], result["signal"], result["timedOut"]) == (128 + number, number, False)
     assert (result["stdout"], result["stderr"]) == ("out\n", "err\n")
@@ -214,13 +214,13 @@ def test_command_fails(box: Sandbox, code: int) -> None:
 
 
 def test_output_that_is_not_utf8(box: Sandbox) -> None:
-    """Bytes that are not UTF-8 arrive as U+FFFD, characters cut by a buffer's end arrive whole."""
+    """Bytes that are not UTF-8 arrive as U+FFFD. Characters that are cut by a buffer's end arrive whole."""
     result = box.run("bash", "-c", r"printf 'a\xff\xfeb'; printf '\xc3' >&2; sleep 0.3; printf '\xa4' >&2")
     assert (result["stdout"], result["stderr"]) == ("a\ufffd\ufffdb", "ä")
 
 
 def test_input(box: Sandbox) -> None:
-    """`stdin` reaches the command, a large one too, also when nobody reads it; without one it reads as empty."""
+    """A command gets its `stdin`, also a large one. An unread one does no harm, and a missing one is empty."""
     text = "zeile ä\n" * 200_000
     assert box.run("sha256sum", stdin=text)["stdout"].split()[0] == hashlib.sha256(text.encode()).hexdigest()
     assert box.run("true", stdin=text)["exitCode"] == 0
@@ -228,14 +228,14 @@ def test_input(box: Sandbox) -> None:
 
 
 def test_arguments_are_not_interpreted(box: Sandbox) -> None:
-    """Arguments arrive as they are: no shell in between."""
+    """Arguments arrive unchanged, because there is no shell in between."""
     args = ["$HOME", "a  b", "*", '"', "'", "\n", "\r", "ä🙂", "", "-n", "`id`", "x" * 100_000]
     result = box.run("python3", "-c", "import sys, json; print(json.dumps(sys.argv[1:]))", *args)
     assert json.loads(result["stdout"]) == args
 
 
 def test_two_hundred_megabytes_of_output(server: Server, box: Sandbox) -> None:
-    """A command that prints 200 MB ends as it should; the answer holds a part and says what is missing."""
+    """A command that prints 200 MB ends normally. The answer holds a part and says how much is missing."""
     with server.memory_grows_at_most(64 * MIB):
         result = box.run("bash", "-c", "head -c 200000000 /dev/zero | tr '\\0' x; echo done >&2", timeout=100)
     assert (result["exitCode"], result["stderr"]) == (0, "done\n")
@@ -247,7 +247,7 @@ def test_two_hundred_megabytes_of_output(server: Server, box: Sandbox) -> None:
 
 @pytest.mark.parametrize("code", ["for _ in range(100): print('y' * 999_999)", "print('y' * 99_999_999)"])
 def test_cell_with_much_output(server: Server, box: Sandbox, code: str) -> None:
-    """R8: a cell that prints 100 MB ends as it should; the answer holds a part and says what is missing."""
+    """R8: a cell that prints 100 MB ends normally. The answer holds a part and says how much is missing."""
     with server.memory_grows_at_most(64 * MIB):
         cell = box.execute(f"{code}\n'end'", timeout=100)
     assert cell["error"] is None
@@ -258,7 +258,7 @@ def test_cell_with_much_output(server: Server, box: Sandbox, code: str) -> None:
 
 
 def test_cell_with_a_huge_result(server: Server, box: Sandbox) -> None:
-    """R8: a result of 100 MB costs the server little; what is left out is told, and the sandbox goes on."""
+    """R8: a result of 100 MB costs the server little memory. The answer says what it omits, and the sandbox goes on."""
     with server.memory_grows_at_most(128 * MIB):
         cell = box.execute("from IPython.display import HTML\nHTML('x' * 100_000_000)", timeout=100)
     kept = sum(len(result["data"].get("text/html", "")) for result in cell["results"])
@@ -273,7 +273,7 @@ def test_cell_with_a_huge_result(server: Server, box: Sandbox) -> None:
      ("input()", "StdinNotImplementedError"), ("raise OSError('\\ud800 \\udcff')", "OSError")],
 )  # fmt: skip
 def test_cell_fails(box: Sandbox, code: str, name: str) -> None:
-    """A cell's error is told with its name, whatever its text holds, and the kernel goes on."""
+    """A cell's error is told with its name, also when its text is odd, and the kernel goes on."""
     cell = box.execute(f"print('before')\n{code}" if code != "def" else code)
     assert cell["error"]["name"] == name
     assert cell["error"].get("code") is None
@@ -281,14 +281,14 @@ def test_cell_fails(box: Sandbox, code: str, name: str) -> None:
 
 
 def test_cell_prints_odd_text(box: Sandbox) -> None:
-    """Text that can't be UTF-8 (a file name that is none, say) is printed with marks for what can't be shown."""
+    """Text that can't be UTF-8 (a file name, say) is printed with marks for the bytes that can't be shown."""
     cell = box.execute("print('before \\udcff \\ud800 after')")
     assert re.fullmatch("before [?\ufffd]+ [?\ufffd]+ after\n", cell["stdout"])
     assert cell["stderr"] == ""
 
 
 def test_cell_runs_commands(box: Sandbox) -> None:
-    """Shell escapes work in cells, and a missing program is a matter of that line only."""
+    """Shell escapes work in cells, and a missing program does not stop the cell."""
     cell = box.execute("out = !echo a\n!exit 3\nprint(out, _exit_code)\n!no-such-command\nprint('after')")
     assert cell["error"] is None
     assert "['a'] 3" in cell["stdout"]
@@ -313,7 +313,7 @@ ODD_NAMES = {
 
 @pytest.mark.parametrize("kind", ODD_NAMES)
 def test_odd_names(box: Sandbox, kind: str) -> None:
-    """Any legal name goes both ways unharmed and is listed as it is."""
+    """Any legal name goes both ways unharmed and is listed unchanged."""
     path = f"/home/user/odd/{ODD_NAMES[kind]}"
     answer = box.upload(path, kind)
     assert answer.status_code == 200, answer.text
@@ -326,7 +326,7 @@ def test_odd_names(box: Sandbox, kind: str) -> None:
 
 
 def test_large_file_both_ways(server: Server, box: Sandbox) -> None:
-    """64 MB go up and come down unchanged, and pass through the server without being held in it."""
+    """64 MB go up and come down unchanged, and the server does not hold them in memory."""
     content = os.urandom(64 * MIB)
     with server.memory_grows_at_most(32 * MIB):
         assert box.upload("large.bin", content).json()[0]["size"] == len(content)
@@ -341,7 +341,7 @@ def test_large_file_both_ways(server: Server, box: Sandbox) -> None:
 
 
 def test_range(box: Sandbox) -> None:
-    """`Range` gets a part; one outside of the file gets 416 and the size."""
+    """`Range` gets a part. A range outside of the file gets 416 and the size."""
     box.upload("range.txt", "0123456789")
     for span, part in {
         "0-3": "0123",
@@ -380,7 +380,7 @@ def test_files_of_proc(box: Sandbox) -> None:
 
 @pytest.mark.parametrize("path", ["/proc/kmsg", "/dev/zero", "/dev/random", "fifo", "socket"])
 def test_special_files(box: Sandbox, path: str) -> None:
-    """What is not a regular file is refused, at once; reading and writing alike."""
+    """A file that is not a regular one can be neither read nor written. It is refused at once."""
     box.shell(
         "test -p fifo || mkfifo fifo; test -S socket ||"
         "python3 -c \"import socket; socket.socket(socket.AF_UNIX).bind('socket')\""
@@ -410,7 +410,7 @@ NO_FILE = {
 
 @pytest.mark.parametrize("case", NO_FILE)
 def test_download_refused(box: Sandbox, case: str) -> None:
-    """A path that is not a readable file gets the documented status, by download, inline and (if missing) by stat."""
+    """A path that is not a readable file gets the documented status, by download and inline."""
     box.shell("ln -sfn /no/such dangling; ln -sfn circle circle")
     path, status = NO_FILE[case]
     for route in ("/files", "/filesystem"):
@@ -432,7 +432,7 @@ NO_TARGET = {
 
 @pytest.mark.parametrize("case", NO_TARGET)
 def test_upload_refused(box: Sandbox, case: str) -> None:
-    """A target that can't be written gets the documented status, by upload and by JSON; nothing is left of it."""
+    """A target that can't be written gets the documented status, by upload and by JSON, and no part is left."""
     path, status = NO_TARGET[case]
     check_error(box.upload(path, "x"), status, "")
     content = base64.b64encode(b"x").decode()
@@ -441,12 +441,12 @@ def test_upload_refused(box: Sandbox, case: str) -> None:
 
 
 def test_large_upload_refused_is_answered(box: Sandbox) -> None:
-    """A client that uploads much to where it may not gets to read why."""
+    """A client whose large upload is refused can read the reason."""
     check_error(box.upload("/etc/new", os.urandom(32 * MIB)), 403, "/etc/new")
 
 
 def test_full_disk(server: Server) -> None:
-    """An upload for which the sandbox's disk has no room answers 507, leaves nothing, and the sandbox goes on."""
+    """An upload for which the disk has no room gets 507 and leaves no part, and the sandbox goes on."""
     with server.sandbox() as box:
         box.shell("fallocate -l $(($(stat -fc '%a * %S' .) - 16 * 1024 * 1024)) filler")
         check_error(box.upload("big", os.urandom(32 * MIB)), 507, "No space left")
@@ -480,7 +480,7 @@ def test_several_files(box: Sandbox) -> None:
 
 
 def test_path_after_the_file(box: Sandbox) -> None:
-    """`curl -F file=@x -F path=y` stores the file at y: the parts' order is the client's."""
+    """`curl -F file=@x -F path=y` stores the file at y, because the parts may come in any order."""
     answer = box.post("/files", files=[("file", ("wrong.txt", "content")), ("path", (None, "/home/user/right.txt"))])
     assert answer.status_code == 200, answer.text
     assert [entry["path"] for entry in answer.json()] == ["/home/user/right.txt"]
@@ -489,7 +489,7 @@ def test_path_after_the_file(box: Sandbox) -> None:
 
 
 def test_empty_file(box: Sandbox) -> None:
-    """An empty file is stored, told and fetched as such."""
+    """An empty file can be stored, listed and fetched."""
     assert box.upload("empty", b"").json()[0]["size"] == 0
     answer = box.download("empty")
     assert (answer.status_code, answer.content, answer.headers["Content-Length"]) == (200, b"", "0")
@@ -498,14 +498,14 @@ def test_empty_file(box: Sandbox) -> None:
 
 
 def test_inline_limit(box: Sandbox) -> None:
-    """A file over 1 MB is not put into JSON: 400 that says to download it. Base64 that is none is 400."""
+    """A file over 1 MB is not put into JSON, but gets 400 that says to download it. Bad base64 gets 400."""
     box.upload("big", bytes(MIB + 1))
     check_error(box.get("/filesystem", params={"path": "big"}), 400, "download")
     check_error(box.post("/filesystem", json={"path": "x", "content": "%%%"}), 400, "base64")
 
 
 def test_links(box: Sandbox) -> None:
-    """Links are followed by reads and writes, told by stat, and deleted themselves, not what they lead to."""
+    """Reads and writes follow links, stat tells their target, and a delete removes the link, not its target."""
     box.shell("echo first > target; ln -sfn target link; mkdir -p dir; echo x > dir/kept; ln -sfn dir dirlink")
     assert box.download("link").text == "first\n"
     box.upload("link", "second\n")
@@ -518,7 +518,7 @@ def test_links(box: Sandbox) -> None:
 
 
 def test_directories(box: Sandbox) -> None:
-    """Make, list, move and delete of directories do what they say, and what can't be done is told."""
+    """Directories can be made, listed, moved and deleted. A request that can't be done gets an error."""
     assert box.post("/filesystem/mkdir", json={"path": "d1/d2"}).json()["isDir"] is True
     assert box.post("/filesystem/mkdir", json={"path": "d1/d2"}).status_code == 200
     box.upload("d1/d2/f", "x")
@@ -543,7 +543,7 @@ def test_large_directory(box: Sandbox) -> None:
 
 
 def test_still_healthy(server: Server, box: Sandbox) -> None:
-    """After all of this the sandbox answers, its kernel too, and the server has logged no failure of its own."""
+    """After these tests the sandbox and its kernel answer, and the server has logged no failure of its own."""
     assert box.get("/health").status_code == 204
     assert box.value("1 + 1") == 2
     log = server.log.read_text()
