@@ -43,13 +43,18 @@ def status(path: Path) -> dict[str, str]:
     return dict(line.split(":\t", 1) for line in path.read_text().splitlines() if ":\t" in line)
 
 
-@pytest.fixture
-def machines(server: Server) -> set[int]:
-    """Every QEMU of the server: in the pool, and with a sandbox."""
+def settled(server: Server) -> set[int]:
+    """Every QEMU of the server: in the pool, and with a sandbox. None is being started: that one is in no group yet."""
     until(server.pool_ready, 60)
     found = server.machines()
     assert found
     return found
+
+
+@pytest.fixture
+def machines(server: Server) -> set[int]:
+    """Every QEMU of the server that all tests share."""
+    return settled(server)
 
 
 def test_process_has_no_power(box: Sandbox, machines: set[int]) -> None:
@@ -409,10 +414,7 @@ def test_devices_of_the_guest(server: Server, box: Sandbox) -> None:
 
 def test_two_servers_share_nothing(server: Server, box: Sandbox, start_server: Callable[..., Server]) -> None:
     """Machines of two servers on one host have users of different blocks, and other namespaces."""
-    other = start_server(pool_size=1)
-    until(other.pool_ready, 60)
-    machines = [server.machines(), other.machines()]
-    assert all(machines)
+    machines = [settled(each) for each in (server, start_server(pool_size=1))]
     views = [{Path(f"/proc/{pid}/ns/mnt").readlink() for pid in each} for each in machines]
     assert [len(each) for each in views] == [1, 1]
     assert views[0] != views[1]
@@ -428,11 +430,9 @@ def test_two_servers_share_nothing(server: Server, box: Sandbox, start_server: C
 def test_nothing_is_left_of_a_killed_server(start_server: Callable[..., Server]) -> None:
     """After `kill -9` no process of its users is there; its empty control groups go when the next server starts."""
     server = start_server(pool_size=1)
-    until(server.pool_ready, 60)
     with ExitStack() as stack:
         stack.enter_context(server.sandbox())
-        until(server.pool_ready, 60)  # a machine that is being started is not in its group yet
-        machines = server.machines()
+        machines = settled(server)
         number = block_of(Path(f"/proc/{min(machines)}").stat().st_uid)
         assert number is not None
         groups = {path.parent for pid in machines for path in groups_of(pid).values()}
