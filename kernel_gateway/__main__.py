@@ -19,19 +19,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from guest_agent import wire
 from kernel_gateway import __version__, kvm
-from kernel_gateway.cache import Cache
 from kernel_gateway.drivers import DriverError
 from kernel_gateway.errors import CellvmError
+from kernel_gateway.guest.guest import Guest, Guests
 from kernel_gateway.host import examine, install_packages, missing_packages
-from kernel_gateway.image import BuildError
-from kernel_gateway.jupyter.execution import CellError
+from kernel_gateway.images.cache import Cache
+from kernel_gateway.images.image import BuildError
+from kernel_gateway.kernel.events import CellError
+from kernel_gateway.kernel.notebook import Notebook, NotebookError, tags
 from kernel_gateway.kvm import Verdict
 from kernel_gateway.network.slots import choose, host_addresses
-from kernel_gateway.notebook import Notebook, NotebookError, tags
-from kernel_gateway.pool import Guest, Guests
+from kernel_gateway.sandbox.store import Store, new_key
 from kernel_gateway.server import Server, builder, load_templates, opened_driver, running
 from kernel_gateway.settings import Settings, SettingsError
-from kernel_gateway.store import Store, new_key
 
 console = Console(stderr=True, highlight=False)
 

@@ -11,11 +11,11 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from kernel_gateway.build import qemu_version
-from kernel_gateway.cache import Cache
 from kernel_gateway.drivers.cgroup import CONTROLLERS
 from kernel_gateway.drivers.jail import JailError, check_users, claims_directory, found_groups, tried, working_view
-from kernel_gateway.image import BuildError, Progress, run
+from kernel_gateway.images.build import qemu_version
+from kernel_gateway.images.cache import Cache
+from kernel_gateway.images.image import BuildError, Progress, run
 from kernel_gateway.kvm import Verdict
 from kernel_gateway.network.policy import Floor
 from kernel_gateway.network.rules import MAX_HOST_CONNECTIONS as CONNECTIONS

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import msgspec
 
-from kernel_gateway.build import Builder
 from kernel_gateway.drivers import DriverError
 from kernel_gateway.drivers.jail import Jail
 from kernel_gateway.drivers.qemu import Qemu
-from kernel_gateway.image import Progress
-from kernel_gateway.templates import Template
+from kernel_gateway.images.build import Builder
+from kernel_gateway.images.image import Progress
+from kernel_gateway.images.templates import Template
 
 DEVICE = Path("/dev/kvm")
 KVM_CREATE_VM = 0xAE01

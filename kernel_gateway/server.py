@@ -21,20 +21,21 @@ from tornado.netutil import bind_sockets
 from kernel_gateway import kvm
 from kernel_gateway.api.app import application
 from kernel_gateway.api.socket import GOING_DOWN
-from kernel_gateway.build import Builder, qemu_version
-from kernel_gateway.cache import Cache
 from kernel_gateway.drivers import DriverError, VmDriver
 from kernel_gateway.drivers.jail import Jail
 from kernel_gateway.drivers.qemu import Qemu
 from kernel_gateway.drivers.unisolated import Unisolated
-from kernel_gateway.image import Progress, content_hash
+from kernel_gateway.guest.guest import Guests
+from kernel_gateway.images.build import Builder, qemu_version
+from kernel_gateway.images.cache import Cache
+from kernel_gateway.images.image import Progress, content_hash
+from kernel_gateway.images.preparation import Preparation, Prepare
+from kernel_gateway.images.templates import Template, Templates, rootfs_dir
 from kernel_gateway.network.slots import Slots, choose
-from kernel_gateway.pool import Guests, Pool
-from kernel_gateway.preparation import Preparation, Prepare
-from kernel_gateway.sandboxes import Sandboxes
+from kernel_gateway.sandbox.pool import Pool
+from kernel_gateway.sandbox.sandboxes import Sandboxes
+from kernel_gateway.sandbox.store import Store, new_key
 from kernel_gateway.settings import Settings, SettingsError
-from kernel_gateway.store import Store, new_key
-from kernel_gateway.templates import Template, Templates, rootfs_dir
 
 log = logging.getLogger(__name__)
 

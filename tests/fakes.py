@@ -30,11 +30,12 @@ from guest_agent import wire
 from guest_agent.wire import Body, FrameType
 from kernel_gateway.api.app import application
 from kernel_gateway.drivers import Capabilities, DriverError
+from kernel_gateway.guest.guest import Guests
+from kernel_gateway.images.templates import Template, Templates
 from kernel_gateway.network.policy import Floor, Policy, Refusal
-from kernel_gateway.pool import Guests, Pool
-from kernel_gateway.sandboxes import Sandboxes
-from kernel_gateway.store import Store
-from kernel_gateway.templates import Template, Templates
+from kernel_gateway.sandbox.pool import Pool
+from kernel_gateway.sandbox.sandboxes import Sandboxes
+from kernel_gateway.sandbox.store import Store
 
 HOME = "/home/user"
 PAGE = 100

@@ -16,10 +16,10 @@ from kernel_gateway.api.openapi import document, serve_document
 from kernel_gateway.api.ports import Preview
 from kernel_gateway.api.socket import Socket
 from kernel_gateway.api.stream import AgentStream
-from kernel_gateway.jupyter.execution import Cell
+from kernel_gateway.kernel.events import Cell
 from kernel_gateway.ports import Place, place_of_host, place_of_path
-from kernel_gateway.sandboxes import Sandboxes
-from kernel_gateway.store import Store
+from kernel_gateway.sandbox.sandboxes import Sandboxes
+from kernel_gateway.sandbox.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
 from kernel_gateway.errors import CellvmError, InvalidRequest, NotFound, TooLarge, Unauthorized
-from kernel_gateway.sandbox import Sandbox
-from kernel_gateway.sandboxes import Sandboxes
-from kernel_gateway.store import Store
+from kernel_gateway.sandbox.sandbox import Sandbox
+from kernel_gateway.sandbox.sandboxes import Sandboxes
+from kernel_gateway.sandbox.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ import msgspec
 
 from kernel_gateway.api.socket import MALFORMED, NOT_ALLOWED, Socket
 from kernel_gateway.errors import CellvmError
-from kernel_gateway.journal import Gap, Record
-from kernel_gateway.jupyter import layout, message
-from kernel_gateway.jupyter.message import CHANNEL, METADATA
-from kernel_gateway.sandbox import Sandbox, sandbox_id
+from kernel_gateway.kernel import layout, message
+from kernel_gateway.kernel.journal import Gap, Record
+from kernel_gateway.kernel.message import CHANNEL, METADATA
+from kernel_gateway.sandbox.sandbox import Sandbox, sandbox_id
 
 STOCK_LIMIT = 10 * 1024 * 1024
 """Bytes of a message over which jupyter_server's own client closes the connection."""

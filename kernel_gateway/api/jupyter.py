@@ -17,11 +17,11 @@ from kernel_gateway import __version__
 from kernel_gateway.api.base import Call
 from kernel_gateway.api.rest import Text, check_env, check_text
 from kernel_gateway.errors import InvalidRequest, NotFound
-from kernel_gateway.journal import Gap
-from kernel_gateway.jupyter import layout
-from kernel_gateway.lifecycle import Event
-from kernel_gateway.sandbox import Sandbox, kernel_id, sandbox_id
-from kernel_gateway.templates import Template
+from kernel_gateway.images.templates import Template
+from kernel_gateway.kernel import layout
+from kernel_gateway.kernel.journal import Gap
+from kernel_gateway.sandbox.lifecycle import Event
+from kernel_gateway.sandbox.sandbox import Sandbox, kernel_id, sandbox_id
 
 DEAD_FOR = 3600
 """Seconds that a kernel which died stays listed as dead."""

@@ -35,7 +35,7 @@ from kernel_gateway.errors import (
     InvalidRequest,
     Unauthorized,
 )
-from kernel_gateway.link import Conversation
+from kernel_gateway.guest.link import Conversation
 from kernel_gateway.ports import (
     Answer,
     Carried,
@@ -47,9 +47,9 @@ from kernel_gateway.ports import (
     refuse_key_in_path,
     without_keys,
 )
-from kernel_gateway.sandbox import Sandbox
-from kernel_gateway.sandboxes import Sandboxes
-from kernel_gateway.store import Store
+from kernel_gateway.sandbox.sandbox import Sandbox
+from kernel_gateway.sandbox.sandboxes import Sandboxes
+from kernel_gateway.sandbox.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -25,14 +25,14 @@ from guest_agent import wire
 from kernel_gateway import __version__
 from kernel_gateway.api.base import Call, Endpoint, RangeNotSatisfiable
 from kernel_gateway.errors import CellvmError, GuestFailure, GuestUnresponsive, InvalidRequest, NotFound, Unavailable
-from kernel_gateway.journal import Gap
-from kernel_gateway.jupyter import message
-from kernel_gateway.jupyter.execution import Cell, CellError, Collector, Events, StreamEvent
+from kernel_gateway.guest.guest import Guest
+from kernel_gateway.images.templates import Template
+from kernel_gateway.kernel import message
+from kernel_gateway.kernel.events import Cell, CellError, Collector, Events, StreamEvent
+from kernel_gateway.kernel.journal import Gap
+from kernel_gateway.kernel.notebook import session_notebook
 from kernel_gateway.network.policy import MAX_ENTRY, Floor, Policy, parse_policy
-from kernel_gateway.notebook import session_notebook
-from kernel_gateway.pool import Guest
-from kernel_gateway.sandbox import Sandbox
-from kernel_gateway.templates import Template
+from kernel_gateway.sandbox.sandbox import Sandbox
 
 MAX_TIMEOUT = 3600
 OUTPUT_LIMIT = 8 * 1024 * 1024

@@ -18,9 +18,9 @@ from tornado.websocket import WebSocketClosedError, WebSocketHandler
 
 from kernel_gateway.api.base import Handler
 from kernel_gateway.errors import CellvmError, Draining, InvalidRequest
-from kernel_gateway.journal import Gap, Record, merged
-from kernel_gateway.kernel import Kernel
-from kernel_gateway.sandbox import Sandbox
+from kernel_gateway.kernel.journal import Gap, Record, merged
+from kernel_gateway.kernel.kernel import Kernel
+from kernel_gateway.sandbox.sandbox import Sandbox
 
 BATCH = 256 * 1024
 """Bytes that are written before the client must have taken what came before."""

@@ -7,9 +7,9 @@ import msgspec
 from kernel_gateway.api.rest import check_id, check_text
 from kernel_gateway.api.socket import MALFORMED, Socket
 from kernel_gateway.errors import CellvmError
-from kernel_gateway.journal import Gap, Record
-from kernel_gateway.jupyter.execution import CellError, Events, StreamEvent
-from kernel_gateway.sandbox import Sandbox
+from kernel_gateway.kernel.events import CellError, Events, StreamEvent
+from kernel_gateway.kernel.journal import Gap, Record
+from kernel_gateway.sandbox.sandbox import Sandbox
 
 
 class Execute(msgspec.Struct, tag="execute", tag_field="type"):

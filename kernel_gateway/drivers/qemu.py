@@ -23,7 +23,7 @@ from kernel_gateway.drivers import Capabilities, DriverError, Nic, Nics
 from kernel_gateway.drivers.jail import SERVER, Cell, Jail
 from kernel_gateway.drivers.qemu_argv import Descriptors, Machine, qemu
 from kernel_gateway.drivers.qmp import Qmp
-from kernel_gateway.snapshot import Snapshot, copy_disk
+from kernel_gateway.images.snapshot import Snapshot, copy_disk
 
 CONSOLE_KEPT = 64 * 1024
 """Bytes of console output kept for error messages."""

@@ -8,7 +8,7 @@ import pytest
 from tornado.httpclient import HTTPResponse
 
 from guest_agent import wire
-from kernel_gateway.jupyter import message
+from kernel_gateway.kernel import message
 from tests.fakes import Service, error_of, eventually, resident
 
 FLOOD_200 = "flood(200)"
@@ -370,7 +370,7 @@ async def test_only_so_many_executions_are_remembered(
     service: Service, box: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The oldest finished execution is forgotten. While all of them run, another one is refused."""
-    monkeypatch.setattr("kernel_gateway.kernel.KEPT", 3)
+    monkeypatch.setattr("kernel_gateway.kernel.kernel.KEPT", 3)
     for name in "abcd":
         await execute_as(service, box, name, "1")
     assert [(await execution(service, box, name)).code for name in "abcd"] == [404, 200, 200, 200]
@@ -393,7 +393,7 @@ async def test_an_old_execution_tells_what_is_missing(service: Service, box: str
 
 async def test_a_cell_among_very_many_requests(service: Service, box: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Very many requests of another client do not make the server forget the cell that runs."""
-    monkeypatch.setattr("kernel_gateway.kernel.MAX_PENDING", 3)
+    monkeypatch.setattr("kernel_gateway.kernel.kernel.MAX_PENDING", 3)
     kernel = service.sandboxes.get(service.owner, box).guest.kernel
     running = asyncio.create_task(service.execute(box, "time.sleep(0.3)\n7", timeout=5))
     await eventually(lambda: count_of(service, box) == 1)

@@ -24,12 +24,12 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from guest_agent import wire
-from kernel_gateway import link
 from kernel_gateway.api import base, ports
 from kernel_gateway.api.base import STATUS
 from kernel_gateway.drivers.unisolated import Unisolated
-from kernel_gateway.lifecycle import State
-from kernel_gateway.sandbox import Sandbox
+from kernel_gateway.guest import link
+from kernel_gateway.sandbox.lifecycle import State
+from kernel_gateway.sandbox.sandbox import Sandbox
 from tests.fakes import Service, error_of, eventually, resident, serving
 
 SERVICE = """

@@ -17,7 +17,7 @@ from guest_agent import wire
 from guest_agent.wire import FrameType
 from kernel_gateway.api.app import ROUTES
 from kernel_gateway.api.base import Route
-from kernel_gateway.sandbox import kernel_id
+from kernel_gateway.sandbox.sandbox import kernel_id
 from tests.fakes import FakeDriver, FakeGuest, Service, Stream, error_of, eventually, own_frame, resident, serving
 
 # -- R2: the machine ends
@@ -76,7 +76,7 @@ async def test_whatever_happens_the_pool_is_filled(
         return await start(template_id)
 
     monkeypatch.setattr(pooled.driver, "start", failing)
-    monkeypatch.setattr("kernel_gateway.pool.RETRY_AFTER_FAILURE", (0.01, 0.1))
+    monkeypatch.setattr("kernel_gateway.sandbox.pool.RETRY_AFTER_FAILURE", (0.01, 0.1))
     pooled.driver.machines[0].die("killed by a test")
     await eventually(lambda: pool.ready == 1 and len(pooled.driver.machines) == 2, 10)
     assert caplog.text.count("could not be prepared") == 2
@@ -175,7 +175,7 @@ async def test_a_pool_that_can_not_be_filled_goes_on_trying(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Failures are logged, and starts are retried with pauses until machines start again."""
-    monkeypatch.setattr("kernel_gateway.pool.RETRY_AFTER_FAILURE", (0.05, 0.1))
+    monkeypatch.setattr("kernel_gateway.sandbox.pool.RETRY_AFTER_FAILURE", (0.05, 0.1))
     driver = FakeDriver()
     driver.script.resumed = changed(nonce=b"")
     async with serving(tmp_path, driver, pool_size=2) as service:

@@ -12,7 +12,7 @@ import pytest
 from kernel_gateway.api import rest
 from kernel_gateway.api.app import ROUTES
 from kernel_gateway.drivers import DriverError
-from kernel_gateway.sandbox import kernel_id
+from kernel_gateway.sandbox.sandbox import kernel_id
 from tests.fakes import FakeDriver, Service, error_of, eventually, serving
 
 

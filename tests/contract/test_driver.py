@@ -19,11 +19,11 @@ from guest_agent import wire
 from kernel_gateway.drivers import VmDriver
 from kernel_gateway.drivers.unisolated import Unisolated
 from kernel_gateway.errors import GuestFailure, GuestUnresponsive, SandboxDied
-from kernel_gateway.journal import Record
-from kernel_gateway.jupyter import message
-from kernel_gateway.jupyter.execution import Cell, Collector
-from kernel_gateway.link import Link
-from kernel_gateway.pool import Guest, Guests
+from kernel_gateway.guest.guest import Guest, Guests
+from kernel_gateway.guest.link import Link
+from kernel_gateway.kernel import message
+from kernel_gateway.kernel.events import Cell, Collector
+from kernel_gateway.kernel.journal import Record
 from tests.fakes import FakeDriver, eventually
 
 REAL = "unisolated"

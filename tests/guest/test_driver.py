@@ -19,7 +19,7 @@ from kernel_gateway.drivers import DriverError
 from kernel_gateway.drivers.jail import Jail
 from kernel_gateway.drivers.qemu import Image, Qemu, QemuVm
 from kernel_gateway.drivers.qemu_argv import Machine
-from kernel_gateway.snapshot import Manifest, Snapshot, memory_file
+from kernel_gateway.images.snapshot import Manifest, Snapshot, memory_file
 
 QEMU = shutil.which("qemu-system-x86_64") or "qemu-system-x86_64"
 ACCELERATORS = ["tcg", *([] if kvm.refused() else ["kvm"])]

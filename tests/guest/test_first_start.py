@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kernel_gateway.snapshot import FileDigest, Manifest, copy_sparse, memory_file
+from kernel_gateway.images.snapshot import FileDigest, Manifest, copy_sparse, memory_file
 from tests.guest.client import CACHE, CELLVM, cache_without_snapshots, comm, until
 
 MADE_AGAIN = "base: boot the template"

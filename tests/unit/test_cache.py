@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kernel_gateway.cache import DAY, KINDS, Cache
-from kernel_gateway.image import SEAL, damage, finished, seal
+from kernel_gateway.images.cache import DAY, KINDS, Cache
+from kernel_gateway.images.image import SEAL, damage, finished, seal
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ async def test_what_a_server_uses_is_never_pruned(cache: Cache) -> None:
     script = f"""
 import sys, time
 from pathlib import Path
-from kernel_gateway.cache import Cache
+from kernel_gateway.images.cache import Cache
 cache = Cache(Path({str(cache.root)!r}))
 cache.use(cache.root / "snapshots/base-cccccccccccccccc")
 print("held", flush=True)
@@ -151,7 +151,7 @@ async def test_what_can_not_be_deleted_is_in_nobodys_way(
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("kernel_gateway.cache._delete", refuse)
+    monkeypatch.setattr("kernel_gateway.images.cache._delete", refuse)
     async with cache.building(ignore):
         pass
     assert str(left) in caplog.text

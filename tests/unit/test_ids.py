@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kernel_gateway.sandbox import ID_ALPHABET, ID_LENGTH, PREFIX, kernel_id, new_id, sandbox_id
-from kernel_gateway.sandboxes import LEGAL_ID
+from kernel_gateway.sandbox.sandbox import ID_ALPHABET, ID_LENGTH, PREFIX, kernel_id, new_id, sandbox_id
+from kernel_gateway.sandbox.sandboxes import LEGAL_ID
 
 SANDBOX_IDS = st.text(ID_ALPHABET, min_size=ID_LENGTH, max_size=ID_LENGTH).map(lambda digits: PREFIX + digits)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from kernel_gateway import image
-from kernel_gateway.image import Cpio, content_hash, dependencies, finished, modules_in_order
-from kernel_gateway.templates import Templates, rootfs_dir
+from kernel_gateway.images import image
+from kernel_gateway.images.image import Cpio, content_hash, dependencies, finished, modules_in_order
+from kernel_gateway.images.templates import Templates, rootfs_dir
 from tests.fakes import eventually
 
 
@@ -172,7 +172,7 @@ async def test_a_builds_tool_ends_with_us(how: str, tmp_path: Path) -> None:
             await asyncio.wait_for(running, 5)
     else:
         code = (
-            "import asyncio; from kernel_gateway import image; "
+            "import asyncio; from kernel_gateway.images import image; "
             f"asyncio.run(image.run([*image.ALONE, 'sleep', '{mark}'], {{}}, print))"
         )
         parent = subprocess.Popen([sys.executable, "-c", code])

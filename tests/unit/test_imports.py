@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-USERS_OF_THE_WIRE = {"link", "kernel", "pool", "build", "api.ports", "api.rest", "__main__"}
+USERS_OF_THE_WIRE = {"guest.link", "kernel.kernel", "sandbox.pool", "images.build", "api.ports", "api.rest", "__main__"}
 """The only modules of the gateway that may import guest_agent.wire."""
 
 
@@ -53,8 +53,8 @@ def below(prefix: str) -> list[str]:
 
 def test_the_reader_of_imports_reads() -> None:
     """Known imports are seen."""
-    assert "guest_agent.wire" in ours("kernel_gateway.link")
-    assert "kernel_gateway.jupyter.message" in ours("kernel_gateway.jupyter.execution")
+    assert "guest_agent.wire" in ours("kernel_gateway.guest.link")
+    assert "kernel_gateway.kernel.message" in ours("kernel_gateway.kernel.events")
     assert outside("kernel_gateway.api.base") == {"msgspec", "tornado"}
 
 
@@ -71,16 +71,21 @@ def test_the_agent_never_imports_the_gateway(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["kernel_gateway.errors", "kernel_gateway.lifecycle", *below("kernel_gateway.jupyter")]
+    "name",
+    [
+        "kernel_gateway.errors",
+        "kernel_gateway.sandbox.lifecycle",
+        *(f"kernel_gateway.kernel.{each}" for each in ("message", "layout", "events")),
+    ],
 )
 def test_the_core_is_pure(name: str) -> None:
     """Errors, lifecycle and kernel messages import no technology, and each other only downwards."""
     assert outside(name) <= {"msgspec"}
-    messages = {"kernel_gateway.jupyter", "kernel_gateway.jupyter.message"}
+    messages = {"kernel_gateway.kernel.message"}
     allowed = {
-        "kernel_gateway.lifecycle": {"kernel_gateway.errors"},
-        "kernel_gateway.jupyter.execution": messages,
-        "kernel_gateway.jupyter.layout": messages,
+        "kernel_gateway.sandbox.lifecycle": {"kernel_gateway.errors"},
+        "kernel_gateway.kernel.events": messages,
+        "kernel_gateway.kernel.layout": messages,
     }
     assert ours(name) <= allowed.get(name, set())
     assert not imports(name) & {"asyncio", "socket", "subprocess", "os", "time"}
@@ -127,7 +132,7 @@ def test_the_api_knows_only_policies_of_the_network(name: str) -> None:
 @pytest.mark.parametrize("name", below("kernel_gateway.drivers"))
 def test_drivers_know_nothing_above_them(name: str) -> None:
     """A driver knows snapshots and other driver modules, but no sandboxes, no HTTP and no kernel."""
-    allowed = ("kernel_gateway.drivers", "kernel_gateway.snapshot")
+    allowed = ("kernel_gateway.drivers", "kernel_gateway.images.snapshot")
     assert all(each.startswith(allowed) for each in ours(name)), ours(name)
 
 
@@ -155,8 +160,8 @@ def test_tornado_stays_at_the_edge() -> None:
 
 def test_the_journal_knows_only_messages() -> None:
     """The journal knows nothing of kernels, sandboxes and sockets."""
-    assert {each.removesuffix(".message") for each in ours("kernel_gateway.journal")} == {"kernel_gateway.jupyter"}
-    assert outside("kernel_gateway.journal") == {"msgspec"}
+    assert ours("kernel_gateway.kernel.journal") == {"kernel_gateway.kernel.message"}
+    assert outside("kernel_gateway.kernel.journal") == {"msgspec"}
 
 
 def test_jupyter_server_stays_in_the_plugin() -> None:

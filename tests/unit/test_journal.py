@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernel_gateway import journal as module
-from kernel_gateway.journal import Gap, Journal, Reader, Record, merged
+from kernel_gateway.kernel import journal as module
+from kernel_gateway.kernel.journal import Gap, Journal, Reader, Record, merged
 
 MIB = 1 << 20
 Make = Callable[..., Journal]

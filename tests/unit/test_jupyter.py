@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernel_gateway.jupyter import message
-from kernel_gateway.jupyter.execution import SHOWN, Cell, CellError, Collector, Events, Result, StreamEvent
+from kernel_gateway.kernel import message
+from kernel_gateway.kernel.events import SHOWN, Cell, CellError, Collector, Events, Result, StreamEvent
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=10),

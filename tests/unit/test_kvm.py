@@ -14,13 +14,13 @@ import msgspec
 import pytest
 
 from kernel_gateway import kvm
-from kernel_gateway.build import Builder, cpu_identity
-from kernel_gateway.cache import Cache
 from kernel_gateway.drivers.jail import Jail
 from kernel_gateway.host import kvm_finding
+from kernel_gateway.images.build import Builder, cpu_identity
+from kernel_gateway.images.cache import Cache
+from kernel_gateway.images.templates import Template
 from kernel_gateway.kvm import Verdict
 from kernel_gateway.settings import Settings
-from kernel_gateway.templates import Template
 
 SLOW = "sandboxes run emulated (TCG): correct, 5 to 20 times slower, and not a security boundary by QEMU's word"
 TEMPLATE = Template(id="t", description="", vcpus=1, memory_mb=64, disk_mb=64)
@@ -215,7 +215,7 @@ async def test_machines_users_may_not_open_it(ask: Ask, jail: FakeJail, probe: P
 def test_the_key_of_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """QEMU's revision, firmware, the machine, the image and the processor: each changes it."""
     told = {"version": "7.2.22 (Debian 1)", "firmware": b"a"}
-    monkeypatch.setattr("kernel_gateway.build.this_cpu", lambda: told.get("cpu", "x"))
+    monkeypatch.setattr("kernel_gateway.images.build.this_cpu", lambda: told.get("cpu", "x"))
 
     def builder(name: str) -> Builder:
         (tmp_path / name).mkdir()

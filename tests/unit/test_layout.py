@@ -15,8 +15,8 @@ from jupyter_server.services.kernels.connection.base import (
     serialize_msg_to_ws_v1,
 )
 
-from kernel_gateway.jupyter import layout, message
-from kernel_gateway.jupyter.layout import LayoutError
+from kernel_gateway.kernel import layout, message
+from kernel_gateway.kernel.layout import LayoutError
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),

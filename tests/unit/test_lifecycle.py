@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernel_gateway.errors import Conflict
-from kernel_gateway.lifecycle import REQUESTS, TRANSITIONS, Event, State, decide
+from kernel_gateway.sandbox.lifecycle import REQUESTS, TRANSITIONS, Event, State, decide
 
 C, R, S = State.CREATING, State.RUNNING, State.STOPPED
 EXPECTED: dict[tuple[State, Event], State | None] = {

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernel_gateway.__main__ import main
-from kernel_gateway.jupyter.execution import CellError, StreamEvent
-from kernel_gateway.notebook import Notebook, NotebookError, Outputs, session_notebook
+from kernel_gateway.kernel.events import CellError, StreamEvent
+from kernel_gateway.kernel.notebook import Notebook, NotebookError, Outputs, session_notebook
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import pytest
 
-from kernel_gateway import preparation
 from kernel_gateway.errors import TemplateNotReady
-from kernel_gateway.preparation import Preparation
-from kernel_gateway.templates import Template
+from kernel_gateway.images import preparation
+from kernel_gateway.images.preparation import Preparation
+from kernel_gateway.images.templates import Template
 
 FIRST, SECOND, THIRD = (
     Template(id=name, description="", vcpus=1, memory_mb=1, disk_mb=1) for name in ("first", "second", "third")

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kernel_gateway.snapshot import (
+from kernel_gateway.images.snapshot import (
     BLOCK,
     FILES,
     FileDigest,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kernel_gateway.store import Store, new_key
+from kernel_gateway.sandbox.store import Store, new_key
 
 
 @pytest.fixture

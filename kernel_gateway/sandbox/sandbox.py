@@ -12,11 +12,11 @@ from typing import Any, Protocol, runtime_checkable
 
 from kernel_gateway.drivers import Networked, Vm
 from kernel_gateway.errors import Conflict, SandboxDied
-from kernel_gateway.kernel import Kernel
-from kernel_gateway.lifecycle import Event, State, decide
+from kernel_gateway.guest.guest import Guest
+from kernel_gateway.images.templates import Template
+from kernel_gateway.kernel.kernel import Kernel
 from kernel_gateway.network.policy import Policy, Refusal
-from kernel_gateway.pool import Guest
-from kernel_gateway.templates import Template
+from kernel_gateway.sandbox.lifecycle import Event, State, decide
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from kernel_gateway.jupyter.execution import CellError, StreamEvent
+from kernel_gateway.kernel.events import CellError, StreamEvent
 
 MAX_CELL = 128 * 1024 * 1024
 """Bytes that one cell's outputs may take, because a runaway `print` must not fill the host's memory."""

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import msgspec
 
-from kernel_gateway.cache import SUITE, Cache
-from kernel_gateway.templates import Template, rootfs_dir
+from kernel_gateway.images.cache import SUITE, Cache
+from kernel_gateway.images.templates import Template, rootfs_dir
 
 log = logging.getLogger(__name__)
 
@@ -279,7 +279,7 @@ async def download_wheels(lock: Path, directory: Path, step: Progress) -> None:
 
 def build_initrd(image: Path, cache: Cache) -> Path:
     """The first file system: busybox, the kernel modules, our init and the agent."""
-    rootfs, agent = rootfs_dir(), Path(__file__).parent.parent / "guest_agent"
+    rootfs, agent = rootfs_dir(), Path(__file__).parents[2] / "guest_agent"
     key = content_hash(image.name, agent, rootfs / "init", rootfs / "main", repr(MODULES))
     directory = cache.root / "initrd" / key
     if directory.is_dir():

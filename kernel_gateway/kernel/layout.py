@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from kernel_gateway.jupyter import message
-from kernel_gateway.jupyter.message import CHANNEL, CONTENT, HEADER, METADATA, PARENT
+from kernel_gateway.kernel import message
+from kernel_gateway.kernel.message import CHANNEL, CONTENT, HEADER, METADATA, PARENT
 
 V1 = "v1.kernel.websocket.jupyter.org"
 MAX_PARTS = 65_536

@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 
 from kernel_gateway.errors import TemplateNotReady
-from kernel_gateway.templates import Template
+from kernel_gateway.images.templates import Template
 
 log = logging.getLogger(__name__)
 

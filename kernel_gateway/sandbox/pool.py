@@ -8,85 +8,19 @@ import asyncio
 import logging
 import time
 from collections import deque
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
 
 from guest_agent import wire
-from kernel_gateway.drivers import DriverError, Stops, Vm, VmDriver
-from kernel_gateway.errors import GuestUnresponsive
-from kernel_gateway.kernel import Kernel
-from kernel_gateway.link import Link
+from kernel_gateway.drivers import DriverError, Stops
+from kernel_gateway.guest.guest import Guest, Guests
 
 log = logging.getLogger(__name__)
 
-SAMPLES_KEPT = 10_000
 RETRY_AFTER_FAILURE = (1.0, 30.0)
 """First and longest pause, in seconds, after a machine could not be prepared."""
 QUIET = 1.0
 """Seconds without a create after which a stock that is not empty is refilled."""
 # The first cell warms the caches. The second one clears `_`, because it must be empty.
 EXERCISE = ("1 + 1", "get_ipython().displayhook.flush()")
-
-
-@dataclass(slots=True)
-class Guest:
-    """A machine with an agent that has passed the resume handshake. Relative paths start at `home`."""
-
-    vm: Vm
-    link: Link
-    kernel: Kernel
-    home: str = ""
-
-    async def kill(self) -> None:
-        self.link.close()
-        await self.vm.kill()
-
-
-class Guests:
-    """The starter of guests. It refuses a guest whose randomness is not fresh, because such a machine must not be used.
-
-    `env` are the operator's variables for every sandbox. Variables of a sandbox's owner win.
-    """
-
-    def __init__(self, driver: VmDriver, env: dict[str, str] | None = None) -> None:
-        self._driver = driver
-        self._env = env or {}
-        self.capabilities = driver.capabilities
-        self._samples: dict[bytes, None] = {}
-
-    async def start(self, template_id: str) -> Guest:
-        """A new guest, running.
-
-        Raises:
-            DriverError, CellvmError: the guest did not start or did not acknowledge; nothing is left of it.
-        """
-        vm = await self._driver.start(template_id)
-        async with AsyncExitStack() as undo:
-            undo.push_async_callback(vm.kill)
-            try:
-                link = await Link.open(vm.open(), time_scale=self._driver.capabilities.time_scale)
-            except OSError as error:
-                raise DriverError(f"the machine's agent can't be spoken to: {error}") from error
-            undo.callback(link.close)
-            guest = Guest(vm, link, Kernel(link))
-            await self.resume(guest, sandbox_id="pool", hostname="sandbox", env={})
-            undo.pop_all()
-        return guest
-
-    async def resume(self, guest: Guest, *, sandbox_id: str, hostname: str, env: dict[str, str]) -> None:
-        """Do the handshake with a guest, whether it is from the pool or straight from a restore.
-
-        Raises:
-            CellvmError: the handshake failed; the caller destroys the guest.
-        """
-        resumed = await guest.link.resume(sandbox_id=sandbox_id, hostname=hostname, env={**self._env, **env})
-        guest.home, sample = resumed.home, resumed.sample
-        if sample in self._samples:
-            log.critical("a guest's random sample was seen before: template clones are not being reseeded")
-            raise GuestUnresponsive("the guest's randomness is not fresh")
-        self._samples[sample] = None
-        if len(self._samples) > SAMPLES_KEPT:
-            del self._samples[next(iter(self._samples))]
 
 
 class Pool:

@@ -28,8 +28,8 @@ class Template(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def rootfs_dir() -> Path:
     """Where the recipes of the guest image are: beside the packages in a checkout, inside ours when installed."""
-    installed = Path(__file__).parent / "_rootfs"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "rootfs"
+    installed = Path(__file__).parents[1] / "_rootfs"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "rootfs"
 
 
 class Templates:

@@ -19,14 +19,16 @@ from pathlib import Path
 import msgspec
 
 from guest_agent import wire
-from kernel_gateway.cache import Cache
 from kernel_gateway.drivers import DriverError
 from kernel_gateway.drivers.jail import opened_for_machines
 from kernel_gateway.drivers.qemu import Image, Qemu, QemuVm
 from kernel_gateway.drivers.qemu_argv import Descriptors, Machine, qemu
 from kernel_gateway.drivers.tsc import is_same_rate, tsc_khz
 from kernel_gateway.errors import CellvmError, GuestUnresponsive
-from kernel_gateway.image import (
+from kernel_gateway.guest.guest import Guests
+from kernel_gateway.guest.link import Link
+from kernel_gateway.images.cache import Cache
+from kernel_gateway.images.image import (
     BuildError,
     Progress,
     build_image,
@@ -34,10 +36,16 @@ from kernel_gateway.image import (
     content_hash,
     finished,
 )
-from kernel_gateway.link import Link
-from kernel_gateway.pool import Guests
-from kernel_gateway.snapshot import FILES, FileDigest, Manifest, Snapshot, SnapshotCorrupt, copy_sparse, memory_file
-from kernel_gateway.templates import Template
+from kernel_gateway.images.snapshot import (
+    FILES,
+    FileDigest,
+    Manifest,
+    Snapshot,
+    SnapshotCorrupt,
+    copy_sparse,
+    memory_file,
+)
+from kernel_gateway.images.templates import Template
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from kernel_gateway.jupyter import message
+from kernel_gateway.kernel import message
 
 TEXT_LIMIT = 8 * 1024 * 1024
 RESULT_LIMIT = 64 * 1024 * 1024

@@ -20,8 +20,8 @@ from typing import BinaryIO, NamedTuple, Self
 
 import msgspec
 
-from kernel_gateway.jupyter import message
-from kernel_gateway.jupyter.message import CONTENT, PARENT
+from kernel_gateway.kernel import message
+from kernel_gateway.kernel.message import CONTENT, PARENT
 
 log = logging.getLogger(__name__)
 

@@ -10,13 +10,14 @@ from typing import Protocol
 
 from kernel_gateway.drivers import DriverError
 from kernel_gateway.errors import CellvmError, Draining, GuestFailure, HostFull, InvalidRequest, NotFound, Unavailable
-from kernel_gateway.lifecycle import Event, State
+from kernel_gateway.guest.guest import Guest, Guests
+from kernel_gateway.images.preparation import Preparation
+from kernel_gateway.images.templates import Template, Templates
 from kernel_gateway.network.policy import Floor, Policy, Refusal
-from kernel_gateway.pool import Guest, Guests, Pool
-from kernel_gateway.preparation import Preparation
-from kernel_gateway.sandbox import Sandbox, filter_of, new_id
-from kernel_gateway.store import Store
-from kernel_gateway.templates import Template, Templates
+from kernel_gateway.sandbox.lifecycle import Event, State
+from kernel_gateway.sandbox.pool import Pool
+from kernel_gateway.sandbox.sandbox import Sandbox, filter_of, new_id
+from kernel_gateway.sandbox.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ import msgspec
 
 from guest_agent import wire
 from kernel_gateway.errors import CellvmError, Conflict, GuestFailure
-from kernel_gateway.journal import Gap, Journal
-from kernel_gateway.jupyter import message
-from kernel_gateway.jupyter.execution import CellError, Events, StreamEvent
-from kernel_gateway.jupyter.message import CHANNEL, CONTENT, HEADER, PARENT
-from kernel_gateway.link import Link
+from kernel_gateway.guest.link import Link
+from kernel_gateway.kernel import message
+from kernel_gateway.kernel.events import CellError, Events, StreamEvent
+from kernel_gateway.kernel.journal import Gap, Journal
+from kernel_gateway.kernel.message import CHANNEL, CONTENT, HEADER, PARENT
 
 log = logging.getLogger(__name__)
 
