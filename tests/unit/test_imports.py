@@ -74,6 +74,7 @@ def test_the_agent_never_imports_the_gateway(name: str) -> None:
     "name",
     [
         "kernel_gateway.errors",
+        "kernel_gateway.outcome",
         "kernel_gateway.sandbox.lifecycle",
         *(f"kernel_gateway.kernel.{each}" for each in ("message", "layout", "events")),
     ],
@@ -83,6 +84,7 @@ def test_the_core_is_pure(name: str) -> None:
     assert outside(name) <= {"msgspec"}
     messages = {"kernel_gateway.kernel.message"}
     allowed = {
+        "kernel_gateway.outcome": {"kernel_gateway.errors"},
         "kernel_gateway.sandbox.lifecycle": {"kernel_gateway.errors"},
         "kernel_gateway.kernel.events": messages,
         "kernel_gateway.kernel.layout": messages,

@@ -1,0 +1,33 @@
+"""How a piece of accepted work ended: a cell or a command. Pure.
+
+Every piece of work gets one Outcome, once. All that tell of it (answers, streams, idempotent requests, lists) tell that
+value.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from kernel_gateway.errors import CellvmError
+
+
+class Ending(StrEnum):
+    """What is known of work that is over.
+
+    FINISHED: it ran to its end, whatever the end was. NOT_STARTED: it never ran, so repeating it is safe. UNKNOWN: it
+    may have run, in part or as a whole, because its kernel or its machine ended first.
+    """
+
+    FINISHED = "finished"
+    NOT_STARTED = "not_started"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The end of one piece of work. `error` says what the server has to say of it; None if the work speaks for itself."""
+
+    ending: Ending
+    error: CellvmError | None = None
+
+
+FINISHED = Outcome(Ending.FINISHED)
