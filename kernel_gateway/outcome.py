@@ -24,7 +24,7 @@ class Ending(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The end of one piece of work. `error` says what the server has to say of it; None if the work speaks for itself."""
+    """The end of one piece of work. `error` is what the server has to say of it, None if the work speaks for itself."""
 
     ending: Ending
     error: CellvmError | None = None
