@@ -1,4 +1,4 @@
-"""Control groups of version 2 against a real kernel: the guest's, whatever the host's own are."""
+"""Control groups of version 2 in a real kernel. The guest's kernel is used, because a host may have version 1."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,7 @@ print(json.dumps(told))
 
 
 def test_version_2_on_a_real_kernel(box: Sandbox) -> None:
-    """Groups are found, limited, entered, felt and removed: at the top, in a service, in a shell."""
+    """Groups are found, made, entered and removed, and limit processes, at the top, in a service and in a shell."""
     box.upload("/home/user/cgroup.py", Path(cgroup.__file__).read_bytes())
     box.upload("/home/user/try.py", SCRIPT)
     result = box.run("sudo", "python3", "/home/user/try.py", timeout=100)

@@ -1,4 +1,4 @@
-"""Kernel messages over WebSockets from real machines: what only they can show."""
+"""Kernel messages over WebSockets: these tests need a real machine."""
 
 import asyncio
 import os
@@ -22,13 +22,13 @@ ALL_BYTES = bytes(range(256))
 
 
 def target(server: Server) -> Any:
-    """A server as the WebSocket clients want it."""
+    """A server in the form that the WebSocket clients take."""
     return SimpleNamespace(url=server.url, key=KEY)
 
 
 @pytest.fixture(params=[True, False], ids=["v1", "legacy"])
 async def client(request: pytest.FixtureRequest, server: Server, box: Sandbox) -> AsyncIterator[Client]:
-    """A client of the shared sandbox's kernel in each layout; afterwards the kernel still works."""
+    """A client of the shared sandbox's kernel, in each layout. After the test the kernel still works."""
     async with channels(target(server), box.model["kernelID"], v1=request.param) as client:
         yield client
         assert (await client.run("6 * 7", 60)).value == "42"
@@ -43,7 +43,7 @@ async def test_a_figure(client: Client) -> None:
 
 
 async def test_comms_carry_all_bytes(client: Client) -> None:
-    """Buffers of all byte values, a megabyte of them, go both ways as they are."""
+    """A megabyte of buffers, with all byte values, goes both ways unchanged."""
     code = """
 def opened(comm, message):
     comm.on_msg(lambda message: comm.send({}, buffers=message["buffers"]))
@@ -65,7 +65,7 @@ async def test_widgets_are_there(client: Client) -> None:
 
 
 async def test_input_and_control(client: Client) -> None:
-    """A cell asks its client; meanwhile the control channel answers, and so does the debugger."""
+    """While a cell asks its client for input, the control channel and the debugger answer."""
     request = await client.start("print(input('name: '))")
     asked = await client.until_kind("input_request", 60)
     assert (await client.ask("kernel_info_request", channel="control")).reply["status"] == "ok"
@@ -77,7 +77,7 @@ async def test_input_and_control(client: Client) -> None:
 
 @pytest.mark.parametrize("by", ["message", "REST"])
 async def test_an_interrupt_overtakes_output(client: Client, server: Server, by: str) -> None:
-    """While 20 MB are under way to the client an interrupt reaches the kernel in under a second."""
+    """An interrupt reaches the kernel in under a second, also while 20 MB of output are under way to the client."""
     code = """
         import time
         try:
@@ -96,7 +96,7 @@ async def test_an_interrupt_overtakes_output(client: Client, server: Server, by:
         await asyncio.to_thread(server.post, f"/api/kernels/{client.kernel}/interrupt")
     await client.answer(request, 60)
     at = float((await client.run("at", 60)).value)
-    assert -0.1 < at - sent < 1 * server.scale  # two clocks, a few milliseconds apart
+    assert -0.1 < at - sent < 1 * server.scale  # the clocks may differ by a few milliseconds
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ async def test_an_interrupt_overtakes_output(client: Client, server: Server, by:
     ids=["exit", "SIGKILL"],
 )
 async def test_a_kernel_that_ends(client: Client, code: str, cause: dict[str, int]) -> None:
-    """Its cell ends with an error, everybody hears `restarting` and why, then `idle`; files stay."""
+    """The cell of a kernel that ends gets an error. Clients hear `restarting`, why, and then `idle`. Files stay."""
     await client.run("open('kept', 'w').close()", 60)
     answer = await client.run(f"import os, time; print('.', flush=True); time.sleep(0.5); {code}", 60)
     assert [message.kind for message in answer.messages][-4:-1] == ["stream", "error", "execute_reply"]
@@ -118,7 +118,7 @@ async def test_a_kernel_that_ends(client: Client, code: str, cause: dict[str, in
 
 
 async def test_r14_cuts(server: Server, box: Sandbox) -> None:
-    """A connection cut at 30 random points: coming back with the last number loses nothing and doubles nothing."""
+    """A client that is cut off at 30 random points, and resumes after its last number, gets each message once."""
     rng, text, is_over = random.Random(14), "", False
     direct = target(server)
     async with (
@@ -145,7 +145,7 @@ async def test_r14_cuts(server: Server, box: Sandbox) -> None:
 
 
 async def test_r8_a_client_that_does_not_read(server: Server, box: Sandbox) -> None:
-    """While 100 MB are printed the server grows by 32 MiB at most; then the client gets them all, in order."""
+    """While 100 MB are printed the server grows by 32 MiB at most. Afterwards the client gets them in order."""
     code = "for n in range(1000): print(f'{n:09d} ' + 'x' * 99_989)"
     async with channels(target(server), box.model["kernelID"], max_queue=1) as client:
         with server.memory_grows_at_most(32 << 20):
@@ -158,7 +158,7 @@ async def test_r8_a_client_that_does_not_read(server: Server, box: Sandbox) -> N
 
 @pytest.mark.alone
 async def test_r2_the_machine_is_killed(start_server: Callable[..., Server]) -> None:
-    """Its clients are closed with 4410 within a second, and the kernel is listed as dead, with the reason."""
+    """The clients of a killed machine are closed with 4410 within a second, and its kernel is listed as dead."""
     server = start_server(pool_size=0)
     kernel = server.post("/api/kernels").json()
     (machine,) = server.machines()
@@ -180,7 +180,7 @@ async def test_r2_the_machine_is_killed(start_server: Callable[..., Server]) -> 
 
 
 async def test_a_shutdown_ends_the_machine(server: Server) -> None:
-    """After a client's shutdown_request the kernel is gone, and its machine too."""
+    """After a client's shutdown_request the kernel and its machine are gone."""
     kernel = server.post("/api/kernels", json={"name": "base"}).json()
     async with channels(target(server), kernel["id"]) as client:
         await client.send("shutdown_request", {"restart": False}, "control")

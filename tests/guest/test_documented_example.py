@@ -1,4 +1,4 @@
-"""The template page's full example, with only its address and its key changed, and the same pipeline as a cell."""
+"""The template page's full example with only its address and its key changed, and the same pipeline as a cell."""
 
 import base64
 import hashlib
@@ -30,7 +30,7 @@ def figures(cell: dict[str, Any]) -> list[bytes]:
 
 
 def test_example(server: Server) -> None:
-    """The documented program runs as printed: it shows the summary and downloads the chart as it is inside."""
+    """The documented program runs unchanged, shows the summary, and downloads the chart that is in the sandbox."""
     program = PROGRAM.replace("https://api.sandbase.ai", server.url).replace("sk-sb-YOUR_KEY", KEY)
     work, clean_up = program.split("# 4. Clean up")
     names: dict[str, Any] = {}
@@ -54,7 +54,7 @@ def test_example(server: Server) -> None:
 
 
 def test_create_answer(server: Server) -> None:
-    """The answer to a create has the fields of the page, and is a running sandbox."""
+    """The answer to a create has the fields that the page documents, and the sandbox is running."""
     with server.sandbox() as sandbox:
         model = sandbox.model
         assert re.fullmatch(r"sbx[a-z0-9]+", model["sandboxID"])
@@ -76,7 +76,7 @@ def test_documented_one_liner(box: Sandbox) -> None:
 
 
 def test_pipeline_as_a_cell(box: Sandbox) -> None:
-    """The pipeline through /execute answers its figure as a PNG, though it switches to a file-only backend."""
+    """The pipeline through /execute returns its figure as a PNG, although the code chooses a file-only backend."""
     cell = box.execute(pipeline())
     assert cell["error"] is None
     assert cell["stdout"].startswith("=== Summary ===")
@@ -86,7 +86,7 @@ def test_pipeline_as_a_cell(box: Sandbox) -> None:
 
 
 def test_variables_stay(box: Sandbox) -> None:
-    """A variable set in one call is there in the next."""
+    """A variable that one call sets is there in the next."""
     assert box.execute("kept = [1, 2]")["error"] is None
     assert box.value("kept + [3]") == [1, 2, 3]
 
@@ -96,17 +96,17 @@ INLINE = "import matplotlib.pyplot as plt\nfig, ax = plt.subplots(figsize=(3, 2)
 
 @pytest.mark.parametrize("ending", ["plt.show()", "None", "fig"])
 def test_inline_figures(box: Sandbox, ending: str) -> None:
-    """A figure comes back once as a PNG, shown, left open, or as the cell's value."""
+    """A figure comes back once as a PNG when it is shown or left open, and twice when it is the cell's value."""
     code = f"import matplotlib\nmatplotlib.use('module://matplotlib_inline.backend_inline')\n{INLINE}{ending}"
     cell = box.execute(code)
     assert cell["error"] is None
-    expected = 2 if ending == "fig" else 1  # as a value it is also still open at the end of the cell, as in Jupyter
+    expected = 2 if ending == "fig" else 1  # a figure that is the value is also open when the cell ends, as in Jupyter
     assert len(figures(cell)) == expected
     assert all(figure.startswith(PNG) for figure in figures(cell))
 
 
 def test_inline_is_the_default(server: Server) -> None:
-    """In a fresh sandbox a figure needs no set-up at all, and tables come as HTML."""
+    """In a fresh sandbox a figure needs no set-up, and tables come as HTML."""
     with server.sandbox() as sandbox:
         cell = sandbox.execute(INLINE + "plt.show()\nimport pandas as pd\npd.DataFrame({'x': [1, 2]})")
         assert cell["error"] is None
@@ -118,7 +118,7 @@ def test_inline_is_the_default(server: Server) -> None:
 
 
 def test_streamed_cell(box: Sandbox) -> None:
-    """A cell streamed as NDJSON tells its parts as they come, and ends with `end`."""
+    """A cell that is streamed as NDJSON sends its parts when they are made, and ends with `end`."""
     accept = {"Accept": "application/x-ndjson"}
     code = "import time\nprint('a')\ntime.sleep(1)\nprint('b')\n1 + 1"
     with box.post("/execute", json={"code": code}, headers=accept, stream=True) as answer:

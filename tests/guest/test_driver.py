@@ -1,7 +1,7 @@
-"""The driver `qemu` with a guest of a few bytes: its life under emulation, and under KVM where `/dev/kvm` works.
+"""The driver `qemu` with a guest of a few bytes, under emulation, and under KVM where `/dev/kvm` works.
 
-The guest needs no kernel, so it runs on any KVM, also on one that interprets what the guest's kernel would run. What it
-does is print the digits from 0 to 9, again and again. A machine that goes on from a snapshot goes on counting.
+The guest has no kernel, so it runs on any KVM, also on one that would interpret a kernel. It prints the digits from 0
+to 9 again and again. A machine that goes on from a snapshot goes on counting.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ SECTOR = 512
 COUNT = bytes.fromhex(
     "30db"  # xor bl, bl            the next digit
     "bafd03"  # print: mov dx, 0x3fd  the serial port's line status
-    "ec a820 74fb"  # in al, dx; test al, 0x20; jz back, until it takes a byte
+    "ec a820 74fb"  # in al, dx; test al, 0x20; jz back, until the port takes a byte
     "baf803 88d8 0430 ee"  # mov dx, 0x3f8; mov al, bl; add al, '0'; out dx, al
     "fec3 80fb0a 7502 30db"  # inc bl; cmp bl, 10; jne over; xor bl, bl
     "66b900000200"  # over: mov ecx, 0x20000
@@ -37,8 +37,8 @@ COUNT = bytes.fromhex(
 NOWHERE = bytes.fromhex(
     "fa 2e660f01168800"  # cli; lgdt cs:[0x88], the six bytes after the jump
     "0f20c0 0c01 0f22c0"  # mov eax, cr0; or al, 1; mov cr0, eax
-    "66ea000000e00800"  # jmp 8:0xe0000000, where no memory is and no device
-    "0f00 8e020100 0000000000000000 ffff0000009acf00"  # the table: nothing, and code from 0 to 4 GiB
+    "66ea000000e00800"  # jmp 8:0xe0000000, where there is no memory and no device
+    "0f00 8e020100 0000000000000000 ffff0000009acf00"  # the table: an empty entry, and code from 0 to 4 GiB
 )
 TRIPLE_FAULT = bytes.fromhex("fa 2e0f011e8000 cc 0000000000000000 0000000000000000")  # cli; lidt cs:[0x80]; int3
 
@@ -52,7 +52,7 @@ def kernel(code: bytes) -> bytes:
     setup[0x202:0x206] = b"HdrS"
     setup[0x206:0x208] = (0x0204).to_bytes(2, "little")
     setup[0x211] = 1  # loaded high
-    setup[0x22C:0x230] = (0x37FF_FFFF).to_bytes(4, "little")  # where an initramfs may end
+    setup[0x22C:0x230] = (0x37FF_FFFF).to_bytes(4, "little")  # an initramfs may end here
     setup[0x270 : 0x270 + len(code)] = code
     return bytes(setup) + bytes(SECTOR)
 
@@ -65,7 +65,7 @@ def filled(name: str, content: bytes) -> int:
 
 @dataclass
 class Bench:
-    """A driver, and what its machines boot from."""
+    """A driver, and the files from which its machines boot."""
 
     driver: Qemu
     machine: Machine
@@ -85,7 +85,7 @@ class Bench:
         return await self.driver.boot(self.image(code), self.machine, self.memory, self.disk)
 
     async def offer(self, vm: QemuVm, tmp_path: Path, kept: int | None = None) -> None:
-        """Save the machine and offer it as a template, or only so many bytes of its devices' state."""
+        """Save the machine and offer it as a template. `kept` cuts its devices' state to so many bytes."""
         path = tmp_path / "state"
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -100,7 +100,7 @@ class Bench:
 
 @pytest.fixture(params=ACCELERATORS)
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
-    """Each accelerator in turn, in the real jail."""
+    """A bench for each accelerator, in the real jail."""
     accelerator = request.param
     jail = Jail.open(QEMU, kvm=accelerator == "kvm")
     (tmp_path / "disks").mkdir()
@@ -112,7 +112,7 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
 
 
 def digits(vm: QemuVm) -> str:
-    """What the guest has counted; the firmware prints nothing."""
+    """The digits that the guest has printed. The firmware prints none."""
     return "".join(filter(str.isdigit, vm.console_text))
 
 
@@ -141,7 +141,7 @@ async def counting(bench: Bench) -> AsyncIterator[QemuVm]:
 
 
 async def test_boot_stop_and_cont(counting: QemuVm) -> None:
-    """The guest counts, stands still while it is stopped, and goes on where it was."""
+    """The guest counts, stands still while it is stopped, and then goes on with the next digit."""
     await counting.stop()
     await asyncio.sleep(0.1)
     before = digits(counting)
@@ -155,7 +155,7 @@ async def test_boot_stop_and_cont(counting: QemuVm) -> None:
 
 
 async def test_save_and_restore(bench: Bench, counting: QemuVm, tmp_path: Path) -> None:
-    """Every clone goes on with the digit after the last one of the saved machine, and none disturbs another."""
+    """Every clone goes on with the digit after the saved machine's last one, and no clone disturbs another."""
     await bench.offer(counting, tmp_path)
     following = (int(digits(counting)[-1]) + 1) % 10
     clones = [await bench.driver.start("tiny") for _ in range(3)]
@@ -175,7 +175,7 @@ async def test_save_and_restore(bench: Bench, counting: QemuVm, tmp_path: Path) 
 
 
 async def test_a_state_that_can_not_be_written(bench: Bench, counting: QemuVm) -> None:
-    """Saving to a full device fails with QEMU's own reason, and does not wait for ever."""
+    """Saving to a full device fails with QEMU's reason, and does not wait for ever."""
     full = os.open("/dev/full", os.O_WRONLY | os.O_CLOEXEC)
     try:
         async with asyncio.timeout(20):
@@ -186,7 +186,7 @@ async def test_a_state_that_can_not_be_written(bench: Bench, counting: QemuVm) -
 
 
 async def test_a_state_that_can_not_be_read(bench: Bench, counting: QemuVm, tmp_path: Path) -> None:
-    """A machine is not started from half a state, and nothing is left of it."""
+    """No machine is started from half a state, and no process is left of the attempt."""
     await bench.offer(counting, tmp_path, kept=1000)
     children = set(Path("/proc/thread-self/children").read_text().split())
     async with asyncio.timeout(30):
@@ -196,17 +196,17 @@ async def test_a_state_that_can_not_be_read(bench: Bench, counting: QemuVm, tmp_
 
 
 async def test_a_stop_that_nobody_asked_for(counting: QemuVm) -> None:
-    """A machine whose processors stand still for a reason of QEMU's has ended, and says why."""
-    with suppress(DriverError):  # it may be killed before it has answered
+    """A machine whose processors QEMU has stopped counts as ended, and the reason is told."""
+    with suppress(DriverError):  # QEMU may be killed before it has answered
         await (await counting.control()).execute("stop")
     async with asyncio.timeout(10):
         assert await counting.wait() == "its processors were stopped, and not by us"
 
 
 async def test_code_that_can_not_be_executed(bench: Bench) -> None:
-    """KVM gives up when a guest jumps to where nothing is. QEMU lives on, and its machine is ended all the same.
+    """KVM gives up when a guest jumps to where there is no memory. QEMU lives on, but its machine is ended.
 
-    Emulated processors read nothing but zeros there, which is code: they go on, and the machine does not end by it.
+    Emulated processors read zeros there, and zeros are valid code. The machine goes on and does not end.
     """
     vm = await bench.boot(NOWHERE)
     vm.open().close()
@@ -222,7 +222,7 @@ async def test_code_that_can_not_be_executed(bench: Bench) -> None:
 
 
 async def test_a_triple_fault(bench: Bench) -> None:
-    """A guest that resets its machine ends it."""
+    """A guest that resets its machine ends the machine."""
     vm = await bench.boot(TRIPLE_FAULT)
     vm.open().close()
     try:
@@ -233,7 +233,7 @@ async def test_a_triple_fault(bench: Bench) -> None:
 
 
 async def test_a_machine_that_makes_no_progress(bench: Bench) -> None:
-    """Processor time without a word is the limit; the error says how much it was."""
+    """The limit is processor time without new output. The error says how much was used."""
     vm = await bench.boot(bytes.fromhex("ebfe"))  # jmp to itself
     vm.open().close()
     try:
@@ -246,7 +246,7 @@ async def test_a_machine_that_makes_no_progress(bench: Bench) -> None:
 
 
 async def test_a_machine_that_stands_still(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guest that sleeps for good uses no processor: it is noticed by the clock."""
+    """A guest that sleeps for ever uses no processor time, so the clock finds it."""
     monkeypatch.setattr("kernel_gateway.drivers.qemu.STANDSTILL", (0.5, 1.0))
     vm = await bench.boot(bytes.fromhex("fa f4 ebfd"))  # cli; hlt; jmp back
     vm.open().close()
@@ -258,7 +258,7 @@ async def test_a_machine_that_stands_still(bench: Bench, monkeypatch: pytest.Mon
 
 
 async def test_progress_renews_the_limit(counting: QemuVm) -> None:
-    """A machine that prints is waited for beyond its limit, unless the limit is for the whole."""
+    """A machine that prints may use more than its limit, unless the limit is for the whole time."""
     await counting.progressing(worked(counting, 3), cpu=0.5)
     with pytest.raises(DriverError, match=r"used \d s of processor time$"):
         await counting.progressing(asyncio.Event().wait(), cpu=0.5, renewed=False)
