@@ -1,7 +1,7 @@
-"""Promises R3 to R6 and R32: what user code does to its own machine stays there, and the machine can be used again.
+"""Promises R3 to R6 and R32: user code harms only its own machine, and that machine can be used again.
 
-The limits are the promises' own where the guest runs on the processor itself; an emulated one, on a host that does
-other things as well, gets five times as long. What was measured is printed.
+Where the guest runs on the processor itself, the limits are the promises' own. An emulated guest gets five times as
+long, because its host may be busy with other things. The measured times are printed.
 """
 
 import os
@@ -24,12 +24,12 @@ MIB = 1 << 20
 
 
 def allowed(box: Sandbox, seconds: float) -> float:
-    """How long something may take that is promised within `seconds`."""
+    """The limit, in seconds, of something that is promised within `seconds`."""
     return seconds * (1 if box.scale == 1 else 5)
 
 
 class Asking(threading.Thread):
-    """Asks a sandbox's agent ten times a second how it is, for the time of a block."""
+    """Asks for the health of a sandbox's agent ten times a second, for the time of a block."""
 
     def __init__(self, box: Sandbox) -> None:
         super().__init__(daemon=True)
@@ -56,7 +56,7 @@ class Asking(threading.Thread):
 
 @contextmanager
 def answering(box: Sandbox) -> Iterator[None]:
-    """During the block the agent answers, within 2 s whenever it is asked."""
+    """During the block the agent answers each question within 2 s."""
     with Asking(box) as asking:
         yield
     print(f"health: {len(asking.times)} times, longest {max(asking.times):.3f} s")
@@ -71,13 +71,13 @@ def own_machine(server: Server) -> Iterator[tuple[Sandbox, int]]:
     before = server.machines()
     with server.sandbox() as sandbox:
         until(server.pool_ready, 60)
-        # The pool holds one machine before and after: the sandbox's is the one that was in it.
+        # The pool holds one machine before and after, and the sandbox's is the one that was in the pool before.
         processes = {pid: started(pid) for pid in server.machines() & before}
         yield sandbox, max(processes, key=lambda pid: processes[pid])
 
 
 def started(pid: int) -> int:
-    """When a process was started, in ticks since the host's boot."""
+    """The time at which a process was started, in ticks since the host's boot."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
@@ -115,7 +115,7 @@ for _ in range(2 * total >> 25):
 
 
 def test_r3_a_cell_takes_twice_the_memory(server: Server) -> None:
-    """R3: the kernel is lost, says why within 15 s, and the next cell works; a neighbour's cells go on meanwhile."""
+    """R3: the kernel is lost, the cell says why within 15 s, and the next cell works. A neighbour's cells go on."""
     with own_machine(server) as (box, pid), server.sandbox() as neighbour, ThreadPoolExecutor() as threads:
         total = box.value("int(open('/proc/meminfo').readline().split()[1]) << 10")
         box.shell("echo kept > file")
@@ -132,13 +132,13 @@ def test_r3_a_cell_takes_twice_the_memory(server: Server) -> None:
             began = time.monotonic()
             assert box.value("[open('file').read(), 'hog' in globals()]") == ["kept\n", False]
             assert time.monotonic() - began <= allowed(box, 15)
-        # Its memory, its template's, and what QEMU needs itself (translated code first of all).
+        # The limit covers the guest's memory, the template's, and QEMU's own (most of it is translated code).
         print(f"host: {status(pid, 'VmHWM') >> 10} MiB of {total // MIB}")
         assert status(pid, "VmHWM") * 1024 <= total + 512 * MIB
 
 
 def test_r3_a_command_takes_all_memory(box: Sandbox) -> None:
-    """R3: a command that takes all memory is killed; the kernel keeps its variables, and the agent answers."""
+    """R3: a command that takes all memory is killed. The kernel keeps its variables, and the agent answers."""
     box.execute("kept = 41")
     with answering(box):
         result = box.run("python3", "-c", "hog = []\nwhile True: hog.append(bytearray(b'x') * (32 << 20))", timeout=60)
@@ -147,7 +147,7 @@ def test_r3_a_command_takes_all_memory(box: Sandbox) -> None:
 
 
 def test_r3_tmpfs_is_filled(box: Sandbox) -> None:
-    """R3: /dev/shm and /run have an end; commands, cells and files work while they are full."""
+    """R3: /dev/shm and /run are limited. Commands, cells and files work while they are full."""
     for path in ("/dev/shm/full", "/run/full"):
         full = box.run("sudo", "sh", "-c", f"cat /dev/zero > {path}", timeout=100)
         assert "No space left on device" in full["stderr"]
@@ -196,7 +196,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("kind", BOMBS)
 def test_r4_a_bomb(server: Server, kind: str) -> None:
-    """R4: amid processes without end the agent answers, a command's timeout is exact, and the user can end them."""
+    """R4: while processes multiply the agent answers, a command's timeout is exact, and the user can end them."""
     with own_machine(server) as (box, pid):
         threads = status(pid, "Threads")
         with answering(box):
@@ -206,12 +206,12 @@ def test_r4_a_bomb(server: Server, kind: str) -> None:
             if result["timedOut"]:
                 print(f"{kind}: ended after {time.monotonic() - began:.2f} s of {limit}")
                 assert limit <= time.monotonic() - began <= limit + allowed(box, 1)
-            else:  # it went to the background: the next command is in the midst of it
+            else:  # the bomb is in the background, and the next command runs beside it
                 began = time.monotonic()
                 assert box.run("sleep", "60", timeout=limit)["timedOut"] is True
                 print(f"{kind}: sleep ended after {time.monotonic() - began:.2f} s of {limit}")
                 assert limit <= time.monotonic() - began <= limit + allowed(box, 1)
-                # Nothing of it is on the host: no process, no thread beyond those for a machine's reads and writes.
+                # The host has none of the bomb's processes, and no threads but those for a machine's reads and writes.
                 assert descendants(pid) == []
                 assert status(pid, "Threads") <= threads + 64
                 assert box.run("bash", "-c", "kill -9 -1", timeout=20)["timedOut"] is False
@@ -224,14 +224,14 @@ def test_r4_a_bomb(server: Server, kind: str) -> None:
 
 
 def disk_use(pid: int) -> int:
-    """What a machine's own disk takes of the host's, in bytes."""
+    """The space that a machine's disk takes of the host's disk, in bytes."""
     files = [fd for fd in Path(f"/proc/{pid}/fd").iterdir() if re.search(r"/#\d+ \(deleted\)$", str(fd.readlink()))]
     (blocks,) = {(each.stat().st_ino, each.stat().st_blocks) for each in files}
     return blocks[1] * 512
 
 
 def test_r5_the_disk_is_full(server: Server) -> None:
-    """R5: user code hears ENOSPC, uploads 507; after something was deleted all works; the host gave no more."""
+    """R5: user code gets ENOSPC, and uploads get 507. A deletion cures both. The host gave no more than the disk."""
     with own_machine(server) as (box, pid):
         quota = box.get("").json()["diskSizeMB"] * MIB
         before = disk_use(pid)
@@ -240,7 +240,7 @@ def test_r5_the_disk_is_full(server: Server) -> None:
         print(f"256 MiB in the guest are {grown / MIB:.0f} on the host")
         assert 255 * MIB <= grown <= (256 + 64) * MIB
         box.upload("/home/user/old", b"old")
-        # Blocks that are given to a file without being written count inside, and cost the host nothing.
+        # Blocks that a file holds without content count in the guest, and take no space on the host.
         box.shell(
             "cd /home/user; size=$(df --output=avail -k . | tail -1); fallocate -l ${size}K full || true; "
             "for unit in 64M 1M 64K 4K; do while fallocate -l $unit full-$((n += 1)) 2>/dev/null; do :; done; "
@@ -259,7 +259,7 @@ def test_r5_the_disk_is_full(server: Server) -> None:
             assert box.upload("/home/user/old", bytes(4 * MIB)).status_code == 200
             assert box.value("open('/home/user/more', 'wb').write(bytes(1 << 20))") == 1 << 20
         assert disk_use(pid) <= quota + 64 * MIB
-        # What is deleted is given back to the host.
+        # The host gets the space of deleted files back.
         until(lambda: disk_use(pid) <= before + 64 * MIB, allowed(box, 10), every=0.2)
 
 
@@ -278,7 +278,7 @@ ENDS = {
 
 @pytest.mark.parametrize("kind", ENDS)
 def test_r6_the_guest_ends_itself(server: Server, kind: str) -> None:
-    """R6: whatever root does to end its machine, requests end with sandbox_died within 2 s, and its place is free."""
+    """R6: when root ends its machine by any means, requests end with sandbox_died within 2 s, and the place is free."""
     with own_machine(server) as (box, pid):
         began = time.monotonic()
         answer = box.post("/processes", json={"cmd": "sudo", "args": ["sh", "-c", f"{ENDS[kind]}; sleep 60"]})
@@ -301,10 +301,10 @@ BUSY = "for _ in 1 2; do (while :; do :; done) & done; sleep 1000"
 
 @pytest.mark.alone
 def test_r32_a_noisy_neighbour(server: Server) -> None:
-    """R32: cells of a sandbox whose neighbour keeps all its processors busy take their time, and not much more.
+    """R32: a neighbour that keeps all its processors busy does not slow a sandbox's cells much.
 
-    The promise is twice as long at most; `python -m tests.bench --only neighbour` measures that. A test on a machine
-    that does other things as well can't be so exact.
+    The promise is twice as long at most, and `python -m tests.bench --only neighbour` measures it. This test allows
+    more, because its machine may be busy with other things.
     """
     with ExitStack() as stack:
         quiet, noisy = (stack.enter_context(server.sandbox()) for _ in range(2))
@@ -321,7 +321,7 @@ def test_r32_a_noisy_neighbour(server: Server) -> None:
 
 
 def test_host_processes(server: Server) -> None:
-    """After all that the server has no processes but the machines of its pool and of living sandboxes."""
+    """The server's only processes are the machines of its pool and of living sandboxes."""
     until(server.pool_ready, 60)
     machines = server.machines()
     living = len(server.get("/sandboxes").json())

@@ -1,4 +1,4 @@
-"""The real internet, as far as tests may go: the package index that this machine itself installs from."""
+"""The real internet. Tests may go no further than the package index from which this machine itself installs."""
 
 import re
 import socket
@@ -17,7 +17,7 @@ from kernel_gateway.settings import Settings
 from tests.guest.client import Server, until
 
 PACKAGE = "iniconfig"
-"""Small, pure Python, and in no template."""
+"""A small package of pure Python that is in no template."""
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def index() -> str:
 
 @pytest.fixture(scope="module")
 def online(index: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose sandboxes reach the index, also where its name leads to an address that is not public."""
+    """A server whose sandboxes reach the index, also when the index has an address that is not public."""
     page = requests.get(index, timeout=60, verify=str(Settings().ca_path or "") or True)
     page.raise_for_status()
     links = [urljoin(index, link) for link in re.findall(r'href="([^"]+)"', page.text)]
@@ -45,7 +45,7 @@ def online(index: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 
 def test_from_a_create_to_an_installed_package(online: Server, index: str) -> None:
-    """`pip install` and `requests.get` work in a sandbox, without any settings in it."""
+    """`pip install` and `requests.get` work in a sandbox without any settings in it."""
     until(online.pool_ready, 60)
     begun = time.monotonic()
     with online.sandbox() as box:
@@ -62,7 +62,7 @@ def test_from_a_create_to_an_installed_package(online: Server, index: str) -> No
 
 
 def test_off_means_no_card(tmp_path: Path) -> None:
-    """With the network off a machine has no network device, and that is said."""
+    """With the network off a machine has no network device, and the server says so."""
     flags = {"--network": "off", "--templates": "base"}
     server = Server(tmp_path / "data", pool_size=0, max_sandboxes=1, flags=flags)
     try:

@@ -1,4 +1,4 @@
-"""What stands round a machine, and what one sandbox may learn of another, of the template or of the host."""
+"""The walls round a machine, and what one sandbox may learn of another, of the template or of the host."""
 
 import ctypes
 import fcntl
@@ -44,7 +44,7 @@ def status(path: Path) -> dict[str, str]:
 
 
 def settled(server: Server) -> set[int]:
-    """Every QEMU of the server: in the pool, and with a sandbox. None is being started: that one is in no group yet."""
+    """Every QEMU of the server, when none is being started. A QEMU that is being started is in no control group yet."""
     until(server.pool_ready, 60)
     found = server.machines()
     assert found
@@ -70,7 +70,7 @@ def test_process_has_no_power(box: Sandbox, machines: set[int]) -> None:
 
 @as_root
 def test_process_has_its_own_user(box: Sandbox, machines: set[int]) -> None:
-    """Every QEMU runs as a user and a group that nobody else has, in no other group, with an empty bounding set."""
+    """Every QEMU runs as its own user and group, is in no other group, and has an empty bounding set."""
     uids = set()
     for pid in machines:
         found = status(Path(f"/proc/{pid}/status"))
@@ -84,7 +84,7 @@ def test_process_has_its_own_user(box: Sandbox, machines: set[int]) -> None:
 
 
 def test_process_holds_no_files(box: Sandbox, machines: set[int]) -> None:
-    """A QEMU has no open file with a name that it could write, no listening socket, and nothing of the server's."""
+    """A QEMU has no named file open for writing, no listening socket, and no file of the server's."""
     for pid in machines:
         for fd in Path(f"/proc/{pid}/fd").iterdir():
             target = str(fd.readlink())
@@ -97,13 +97,13 @@ def test_process_holds_no_files(box: Sandbox, machines: set[int]) -> None:
 
 
 def test_ctrl_c_is_not_for_machines(machines: set[int]) -> None:
-    """A QEMU is in a session of its own: it has no terminal, and a terminal's signals reach the server alone, which
-    lets requests finish."""
+    """A QEMU is in its own session without a terminal. The server alone gets Ctrl-C, because it lets requests
+    finish."""
     assert {os.getsid(pid) for pid in machines} == machines
 
 
 def test_template_memory_is_sealed(machines: set[int]) -> None:
-    """What all machines share of a template's memory and state can't be written by anybody any more."""
+    """The memory and the state of a template, which all its machines share, can't be written by anybody."""
     sealed = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
     for pid in machines:
         shared = [fd for fd in Path(f"/proc/{pid}/fd").iterdir() if str(fd.readlink()).startswith("/memfd:")]
@@ -119,7 +119,7 @@ def test_template_memory_is_sealed(machines: set[int]) -> None:
 
 
 def test_process_has_a_view_of_its_own(server: Server, machines: set[int]) -> None:
-    """A QEMU is in no namespace of the server's but those of processes and users, and sees QEMU's own files alone."""
+    """A QEMU shares only the server's namespaces of processes and users, and sees only QEMU's own files."""
     for pid in machines:
         for name in NAMESPACES:
             assert Path(f"/proc/{pid}/ns/{name}").readlink() != Path(f"/proc/{server.pid}/ns/{name}").readlink()
@@ -137,7 +137,7 @@ def test_process_has_a_view_of_its_own(server: Server, machines: set[int]) -> No
 
 
 def test_limits_of_the_process(machines: set[int]) -> None:
-    """No core dumps, few open files, no file longer than the disk: soft and hard."""
+    """A QEMU has hard limits: no core dumps, few open files, and no file longer than the disk."""
     for pid in machines:
         found = {
             match[1]: match[2].split()[:2]
@@ -151,7 +151,7 @@ def test_limits_of_the_process(machines: set[int]) -> None:
 
 
 def disk_of(pid: int) -> str:
-    """The descriptor of a machine's disk: a file without a name. QEMU has two, one of them its copy."""
+    """The descriptor of a machine's disk, which is a file without a name. QEMU has two descriptors, one a copy."""
     nameless = [
         fd.name
         for fd in Path(f"/proc/{pid}/fd").iterdir()
@@ -161,7 +161,7 @@ def disk_of(pid: int) -> str:
 
 
 def groups_of(pid: int) -> dict[str, Path]:
-    """The control group of a process, by what is limited there."""
+    """The control groups of a process, by the controller that limits there."""
     found = found_groups()
     assert found, "nothing can be limited here; `doctor` says so"
     moved = Cgroups.find(Path("/proc/self/mountinfo").read_text(), Path(f"/proc/{pid}/cgroup").read_text())
@@ -171,7 +171,7 @@ def groups_of(pid: int) -> dict[str, Path]:
 
 @as_root
 def test_limits_of_the_control_group(server: Server, machines: set[int]) -> None:
-    """Each QEMU is in a group of its own, with limits of memory, processors and threads, and nobody else is in it."""
+    """Each QEMU is alone in its own control group, with limits of memory, processors and threads."""
     seen = set()
     for pid in machines:
         groups = groups_of(pid)
@@ -190,13 +190,13 @@ def test_limits_of_the_control_group(server: Server, machines: set[int]) -> None
 
 
 def first_of(path: Path, *names: str) -> str:
-    """The content of the first of these files that is there."""
+    """The content of the first of these files that exists."""
     return next((path / name).read_text().strip() for name in names if (path / name).exists())
 
 
 @as_root
 def test_a_machine_over_its_memory(server: Server) -> None:
-    """A QEMU that takes more memory than it may dies like any other; the log tells why, and its group is gone."""
+    """A QEMU that takes too much memory dies like any other. The log says why, and its group is gone."""
     with server.sandbox(template="base") as sandbox:
         pid = machine_of(server, sandbox)
         path = groups_of(pid)["memory"]
@@ -214,7 +214,7 @@ def test_a_machine_over_its_memory(server: Server) -> None:
 
 
 def machine_of(server: Server, sandbox: Sandbox) -> int:
-    """The QEMU of a sandbox: the one that gets work when it does."""
+    """The QEMU of a sandbox. It is found because it uses the processor when the sandbox works."""
     before = {pid: ticks(pid) for pid in server.machines()}
     sandbox.shell("for i in $(seq 20000); do :; done")
     return max(before, key=lambda pid: ticks(pid) - before[pid])
@@ -225,7 +225,7 @@ def ticks(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-# Run as a machine's user in its namespaces: by a process that has loaded what it needs before it enters.
+# This runs as a machine's user in its namespaces. It loads its modules first, because the view has none.
 PROBE = """
 import ctypes, json, os, socket, sys
 asked = json.loads(sys.argv[1])
@@ -282,10 +282,10 @@ print(json.dumps({
 
 @as_root
 def test_what_a_machines_user_can_reach(server: Server, box: Sandbox, machines: set[int]) -> None:
-    """A13: a program in a QEMU's place (its user, its namespaces) can read nothing of another machine, the server or
-    the host, reaches no socket of the host's, and sees exactly QEMU's own files.
+    """A13: a program with a QEMU's user and namespaces can't read another machine, the server or the host. It reaches
+    no socket of the host's, and sees exactly QEMU's own files.
 
-    It has more power than what breaks out of a guest: QEMU's seccomp filter does not hold for it.
+    The program has more power than code that breaks out of a guest, because QEMU's seccomp filter does not hold for it.
     """
     machine, *others = sorted(machines)
     assert others
@@ -306,7 +306,7 @@ def test_what_a_machines_user_can_reach(server: Server, box: Sandbox, machines: 
         listener.bind("\0" + abstract)
         listener.listen()
         with socket.socket(socket.AF_UNIX) as control:
-            control.connect("\0" + abstract)  # from out here it can be reached
+            control.connect("\0" + abstract)  # outside of the view the socket can be reached
         asked = {
             "pid": machine, "uid": uid, "namespaces": ["net", "ipc", "uts", "mnt"], "read": read, "write": write,
             "others": [str(pid) for pid in foreign], "port": port, "abstract": abstract,
@@ -349,7 +349,7 @@ grep -E "^(Uid|CapEff|CapPrm|NoNewPrivs)" /proc/self/status
 
 
 def test_the_view_without_root() -> None:
-    """A user who is not root gets the same view by user namespaces, and machines in it can't look into each other."""
+    """A user who is not root gets the same view by user namespaces, and its machines can't look into each other."""
     if os.geteuid() == 0 and subprocess.run(["unshare", "--user", "true"], user=NOBODY).returncode:
         pytest.skip("this host gives user namespaces to root only; `doctor` says so")
     reader, writer = os.pipe()
@@ -374,14 +374,14 @@ def test_the_view_without_root() -> None:
 
 
 def looked_round() -> tuple[list[int], str, list[str], str]:
-    """In a process of its own, as a user who is not root: what one machine sees of another and of its server; and what
-    comes of writing to an image that it was given, which is its user's own file."""
+    """Look round from one machine, in a process of its own, as a user who is not root. Returns the process ids of its
+    server and of another machine, what it saw, its error when it wrote to an image, and the image's content."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-        ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # dumpable, as a server is that was started as this user
-        if not os.access(sys.executable, os.X_OK):  # in root's home
+        ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # dumpable, like a server that this user has started
+        if not os.access(sys.executable, os.X_OK):  # it is in root's home
             sys.executable = "/usr/bin/python3"
     view = working_view("qemu-system-x86_64", kvm=False)
     with subprocess.Popen(inside(view, None, ["sleep", "60"])) as other:
@@ -401,7 +401,7 @@ def looked_round() -> tuple[list[int], str, list[str], str]:
 
 
 def test_devices_of_the_guest(server: Server, box: Sandbox) -> None:
-    """The guest has two disks, a serial line for the agent, randomness, a network card where there is one: no more."""
+    """The guest has two disks, a serial line, randomness, a network card if there is a network, and nothing else."""
     kinds = {"net": "0x0001", "disk": "0x0002", "serial": "0x0003", "random": "0x0004"}
     found = Counter(box.shell("cat /sys/bus/virtio/devices/*/device").split())
     has_net = server.get("/health").json()["network"] != "off"
@@ -413,7 +413,7 @@ def test_devices_of_the_guest(server: Server, box: Sandbox) -> None:
 
 
 def test_two_servers_share_nothing(server: Server, box: Sandbox, start_server: Callable[..., Server]) -> None:
-    """Machines of two servers on one host have users of different blocks, and other namespaces."""
+    """Machines of two servers on one host have users of different blocks, and different namespaces."""
     machines = [settled(each) for each in (server, start_server(pool_size=1))]
     views = [{Path(f"/proc/{pid}/ns/mnt").readlink() for pid in each} for each in machines]
     assert [len(each) for each in views] == [1, 1]
@@ -428,7 +428,7 @@ def test_two_servers_share_nothing(server: Server, box: Sandbox, start_server: C
 @pytest.mark.alone
 @as_root
 def test_nothing_is_left_of_a_killed_server(start_server: Callable[..., Server]) -> None:
-    """After `kill -9` no process of its users is there; its empty control groups go when the next server starts."""
+    """After `kill -9` no process of the server's users is left. The next server removes the empty control groups."""
     server = start_server(pool_size=1)
     with ExitStack() as stack:
         stack.enter_context(server.sandbox())
@@ -482,10 +482,10 @@ found + [name for name in ("marker", "MARK") if name in globals() or name in os.
 
 
 def test_sandboxes_share_nothing(server: Server, box: Sandbox) -> None:
-    """What one sandbox writes (memory, files, as root too) is in no other, whether it lived before or comes after."""
+    """The memory and files that one sandbox writes, also as root, are in no other, earlier or later."""
     with server.sandbox(envVars={"SECRET_OF_ONE": CANARY}) as writer, ExitStack() as stack:
         assert writer.execute(MARK)["error"] is None
-        for _ in range(2):  # one from the pool as it was, one that was restored since
+        for _ in range(2):  # the first was in the pool before, and the second was restored since
             later = stack.enter_context(server.sandbox())
             assert later.value(LOOK) == []
             assert CANARY not in str(later.get("/envs").json())
@@ -495,7 +495,7 @@ def test_sandboxes_share_nothing(server: Server, box: Sandbox) -> None:
 
 
 def test_nothing_of_the_dead(server: Server) -> None:
-    """A sandbox that comes after another ended finds nothing of it, on the raw disk either."""
+    """A sandbox finds nothing of an ended one, also on the raw disk."""
     with server.sandbox() as writer:
         writer.execute(MARK)
         writer.shell("sync")
@@ -505,7 +505,7 @@ def test_nothing_of_the_dead(server: Server) -> None:
 
 
 def test_guest_does_not_see_the_host(box: Sandbox) -> None:
-    """No variable, host name or path of the server's is visible inside; the host's key is not either."""
+    """No variable, host name or path of the server is visible inside, and neither is the host's key."""
     seen = str(box.get("/envs").json()) + box.shell(
         "cat /proc/cmdline /proc/mounts /etc/hosts; sudo cat /proc/1/environ"
     )
@@ -514,7 +514,7 @@ def test_guest_does_not_see_the_host(box: Sandbox) -> None:
 
 
 def test_guest_does_not_reach_the_server(box: Sandbox) -> None:
-    """A guest has one network card at most, and what it calls 127.0.0.1 is itself."""
+    """A guest has at most one network card, and its 127.0.0.1 is itself."""
     assert set(box.shell("ls /sys/class/net").split()) <= {"lo", "eth0"}
     assert box.run("curl", "-sm", "5", box.server.url + "/health")["exitCode"] != 0
 
@@ -526,12 +526,12 @@ def every_command_line() -> str:
             try:
                 texts.append((process / name).read_bytes().decode("utf-8", "replace"))
             except OSError:
-                continue  # ended meanwhile, or not ours
+                continue  # the process has ended, or is another user's
     return "\n".join(texts)
 
 
 def test_secrets_stay_inside(server: Server) -> None:
-    """A secret handed in by any way is in no log, no command line or environment on the host, and no file of ours."""
+    """A secret that came in any way is in no log, no command line, no environment on the host, and no file of ours."""
     given: dict[str, Any] = {
         name: f"{CANARY}-{name}" for name in ("env", "own", "stdin", "arg", "code", "file", "error")
     }
@@ -557,7 +557,7 @@ def test_secrets_stay_inside(server: Server) -> None:
 
 
 def test_files_of_the_server_are_private(server: Server) -> None:
-    """Only the server's user may read its data; keys are stored as hashes."""
+    """Only the server's user may read its data, and keys are stored as hashes."""
     assert server.data.stat().st_mode & 0o077 == 0
     for path in server.data.rglob("*"):
         assert path.stat().st_mode & 0o077 == 0 or path.parent.stat().st_mode & 0o077 == 0, path

@@ -15,7 +15,7 @@ from requests.auth import AuthBase
 from tests.guest.client import CELLVM, KEY, Sandbox, Server, until
 
 LATER = 20
-"""Sandboxes after the one with the canary; each takes 4 s."""
+"""Sandboxes after the one with the canary. Each takes 4 s."""
 
 MEMORY = '''
 import json, numpy as np, struct, sys
@@ -100,14 +100,14 @@ print(json.dumps(sorted(set(found))))
 
 
 def look(box: Sandbox, halves: list[str], extents: list[list[int]]) -> list[str]:
-    """Where root finds the canary in a sandbox, apart from its memory."""
+    """The places where root finds the canary in a sandbox, apart from its memory."""
     result = box.run("sudo", "python3", "-IS", "-c", LOOK, stdin=json.dumps([halves, extents]), timeout=100)
     assert result["exitCode"] == 0, result
     return json.loads(result["stdout"])
 
 
 def in_memory(box: Sandbox, word: str) -> int:
-    """How often the canary is in a machine's memory."""
+    """The number of times that the canary is in a machine's memory."""
     number = int.from_bytes(bytes.fromhex(word), "little") ^ int.from_bytes(bytes(range(8)), "little")
     script = MEMORY + "print(words(sys.argv[1], memory()))"
     result = box.run("sudo", "/opt/venv/bin/python", "-c", script, f"{number:x}", timeout=100)
@@ -116,7 +116,7 @@ def in_memory(box: Sandbox, word: str) -> int:
 
 
 def test_a22_a_canary_is_in_no_later_sandbox(server: Server) -> None:
-    """A22: what a sandbox had in files, blocks, memory, variables, names and the kernel's log is in none after it."""
+    """A22: no later sandbox has anything of a sandbox's files, blocks, memory, variables, names or kernel log."""
     word = secrets.token_hex(8)
     halves = [word[:8], word[8:]]
     with server.sandbox(envVars={"CANARY": word}) as planter:
@@ -124,7 +124,7 @@ def test_a22_a_canary_is_in_no_later_sandbox(server: Server) -> None:
         assert sum(length for _, length in extents) == 16 << 20
         planter.shell("sync")
         found = look(planter, halves, extents)
-        # The search does find what there is to find, in each kind of place.
+        # The search does find the canary in the sandbox that has it, in each kind of place.
         for place in ("/home/user/mark", "/tmp/mark", "/dev/shm/mark", "/etc", "hostname", "dmesg"):
             assert place in found, found
         for part in ("/environ", "/cmdline", "/dev/vdb at"):
@@ -132,7 +132,7 @@ def test_a22_a_canary_is_in_no_later_sandbox(server: Server) -> None:
         assert in_memory(planter, word) > 100_000
     for number in range(LATER):
         with server.sandbox() as later:
-            if number == 0:  # before `look`, which puts it there
+            if number == 0:  # before `look`, which puts the canary there
                 assert in_memory(later, word) == 0
             assert look(later, halves, extents) == []
             assert word not in str(later.get("/envs").json())
@@ -144,7 +144,7 @@ CANARY = "canary-" + secrets.token_hex(8)
 
 
 class OwnKey(AuthBase):
-    """The key in a form of one's own: nothing is added to the request."""
+    """Adds no header, because the request has the key in another form."""
 
     def __call__(self, request: Any) -> Any:
         request.headers.pop("Authorization", None)
@@ -153,7 +153,7 @@ class OwnKey(AuthBase):
 
 @pytest.fixture(scope="module")
 def talkative(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterator[Server]:
-    """A server that logs all it can."""
+    """A server whose log is as long as possible."""
     data = tmp_path_factory.mktemp("talkative") / "data"
     server = Server(data, pool_size=1, max_sandboxes=3, flags={"--log-level": "debug"})
     yield server
@@ -171,7 +171,7 @@ def of_processes(own: set[int]) -> str:
                 (Path(f"/proc/{pid}") / name).read_bytes().decode("utf-8", "replace") for name in ("cmdline", "environ")
             ]
         except OSError:
-            continue  # ended meanwhile
+            continue  # the process has ended
     return "\n".join(texts)
 
 
@@ -201,7 +201,7 @@ def test_r30_no_secret_on_the_host(talkative: Server) -> None:
         everything = of_processes({talkative.pid})
     assert CANARY not in machines
     assert KEY not in machines
-    # The server itself was given the key in its environment.
+    # The test itself gives the server the key in its environment.
     given = re.sub(r"CELLVM_API_KEY=[^\0]*\0", "", everything)
     assert CANARY not in given
     assert KEY not in given
@@ -217,7 +217,7 @@ def test_r30_no_secret_on_the_host(talkative: Server) -> None:
 
 
 def test_r30_a_proxy_with_a_password(tmp_path: Path) -> None:
-    """R30: a proxy's address with a password in it is refused, by a sentence that does not repeat it."""
+    """R30: a proxy's address with a password is refused, and the message does not repeat it."""
     variables = {**os.environ, "CELLVM_UPSTREAM_PROXY": f"http://user:{CANARY}@127.0.0.1:9"}
     command = [CELLVM, "serve", "--port", "0", "--data-dir", tmp_path / "data"]
     result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=False)
