@@ -1,6 +1,6 @@
-"""What a sandbox reaches of a stub internet, and what it does not: by both mechanisms, from inside a real machine.
+"""The network as seen from inside a real machine, by both mechanisms, on a stub internet.
 
-Everything runs in network namespaces of the test's own, see world.py: the server, its host, and the internet.
+The server, its host and the internet are in network namespaces of the tests' own, see world.py.
 """
 
 from collections.abc import Iterator
@@ -60,7 +60,7 @@ def mechanism(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def world(mechanism: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """The tests of this file run inside its host."""
+    """A world. The tests of this file run inside its host."""
     world = World(tmp_path_factory.mktemp("world"))
     with world.host.inside():
         yield world
@@ -83,31 +83,31 @@ def box(cell: Server) -> Iterator[Sandbox]:
 
 
 def probe(box: Sandbox, targets: list[tuple[str, str, int]], limit: float = 8) -> dict[str, list[Any]]:
-    """What comes of talking to each target from inside: what was said or the error's name, and after how long."""
+    """Talk to each target from inside. Returns the answer or the error's name, and the seconds that it took."""
     return box.value(f"{PROBE}\nprobe({targets!r}, {limit * box.scale})")
 
 
 @contextmanager
 def nothing_arrives(world: World, *but: str) -> Iterator[None]:
-    """No stub, of the host or of the internet, gets anything within the block but for these addresses."""
+    """During the block no stub, of the host or of the internet, gets anything, except at these addresses."""
     before = len(world.hits())
     yield
     assert [line for line in world.hits()[before:] if line.split()[2] not in but] == []
 
 
 def refused(box: Sandbox) -> dict[tuple[str, int, str], str]:
-    """Reasons of what the sandbox was refused, by destination, port and protocol."""
+    """The reasons of the sandbox's refusals, by destination, port and protocol."""
     listed = box.get("/network").json()["refused"]
     return {(each["destination"], each["port"], each["protocol"]): each["reason"] for each in listed}
 
 
 def test_the_mechanism_is_named(cell: Server, mechanism: str) -> None:
-    """Health says how sandboxes reach the internet."""
+    """/health names the mechanism."""
     assert cell.get("/health").json()["network"] == mechanism
 
 
 def test_the_public_internet_is_reached(box: Sandbox) -> None:
-    """TCP on any port but 25 and those of name servers, UDP, and by name."""
+    """The internet is reached by TCP (except for mail and name servers), by UDP, and by name."""
     found = probe(box, [("tcp", PUBLIC, port) for port in (22, 80, 443, 8080)] + [("udp", PUBLIC, 9000)])
     assert {key: said for key, (said, _) in found.items()} == {
         **{f"tcp {PUBLIC} {port}": f"internet {PUBLIC} {port}" for port in (22, 80, 443, 8080)},
@@ -118,7 +118,7 @@ def test_the_public_internet_is_reached(box: Sandbox) -> None:
 
 
 def test_r29_no_denied_address_is_reached(world: World, box: Sandbox) -> None:
-    """Every block of the deny list and every address of the host: refused at once, and listed with the reason."""
+    """R29: every block of the deny list and every address of the host is refused at once and listed with the reason."""
     addresses = [*(address for address in DENIED.values() if address != "127.0.0.1"), HOST, "10.200.0.1", "8.8.4.4"]
     addresses += ["10.0.2.2", "10.0.2.3", "255.255.255.255", "198.18.0.2", "198.19.0.3", "169.254.170.2"]
     targets = [(protocol, address, port) for address in addresses for protocol in ("tcp", "udp") for port in (80, 443)]
@@ -136,7 +136,7 @@ def test_r29_no_denied_address_is_reached(world: World, box: Sandbox) -> None:
 
 
 def test_r29_the_host_and_the_gateway_are_out_of_reach(world: World, cell: Server, box: Sandbox) -> None:
-    """Neither by its addresses, nor by the slot's, nor by the link's: not the gateway's port, not any other."""
+    """R29: no port of the host or the gateway is reached, by the host's addresses, the slot's or the link's."""
     gateway = int(cell.url.rpartition(":")[2])
     links = [word.split("/")[0] for word in world.host.run("ip -4 -o addr").split() if word.startswith("198.18.")]
     addresses = [HOST, "10.200.0.1", "8.8.4.4", "198.19.0.1", "198.18.0.1", "198.18.0.2", *links]
@@ -146,7 +146,7 @@ def test_r29_the_host_and_the_gateway_are_out_of_reach(world: World, cell: Serve
 
 
 def test_r29_one_sandbox_does_not_reach_another(world: World, cell: Server, box: Sandbox) -> None:
-    """A service on all addresses of one is nowhere to be found from another."""
+    """R29: a service of one sandbox on all its addresses can't be reached from another."""
     with cell.sandbox() as other:
         other.execute("import http.server, threading\n"
                       "serving = http.server.HTTPServer(('0.0.0.0', 8000), http.server.BaseHTTPRequestHandler)\n"
@@ -160,7 +160,7 @@ def test_r29_one_sandbox_does_not_reach_another(world: World, cell: Server, box:
 
 
 def test_r29_names_of_denied_addresses(world: World, box: Sandbox) -> None:
-    """A name that leads to the inside is not resolved; one that leads to both only to the outside. There is no IPv6."""
+    """R29: a name gets no denied address. It is not resolved if it has no other addresses. There is no IPv6."""
     code = """
 import socket, time
 def look(name, family=socket.AF_INET):
@@ -188,7 +188,7 @@ def look(name, family=socket.AF_INET):
 
 
 def test_r29_other_name_servers_and_mail_are_refused(world: World, box: Sandbox) -> None:
-    """Names are resolved by the sandbox's resolver only, and mail is not sent."""
+    """R29: only the sandbox's resolver resolves names, and no mail is sent."""
     ports = [("tcp", PUBLIC, 25), ("tcp", PUBLIC, 53), ("udp", PUBLIC, 53), ("tcp", PUBLIC, 853)]
     with nothing_arrives(world):
         found = probe(box, ports, 3)
@@ -241,7 +241,7 @@ print("sent")
 
 
 def test_r29_raw_packets_reach_nothing(world: World, box: Sandbox) -> None:
-    """Root in the guest makes what packets it likes; what is not its own, or leads to the inside, arrives nowhere."""
+    """R29: root in the guest can make any packets. Those with a false sender or a denied target arrive nowhere."""
     box.upload("/tmp/raw.py", RAW)
     targets = [
         "127.0.0.1",
@@ -255,7 +255,7 @@ def test_r29_raw_packets_reach_nothing(world: World, box: Sandbox) -> None:
     ]
     with nothing_arrives(world, PUBLIC):
         assert box.shell(f"sudo python3 /tmp/raw.py {PUBLIC} {' '.join(targets)}") == "sent\n"
-        # Something of its own goes the same way behind them: when it is there, they would be.
+        # An honest packet is sent after them on the same way. When it has arrived, they would have arrived too.
         assert probe(box, [("udp", PUBLIC, 9000)])[f"udp {PUBLIC} 9000"][0] == f"internet {PUBLIC} 9000"
     assert [line for line in world.hits() if line.startswith("host")] == []
 
@@ -266,7 +266,7 @@ def put(box: Sandbox, **policy: Any) -> None:
 
 
 def test_a_policy_of_addresses(world: World, cell: Server) -> None:
-    """Nothing but one block, then everything but it, then nothing, and then everything again: each at once."""
+    """A policy holds at once: only one block, all but that block, nothing, and everything."""
     only = {"allow_internet_access": False, "network": {"allowOut": [f"{PUBLIC}/32"]}}
     with cell.sandbox(**only) as box:
         both = [("tcp", PUBLIC, 80), ("tcp", OTHER_PUBLIC, 80)]
@@ -287,7 +287,7 @@ def test_a_policy_of_addresses(world: World, cell: Server) -> None:
 
 
 def test_a_new_policy_cuts_what_it_forbids(cell: Server) -> None:
-    """A connection that was allowed when it began does not outlive its permission."""
+    """A connection that the old policy allowed and the new one forbids is cut."""
     with cell.sandbox() as box:
         box.execute(f"import socket\nopen_one = socket.create_connection(({PUBLIC!r}, 8080), timeout=20)")
         put(box, allow_internet_access=False)
@@ -302,7 +302,7 @@ text""")
 
 
 def test_a_policy_of_names(world: World, cell: Server) -> None:
-    """Names that are allowed are reached, on any port; others are not, nor by their address, nor by a false Host."""
+    """Allowed names are reached on any port. Others are not, neither by their address nor by a false Host."""
     wanted = {"allow_internet_access": False, "network": {"allowOut": ["public.example.net", "*.shop.example.org"]}}
     with cell.sandbox(**wanted) as box:
         code = """
@@ -330,7 +330,7 @@ found""".replace("{other}", OTHER_PUBLIC).replace("{public}", PUBLIC)
 
 
 def test_too_many_connections(world: World, cell: Server) -> None:
-    """A flood of new connections is cut down to a stream, and that is said; others are not disturbed."""
+    """A flood of new connections is throttled and told as refused, and other sandboxes are not disturbed."""
     with cell.sandbox() as box, cell.sandbox() as neighbour:
         code = f"""
 import socket
@@ -347,7 +347,7 @@ for _ in range(1500):
 
 
 def test_behind_a_proxy(world: World, mechanism: str, tmp_path: Path) -> None:
-    """Where the host has a proxy, programs in sandboxes use it without being told how, and only for what they may."""
+    """Where the host has a proxy, sandboxes use it without settings of their own, and only for allowed targets."""
     flags = {
         "--network": mechanism,
         "--dns": NAME_SERVER,
@@ -379,8 +379,8 @@ def test_behind_a_proxy(world: World, mechanism: str, tmp_path: Path) -> None:
 
 
 def test_nothing_is_left(mechanism: str, tmp_path: Path) -> None:
-    """After the server's end, also by force, there is no link, no process and no namespace of it; what it had put into
-    the host's tables goes with the next start, or with its own end."""
+    """After the server's end, also by force, none of its links, processes and namespaces is left. Its entries in the
+    host's tables go with its own end, or when the next server starts."""
     world = World(tmp_path)
     flags = {"--network": mechanism, "--dns": NAME_SERVER, "--templates": "code_interpreter"}
 

@@ -1,4 +1,4 @@
-"""Our notebooks on real machines: through the server by nbclient, and by `cellvm nb run`."""
+"""Our notebooks on real machines: nbclient runs them through the server, and `cellvm nb run` by itself."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tests.guest.client import CELLVM, KEY, Server
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 FIGURES = {"csv_exploration": 1, "machine_learning": 2, "excel_json": 0, "plot_gallery": 5, "polars_vs_pandas": 1}
-"""Pictures that a notebook shows."""
+"""The number of pictures that each notebook shows."""
 PLOTLY = "application/vnd.plotly.v1+json"
 
 
@@ -35,7 +35,7 @@ def outputs(book: Any) -> list[Any]:
 
 
 def check(book: Any, name: str) -> None:
-    """It is a valid notebook, every cell has run in order, nothing complained, and the figures are there."""
+    """The notebook is valid, every cell has run in order, nothing is on standard error, and the figures are there."""
     nbformat.validate(book)
     code = [cell for cell in book.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
@@ -51,10 +51,10 @@ def check(book: Any, name: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_by_nbclient(server: Server, path: Path, tmp_path: Path) -> None:
-    """An unmodified nbclient runs the notebook through the gateway; afterwards its sandbox is gone."""
+    """An unmodified nbclient runs the notebook through the gateway. Afterwards its sandbox is gone."""
     before = {sandbox["sandboxID"] for sandbox in server.get("/sandboxes").json()}
     out = tmp_path / path.name
-    # Its WebSocket sends no headers, so the key is in the address.
+    # nbclient's WebSocket sends no headers, so the key is in the address.
     env = {**os.environ, "JUPYTER_GATEWAY_URL": f"{server.url}/t/{KEY}"}
     subprocess.run([sys.executable, "-c", BY_NBCLIENT, path, out], env=env, check=True, timeout=170)
     check(nbformat.read(out, as_version=4), path.stem)
@@ -62,13 +62,13 @@ def test_by_nbclient(server: Server, path: Path, tmp_path: Path) -> None:
 
 
 def nb_run(path: Path, *flags: str, template: str = "base") -> subprocess.CompletedProcess[str]:
-    """`cellvm nb run` in the notebook's folder."""
+    """Run `cellvm nb run` in the notebook's folder."""
     command = [CELLVM, "nb", "run", path.name, *flags, "--template", template, "--data-dir", path.parent / "data"]
     return subprocess.run(command, cwd=path.parent, capture_output=True, text=True, timeout=170, check=False)
 
 
 def write(path: Path, *cells: str | tuple[str, str]) -> Path:
-    """A notebook of these cells; a pair is a cell's code and its tag."""
+    """Write a notebook of these cells. A pair is a cell's code and its tag."""
     book = nbformat.v4.new_notebook()
     for cell in cells:
         code, tags = (cell, []) if isinstance(cell, str) else (cell[0], [cell[1]])
@@ -87,7 +87,7 @@ def texts(path: Path) -> list[list[str]]:
 
 
 def test_nb_run(server: Server, tmp_path: Path) -> None:
-    """A notebook of ours comes out with all its outputs, in a file beside it; it itself stays as it was."""
+    """A notebook of ours is written with all its outputs into a file beside it, and is itself unchanged."""
     path = tmp_path / "csv_exploration.ipynb"
     original = (NOTEBOOKS / path.name).read_text()
     path.write_text(original)
@@ -100,7 +100,7 @@ def test_nb_run(server: Server, tmp_path: Path) -> None:
 
 
 def test_nb_run_stops_at_a_failure(server: Server, tmp_path: Path) -> None:
-    """Status 1, the traceback shown, what was done until then written; cells after it have no outputs."""
+    """A failed cell ends the run with status 1. The traceback is shown, and the outputs so far are written."""
     path = write(tmp_path / "x.ipynb", "print('one')\n1", "1 / 0", "print('three')")
     result = nb_run(path, "-o", "done.ipynb")
     assert result.returncode == 1
@@ -111,7 +111,7 @@ def test_nb_run_stops_at_a_failure(server: Server, tmp_path: Path) -> None:
 
 
 def test_nb_run_goes_on(server: Server, tmp_path: Path) -> None:
-    """With the tag, or with --allow-errors, an exception is a result like others; displays are updated across cells."""
+    """With the tag or --allow-errors the run goes on after an exception. Displays are updated across cells."""
     path = write(
         tmp_path / "x.ipynb",
         "shown = display('waiting', display_id=True)",
@@ -126,7 +126,7 @@ def test_nb_run_goes_on(server: Server, tmp_path: Path) -> None:
 
 
 def test_nb_run_times_out(server: Server, tmp_path: Path) -> None:
-    """--timeout is for each cell, and --allow-errors does not excuse it."""
+    """--timeout is for each cell, and a cell that exceeds it ends the run also with --allow-errors."""
     path = write(tmp_path / "x.ipynb", "import time", "time.sleep(1)", "time.sleep(60)", "4")
     result = nb_run(path, "--timeout", "5", "--allow-errors")
     assert result.returncode == 1
@@ -135,7 +135,7 @@ def test_nb_run_times_out(server: Server, tmp_path: Path) -> None:
 
 
 def test_nb_run_without_its_kernel(server: Server, tmp_path: Path) -> None:
-    """A cell that ends its kernel ends the run, and the notebook tells why."""
+    """A cell that ends its kernel ends the run, and the reason is told."""
     path = write(tmp_path / "x.ipynb", "import os\nprint('before', flush=True)", "os._exit(3)", "print('after')")
     result = nb_run(path, "--allow-errors")
     assert result.returncode == 1

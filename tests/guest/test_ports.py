@@ -1,4 +1,4 @@
-"""A service in a real machine, seen from outside."""
+"""A service in a real machine is used from outside."""
 
 import hashlib
 import socket
@@ -46,7 +46,7 @@ server = listen("127.0.0.1")
 
 
 def test_a_service(server: Server) -> None:
-    """Both ways, by path and by host name, upgraded; listening nowhere, and until the sandbox ends."""
+    """A service is reached by path, by host name and by an upgrade. Large bodies pass both ways in little memory."""
     with server.sandbox() as box:
         base = f"{server.url}/sandboxes/{box.id}/ports/8000"
         closed = server.http.get(f"{base}/", timeout=60)

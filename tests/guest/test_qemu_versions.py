@@ -1,4 +1,4 @@
-"""The other QEMU: Debian's backports carry 10.0 where main has 7.2."""
+"""Debian's backports have QEMU 10.0, and its main archive has 7.2. This tests the newer one."""
 
 import subprocess
 import tempfile
@@ -10,7 +10,7 @@ SUITE = "bookworm-backports"
 
 
 def backports_qemu(directory: Path) -> Path:
-    """Download QEMU from backports into a directory, by an apt of our own beside the host's; returns a program."""
+    """Download QEMU from backports into a directory, by apt with its own settings. Returns a program that starts it."""
     program = directory / "qemu-system-x86_64"
     targets = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(CODENAME) $(REPO_URI)"], capture_output=True, text=True, check=True
@@ -43,8 +43,8 @@ def backports_qemu(directory: Path) -> Path:
 
 
 def test_newer_qemu(tmp_path: Path) -> None:
-    """A template is built, snapshot and restored by QEMU 10.0 as by 7.2, with the same code."""
-    # Machines run as users of their own: they must be able to reach the program.
+    """QEMU 10.0 builds, saves and restores a template like 7.2, with the same code."""
+    # The program is outside of `tmp_path`, because machines run as users of their own and must reach it.
     with tempfile.TemporaryDirectory(prefix="cellvm-qemu-") as name:
         Path(name).chmod(0o755)
         build_and_run(backports_qemu(Path(name)), tmp_path)

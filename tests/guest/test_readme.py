@@ -1,4 +1,4 @@
-"""The README can be pasted: its blocks are executed in order, against the server that its first block starts."""
+"""The README's blocks can be pasted: they run in order, against the server that its first block starts."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from tests.guest.client import START_LIMIT, until
 from tests.guest.readme import ADDRESS, ROOT, Block, Terminal, blocks, checkout, documents, failures
 
 PASTED = [block for block in blocks() if block.section != "JupyterLab"]
-"""JupyterLab's are executed in tests/e2e/test_readme.py, because JupyterLab is installed there."""
+"""The JupyterLab blocks run in tests/e2e/test_readme.py, because JupyterLab is installed there."""
 SERVE, TEST = (Block("Start", "sh", f"make {target}\n") for target in ("serve", "test"))
 
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Path, str, dict[str, str]]]:
-    """`make serve` in a copy of the tree, stopped by SIGTERM: the copy, the server's address, the environment."""
+    """`make serve` in a copy of the tree, until SIGTERM. Yields the copy, the server's address, and the environment."""
     tree = checkout(tmp_path)
     log = tmp_path / "serve.log"
     environment = {name: value for name, value in os.environ.items() if name != "CELLVM_API_KEY"}
@@ -40,13 +40,13 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, str, dict[str, str]]]:
     try:
         yield tree, until(ready, START_LIMIT, every=0.05)[1], environment
     finally:
-        process.send_signal(signal.SIGTERM)  # which `make` passes on
+        process.send_signal(signal.SIGTERM)  # `make` passes the signal on
         process.wait(60)
     assert "stopping …" in log.read_text()
 
 
 def test_every_block_in_order(served: tuple[Path, str, dict[str, str]]) -> None:
-    """Blocks of shell succeed and print no errors; blocks of JSON are what the block before them printed last."""
+    """Shell blocks succeed and print no errors. A JSON block equals the last answer of the block before it."""
     tree, address, environment = served
     printed = [""]
     assert PASTED[:2] == [SERVE, TEST], "the two commands come first"
@@ -68,7 +68,7 @@ def test_every_block_in_order(served: tuple[Path, str, dict[str, str]]) -> None:
 
 
 def test_make_test_runs_everything() -> None:
-    """`make test` can't run inside itself: its target is the script that runs the checks and all tests."""
+    """`make test` can't run inside itself, so this only checks that its script runs the checks and all tests."""
     recipe = re.search(r"^test: .*\n\t(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert recipe[1] == "@exec sh tests/run.sh"
     script = (ROOT / "tests" / "run.sh").read_text()
@@ -88,13 +88,13 @@ def test_make_test_runs_everything() -> None:
     ],
 )  # fmt: skip
 def test_an_error_is_seen(printed: str, is_wrong: bool) -> None:
-    """The check of what blocks print finds every kind of answer that a reader would take for a failure."""
+    """The check of a block's output finds every kind of answer that a reader would take for a failure."""
     assert bool(failures(printed)) is is_wrong
 
 
 @pytest.mark.parametrize("text", ["false\ntrue", "false | cat", "x=$(false)", "nothing-of-this-name", "exit 0"])
 def test_a_block_that_fails_is_seen(text: str, tmp_path: Path) -> None:
-    """Also in the middle, in a pipe and in a substitution; and a block can't end the session unseen."""
+    """A failure is seen anywhere in a block, also in a pipe or a substitution, and also when the session ends."""
     (tmp_path / "tree").mkdir()
     with Terminal(tmp_path / "tree", ADDRESS, os.environ) as terminal, pytest.raises(AssertionError):
         terminal.run(text)

@@ -1,6 +1,6 @@
 """Promises R1 (first half), R2, R16 and R19 on real machines, and the ends of a kernel and of the server.
 
-The limits of R1 and R2 are on the host's side and hold as they are; where the guest has to do something in time, an
+The limits of R1 and R2 concern the host, so they hold for every guest. Where the guest has to do something in time, an
 emulated one gets `scale` times as long.
 """
 
@@ -26,7 +26,7 @@ StartServer = Callable[..., Server]
 
 
 def sockets_and_files(data: Path) -> list[str]:
-    """What a server left: files of machines in its data directory, and sockets with a name in it."""
+    """The remains of a server: files of machines in its data directory, and sockets with a name in it."""
     known = {"lock", "cellvm.db", "cellvm.db-wal", "cellvm.db-shm"}
     files = [str(path) for path in data.rglob("*") if not path.is_dir() and path.name not in known]
     return files + [line for line in Path("/proc/net/unix").read_text().splitlines() if str(data) in line]
@@ -46,7 +46,7 @@ def is_listening(url: str) -> bool:
 
 @pytest.mark.alone
 def test_kill_9_of_the_server(start_server: StartServer) -> None:
-    """R1: 1 s after `kill -9` of the server nothing of it is left; its successor is ready and tells what happened."""
+    """R1: 1 s after `kill -9` of the server nothing of it is left. Its successor starts and tells what happened."""
     server = start_server(pool_size=1)
     with ExitStack() as stack:
         sandboxes = [stack.enter_context(server.sandbox()) for _ in range(2)]
@@ -73,7 +73,7 @@ def test_kill_9_of_the_server(start_server: StartServer) -> None:
 
 @pytest.mark.alone
 def test_kill_9_during_create(start_server: StartServer) -> None:
-    """R1: a server killed while it starts machines leaves none of them."""
+    """R1: a server that is killed while it starts machines leaves none of them."""
     server = start_server(pool_size=3)
     until(server.machines, 10, every=0.002)
     machines = server.machines()
@@ -84,7 +84,7 @@ def test_kill_9_during_create(start_server: StartServer) -> None:
 
 
 def test_sigterm(start_server: StartServer) -> None:
-    """A server asked to stop ends with status 0 and takes its machines with it."""
+    """SIGTERM ends the server with status 0, and ends its machines."""
     server = start_server(pool_size=1)
     with server.sandbox():
         until(server.pool_ready, 60)
@@ -123,7 +123,7 @@ def test_kill_9_of_a_machine(start_server: StartServer) -> None:
             gone = sandbox.get("")
             assert gone.status_code == 404
             assert "died" in gone.json()["hint"]
-            # There is room for one sandbox only: this one has the dead one's place.
+            # There is room for one sandbox only, so this one has the dead one's place.
             with server.sandbox() as following:
                 assert following.value("1 + 1") == 2
     until(server.pool_ready, 30)
@@ -155,7 +155,7 @@ OVERDUE = {
 
 @pytest.mark.parametrize("kind", OVERDUE)
 def test_command_timeout(box: Sandbox, kind: str) -> None:
-    """R16: a command is answered within 1 s of its limit, with its output so far; nothing of its group is left."""
+    """R16: a command is answered within 1 s of its limit with its output so far. Its processes are gone."""
     limit = 3
     started = time.monotonic()
     result = box.run(OVERDUE[kind][0], *OVERDUE[kind][1:], timeout=limit)
@@ -169,7 +169,7 @@ def test_command_timeout(box: Sandbox, kind: str) -> None:
 
 
 def test_command_in_time(box: Sandbox) -> None:
-    """A command that ends in time is not timed out, and what it leaves running in the background does not delay it."""
+    """A command that ends in time is not timed out, and its background processes do not delay the answer."""
     started = time.monotonic()
     result = box.run("bash", "-c", "sleep 1000 & echo done", timeout=30)
     assert time.monotonic() - started < 10
@@ -189,7 +189,7 @@ def overdue_cell(box: Sandbox, code: str, limit: float) -> dict[str, Any]:
     "code", ["while True: pass", "import time\ntime.sleep(1000)", "input_ = [x for x in iter(int, 1)]"]
 )
 def test_cell_timeout_keeps_variables(box: Sandbox, code: str) -> None:
-    """R16: a cell that can be interrupted is, and variables are kept."""
+    """R16: a cell that can be interrupted is interrupted, and variables are kept."""
     box.execute("kept = 41")
     cell = overdue_cell(box, f"print('up')\nkept += 1\n{code}", 2)
     assert cell["stdout"] == "up\n"
@@ -197,7 +197,7 @@ def test_cell_timeout_keeps_variables(box: Sandbox, code: str) -> None:
     assert box.value("kept") == 42
 
 
-# CPython 3.11 raises at a loop's jump as if it stood before the loop, so `try` must cover a statement before the loop.
+# CPython 3.11 raises at a loop's jump as if before the loop, so `try` covers a statement before the loop.
 SWALLOWING = "while True:\n  try:\n    n = 0\n    while True: pass\n  except BaseException: pass"
 STUBBORN = {
     "ignores SIGINT": "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass",
@@ -229,7 +229,7 @@ def test_cell_timeout_replaces_the_kernel(box: Sandbox, kind: str) -> None:
      ("import ctypes; ctypes.string_at(0)", "SIGSEGV")],
 )  # fmt: skip
 def test_kernel_ends_itself(box: Sandbox, code: str, word: str) -> None:
-    """A cell that ends its kernel gets an error that says how; the next one has a fresh kernel and the files."""
+    """A cell that ends its kernel gets an error that says how. The next cell has a fresh kernel."""
     box.execute("lost = 1")
     cell = box.execute(f"print('up', flush=True)\n{code}")
     assert cell["error"]["code"] == "kernel_restarted"
@@ -239,7 +239,7 @@ def test_kernel_ends_itself(box: Sandbox, code: str, word: str) -> None:
 
 
 def test_kernel_is_killed(box: Sandbox) -> None:
-    """A kernel killed from outside, busy or idle, is replaced."""
+    """A kernel that is killed from outside, busy or idle, is replaced."""
     pid = box.value("__import__('os').getpid()")
     with ThreadPoolExecutor() as threads:
         running = threads.submit(
@@ -257,7 +257,7 @@ def test_kernel_is_killed(box: Sandbox) -> None:
 
 
 def test_kernel_out_of_memory(box: Sandbox) -> None:
-    """A cell that takes more memory than there is loses its kernel, and hears why; the sandbox goes on."""
+    """A cell that takes too much memory loses its kernel, and is told why. The sandbox goes on."""
     cell = box.execute("import numpy as np\nhog = []\nwhile True: hog.append(np.ones(8 << 20))", timeout=120)
     assert cell["error"]["code"] == "kernel_restarted"
     assert "memory" in cell["error"]["value"]
@@ -265,7 +265,7 @@ def test_kernel_out_of_memory(box: Sandbox) -> None:
 
 
 def test_client_hangs_up(box: Sandbox) -> None:
-    """When a client leaves, its command is killed and its cell interrupted; variables are kept."""
+    """When a client leaves, its command is killed and its cell is interrupted. Variables are kept."""
     box.execute("kept = 1")
     for path, body in {
         "/processes": {"cmd": "sleep", "args": ["1234"]},
@@ -278,7 +278,7 @@ def test_client_hangs_up(box: Sandbox) -> None:
 
 
 def test_lifetime(server: Server) -> None:
-    """A sandbox ends when its time is over, and says so."""
+    """A sandbox ends when its time is over, and later answers say so."""
     answer = server.post("/sandboxes", json={"templateID": "code_interpreter", "timeout": 2})
     ready = time.monotonic()
     url = f"/sandboxes/{answer.json()['sandboxID']}"
@@ -319,7 +319,7 @@ COMMAND_IDENTITY = (
 
 
 def test_clones_are_distinct(server: Server) -> None:
-    """R19: sandboxes of one template share no random number, no id and no name; their clocks are the host's."""
+    """R19: sandboxes of one template share no random number, no id and no name. Their clocks are the host's."""
     with ExitStack() as stack:
         sandboxes = [stack.enter_context(server.sandbox()) for _ in range(3)]
         identities, commands = [], []
@@ -338,7 +338,7 @@ def test_clones_are_distinct(server: Server) -> None:
 
 
 def test_restarted_kernel_is_distinct(box: Sandbox) -> None:
-    """A kernel that replaces another continues no random sequence of its predecessor's."""
+    """A new kernel continues no random sequence of the kernel before it."""
     code = "import random, numpy as np, uuid\n[random.random(), np.random.random(), str(uuid.uuid4())]"
     seen = [box.value(code)]
     for _ in range(2):
