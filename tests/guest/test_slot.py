@@ -1,4 +1,4 @@
-"""A slot's filter in the real kernel, without a machine: the test itself is the guest, and speaks Ethernet."""
+"""A slot's filter in the real kernel, without a machine. The test itself is the guest, and speaks Ethernet."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ from tests.guest.world import DENIED, HOST, NAME_SERVER, OTHER_PUBLIC, PUBLIC, W
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes network namespaces; `doctor` says so")
 VNET = bytes(10)
-"""The header that a tap of ours puts before every frame."""
+"""The header that our taps put before every frame."""
 ME, GATE = bytes.fromhex(GUEST_MAC.replace(":", "")), bytes.fromhex(rules.GATEWAY_MAC.replace(":", ""))
 
 
@@ -36,7 +36,7 @@ def checksum(data: bytes) -> int:
 
 
 class Guest:
-    """Sends packets into a slot and tells what comes back."""
+    """Sends packets into a slot, and tells the answers."""
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
@@ -61,7 +61,7 @@ class Guest:
         self.send(self.packet(target, 6, head[:16] + struct.pack(">H", total) + head[18:], ttl))
 
     async def connect(self, target: str, port: int) -> tuple[tuple[int, int], int]:
-        """An open connection: its ports, and the number to acknowledge."""
+        """Open a connection. Returns its ports, and the number to acknowledge."""
         self._port += 1
         ports = (self._port, port)
         self.segment(target, ports, 0, 0, 0x02)
@@ -73,7 +73,7 @@ class Guest:
         return ports, ack
 
     async def goes_on(self, target: str, ports: tuple[int, int], ack: int) -> bool:
-        """Whether what is said on an open connection is answered, and not with a reset."""
+        """Send data on an open connection. Tells whether the answer is data, and not a reset."""
         newest, self._port = self._port, ports[0]
         self.segment(target, ports, 1, ack, 0x18, b"hi\r\n")
         try:
@@ -87,7 +87,7 @@ class Guest:
             self._port = newest
 
     async def ask(self, target: str, port: int = 80, protocol: str = "tcp") -> str:
-        """What becomes of a first packet: open, reset, prohibited, or silence."""
+        """Send a first packet. Tells its fate: open, reset, prohibited, or silence."""
         self._port += 1
         if protocol == "tcp":
             self.segment(target, (self._port, port), 1, 0, 0x02)
@@ -116,7 +116,7 @@ class Guest:
                     loop.remove_reader(self.slot.tap)
                 continue
             kind, packet = struct.unpack(">H", frame[12:14])[0], frame[14:]
-            if kind == 0x0806:  # who has the guest's address?
+            if kind == 0x0806:  # the question for the guest's MAC address
                 sender = packet[8:18]
                 self.send(packet[:6] + b"\0\2" + ME + rules.GUEST.packed + sender, kind=0x0806)
             elif kind == 0x0800:
@@ -142,7 +142,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 @pytest.fixture(scope="module", params=["netns", "passt"])
 async def slots(world: World, request: pytest.FixtureRequest) -> AsyncIterator[Slots]:
     slots = Slots(request.param, (IPv4Network("10.1.2.0/24"),), resolvers=[(NAME_SERVER, 53)], proxy=None)
-    # Threads are in the namespace in which they were begun: these in the world, those of later tests outside.
+    # A thread stays in the namespace in which it began, so these tests have threads of their own in the world.
     loop, executor = asyncio.get_running_loop(), ThreadPoolExecutor(4)
     loop.set_default_executor(executor)
     await slots.start()
@@ -175,13 +175,13 @@ async def test_out_and_back(guest: Guest) -> None:
 
 
 async def test_the_floor(guest: Guest) -> None:
-    """Every block, and every address of the host, is refused at once; but for what the operator has excepted."""
+    """Every block and every address of the host is refused at once, except for the operator's exceptions."""
     for address in (*DENIED.values(), HOST, "10.200.0.1", "8.8.4.4", "198.18.0.1"):
         if address in ("10.1.2.3", "127.0.0.1", "224.0.0.251", "250.1.2.3", "0.1.2.3"):
             continue
         assert await guest.ask(address) == "reset", address
         assert await guest.ask(address, protocol="udp") == "prohibited", address
-    for address in ("127.0.0.1", "224.0.0.251", "0.1.2.3"):  # no router takes these in the first place
+    for address in ("127.0.0.1", "224.0.0.251", "0.1.2.3"):  # no router takes packets to these
         assert await guest.ask(address) in ("silence", "reset", "prohibited"), address
     assert await guest.ask("250.1.2.3") == "reset"
     assert await guest.ask("10.1.2.3") == "open"
@@ -189,7 +189,7 @@ async def test_the_floor(guest: Guest) -> None:
 
 
 async def test_ports_that_nobody_gets(guest: Guest) -> None:
-    """Mail, and other resolvers; of the gateway itself only what is for the guest."""
+    """Mail and other resolvers are out of reach. On the gateway only the guest's own services are reached."""
     for port in (25, 53, 853):
         assert await guest.ask(PUBLIC, port) == "reset"
     assert await guest.ask(PUBLIC, 53, "udp") == "prohibited"
@@ -199,7 +199,7 @@ async def test_ports_that_nobody_gets(guest: Guest) -> None:
 
 
 async def test_other_protocols(guest: Guest) -> None:
-    """Packets of a protocol that is neither TCP, UDP nor ping come back as prohibited."""
+    """Packets of a protocol other than TCP, UDP and ping come back as prohibited."""
     for protocol in (4, 41, 50, 51):
         guest.send(guest.packet(PUBLIC, protocol, bytes(16)))
         async with asyncio.timeout(2):
@@ -207,7 +207,7 @@ async def test_other_protocols(guest: Guest) -> None:
 
 
 async def test_the_filter_agrees_with_the_policy(guest: Guest) -> None:
-    """Random policies: what the kernel lets through is what `Policy` says."""
+    """The kernel agrees with `Policy` for random policies."""
     chance = random.Random(7)
     candidates = [PUBLIC, OTHER_PUBLIC]
     blocks = [IPv4Network(f"{address}/{size}", strict=False) for address in candidates for size in (0, 1, 8, 24, 32)]
@@ -227,19 +227,19 @@ async def test_the_filter_agrees_with_the_policy(guest: Guest) -> None:
 
 
 async def test_names_pin_addresses(guest: Guest) -> None:
-    """An address is reached while it is pinned, but not for QUIC; web ports go to the gate."""
+    """A pinned address is reached, but not by QUIC. Connections to web ports go to the gate."""
     await guest.slot.apply(Policy(allow_internet=False, allow_names=("public.example.net",)))
     assert await guest.ask(PUBLIC, 8080) == "reset"
     await guest.slot.pin("public.example.net", [IPv4Address(PUBLIC)], 60)
     assert await guest.ask(PUBLIC, 8080) == "open"
     assert await guest.ask(OTHER_PUBLIC, 8080) == "reset"
     assert await guest.ask(PUBLIC, 443, "udp") == "prohibited"
-    for port in (80, 443):  # the gate's socket accepts for any address
+    for port in (80, 443):  # the gate's socket accepts connections to any address
         assert await guest.ask(OTHER_PUBLIC, port) == "open"
     assert await guest.ask("10.9.9.9", 443) == "reset"
     ports, ack = await guest.connect(PUBLIC, 8080)
     await guest.slot.apply(Policy(allow_internet=False, allow_names=("*.example.net",)))
-    assert await guest.goes_on(PUBLIC, ports, ack), "what both policies allow is not cut"
+    assert await guest.goes_on(PUBLIC, ports, ack), "a connection that both policies allow is not cut"
     await guest.slot.apply(Policy(allow_internet=False, allow_names=("other.example.net",)))
     assert await guest.ask(PUBLIC, 8080) == "reset"
 
@@ -250,8 +250,8 @@ async def test_names_pin_addresses(guest: Guest) -> None:
     ids=["denied", "allowed"],
 )
 async def test_web_connections_from_before_do_not_pass_the_gate_by(guest: Guest, policy: Policy) -> None:
-    """Only a first packet is redirected to the gate: a connection that began without it is cut, also when its address
-    belongs to an allowed name, too."""
+    """A web connection that began without the gate is cut, because only a first packet can be redirected. This holds
+    also when its address belongs to an allowed name."""
     ports, ack = await guest.connect(PUBLIC, 443)
     assert await guest.goes_on(PUBLIC, ports, ack)
     await guest.slot.apply(policy)
@@ -260,11 +260,11 @@ async def test_web_connections_from_before_do_not_pass_the_gate_by(guest: Guest,
 
 
 async def test_what_both_policies_allow_is_not_cut_when_its_answer_has_expired(guest: Guest) -> None:
-    """A connection may be older than any answer: a policy that still has its name leaves it, and lets no new one in."""
+    """A new policy that still has a connection's name leaves the connection, but does not let new ones in."""
     name, public = "public.example.net", IPv4Address(PUBLIC)
     await guest.slot.apply(Policy(allow_internet=False, allow_names=(name,)))
     assert await guest.slot.pin(name, [public], 60)
-    assert not await guest.slot.pin(name, [public], 60), "what is pinned for long enough costs nothing"
+    assert not await guest.slot.pin(name, [public], 60), "an address that is pinned for long enough is not pinned again"
     assert await guest.slot.pin(name, [public], 600)
     connections = [await guest.connect(PUBLIC, 8080) for _ in range(2)]
     guest.slot._pinned[public] = name, 0.0
@@ -277,7 +277,7 @@ async def test_what_both_policies_allow_is_not_cut_when_its_answer_has_expired(g
 
 @pytest.mark.parametrize("allowed", [False, True], ids=["forbidden", "allowed"])
 async def test_a_peer_is_not_heard_under_a_policy_that_forbids_it(world: World, guest: Guest, allowed: bool) -> None:
-    """Over UDP it could go on talking to a guest that may not answer any more."""
+    """A forbidden peer's UDP packets are stopped, or it could go on talking to a guest that can't answer any more."""
     with world.internet.inside():
         peer = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         peer.bind((PUBLIC, 9100))
@@ -302,7 +302,7 @@ async def test_a_peer_is_not_heard_under_a_policy_that_forbids_it(world: World, 
 
 
 async def test_an_end_that_the_host_does_not_see_is_none(guest: Guest) -> None:
-    """A guest can't end a connection in its slot's eyes alone, to have more than it may in the host's."""
+    """A guest can't end a connection for its slot alone, to have more connections than the host allows."""
     ports, ack = await guest.connect(PUBLIC, 8080)
     guest.segment(PUBLIC, ports, 1, ack, 0x04, ttl=1)
     guest.segment(PUBLIC, ports, 1, ack, 0x04, data=bytes(1400))
@@ -310,7 +310,7 @@ async def test_an_end_that_the_host_does_not_see_is_none(guest: Guest) -> None:
 
 
 async def test_neighbours_are_not_made_up(guest: Guest) -> None:
-    """The kernel's list of neighbours is one for the whole host: a guest is in it once, whoever it says it is."""
+    """A guest is in the kernel's list of neighbours once, because that list is one for the whole host."""
     for number in range(1, 200):
         sender = ME + socket.inet_aton(f"198.19.{number}.7")
         guest.send(struct.pack(">HHBBH", 1, 0x0800, 6, 4, 1) + sender + bytes(6) + rules.GATEWAY.packed, kind=0x0806)
@@ -320,7 +320,7 @@ async def test_neighbours_are_not_made_up(guest: Guest) -> None:
 
 
 async def test_the_host_forgets_a_slots_connections(world: World, slots: Slots) -> None:
-    """What a sandbox had open is not in the host's list of connections for days after it."""
+    """A closed slot's connections leave the host's list, where they could stay for days."""
     slot = await slots.take()
     guest = Guest(slot)
     await guest.connect(PUBLIC, 8080)
@@ -334,7 +334,7 @@ async def test_the_host_forgets_a_slots_connections(world: World, slots: Slots) 
 
 
 async def test_a_late_answer_pins_nothing(guest: Guest) -> None:
-    """A name that was asked for under the policy before is not let through by the new one."""
+    """The new policy pins no address for a name of the old one, when the answer for that name is late."""
     await guest.slot.apply(Policy(allow_internet=False, allow_names=("other.example.net",)))
     await guest.slot.pin("public.example.net", [IPv4Address(PUBLIC)], 60)
     assert await guest.ask(PUBLIC, 8080) == "reset"
@@ -343,7 +343,7 @@ async def test_a_late_answer_pins_nothing(guest: Guest) -> None:
 async def test_a_policy_that_failed_late_leaves_no_marks(
     guest: Guest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The program dies after the filter has changed: what was admitted meanwhile is judged again by the next policy."""
+    """nft dies after the filter has changed. The next policy judges the connections that were admitted meanwhile."""
     program = tmp_path / "nft"
     program.write_text(f'#!/bin/sh\n{shutil.which("nft")} "$@"\nkill -9 $$\n')
     program.chmod(0o755)
@@ -357,7 +357,7 @@ async def test_a_policy_that_failed_late_leaves_no_marks(
 
 
 async def test_packets_of_no_connection_go_nowhere(world: World, guest: Guest) -> None:
-    """What belongs to no connection is not counted and not masqueraded by the kernel: so it is not sent on either."""
+    """The kernel neither counts nor masquerades a packet of no connection, so the filter does not send it on."""
     world.internet.run(
         "nft add table inet seen; nft 'add chain inet seen hook1 { type filter hook prerouting priority -300; }';"
         "nft add rule inet seen hook1 tcp dport 22 counter"
@@ -381,7 +381,7 @@ async def test_packets_of_no_connection_go_nowhere(world: World, guest: Guest) -
 
 
 async def test_refusals_are_counted(slots: Slots) -> None:
-    """By destination, port, protocol and reason, with the time of the last, newest first."""
+    """Refusals are counted by destination, port, protocol and reason."""
     slot = await slots.take()
     try:
         guest = Guest(slot)
@@ -400,7 +400,7 @@ async def test_refusals_are_counted(slots: Slots) -> None:
 
 
 async def test_a_thousand_refusals_do_not_pile_up(slots: Slots) -> None:
-    """What a guest can make us remember is bounded."""
+    """At most 500 refusals are remembered, because a guest could cause any number."""
     slot = await slots.take()
     try:
         guest = Guest(slot)
@@ -413,7 +413,7 @@ async def test_a_thousand_refusals_do_not_pile_up(slots: Slots) -> None:
 
 
 async def test_a_policy_that_the_filter_refuses_changes_nothing(guest: Guest) -> None:
-    """The one before stays in force, as a whole."""
+    """After a policy that the filter refuses, the old policy holds as a whole."""
     await guest.slot.apply(Policy(allow_internet=False))
     with pytest.raises(DriverError):
         await guest.slot.apply(Policy(allow=("no block",)))  # type: ignore[arg-type]
@@ -422,7 +422,7 @@ async def test_a_policy_that_the_filter_refuses_changes_nothing(guest: Guest) ->
 
 
 async def test_the_hosts_addresses_are_followed(world: World, slots: Slots, guest: Guest) -> None:
-    """An address that the host gets later is out of reach, too."""
+    """An address that the host gets later is out of reach too."""
     assert await guest.ask(OTHER_PUBLIC) == "open"
     world.host.run(f"ip addr add {OTHER_PUBLIC}/32 dev lo")
     try:
@@ -439,7 +439,7 @@ async def test_the_hosts_addresses_are_followed(world: World, slots: Slots, gues
 
 
 async def test_the_hosts_table_is_put_back(world: World, slots: Slots, guest: Guest) -> None:
-    """A firewall that is started flushes all tables: sandboxes are off the internet for some seconds, not for good."""
+    """A firewall that starts flushes all tables. The host's table comes back after some seconds."""
     world.host.run("nft flush ruleset")
     async with asyncio.timeout(15):
         while ("cellvm_" in world.host.run("nft list tables")) != (slots.mechanism == "netns"):
@@ -448,7 +448,7 @@ async def test_the_hosts_table_is_put_back(world: World, slots: Slots, guest: Gu
 
 
 async def test_slots_go_on_being_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever goes wrong with one is told, and tried again."""
+    """A slot that can't be made is logged, and is tried again."""
     slots = Slots("netns", (), resolvers=[], proxy=None)
     made = iter([OSError("no more processes"), "first", ValueError("strange"), "second"])
 
@@ -466,13 +466,13 @@ async def test_slots_go_on_being_made(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_every_block_is_in_the_world() -> None:
-    """The test's list of denied addresses has one of each block, in the block."""
+    """The test's list of denied addresses has one address of each block."""
     assert {IPv4Network(block) for block in DENIED} == set(BLOCKS)
     assert all(IPv4Address(address) in IPv4Network(block) for block, address in DENIED.items())
 
 
 async def test_without_its_programs_there_is_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where the filter can't be installed the network is off, with a sentence on why."""
+    """When nft is missing the network is off, and the reason is told."""
     monkeypatch.setenv("PATH", str(tmp_path))
     mechanism, why = await choose("auto")
     assert mechanism == "off"
@@ -480,7 +480,7 @@ async def test_without_its_programs_there_is_no_network(monkeypatch: pytest.Monk
 
 
 async def test_root_that_may_not_filter_has_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Root in a container, say: what the programs say is the reason, and no server fails to start for it."""
+    """When root may not filter (in a container, say), the network is off with the programs' own reason."""
     for program in ("conntrack", "ip", "nft", "nsenter", "unshare", "pasta"):
         (tmp_path / program).write_text("#!/bin/sh\necho Operation not permitted >&2\nexit 1\n")
         (tmp_path / program).chmod(0o755)
@@ -491,7 +491,7 @@ async def test_root_that_may_not_filter_has_no_network(monkeypatch: pytest.Monke
 
 
 async def test_auto_avoids_a_host_that_forwards_nothing(world: World) -> None:
-    """Docker's firewall drops what is forwarded: then passt is the way out."""
+    """When Docker's firewall drops forwarded packets, passt is chosen."""
     assert await choose("auto") == ("netns", "")
     world.host.run(
         "nft add table ip filter; nft 'add chain ip filter F { type filter hook forward priority 0; policy drop; }'"

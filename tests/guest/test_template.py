@@ -1,4 +1,4 @@
-"""What the template page promises of `code_interpreter`: its libraries, its use cases, its environment."""
+"""The template page's promises about `code_interpreter`: its libraries, its use cases, and its environment."""
 
 import json
 import re
@@ -101,7 +101,7 @@ wrong
 
 
 def test_sorting(box: Sandbox) -> None:
-    """numpy's orders are right: emulated vector instructions once made them wrong (docs/adr/0008)."""
+    """numpy sorts correctly. Emulated vector instructions once made it sort wrongly (docs/adr/0008)."""
     assert box.value(ORDERS) == []
 
 
@@ -161,7 +161,7 @@ def test_use_case(box: Sandbox, case: str) -> None:
 
 
 def test_chart(box: Sandbox) -> None:
-    """A chart made by a command is downloaded as a PNG."""
+    """A command makes a chart, and the chart is downloaded as a PNG."""
     code = "import matplotlib.pyplot as plt; plt.bar(['a', 'b'], [1, 2]); plt.savefig('bars.png')"
     assert box.run("python3", "-c", code)["exitCode"] == 0
     assert box.download("bars.png").content.startswith(b"\x89PNG")
@@ -172,13 +172,13 @@ def test_chart(box: Sandbox) -> None:
 
 @pytest.fixture(scope="module")
 def fresh(server: Server) -> Any:
-    """A sandbox whose kernel has run one cell, and what that cell answered."""
+    """A sandbox whose kernel has run one cell, and the result of that cell."""
     with server.sandbox(envVars={"DATABASE_URL": "postgresql://x", "EMPTY": ""}) as sandbox:
         yield sandbox, sandbox.execute("sorted(name for name in globals() if not name.startswith('_')), _, __, ___")
 
 
 def test_kernel_starts_empty(fresh: Any) -> None:
-    """A fresh kernel counts from 1, knows no names but IPython's own, and has no last result."""
+    """A fresh kernel counts from 1, has only IPython's own names, and has no last result."""
     _, cell = fresh
     assert cell["executionCount"] == 1
     names = cell["results"][0]["data"]["text/plain"]
@@ -192,7 +192,7 @@ def test_kernel_is_warm(fresh: Any) -> None:
 
 
 def test_kernel_history(fresh: Any) -> None:
-    """Nothing of what warmed the kernel is in the user's history."""
+    """The user's history holds none of the code that warmed the kernel."""
     history = fresh[0].value("list(In[:2])")
     assert history[0] == ""
     assert history[1].startswith("sorted(name")
@@ -218,7 +218,7 @@ def test_environment_everywhere(fresh: Any) -> None:
 
 
 def test_environment_of_one_command(fresh: Any) -> None:
-    """A command's own variables win, for that command only."""
+    """A command's own variables replace the sandbox's, for that command only."""
     sandbox = fresh[0]
     override = {"DATABASE_URL": "other", "MORE": "1"}
     assert sandbox.shell('echo "$DATABASE_URL $MORE $E2B_SANDBOX"', envVars=override) == "other 1 true\n"
@@ -238,34 +238,34 @@ def test_environment_of_one_command(fresh: Any) -> None:
     ],
 )
 def test_virtual_environment_is_active(box: Sandbox, command: str) -> None:
-    """However Python is started, it is 3.11 of the virtual environment, with its libraries."""
+    """Every way to start Python starts 3.11 of the virtual environment, with its libraries."""
     script = "import sys, yaml; print(sys.prefix, *sys.version_info[:2])"
     result = box.run("bash", "-c", command, stdin=script)
     assert result["stdout"] == "/opt/venv 3 11\n", result
 
 
 def test_user(box: Sandbox) -> None:
-    """Commands and cells run as `user` in /home/user, which is theirs."""
+    """Commands and cells run as `user` in /home/user, and `user` owns that folder."""
     script = 'echo "$(id -un) $(id -gn) $PWD $HOME $USER $SHELL"; touch /home/user/mine'
     assert box.shell(script) == "user user /home/user /home/user user /bin/bash\n"
     assert box.value("[__import__('os').getcwd(), __import__('getpass').getuser()]") == ["/home/user", "user"]
 
 
 def test_sudo(box: Sandbox) -> None:
-    """`sudo` needs no password, says nothing, and is root."""
+    """`sudo` needs no password, prints nothing of its own, and runs as root."""
     result = box.run("sudo", "id", "-u")
     assert (result["stdout"], result["stderr"], result["exitCode"]) == ("0\n", "", 0)
     assert box.shell("sudo touch /etc/made-by-root && stat -c %U /etc/made-by-root") == "root\n"
 
 
 def test_pip(box: Sandbox) -> None:
-    """pip belongs to the virtual environment, and the user may change that."""
+    """pip belongs to the virtual environment, and the user may write there."""
     assert "/opt/venv/" in box.shell("pip --version")
     assert box.shell("test -w /opt/venv/lib/python3.11/site-packages && echo writable") == "writable\n"
 
 
 def test_size(box: Sandbox) -> None:
-    """Two processors, 2 GB of memory, 10 GB of disk, as documented, inside and in /metrics."""
+    """A sandbox has two processors, 2 GB of memory and 10 GB of disk, as documented, inside and in /metrics."""
     assert box.shell("nproc") == "2\n"
     memory = int(re.search(r"MemTotal: +(\d+) kB", box.shell("cat /proc/meminfo"))[1]) * 1024
     disk = int(box.shell("df --output=size -B1 /home/user").split()[1])
@@ -282,13 +282,13 @@ def test_size(box: Sandbox) -> None:
 
 
 def test_disk_takes_gigabytes(box: Sandbox) -> None:
-    """The disk really holds what it says (a sparse gigabyte and a written 64 MB)."""
+    """The disk takes a sparse file of 9 GB, and a written one of 64 MB."""
     script = "truncate -s 9G big && head -c 64M /dev/zero > real && stat -c %s big real && rm big real"
     assert box.shell(script).split() == [str(9 << 30), str(64 << 20)]
 
 
 def test_devices(box: Sandbox) -> None:
-    """What programs expect of a Linux is there: /dev/fd, /dev/shm, pseudo terminals, /tmp, localhost."""
+    """The usual parts of a Linux are there: /dev/fd, /dev/shm, pseudo terminals, /tmp and localhost."""
     script = (
         "set -e; cat <(echo fd); echo x > /dev/shm/x; echo x > /tmp/x; script -qc 'tty' /dev/null | grep -c /dev/pts;"
         "python3 -c \"import socket; print(socket.getaddrinfo('localhost', 80)[0][4][0])\"; hostname"
@@ -297,7 +297,7 @@ def test_devices(box: Sandbox) -> None:
 
 
 def test_alias(server: Server) -> None:
-    """E2B's name of the template means the same one."""
+    """E2B's name of the template gives the same template."""
     assert server.get("/templates/aliases/code-interpreter-v1").json()["templateID"] == "code_interpreter"
 
 

@@ -1,9 +1,9 @@
-"""A small world to try the network in: a host of our own and an internet of stubs, each a network namespace.
+"""A small world for tests of the network: a host of our own and an internet of stubs, each a network namespace.
 
-    guest ── slot ── host 45.67.89.1 ── 45.67.89.2 internet: every address of ADDRESSES, a name server, a router
+    guest ── slot ── host 45.67.89.1 ── 45.67.89.2 internet: every address of DENIED, a name server, a router
 
-Nothing of it is visible outside, and nothing reaches the machine's own network: addresses are real ones, machines are
-not. It ends with the process that made it.
+Addresses in it are real ones, but nothing of it is visible outside, and nothing reaches the machine's own network. It
+ends with the process that made it.
 """
 
 import ctypes
@@ -37,10 +37,10 @@ DENIED = {
     "224.0.0.0/4": "224.0.0.251",
     "240.0.0.0/4": "250.1.2.3",
 }
-"""An address of every block that nobody may reach."""
+"""An address of every denied block."""
 PORTS = (22, 25, 53, 80, 443, 853, 8080)
 PROXY, PROXY_PORT = "10.1.2.3", 3128
-"""A proxy on the host's network; it says what it was asked for instead of going there."""
+"""A proxy on the host's network. It does not go anywhere, but answers with the target that it was asked for."""
 NAMES = {
     "public.example.net": [PUBLIC],
     "other.example.net": [OTHER_PUBLIC],
@@ -71,20 +71,20 @@ class Space:
 
     @property
     def enter(self) -> list[str]:
-        """The prefix of commands that run in it."""
+        """The prefix of commands that run in this namespace."""
         return ["nsenter", f"--net=/proc/{self.pid}/ns/net", "--"]
 
     def run(self, script: str) -> str:
-        """What a shell script prints; it must succeed."""
+        """The output of a shell script, which must succeed."""
         done = subprocess.run([*self.enter, "sh", "-ec", script], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Sockets that this thread makes within the block, and programs it starts, are in this namespace.
+        """Sockets that this thread makes within the block, and programs that it starts, are in this namespace.
 
-        So are threads that begin within: whoever begins one must end it, or later tests would run in here.
+        Threads that begin within the block stay here. Their starter must end them, or later tests would run here too.
         """
         outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         try:
@@ -94,7 +94,7 @@ class Space:
             assert _libc.setns(outside, CLONE_NEWNET) == 0
             os.close(outside)
             here, deadline = f"net:[{os.fstat(self._fd).st_ino}]", time.monotonic() + 10
-            while here in namespaces_of_threads():  # it may be ending just now
+            while here in namespaces_of_threads():  # a thread may be ending just now
                 assert time.monotonic() < deadline, "a thread is left in a network namespace of the tests"
                 time.sleep(0.02)
 
@@ -108,16 +108,16 @@ class Space:
 
 
 def namespaces_of_threads() -> set[str]:
-    """The network namespaces that this process has threads in."""
+    """The network namespaces of this process's threads."""
     found = set()
     for task in os.listdir("/proc/self/task"):
-        with suppress(FileNotFoundError):  # ended meanwhile
+        with suppress(FileNotFoundError):  # the thread has ended
             found.add(os.readlink(f"/proc/self/task/{task}/ns/net"))
     return found
 
 
 class World:
-    """A host and its internet. `hits` is what arrived at stubs, of all they got."""
+    """A host and its internet. `hits` are the arrivals at all stubs."""
 
     def __init__(self, directory: Path) -> None:
         self.host, self.internet = Space(), Space()
@@ -126,9 +126,9 @@ class World:
         self.host.run(f"ip link add eth0 type veth peer name eth0 netns {self.internet.pid}")
         self.host.run(
             f"ip addr add {HOST}/24 dev eth0; ip link set eth0 up; ip route add default via {ROUTER};"
-            # As distributions set it: passt pings without privileges, and nothing is forwarded.
+            # Distributions set these: passt pings without privileges, and nothing is forwarded.
             "sysctl -qw net.ipv4.ping_group_range='0 2147483647' net.ipv4.ip_forward=0;"
-            # What a host's own networks look like: stubs of them are on the other side too.
+            # These are the host's own networks. The other side has stubs with the same addresses.
             f"ip addr add 10.200.0.1/24 dev eth0; ip addr add 8.8.4.4/32 dev eth0"
         )
         addresses = [PUBLIC, OTHER_PUBLIC, NAME_SERVER, *DENIED.values()]
@@ -136,7 +136,7 @@ class World:
         self.internet.run(
             f"ip addr add {ROUTER}/24 dev eth0; ip link set eth0 up;"
             + "".join(f"ip addr add {address}/32 dev lo;" for address in local)
-            # The internet answers what the host has masqueraded, and would answer what it has not.
+            # The internet answers packets that the host has masqueraded, and would also answer others.
             + f"ip route add default via {HOST}"
         )
         for block, address in DENIED.items():
