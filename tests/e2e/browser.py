@@ -1,10 +1,10 @@
-"""Uses JupyterLab in Chromium like somebody at a keyboard. Runs in the virtual environment that has playwright.
+"""Uses JupyterLab in Chromium like somebody at a keyboard. It runs in the virtual environment that has playwright.
 
     python browser.py ADDRESS SCREENSHOT [KERNEL]
 
-ADDRESS is JupyterLab's, with its token. KERNEL is the id of a kernel that somebody else has started: given that, this
-tries all that needs the classes of kernel_gateway.lab. Prints one JSON object a line, one per step, and stops at the
-first that fails.
+ADDRESS is JupyterLab's, with its token. KERNEL is the id of a kernel that somebody else has started. With it, this also
+tries the features that need the classes of kernel_gateway.lab. Each step prints one JSON object on a line. The first
+step that fails is the last.
 """
 
 import json
@@ -22,7 +22,7 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 )
 SECONDS = 60
-"""What any one thing may take; emulated machines are slow."""
+"""The limit of any one thing. Emulated machines are slow."""
 PICTURE = """
 import zlib, struct
 def chunk(kind, data):
@@ -31,7 +31,7 @@ rows = b"".join(b"\\0" + bytes((x * y) % 256 for x in range(3 * 37)) for y in ra
 png = b"\\x89PNG\\r\\n\\x1a\\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 37, 23, 8, 2, 0, 0, 0)) + chunk(
     b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 """
-"""Makes `png`, a picture 37 wide and 23 high whose bytes are far from UTF-8."""
+"""Makes `png`, a picture 37 wide and 23 high whose bytes are not valid UTF-8."""
 
 
 class Notebook:
@@ -45,7 +45,7 @@ class Notebook:
         self.is_idle()
 
     def is_idle(self) -> None:
-        """Wait until its kernel is."""
+        """Wait until the kernel is idle."""
         expect(self.page.locator("#jp-main-statusbar")).to_contain_text("| Idle")
 
     def start(self, code: str) -> Locator:
@@ -60,7 +60,7 @@ class Notebook:
         return cell
 
     def run(self, code: str) -> Locator:
-        """The output of a cell that has ended."""
+        """Run a cell to its end, and return its output."""
         cell = self.start(code)
         self.has_ended(cell)
         return cell.locator(".jp-Cell-outputArea")
@@ -69,7 +69,7 @@ class Notebook:
         expect(cell.locator(".jp-InputArea-prompt")).to_have_text(re.compile(r"^\[\d+\]:$"))
 
     def press(self, keys: str) -> None:
-        """Press keys outside of cells, where they are commands."""
+        """Press keys outside of cells, where keys are commands."""
         self.page.keyboard.press("Escape")
         for key in keys:
             self.page.keyboard.press(key)
@@ -86,7 +86,7 @@ class Notebook:
 
 
 class Steps:
-    """What is tried, in order."""
+    """The steps, in order."""
 
     def __init__(self, page: Page, address: str, kernel: str) -> None:
         self.page = page
@@ -131,7 +131,7 @@ class Steps:
         return {"text": self.notebook.run("print('awake')").inner_text().strip()}
 
     def widget(self) -> dict[str, Any]:
-        """A picture widget: its bytes come to the browser; a slider and a file: they go to the kernel."""
+        """A picture widget's bytes come to the browser, and a file widget's bytes go to the kernel."""
         output = self.notebook.run(PICTURE + "import ipywidgets\nipywidgets.Image(value=png)")
         picture = picture_size(output.locator("img.widget-image"))
         output = self.notebook.run("upload = ipywidgets.FileUpload()\nupload")
@@ -144,14 +144,14 @@ class Steps:
         return {"picture": picture, "upload": told}
 
     def large(self) -> dict[str, Any]:
-        """A message of 12 MiB, and whether the connection lives on."""
+        """A message of 12 MiB comes to the browser, and the connection lives on."""
         code = 'display({"text/html": "<b class=end>" + "x" * 9 + "</b><!--" + "y" * (12 << 20) + "-->"}, raw=True)'
         output = self.notebook.run(code)
         expect(output.locator("b.end")).to_have_text("x" * 9)
         return {"text": self.notebook.run("print('alive')").inner_text().strip()}
 
     def files(self) -> dict[str, Any]:
-        """A file of the sandbox, in the file browser, changed in the editor and read by the kernel."""
+        """A file of the sandbox is opened in the file browser, changed in the editor and read by the kernel."""
         code = 'import os\nwith open("/home/user/note.txt", "w") as file: file.write("from the sandbox")\n'
         box = self.notebook.run(code + 'print(os.environ["E2B_SANDBOX_ID"])').inner_text().strip()
         for name in ("sandboxes", box):
@@ -168,7 +168,7 @@ class Steps:
         return {"text": self.notebook.run('print(open("/home/user/note.txt").read())').inner_text().strip()}
 
     def attach(self) -> dict[str, Any]:
-        """Change to the kernel of somebody else, which has a variable `secret`."""
+        """Change to somebody else's kernel, which has a variable `secret`."""
         self.page.locator(".jp-KernelName:visible").click()
         self.page.locator(".jp-Dialog select").select_option(json.dumps({"id": self.kernel}, separators=(",", ":")))
         self.notebook.accept()
@@ -183,7 +183,7 @@ OURS = ("text", "table", "figure", "input", "widget", "large", "interrupt", "fil
 
 
 def picture_size(image: Locator) -> list[int]:
-    """Width and height of a picture, once it is decoded."""
+    """Width and height of a picture, after it is decoded."""
     expect(image).to_be_visible()
     size: list[int] = image.evaluate(
         "async each => { await each.decode(); return [each.naturalWidth, each.naturalHeight] }"
@@ -202,7 +202,7 @@ def main(address: str, screenshot: str, kernel: str = "") -> int:
             began = time.monotonic()
             try:
                 found = getattr(steps, name)()
-            except Exception:  # noqa: BLE001  whatever it is, the test shows it
+            except Exception:  # noqa: BLE001  the test shows any failure
                 page.screenshot(path=screenshot)
                 print(json.dumps({"step": name, "error": traceback.format_exc()}), flush=True)
                 return 1

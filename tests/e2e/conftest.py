@@ -1,4 +1,4 @@
-"""Fixtures for tests with other people's clients: what those need is installed once per lock file. No skips."""
+"""Fixtures for tests with other people's clients, which are installed once per lock file. Nothing is skipped."""
 
 import fcntl
 import hashlib
@@ -21,7 +21,7 @@ PROGRAMS = {"chromium": "chromium", "node": "nodejs", "npm": "npm"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The limit is for a test alone: before the first one much may have to be installed and built."""
+    """The limit excludes fixtures, because they may have to install and build much before the first test."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.timeout(180, func_only=True))
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def progress(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Prints a line, past pytest's capture."""
+    """Prints a line on the terminal, although pytest captures output."""
     capture = request.config.pluginmanager.getplugin("capturemanager")
 
     def tell(line: str) -> None:
@@ -41,9 +41,9 @@ def progress(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 @pytest.fixture(scope="session")
 def programs(progress: Callable[[str], None]) -> None:
-    """All of PROGRAMS are there."""
+    """Installs those of PROGRAMS that are missing, or fails."""
     missing = sorted(package for program, package in PROGRAMS.items() if not shutil.which(program))
-    if not list(Path("/usr/lib").glob("*/libatomic.so.1")):  # playwright's own node needs it, and says so to nobody
+    if not list(Path("/usr/lib").glob("*/libatomic.so.1")):  # playwright's node fails silently without it
         missing.append("libatomic1")
     if not missing:
         return
@@ -58,7 +58,7 @@ def programs(progress: Callable[[str], None]) -> None:
 
 @pytest.fixture(scope="session")
 def lab_python(programs: None, progress: Callable[[str], None]) -> Path:
-    """The interpreter of an environment with JupyterLab and playwright, apart from that of the tests."""
+    """The interpreter of an environment with JupyterLab and playwright. The tests have another environment."""
 
     def make(directory: Path) -> None:
         progress(f"setting up JupyterLab in {directory}")
@@ -71,7 +71,7 @@ def lab_python(programs: None, progress: Callable[[str], None]) -> Path:
 
 @pytest.fixture(scope="session")
 def services(programs: None, progress: Callable[[str], None]) -> Path:
-    """The script that drives a server with JupyterLab's client library, beside that library."""
+    """The script that drives a server with JupyterLab's client library. It is copied beside that library."""
     source = HERE / "services"
 
     def make(directory: Path) -> None:
@@ -106,7 +106,7 @@ def cached(name: str, lock: Path, make: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def locked(name: str) -> Iterator[None]:
-    """One process at a time: several workers may need the same thing first."""
+    """Let one process in at a time, because several workers may need the same thing first."""
     PREPARED.mkdir(parents=True, exist_ok=True)
     with (PREPARED / f"{name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

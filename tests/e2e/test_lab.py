@@ -1,4 +1,4 @@
-"""JupyterLab as its users have it, with `--gateway-url`: as it comes, and with the classes of kernel_gateway.lab."""
+"""JupyterLab with `--gateway-url`, as users start it: by itself, and with the classes of kernel_gateway.lab."""
 
 import asyncio
 import base64
@@ -127,7 +127,7 @@ class Relay:
                 writer.write(data)
                 await writer.drain()
         except OSError:
-            pass  # cut
+            pass  # the line was cut
         writer.close()
 
     def cut(self) -> None:
@@ -136,7 +136,7 @@ class Relay:
 
 
 class Page:
-    """What a browser does with a kernel, in either layout. Holds all that was received."""
+    """A browser's use of a kernel, in either layout. It keeps all messages that it received."""
 
     def __init__(self, lab: Lab, kernel: str, layout: str | None = V1) -> None:
         self.session = uuid.uuid4().hex
@@ -146,7 +146,7 @@ class Page:
             f"{lab.url.replace('http', 'ws')}/api/kernels/{kernel}/channels?{query}",
             subprotocols=[layout] if layout else None,
             max_size=None,
-            # On a busy machine a Jupyter server that has just started may take longer than these limits are by default.
+            # The defaults are too short for a Jupyter server that has just started on a busy machine.
             open_timeout=60,
             ping_interval=None,
         )
@@ -195,7 +195,7 @@ class Page:
         return message
 
     async def until(self, *kinds: str, parent: str) -> list[dict[str, Any]]:
-        """Receive until messages of all those kinds have come for a request. Answers with all that came for it."""
+        """Receive until messages of all those kinds have come for a request. Returns all messages for it."""
         while not set(kinds) <= {kind_of(each) for each in self.answers(parent)}:
             await self.receive()
         return self.answers(parent)
@@ -204,12 +204,12 @@ class Page:
         return [each for each in self.received if each["parent_header"].get("msg_id") == parent]
 
     async def run(self, code: str) -> str:
-        """What a cell prints."""
+        """The text that a cell prints."""
         return printed(await self.until("execute_reply", "idle", parent=await self.execute(code)))
 
 
 def kind_of(message: dict[str, Any]) -> str:
-    """Its type; of a status, the state."""
+    """The type of a message, or the state if the message is a status."""
     return message["content"].get("execution_state") or message["header"]["msg_type"]
 
 
@@ -225,21 +225,21 @@ async def relay(server: Server) -> AsyncIterator[Relay]:
 
 @pytest.fixture(scope="module")
 async def lab(relay: Relay, lab_python: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Lab]:
-    """With our classes, over the relay."""
+    """JupyterLab with our classes, over the relay."""
     async with running(lab_python, tmp_path_factory.mktemp("lab"), relay.url, *OURS) as lab:
         yield lab
 
 
 @pytest.fixture
 async def kernel(lab: Lab) -> AsyncIterator[str]:
-    """A kernel that was started with JupyterLab."""
+    """A kernel that JupyterLab has started."""
     model = await asyncio.to_thread(lab.json, "POST", "api/kernels", 201, json={"name": "code_interpreter"})
     yield model["id"]
     await asyncio.to_thread(lab.request, "DELETE", f"api/kernels/{model['id']}")
 
 
 async def browse(python: Path, lab: Lab, *kernel: str) -> dict[str, dict[str, Any]]:
-    """What became of each step of browser.py."""
+    """Run browser.py, and return the result of each step."""
     SCREENSHOT.parent.mkdir(exist_ok=True)
     address = f"{lab.url}/lab?token={TOKEN}"
     process = await asyncio.create_subprocess_exec(
@@ -255,7 +255,7 @@ async def browse(python: Path, lab: Lab, *kernel: str) -> dict[str, dict[str, An
 
 
 async def test_jupyterlab_as_it_comes(server: Server, lab_python: Path, tmp_path: Path) -> None:
-    """Without anything of ours on the user's side: text, a figure, a restart."""
+    """Text, a figure and a restart work when the user's side has nothing of ours."""
     async with running(lab_python, tmp_path, server.url) as lab:
         steps = await browse(lab_python, lab)
     assert steps["text"]["text"] == "hello 42"
@@ -264,7 +264,7 @@ async def test_jupyterlab_as_it_comes(server: Server, lab_python: Path, tmp_path
 
 
 async def test_jupyterlab_with_our_classes(server: Server, lab: Lab, lab_python: Path) -> None:
-    """Everything a notebook does, a sandbox's file in the file browser, and an agent's kernel."""
+    """A notebook can do everything, the file browser shows a sandbox's file, and an agent's kernel can be used."""
     with server.sandbox() as box:
         box.execute("secret = 6 * 7")
         steps = await browse(lab_python, lab, box.get("").json()["kernelID"])
@@ -282,7 +282,7 @@ async def test_jupyterlab_with_our_classes(server: Server, lab: Lab, lab_python:
 
 @pytest.mark.parametrize("layout", [V1, None], ids=["v1", "legacy"])
 async def test_nothing_is_lost_or_doubled(lab: Lab, kernel: str, relay: Relay, layout: str | None) -> None:
-    """The line to the server breaks twice while a cell prints, and what the browser says meanwhile waits."""
+    """Nothing is lost when the line to the server breaks twice during a cell. The browser's new messages wait."""
     async with Page(lab, kernel, layout) as page:
         await page.run("pass")
         cell = await page.execute("import time\nfor n in range(400): print(n, flush=True); time.sleep(0.02)")
@@ -304,7 +304,7 @@ async def test_nothing_is_lost_or_doubled(lab: Lab, kernel: str, relay: Relay, l
 
 @pytest.mark.parametrize("layout", [V1, None], ids=["v1", "legacy"])
 async def test_large_messages_with_bytes(lab: Lab, kernel: str, layout: str | None) -> None:
-    """20 MiB that are not text go to the kernel and come back."""
+    """A binary message of 20 MiB goes to the kernel and comes back."""
     data = bytes(range(256)) * (20 * 4096)
     async with Page(lab, kernel, layout) as page:
         await page.run(
@@ -319,7 +319,7 @@ async def test_large_messages_with_bytes(lab: Lab, kernel: str, layout: str | No
 
 
 async def test_the_browser_hears_of_the_end(server: Server, lab: Lab, kernel: str) -> None:
-    """When the sandbox has ended, the browser is disconnected, and not told to try again."""
+    """When the sandbox has ended the browser is disconnected, and nothing tells it to try again."""
     async with Page(lab, kernel) as page:
         box = (await page.run("import os; print(os.environ['E2B_SANDBOX_ID'])")).strip()
         await asyncio.to_thread(server.request, "DELETE", f"/sandboxes/{box}")
@@ -330,7 +330,7 @@ async def test_the_browser_hears_of_the_end(server: Server, lab: Lab, kernel: st
 
 
 async def test_kernels_of_others(server: Server, lab_python: Path, tmp_path: Path) -> None:
-    """An agent's sandbox is among the kernels, and does not end with the Jupyter server, as the own ones do."""
+    """An agent's sandbox is among the kernels. It outlives the Jupyter server, but the server's own kernels do not."""
     with server.sandbox() as box:
         box.execute("secret = 6 * 7")
         kernel = box.get("").json()["kernelID"]
@@ -357,7 +357,7 @@ async def test_it_ends_though_the_server_is_away(server: Server, lab_python: Pat
 
 @pytest.fixture
 async def home(server: Server, lab: Lab) -> AsyncIterator[tuple[Sandbox, Callable[..., Any]]]:
-    """A sandbox, and requests to Lab's contents API below its home."""
+    """A sandbox, and a function for requests to Lab's contents API below the sandbox's home."""
     with server.sandbox() as box:
 
         async def ask(method: str, path: str, status: int = 200, **options: Any) -> Any:
@@ -369,7 +369,7 @@ async def home(server: Server, lab: Lab) -> AsyncIterator[tuple[Sandbox, Callabl
 
 
 async def test_files_in_both_directions(lab: Lab, home: tuple[Sandbox, Callable[..., Any]]) -> None:
-    """Text, bytes and notebooks; listing, hidden files, and downloads."""
+    """Text, bytes and notebooks can be listed, read, written and downloaded. Hidden files are not shown."""
     box, ask = home
     content = bytes(range(256))
     box.shell("echo -n Grüße > text.txt; touch .hidden; mkdir -p 'a b/c'; mkfifo pipe")
@@ -418,7 +418,7 @@ async def test_files_in_both_directions(lab: Lab, home: tuple[Sandbox, Callable[
 
 
 async def test_files_are_changed(lab: Lab, home: tuple[Sandbox, Callable[..., Any]]) -> None:
-    """Upload in pieces, new, rename, copy, delete; what is refused."""
+    """Files can be uploaded in pieces, made, renamed, copied and deleted. Forbidden changes are refused."""
     box, ask = home
     pieces = [os.urandom(1 << 20), os.urandom(1 << 20), os.urandom(1000)]
     for number, piece in zip((1, 2, -1), pieces, strict=True):

@@ -1,4 +1,4 @@
-"""The README's JupyterLab blocks, pasted as they stand. Its other blocks are in tests/guest/test_readme.py."""
+"""The README's JupyterLab blocks are pasted unchanged. Its other blocks are in tests/guest/test_readme.py."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from tests.guest.readme import Terminal, blocks, checkout
 
 
 def handed_over(tree: Path, lab_python: Path) -> None:
-    """Put the cached JupyterLab into `.venv-lab` before the README makes that: pip finds it and downloads nothing."""
+    """Put the cached JupyterLab into `.venv-lab` before the README makes that, so that pip downloads nothing."""
     cached, ours = lab_python.parents[1], tree / ".venv-lab"
     packages = next(cached.glob("lib/python3*/site-packages"))
     for directory in (ours / "bin", ours / packages.relative_to(cached)):
@@ -26,7 +26,7 @@ def handed_over(tree: Path, lab_python: Path) -> None:
 
 
 def test_jupyterlab(server: Server, lab_python: Path, tmp_path: Path) -> None:
-    """The environment is made, JupyterLab starts with the README's words, and its kernels are the server's."""
+    """The environment is made, JupyterLab starts by the README's command, and its kernels are the server's."""
     tree = checkout(tmp_path)
     handed_over(tree, lab_python)
     environment = {
@@ -34,7 +34,7 @@ def test_jupyterlab(server: Server, lab_python: Path, tmp_path: Path) -> None:
         **{f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")},
         "CELLVM_DATA_DIR": str(server.data),
         "PIP_NO_INDEX": "1",
-        "BROWSER": "true",  # the program of that name, which shows nothing
+        "BROWSER": "true",  # the program `true` shows nothing
     }
     first, *_ = (block for block in blocks() if block.section == "A first sandbox")
     install, start = (block for block in blocks() if block.section == "JupyterLab")
@@ -47,7 +47,7 @@ def test_jupyterlab(server: Server, lab_python: Path, tmp_path: Path) -> None:
     log = tmp_path / "lab.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            ["bash", "-c", f"exec env {start.text}"],  # `exec env`: the process is JupyterLab itself, which is stopped
+            ["bash", "-c", f"exec env {start.text}"],  # `exec env` lets a signal reach JupyterLab itself
             stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=tree, env=environment,
         )  # fmt: skip
 
@@ -73,5 +73,5 @@ def test_jupyterlab(server: Server, lab_python: Path, tmp_path: Path) -> None:
 
 
 def kernels(server: Server, key: str) -> list[dict[str, object]]:
-    """The kernels of that key, as the server tells."""
+    """The server's kernels that this key may see."""
     return requests.get(f"{server.url}/api/kernels", headers={"X-API-Key": key}, timeout=60).json()

@@ -34,7 +34,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("layout", ["v1", "legacy"])
 def test_the_client_library(layout: str, server: Server, services: Path) -> None:
-    """A notebook's whole life, as JupyterLab's pages would have it."""
+    """A notebook does everything that JupyterLab's pages do in its life."""
     command = ["node", str(services), server.url, KEY, layout]
     result = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
     steps = {step.pop("step"): step for step in map(json.loads, result.stdout.splitlines())}
@@ -43,4 +43,4 @@ def test_the_client_library(layout: str, server: Server, services: Path) -> None
     for name, expected in EXPECTED.items():
         assert steps[name] | expected == steps[name], name
     statuses = steps["death"]["statuses"]
-    assert statuses.count("restarting") == 1, "each time, the client drops its state and connects again"
+    assert statuses.count("restarting") == 1, "the client drops its state and connects again each time"

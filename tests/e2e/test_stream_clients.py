@@ -10,7 +10,7 @@ import pytest
 from tests.guest.client import KEY, Server
 
 DOCS = Path(__file__).parents[2] / "docs"
-# Node 20 has no WebSocket of its own unless asked, and older ones have none: the one of JupyterLab's library will do.
+# Node has no WebSocket of its own by default up to version 20, so it gets the one of JupyterLab's library.
 NODE = """
 globalThis.crypto ??= require("crypto").webcrypto;
 globalThis.WebSocket = require("ws");
@@ -20,12 +20,12 @@ import(process.argv[1]);
 
 @pytest.mark.parametrize("name", ["stream.py", "stream.mjs"])
 def test_the_page_shows_the_file(name: str) -> None:
-    """docs/stream.md has each client whole."""
+    """docs/stream.md shows each client in full."""
     assert (DOCS / "examples" / name).read_text().strip() in (DOCS / "stream.md").read_text()
 
 
 def run(command: list[str], server: Server, code: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """What a client prints of a cell in a sandbox of its own."""
+    """Run a cell by a client, in its own sandbox. Returns the process, with its output."""
     env = {**os.environ, "CELLVM_URL": server.url, "CELLVM_API_KEY": KEY}
     with server.sandbox() as box:
         return subprocess.run(
@@ -36,7 +36,7 @@ def run(command: list[str], server: Server, code: str, **options: object) -> sub
 
 @pytest.mark.parametrize("language", ["python", "javascript"])
 def test_a_client(language: str, server: Server, services: Path) -> None:
-    """It runs a cell, shows what comes of it, and ends with it."""
+    """A client runs a cell, shows its output, and ends when the cell ends."""
     command = [sys.executable, str(DOCS / "examples" / "stream.py")]
     if language == "javascript":
         command = ["node", "-e", NODE, str(DOCS / "examples" / "stream.mjs")]
@@ -48,7 +48,7 @@ def test_a_client(language: str, server: Server, services: Path) -> None:
 
 
 def test_the_python_client_answers_input(server: Server) -> None:
-    """What it reads from its own input goes to the cell that asks."""
+    """The client's standard input goes to the cell that asks for input."""
     command = [sys.executable, str(DOCS / "examples" / "stream.py")]
     result = run(command, server, "print('got', input('name? '))", input="Ada\n")
     assert "got Ada" in result.stdout, result.stderr

@@ -1,5 +1,6 @@
 // Drives a CellVM server with JupyterLab's own client library, as a program without a browser.
-// node services.mjs URL TOKEN v1|legacy; prints one JSON object a line, one per step, and stops at the first that fails.
+// node services.mjs URL TOKEN v1|legacy
+// Each step prints one JSON object on a line. The first step that fails is the last.
 import assert from 'node:assert/strict';
 import services from '@jupyterlab/services';
 import WebSocket from 'ws';
@@ -8,7 +9,7 @@ const { KernelManager, KernelSpecAPI, KernelAPI, ServerConnection, SessionAPI, S
 const [url, token, layout] = process.argv.slice(2);
 const BYTES = Uint8Array.from({ length: 256 }, (_, index) => index);
 
-// The library always offers v1. One that does not offer it gets the legacy layout.
+// The library always offers v1. This class does not offer it, so it gets the legacy layout.
 class LegacyWebSocket extends WebSocket {
   constructor(address) {
     super(address);
@@ -27,13 +28,13 @@ const kernels = new KernelManager({ serverSettings });
 const sessions = new SessionManager({ serverSettings, kernelManager: kernels });
 let session, kernel;
 
-console.log = console.info = console.debug = console.warn = console.error; // what the library says
+console.log = console.info = console.debug = console.warn = console.error; // stdout is for results only
 
 function tell(found) {
   process.stdout.write(JSON.stringify(found) + '\n');
 }
 
-/** A promise that can be resolved from outside, and fails when that takes too long. */
+/** A promise that can be resolved from outside. It fails after `seconds`. */
 function awaited(what, seconds = 60) {
   const pending = Promise.withResolvers?.() ?? withResolvers();
   const timer = setTimeout(() => pending.reject(new Error(`${what}: nothing in ${seconds} s`)), seconds * 1000);
@@ -47,7 +48,7 @@ function withResolvers() {
   return pending;
 }
 
-/** Run a cell to its end: its reply, and all it sent meanwhile. */
+/** Run a cell to its end. Returns its reply, and all messages that it sent. */
 async function run(code, { onIOPub, onStdin, on = kernel } = {}) {
   const future = on.requestExecute({ code, allow_stdin: Boolean(onStdin) });
   const messages = [];
@@ -181,7 +182,7 @@ telling.send({"b": 2}, buffers=[b"", bytes(range(256)) * 4096])`);
       if (status === 'idle' && statuses.includes('autorestarting')) usable.resolve();
     });
     const lost = kernel.requestExecute({ code: 'import os; os._exit(3)' });
-    lost.done.catch(() => {}); // the library drops what was asked of a dead kernel
+    lost.done.catch(() => {}); // the library drops requests to a dead kernel
     await usable.promise;
     const { reply, stdout } = await run('print("again")');
     return { statuses, status: reply.status, stdout };
