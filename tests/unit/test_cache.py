@@ -1,4 +1,4 @@
-"""The cache: who holds what, what is pruned, and that damaged or copied content is noticed."""
+"""The cache: entries are held and pruned, and damaged or copied content is noticed."""
 
 import asyncio
 import os
@@ -36,7 +36,7 @@ def ignore(_: str) -> None:
 
 
 def test_all_entries_are_told(cache: Cache) -> None:
-    """Each with its size on disk, the largest first; unfinished work is none."""
+    """Each entry is listed with its size on disk, the largest first. Unfinished work is no entry."""
     for n, kind in enumerate(KINDS):
         entry(cache, f"{kind}/{n:016x}", days=n, size=(n + 1) * 50_000)
     entry(cache, "images/.dddddddddddddddd-abcd_123")
@@ -47,7 +47,7 @@ def test_all_entries_are_told(cache: Cache) -> None:
 
 
 async def test_what_was_not_used_is_pruned(cache: Cache) -> None:
-    """Only what is old enough goes, and it goes whole."""
+    """Only entries that are old enough are deleted, and they are deleted completely."""
     old, young = entry(cache, "images/aaaaaaaaaaaaaaaa", days=15), entry(cache, "images/bbbbbbbbbbbbbbbb", days=13)
     async with cache.building(ignore):
         assert [each.path for each in cache.prune(14)] == [old]
@@ -57,7 +57,7 @@ async def test_what_was_not_used_is_pruned(cache: Cache) -> None:
 
 
 async def test_what_a_server_uses_is_never_pruned(cache: Cache) -> None:
-    """Another process holds an entry: it stays until that process ends, however it ends."""
+    """An entry that another process holds stays until that process ends, however it ends."""
     held = entry(cache, "snapshots/base-cccccccccccccccc", days=100)
     script = f"""
 import sys, time
@@ -74,7 +74,7 @@ time.sleep(600)
         assert user.stdout.readline() == b"held\n"
         (found,) = cache.entries()
         assert found.is_held
-        assert time.time() - found.used_at < 60  # using it is noted
+        assert time.time() - found.used_at < 60  # the use is noted
         async with cache.building(ignore):
             assert list(cache.prune(0)) == []
         assert (held / "file").exists()
@@ -87,7 +87,7 @@ time.sleep(600)
 
 
 async def test_using_twice_and_dropping(cache: Cache) -> None:
-    """An entry is held once however often it is used; one that is of no use can be deleted by whoever holds it."""
+    """An entry takes one descriptor, however often it is used. Its holder can delete it if it is of no use."""
     path = entry(cache, "images/3333333333333333")
     files = len(os.listdir("/proc/self/fd"))
     assert cache.use(path) == cache.use(path) == path
@@ -100,7 +100,7 @@ async def test_using_twice_and_dropping(cache: Cache) -> None:
 
 
 async def test_one_builds_at_a_time(cache: Cache) -> None:
-    """The second waits, says so once, and goes on when the first is done."""
+    """The second build waits, says so once, and goes on when the first is done."""
     told: list[str] = []
     order = []
 
@@ -116,7 +116,7 @@ async def test_one_builds_at_a_time(cache: Cache) -> None:
 
 
 async def test_what_a_killed_builder_left_is_deleted(cache: Cache) -> None:
-    """Unfinished work of a process that was killed goes with the next build; what was downloaded stays."""
+    """The next build deletes the unfinished work of a killed process, but keeps its downloads."""
     with pytest.raises(KeyboardInterrupt), finished(cache.root / "images/3333333333333333"):
         raise KeyboardInterrupt
     entry(cache, "images/.eeeeeeeeeeeeeeee-abcd1234")
@@ -129,7 +129,7 @@ async def test_what_a_killed_builder_left_is_deleted(cache: Cache) -> None:
 
 
 async def test_what_is_not_ours_is_never_deleted(tmp_path: Path) -> None:
-    """A directory that serves other purposes, too, keeps its files: hidden ones, and folders of our kinds' names."""
+    """A directory that also serves other purposes keeps its hidden files, and folders with our kinds' names."""
     for name in (".ssh/id", ".bashrc", "project/.git/head", "images/holiday/1.jpg", "images/.thumbs/1", "kvm/notes/x"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ async def test_what_is_not_ours_is_never_deleted(tmp_path: Path) -> None:
 async def test_what_can_not_be_deleted_is_in_nobodys_way(
     cache: Cache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Another user's leftover is told by its path, and the build goes on."""
+    """The log names another user's leftover by its path, and the build goes on."""
     left = entry(cache, "images/.dddddddddddddddd-abcd1234")
 
     def refuse(path: Path) -> None:
@@ -162,7 +162,7 @@ async def test_what_can_not_be_deleted_is_in_nobodys_way(
 
 @pytest.fixture
 def sealed(tmp_path: Path) -> Path:
-    """A directory of two files, sealed and once found to be whole."""
+    """A directory of two files that is sealed, and was once checked."""
     directory = tmp_path / "image"
     (directory / "boot").mkdir(parents=True)
     (directory / "root").write_bytes(b"r" * 5000)
@@ -174,7 +174,7 @@ def sealed(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["root", "boot/kernel"])
 def test_damage_is_noticed(sealed: Path, name: str) -> None:
-    """A file that is shorter, different or missing is told by name, though all was well before."""
+    """A file that is shorter, different or missing is named, although an earlier check found it whole."""
     path = sealed / name
     whole = path.read_bytes()
     for broken in (whole[:-1], b"", b"x" + whole[1:]):
@@ -188,7 +188,7 @@ def test_damage_is_noticed(sealed: Path, name: str) -> None:
 
 @pytest.mark.parametrize("seal", [None, b"", b"{", b"[]", b'{"gone": "00"}'])
 def test_a_directory_without_a_seal_is_damaged(sealed: Path, seal: bytes | None) -> None:
-    """What can't be checked is not trusted."""
+    """A directory that can't be checked is not trusted."""
     (sealed / SEAL).unlink()
     if seal is not None:
         (sealed / SEAL).write_bytes(seal)
@@ -196,7 +196,7 @@ def test_a_directory_without_a_seal_is_damaged(sealed: Path, seal: bytes | None)
 
 
 def test_a_copy_is_read_once(sealed: Path, tmp_path: Path) -> None:
-    """A copy is as good as the first. A copy that was cut is noticed, though it brings the first one's check along."""
+    """A copy is as good as its source. A copy that was cut is noticed, although it contains the source's check."""
     copy = tmp_path / "copy"
     shutil.copytree(sealed, copy)
     assert damage(copy) == ""
@@ -208,7 +208,7 @@ def test_a_copy_is_read_once(sealed: Path, tmp_path: Path) -> None:
 
 
 def test_whole_files_are_not_read_again(sealed: Path) -> None:
-    """After the first check only what the file system knows is looked at: the next start takes no time."""
+    """After the first check only the files' metadata is compared, so that the next start takes no time."""
     (sealed / "root").chmod(0)
     if os.geteuid():
         assert "Permission denied" in damage(sealed)
@@ -216,7 +216,7 @@ def test_whole_files_are_not_read_again(sealed: Path) -> None:
     assert damage(sealed) == ""
     before = os.stat(sealed / "root").st_atime_ns
     os.utime(sealed / "root", ns=(before - 10**15, os.stat(sealed / "root").st_mtime_ns))
-    assert damage(sealed) == ""  # read once more, because the inode has changed
+    assert damage(sealed) == ""  # the file is read once more, because the inode has changed
     read = os.stat(sealed / "root").st_atime_ns
     assert damage(sealed) == ""
     assert os.stat(sealed / "root").st_atime_ns == read

@@ -1,4 +1,4 @@
-"""Documentation can't drift: errors and routes are checked against the tables that the server works by."""
+"""Documentation can't drift, because errors and routes are checked against the server's own tables."""
 
 import re
 from pathlib import Path

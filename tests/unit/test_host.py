@@ -1,4 +1,4 @@
-"""What `cellvm doctor` says of the network."""
+"""The findings of `cellvm doctor` about the network."""
 
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -29,7 +29,7 @@ def found(**settings: Any) -> list[Finding]:
 
 @pytest.mark.usefixtures("resolver")
 def test_names_of_denied_addresses_are_noticed() -> None:
-    """Where the host's own resolver answers with what no sandbox reaches, the exception is suggested."""
+    """If the host's resolver gives a name a denied address, doctor suggests the exception."""
     (index,) = [each for each in found() if "index.example.net" in each.what]
     assert index.level == "warn"
     assert "10.9.8.7" in index.what
@@ -38,7 +38,7 @@ def test_names_of_denied_addresses_are_noticed() -> None:
 
 
 def test_no_network_is_said() -> None:
-    """A network that can't be is a warning with its reason; one that was switched off is as wanted."""
+    """A network that can't work is a warning with its reason. A network that was switched off is fine."""
     (finding,) = _network(Settings(), "off", "netns: no nft", OWN)
     assert (finding.level, finding.meaning) == ("warn", "netns: no nft")
     (finding,) = _network(Settings(network="off"), "off", "switched off", OWN)
@@ -46,7 +46,7 @@ def test_no_network_is_said() -> None:
 
 
 def test_an_index_on_the_host_itself_can_not_be_excepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Doctor does not suggest what would not help."""
+    """Doctor suggests no exception for the host's own address, because it would not help."""
     (tmp_path / "getent").write_text("#!/bin/sh\necho 45.67.89.1 STREAM $2\n")
     (tmp_path / "getent").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
@@ -56,7 +56,7 @@ def test_an_index_on_the_host_itself_can_not_be_excepted(tmp_path: Path, monkeyp
 
 @pytest.mark.usefixtures("resolver")
 def test_more_sandboxes_than_the_host_can_count_connections_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its list of connections is everybody's."""
+    """Doctor warns, because all sandboxes share the host's list of connections."""
     monkeypatch.setattr(host, "connections_of_host", lambda: 65_536)
     assert not [each for each in found(max_sandboxes=20) if "connections" in each.what]
     (finding,) = [each for each in found(max_sandboxes=40) if "connections" in each.what]

@@ -1,4 +1,4 @@
-"""Pieces of the image builder that need no build: the archive, hashes, kernel modules, templates."""
+"""Parts of the image builder that need no build: the archive, hashes, kernel modules and templates."""
 
 import asyncio
 import contextlib
@@ -40,7 +40,7 @@ def parse(archive: bytes) -> dict[str, tuple[int, bytes]]:
 
 
 def test_the_archive_reads_back() -> None:
-    """Files of every length modulo four, with the folders they lie in, once each and before them."""
+    """Files of every length modulo four are archived. Each of their folders comes once, and before its files."""
     archive = Cpio()
     contents = {"init": b"#!x", "a/b/c1": b"", "a/b/c2": b"1", "a/d": b"22", "module/" + "x" * 99: b"333" * 1000}
     for name, content in contents.items():
@@ -55,7 +55,7 @@ def test_the_archive_reads_back() -> None:
 
 
 def test_the_same_content_is_the_same_archive() -> None:
-    """No time and no counter goes in: the result can be cached by what went into it."""
+    """The archive contains no time and no counter, so it can be cached by a hash of its sources."""
     archives = []
     for _ in range(2):
         archive = Cpio()
@@ -65,7 +65,7 @@ def test_the_same_content_is_the_same_archive() -> None:
 
 
 def test_a_hash_sees_every_part(tmp_path: Path) -> None:
-    """Another text, order, split, file content or file name is another hash."""
+    """Another text, order, split, file content or file name gives another hash."""
     (tmp_path / "a.py").write_text("1")
     (tmp_path / "b.py").write_text("1")
     (tmp_path / "folder").mkdir()
@@ -86,7 +86,7 @@ def test_a_hash_sees_every_part(tmp_path: Path) -> None:
 
 
 def test_a_folder_appears_when_it_is_finished(tmp_path: Path) -> None:
-    """A build that fails leaves nothing that looks finished; one that succeeds is there as a whole."""
+    """A build that fails leaves nothing that looks finished. A build that succeeds appears as a whole."""
     target = tmp_path / "images/key"
 
     def fail() -> None:
@@ -105,7 +105,7 @@ def test_a_folder_appears_when_it_is_finished(tmp_path: Path) -> None:
 
 
 async def test_running_a_tool() -> None:
-    """Its steps are passed on, its failure tells what it printed last, cancelling ends it."""
+    """A tool's steps are passed on, and its failure has its last output."""
     steps: list[str] = []
     await image.run(["sh", "-c", 'echo "step: one"; echo noise; echo "step: $X"'], {"X": "two"}, steps.append)
     assert steps == ["one", "two"]
@@ -120,7 +120,7 @@ def module(path: Path, name: str, *needs: str) -> None:
 
 
 def test_modules_come_after_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every module follows its dependencies, once; built-in ones are left out."""
+    """Every module follows its dependencies, and comes once. Built-in modules are left out."""
     kernel = tmp_path / "6.1.0"
     module(kernel / "fs", "ext4", "mbcache", "jbd2", "crc16")
     module(kernel / "fs", "jbd2", "crc16")
@@ -147,7 +147,7 @@ def test_the_templates_that_come_with_it() -> None:
 
 
 def test_a_template_file_that_is_wrong_is_named(tmp_path: Path) -> None:
-    """Unknown fields, missing ones and bad TOML are refused with the file's name; so is an id that no file has."""
+    """Unknown fields, missing ones and bad TOML are refused with the file's name. An unknown id is refused too."""
     good = 'id="a"\ndescription="d"\nvcpus=1\nmemory_mb=1\ndisk_mb=1\n'
     for text in ("id=", 'id="a"', good + 'made_up="x"', good.replace("vcpus=1", 'vcpus="1"')):
         (tmp_path / "mine.toml").write_text(text)
@@ -162,7 +162,7 @@ def test_a_template_file_that_is_wrong_is_named(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="namespaces of a build are root's")
 @pytest.mark.parametrize("how", ["cancelled", "killed"])
 async def test_a_builds_tool_ends_with_us(how: str, tmp_path: Path) -> None:
-    """Whether the build is cancelled or its process is killed: within seconds nothing of the tool is left."""
+    """When the build is cancelled or its process is killed, nothing of the tool is left after some seconds."""
     mark = f"31{os.getpid()}.{len(how)}"
     if how == "cancelled":
         running = asyncio.create_task(image.run([*image.ALONE, "sleep", mark], {}, print, ended_by=signal.SIGKILL))
@@ -183,7 +183,7 @@ async def test_a_builds_tool_ends_with_us(how: str, tmp_path: Path) -> None:
 
 
 def of_command(argument: str) -> list[str]:
-    """Processes `sleep` with that argument."""
+    """The processes that are `sleep` with that argument."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Why KVM is not used, in words: each cause on a made-up device, as `cellvm doctor` tells it."""
+"""The reasons against KVM, as `cellvm doctor` tells them. Each cause is tried on a made-up device."""
 
 import errno
 import fcntl
@@ -27,7 +27,7 @@ TEMPLATE = Template(id="t", description="", vcpus=1, memory_mb=64, disk_mb=64)
 
 
 def sentence() -> str:
-    """What doctor prints of the device as it is now."""
+    """Doctor's sentence about the device in its present state."""
     finding = kvm_finding(Verdict(False, kvm.refused()))
     assert (finding.level, finding.meaning) == ("warn", SLOW)
     return finding.what
@@ -35,7 +35,7 @@ def sentence() -> str:
 
 @pytest.fixture
 def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A device of the test's own in place of /dev/kvm, on a host that is no container."""
+    """The test's own device in place of /dev/kvm, on a host that is no container."""
     monkeypatch.setattr(kvm, "DEVICE", tmp_path / "kvm")
     monkeypatch.setattr(kvm, "CONTAINER_SIGNS", (tmp_path / "container",))
     return tmp_path / "kvm"
@@ -53,7 +53,7 @@ def test_a_container_without_the_device(device: Path) -> None:
 
 
 def test_no_permission(device: Path) -> None:
-    """Another user opens the device: root may open everything."""
+    """The device is opened as another user, because root may open everything."""
     device.touch(mode=0o600)
     for directory in (device.parent, *device.parent.parents):
         if directory.owner() == "root" and str(directory).startswith("/tmp/"):
@@ -76,7 +76,7 @@ print(kvm.refused())
 
 
 def test_busy(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when VirtualBox runs a machine of its own."""
+    """VirtualBox, for example, runs a machine of its own."""
     device.touch()
 
     def busy(*_: object) -> int:
@@ -89,13 +89,13 @@ def test_busy(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_device_that_is_none(device: Path) -> None:
-    """A file in its place makes no machines."""
+    """A plain file makes no machines."""
     device.touch()
     assert sentence() == "no KVM: /dev/kvm makes no machine: Inappropriate ioctl for device"
 
 
 def test_a_device_that_makes_machines(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine that was made to try is closed again."""
+    """The machine that tries the device is closed again."""
     device.touch()
     made: list[int] = []
 
@@ -110,7 +110,7 @@ def test_a_device_that_makes_machines(device: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_other_verdicts() -> None:
-    """A guest that boots, one that does not, and one that could not be tried."""
+    """A guest may boot, or not boot, or it could not be tried."""
     assert kvm_finding(Verdict(True)).level == "ok"
     nested = "the machine used 6 s of processor time; the last it printed: Probing EDD"
     assert kvm_finding(Verdict(False, nested)).what == f"no KVM: {nested}"
@@ -121,7 +121,7 @@ def test_other_verdicts() -> None:
 
 
 class Probe:
-    """A builder whose image is an empty folder and whose guest boots as the test says."""
+    """A builder whose image is an empty folder. Its guest boots or fails as the test says."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -167,7 +167,7 @@ def jail(monkeypatch: pytest.MonkeyPatch) -> FakeJail:
 
 @pytest.fixture
 def ask(probe: Probe, jail: FakeJail, tmp_path: Path) -> Ask:
-    """Asks for the verdict."""
+    """A function that asks for the verdict."""
 
     async def ask(**how: Any) -> Verdict:
         return await kvm.verdict(probe, TEMPLATE, tmp_path, lambda _: None, **how)  # type: ignore[arg-type]
@@ -176,7 +176,7 @@ def ask(probe: Probe, jail: FakeJail, tmp_path: Path) -> Ask:
 
 
 async def test_a_verdict_is_remembered_with_its_reason(probe: Probe, ask: Ask) -> None:
-    """The guest is booted once; another image, QEMU, machine or processor is another key; doctor tries it anew."""
+    """The guest is booted once for each key. Doctor can have it booted anew."""
     probe.answers = ["MSR 0x10a", "", "dead again"]
     assert await ask() == await ask() == Verdict(False, "MSR 0x10a")
     probe.key = "other"
@@ -185,7 +185,7 @@ async def test_a_verdict_is_remembered_with_its_reason(probe: Probe, ask: Ask) -
 
 
 async def test_a_no_holds_a_day(probe: Probe, ask: Ask) -> None:
-    """A refusal is looked at again after a day, and a verdict that can't be read at once; a yes holds."""
+    """A refusal is tried again after a day, and an unreadable verdict at once. A yes holds for ever."""
     probe.answers = ["full disk", "", "never asked"]
     await ask()
     path = probe.cache.root / "kvm/key"
@@ -194,12 +194,12 @@ async def test_a_no_holds_a_day(probe: Probe, ask: Ask) -> None:
     assert await ask() == Verdict(True)
     os.utime(path, (then, then))
     assert await ask() == Verdict(True)
-    path.write_text("no")  # as earlier versions wrote
+    path.write_text("no")  # earlier versions wrote this
     assert await ask() == Verdict(False, "never asked")
 
 
 async def test_machines_users_may_not_open_it(ask: Ask, jail: FakeJail, probe: Probe) -> None:
-    """Root that may not make a device: the guest is not even tried, and the sentence says what to do."""
+    """If machines' users can't open the device, the guest is not tried, and the sentence tells the remedy."""
     jail.refusal = "cannot open /dev/kvm: Permission denied"
     found = await ask()
     assert kvm_finding(found).what == (
@@ -207,13 +207,13 @@ async def test_machines_users_may_not_open_it(ask: Ask, jail: FakeJail, probe: P
         "the server CAP_MKNOD, or give the device to a group that may read and write it"
     )
     jail.refusal, probe.answers = "", [""]
-    assert await ask() == Verdict(True)  # a server with other privileges is not told the same
+    assert await ask() == Verdict(True)  # a server with other privileges gets another answer
     jail.refusal = "cannot open /dev/kvm: Permission denied"
     assert not (await ask()).works
 
 
 def test_the_key_of_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """QEMU's revision, firmware, the machine, the image and the processor: each changes it."""
+    """The key depends on QEMU's revision, its firmware, the machine, the image and the processor."""
     told = {"version": "7.2.22 (Debian 1)", "firmware": b"a"}
     monkeypatch.setattr("kernel_gateway.images.build.this_cpu", lambda: told.get("cpu", "x"))
 
@@ -255,7 +255,7 @@ vendor_id\t: SomebodyElse
 
 
 def test_a_processors_identity() -> None:
-    """What decides on instructions counts, the clock of the moment does not."""
+    """A processor's identity depends on its instructions, and not on its present clock rate."""
     known = cpu_identity(CPUINFO, "6.1.0-42")
     assert "vendor_id=AuthenticAMD" in known.splitlines()
     assert cpu_identity(CPUINFO.replace("2596.146", "3000.1"), "6.1.0-42") == known
@@ -272,7 +272,7 @@ def test_a_processors_identity() -> None:
 
 @pytest.mark.parametrize("isolation", ["qemu-kvm"])
 async def test_kvm_by_name_where_there_is_none(isolation: str, device: Path, tmp_path: Path) -> None:
-    """One sentence that names the flag and the cause."""
+    """One sentence names the flag and the cause."""
     from kernel_gateway.server import load_templates, opened_driver
     from kernel_gateway.settings import SettingsError
 

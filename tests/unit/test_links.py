@@ -1,4 +1,4 @@
-"""Links between pages lead somewhere. Nothing is fetched: links to other hosts are not looked at."""
+"""Links between pages lead somewhere. Links to other hosts are not checked, because nothing is fetched."""
 
 import re
 import unicodedata
@@ -21,7 +21,7 @@ def prose(text: str) -> str:
 
 
 def links(text: str) -> Iterator[str]:
-    """Where a page's links and pictures lead, code apart."""
+    """The targets of a page's links and pictures outside of code."""
     for target in re.findall(r"\]\(<?([^)\s>]+)", re.sub(r"`[^`\n]*`", "`", prose(text))):
         if not re.match(r"[a-z][a-z0-9+.-]*:", target):
             yield target
@@ -33,25 +33,25 @@ def plain(heading: str) -> str:
 
 
 def github(heading: str) -> str:
-    """The anchor that GitHub gives a heading: letters, digits, hyphens and underscores; a hyphen for every blank."""
+    """The anchor that GitHub gives a heading: letters, digits, hyphens and underscores, and a hyphen for each blank."""
     return re.sub(r"[^\w\- ]", "", plain(heading).lower()).replace(" ", "-")
 
 
 def mkdocs(heading: str) -> str:
-    """The anchor that mkdocs gives it: ASCII only, and one hyphen for a row of blanks and hyphens."""
+    """The anchor that mkdocs gives a heading: ASCII only, and one hyphen for a row of blanks and hyphens."""
     ascii_only = unicodedata.normalize("NFKD", plain(heading)).encode("ascii", "ignore").decode()
     return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", ascii_only).strip().lower())
 
 
 def anchors(text: str) -> set[str]:
-    """Anchors that are the same on GitHub and in the built manual. A heading that comes twice has none."""
+    """The anchors that are the same on GitHub and in the built manual. A heading that comes twice has none."""
     found = re.findall(r"^#{1,6} +(.+?)\s*$", prose(text), re.MULTILINE)
     both = [github(heading) for heading in found if github(heading) == mkdocs(heading)]
     return {anchor for anchor in both if both.count(anchor) == 1}
 
 
 def leads_somewhere(page: Path, text: str, target: str) -> bool:
-    """Whether a link of a page with that text names a file or folder of ours, and an anchor in it."""
+    """Whether a link on a page with this text names an existing file or folder of ours, and an existing anchor."""
     path, _, anchor = unquote(target).partition("#")
     there = (page.parent / path).resolve() if path else page
     if not there.exists() or not there.is_relative_to(ROOT):
@@ -60,7 +60,7 @@ def leads_somewhere(page: Path, text: str, target: str) -> bool:
 
 
 def broken(page: Path, text: str) -> list[str]:
-    """Links of a page that lead nowhere."""
+    """The links of a page that lead nowhere."""
     return [target for target in links(text) if not leads_somewhere(page, text, target)]
 
 
@@ -72,7 +72,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
 def test_the_manual_stands_alone(page: Path) -> None:
-    """Its pages link to nothing outside of docs/, as the built site does; and all are in its menu."""
+    """The manual's pages link to nothing outside of docs/, because the built site has only these. The menu has all."""
     outside = [link for link in links(page.read_text()) if not (page.parent / link).resolve().is_relative_to(DOCS)]
     assert outside == []
     assert re.search(
@@ -81,7 +81,7 @@ def test_the_manual_stands_alone(page: Path) -> None:
 
 
 def test_the_readme_is_short() -> None:
-    """It is read in one go; what is longer has a page in docs/."""
+    """The README is short enough to be read in one go, because longer texts have pages in docs/."""
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
@@ -94,7 +94,7 @@ def test_the_readme_is_short() -> None:
     ],
 )  # fmt: skip
 def test_a_broken_link_is_found(target: str, leads: bool) -> None:
-    """The check itself: paths, anchors, headings that come twice, other hosts."""
+    """The check finds wrong paths, anchors, headings that come twice, and it accepts other hosts."""
     text = f"# A `part`\n## Twice\n## Twice\n[words]({target})\n```\n[code](nowhere)\n```\n`[code](nowhere)`\n"
     assert (broken(ROOT / "README.md", text) == []) is leads
 
@@ -109,5 +109,5 @@ def test_a_broken_link_is_found(target: str, leads: bool) -> None:
     ],
 )
 def test_anchors_of_headings(heading: str, on_github: str, in_the_manual: str) -> None:
-    """The rules of both, where they agree and where they do not."""
+    """The rules of both, for headings where they agree and where they differ."""
     assert (github(heading), mkdocs(heading)) == (on_github, in_the_manual)
