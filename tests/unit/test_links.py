@@ -94,7 +94,7 @@ def test_the_readme_is_short() -> None:
     ],
 )  # fmt: skip
 def test_a_broken_link_is_found(target: str, leads: bool) -> None:
-    """The check finds wrong paths, anchors, headings that come twice, and it accepts other hosts."""
+    """The check finds wrong paths and anchors, also of headings that come twice. It accepts other hosts."""
     text = f"# A `part`\n## Twice\n## Twice\n[words]({target})\n```\n[code](nowhere)\n```\n`[code](nowhere)`\n"
     assert (broken(ROOT / "README.md", text) == []) is leads
 
@@ -109,5 +109,5 @@ def test_a_broken_link_is_found(target: str, leads: bool) -> None:
     ],
 )
 def test_anchors_of_headings(heading: str, on_github: str, in_the_manual: str) -> None:
-    """The rules of both, for headings where they agree and where they differ."""
+    """GitHub and the built manual have different rules, which agree for most headings."""
     assert (github(heading), mkdocs(heading)) == (on_github, in_the_manual)

@@ -1,4 +1,4 @@
-"""Templates that are not ready yet: who waits for them, and what whoever asks is told."""
+"""Templates that are not ready yet: requests wait for them, and are told about progress and failures."""
 
 import asyncio
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def workshop() -> Workshop:
 
 
 async def test_a_template_that_is_ready(workshop: Workshop) -> None:
-    """It is made once, whoever asks."""
+    """A template is made once, however many requests ask for it."""
     workshop.go.set()
     told: list[str] = []
     making = Preparation(workshop.prepare)
@@ -55,7 +55,7 @@ async def test_a_template_that_is_ready(workshop: Workshop) -> None:
 
 
 async def test_whoever_asks_early_waits_a_little(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request gets its template when it is done in time, else it hears how far it is."""
+    """A request gets its template when it is made in time. Otherwise the request is told the progress."""
     making = Preparation(workshop.prepare)
     rest = asyncio.create_task(making.make_all([FIRST, SECOND]))
     await asyncio.sleep(0)
@@ -80,7 +80,7 @@ async def test_whoever_asks_early_waits_a_little(workshop: Workshop, monkeypatch
 
 
 async def test_a_failure_is_told_and_tried_again(workshop: Workshop, caplog: pytest.LogCaptureFixture) -> None:
-    """A request for a template that can't be built fails; the log says why; the next one tries again."""
+    """A request for a template that can't be built fails, and the log says why. The next request tries again."""
     workshop.go.set()
     workshop.failure = RuntimeError("no space left")
     making = Preparation(workshop.prepare)
@@ -105,7 +105,7 @@ async def test_the_first_templates_failure_is_the_callers(workshop: Workshop) ->
 
 
 async def test_closing_gives_up(workshop: Workshop) -> None:
-    """A server that stops waits for no build; the request that waited for it is told."""
+    """A server that stops does not wait for a build, and tells the request that waits for it."""
     making = Preparation(workshop.prepare)
     waiting = asyncio.create_task(making.require(FIRST))
     await asyncio.sleep(0.02)

@@ -1,4 +1,4 @@
-"""What the driver does when a machine can't even be begun, and what it hears of one; the rest is in tests/guest."""
+"""The driver when a machine can't be begun, and when QEMU tells of one. Other tests of it are in tests/guest."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ from tests.fakes import eventually
 
 
 class Card:
-    """A network card, and where it comes from."""
+    """A network card that is its own source."""
 
     mechanism = "netns"
     tap = 0
@@ -32,7 +32,7 @@ class Card:
 
 
 async def test_a_machine_that_can_not_be_begun_takes_no_card(tmp_path: Path) -> None:
-    """A card that was made for it is closed, for nobody else would."""
+    """The machine's card is closed, because nothing else would close it."""
     gone, other = os.pipe()
     os.close(gone)
     os.close(other)
@@ -44,7 +44,7 @@ async def test_a_machine_that_can_not_be_begun_takes_no_card(tmp_path: Path) -> 
 
 
 class FakeQemu:
-    """Speaks QMP as QEMU does, by the test's words."""
+    """Speaks QMP like QEMU, but says what the test wants."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
@@ -67,7 +67,7 @@ class FakeQemu:
         self.say({"event": name, "data": data})
 
     async def answer(self, value: object) -> str:
-        """Answer the next command and tell which it was."""
+        """Answer the next command, and return its name."""
         command = json.loads(await self.reader.readline())
         self.say({"return": value})
         return str(command["execute"])
@@ -78,7 +78,7 @@ class FakeQemu:
 
 
 async def test_events_that_nobody_waits_for_are_not_kept() -> None:
-    """A guest can cause any number of them: with a host's disk that is full, one for every block it writes."""
+    """Events are not kept, because a guest can cause any number. On a full host's disk each write causes one."""
     qemu, qmp = await FakeQemu.open()
 
     def kept() -> int:
@@ -99,7 +99,7 @@ async def test_events_that_nobody_waits_for_are_not_kept() -> None:
 
 
 async def test_a_qemu_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is given up in time."""
+    """A QEMU that does not answer is given up in time."""
     qemu, qmp = await FakeQemu.open()
     monkeypatch.setattr("kernel_gateway.drivers.qmp.ANSWER_TIMEOUT", 0.1)
     with pytest.raises(DriverError, match="did not answer cont"):
@@ -109,7 +109,7 @@ async def test_a_qemu_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 async def test_a_migration_that_fails_says_why() -> None:
-    """Whoever waits for a state to be moved hears of its failure, in QEMU's words."""
+    """The caller that waits for a state to be moved gets its failure, in QEMU's words."""
     qemu, qmp = await FakeQemu.open()
     waiting = asyncio.create_task(qmp.migrated())
     for status in ("setup", "active", "failed"):
@@ -123,7 +123,7 @@ async def test_a_migration_that_fails_says_why() -> None:
 
 @pytest.mark.parametrize("event", [*FATAL, "WATCHDOG", "SHUTDOWN", "RESUME"])
 async def test_events_that_end_a_machine(event: str) -> None:
-    """A machine of no use is told of, with the reason; other events are not the end."""
+    """An event that makes a machine useless ends it, with the reason. Other events do not."""
     qemu, qmp = await FakeQemu.open()
     qemu.event(event, guest=True)
     await eventually(lambda: qemu.deaths == ([FATAL[event]] if event in FATAL else []))
@@ -132,7 +132,7 @@ async def test_events_that_end_a_machine(event: str) -> None:
 
 
 async def test_only_a_stop_that_was_asked_for_is_none() -> None:
-    """The event that follows our own command is expected; the same event after the machine went on is its end."""
+    """A STOP after our own command is expected. A STOP after the machine went on is its end."""
     qemu, qmp = await FakeQemu.open()
     for call, name in ((qmp.stop, "STOP"), (qmp.cont, "RESUME")):
         asking = asyncio.create_task(call())
@@ -152,7 +152,7 @@ async def test_only_a_stop_that_was_asked_for_is_none() -> None:
      ((10, 0), "add-fd", "file:/dev/fdset/7")],
 )  # fmt: skip
 async def test_a_state_is_passed_as_this_qemu_wants_it(version: tuple[int, int], command: str, uri: str) -> None:
-    """Newer versions take a file as a file; older ones know descriptors only."""
+    """Newer versions of QEMU take the state as a file. Older ones take only a descriptor."""
     qemu, qmp = await FakeQemu.open(version)
     passing = asyncio.create_task(qmp.pass_state(0))
     assert await qemu.answer({}) == command

@@ -1,4 +1,4 @@
-"""QEMU's command line: compared with a file, and the parts that the boundary rests on asserted one by one."""
+"""QEMU's command line is compared with a file, and the arguments that secure the host are checked one by one."""
 
 import dataclasses
 import itertools
@@ -22,7 +22,7 @@ def argv(accelerator: str, template: bool) -> list[str]:
 
 
 def render(command: list[str]) -> str:
-    """One option a line."""
+    """Put each option on a line."""
     text = ""
     for word in command:
         text += ("\n    " if word.startswith("-") else " " if text else "") + word
@@ -34,7 +34,7 @@ def options(command: list[str], name: str) -> list[str]:
 
 
 def test_the_whole_command_line() -> None:
-    """Every argument, for both accelerators, booting a template and restoring."""
+    """Every argument is known, for both accelerators, for a template's boot and for a restore."""
     found = "".join(
         f"{accelerator}, {'template' if template else 'restore'}\n{render(argv(accelerator, template))}\n\n"
         for accelerator, template in CASES
@@ -47,7 +47,7 @@ def test_the_whole_command_line() -> None:
 
 @pytest.mark.parametrize(("accelerator", "template"), CASES)
 def test_the_boundary(accelerator: str, template: bool) -> None:
-    """Full seccomp sandbox, no default devices, one network card, no monitor but QMP, nothing opened by path."""
+    """QEMU has a full seccomp sandbox, no default devices, one network card, only QMP, and opens no file by path."""
     command = argv(accelerator, template)
     assert options(command, "-sandbox") == [
         "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
@@ -65,7 +65,7 @@ def test_the_boundary(accelerator: str, template: bool) -> None:
 
 
 def test_without_a_tap_there_is_no_card() -> None:
-    """Where the network is off the machine has no network device at all."""
+    """Where the network is off the machine has no network device."""
     command = qemu("qemu", Machine("tcg", 2, 2048), dataclasses.replace(FDS, tap=None), template=False)
     assert not [word for word in command if "net" in word]
     assert dataclasses.replace(FDS, tap=None).all() == tuple(range(10, 18))
@@ -73,7 +73,7 @@ def test_without_a_tap_there_is_no_card() -> None:
 
 @pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
 def test_a_restored_machine_can_not_change_the_template(accelerator: str) -> None:
-    """RAM is mapped privately and the root read-only; only the template's own boot writes the memory file."""
+    """RAM is mapped privately and the root is read-only. Only the template's own boot writes the memory file."""
     (ram,) = [value for value in options(argv(accelerator, False), "-object") if "id=ram" in value]
     assert "share=off" in ram.split(",")
     (ram,) = [value for value in options(argv(accelerator, True), "-object") if "id=ram" in value]
@@ -85,7 +85,7 @@ def test_a_restored_machine_can_not_change_the_template(accelerator: str) -> Non
 
 @pytest.mark.parametrize(("accelerator", "template"), CASES)
 def test_the_guests_disk_is_throttled(accelerator: str, template: bool) -> None:
-    """The disk that the guest can write is behind a limit of operations and bytes; no other node leads to it."""
+    """The guest's disk is behind a limit of operations and bytes, and no other node leads to the disk."""
     command = argv(accelerator, template)
     (limits,) = [json.loads(value) for value in options(command, "-object") if "throttle-group" in value]
     assert limits["limits"]["iops-total"] == 20_000
@@ -100,7 +100,7 @@ def test_the_guests_disk_is_throttled(accelerator: str, template: bool) -> None:
 
 @pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
 def test_only_a_restored_machine_waits(accelerator: str) -> None:
-    """A restore is the same machine as the template's, but for where RAM goes, and waits for its state."""
+    """A restored machine equals the template's except for the place of its RAM, and it waits for its state."""
     template, restored = argv(accelerator, True), argv(accelerator, False)
     assert restored[-3:] == ["-S", "-incoming", "defer"]
     different = [(a, b) for a, b in zip(template, restored[:-3], strict=True) if a != b]
@@ -109,7 +109,7 @@ def test_only_a_restored_machine_waits(accelerator: str) -> None:
 
 
 def test_privileges_are_dropped_before_qemu_starts() -> None:
-    """As root it becomes a user without groups or capabilities; always it may gain none and dies with the server."""
+    """Root becomes a user without groups or capabilities. Every QEMU can gain none, and dies with the server."""
     prefix = drop_privileges("setpriv", 4242)
     assert {"--reuid=4242", "--regid=4242", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"} <= set(prefix)
     assert not [word for word in drop_privileges("setpriv", None) if "uid" in word]
@@ -120,7 +120,7 @@ def test_privileges_are_dropped_before_qemu_starts() -> None:
 
 
 def test_only_an_emulated_guest_is_told_its_clocks_rate() -> None:
-    """It is told the rate of its counter and what follows for busy waiting; under KVM kvm-clock tells both."""
+    """An emulated guest is told its counter's rate and the length of busy waits. KVM's guest has kvm-clock."""
     (told,) = options(argv("tcg", True), "-append")
     assert told.split()[-2:] == ["tsc_early_khz=2596146", "lpj=10384584"]
     (told,) = options(argv("kvm", True), "-append")
@@ -129,6 +129,6 @@ def test_only_an_emulated_guest_is_told_its_clocks_rate() -> None:
 
 
 def test_no_processor_under_kvm_has_what_only_hosts_use() -> None:
-    """No counters of performance, no virtualization, and not the register that some nested hosts can't read."""
+    """The guest has no performance counters, no virtualization, and no register that some nested hosts can't read."""
     (cpu,) = options(argv("kvm", False), "-cpu")
     assert set(cpu.split(",")) == {"host", "-svm", "-vmx", "-arch-capabilities", "pmu=off"}

@@ -1,4 +1,4 @@
-"""Settings: where a value comes from, what is refused, and that help and documentation know every one."""
+"""Settings: their sources, refused values, and their place in help and documentation."""
 
 import argparse
 import re
@@ -20,7 +20,7 @@ def load(flags: dict[str, str] | None = None, **environment: str) -> Settings:
 
 
 def test_a_flag_wins_over_its_variable_and_that_over_the_default() -> None:
-    """The order of sources, also for a number and for an empty text."""
+    """A flag wins over a variable, and a variable over the default. This holds for numbers and for empty texts."""
     assert load().port == 8888
     assert load(PORT="9000").port == 9000
     assert load({"port": "9001"}, PORT="9000").port == 9001
@@ -38,7 +38,7 @@ def test_a_flag_wins_over_its_variable_and_that_over_the_default() -> None:
     ],
 )  # fmt: skip
 def test_a_bad_value_is_refused_by_name(name: str, value: str) -> None:
-    """The message names the flag, or the variable when the value came from there."""
+    """The message names the flag, or the variable if the value came from the variable."""
     with pytest.raises(SettingsError, match=re.escape("--" + name.replace("_", "-"))):
         Settings.load({name: value}, {})
     with pytest.raises(SettingsError, match=f"CELLVM_{name.upper()}"):
@@ -46,13 +46,13 @@ def test_a_bad_value_is_refused_by_name(name: str, value: str) -> None:
 
 
 def test_limits_are_allowed_themselves() -> None:
-    """The smallest and the largest number of a range are in it."""
+    """A range includes its smallest and its largest number."""
     assert load(PORT="0", MAX_SANDBOXES="1", POOL_SIZE="0").port == 0
     assert load(PORT="65535", MAX_SANDBOXES="10000", POOL_SIZE="1000").pool_size == 1000
 
 
 def test_settings_of_the_network_are_read_strictly() -> None:
-    """Blocks, resolvers and a proxy, or a refusal that names the flag."""
+    """Blocks, resolvers and a proxy are read, or the refusal names the flag."""
     good = load(
         EGRESS_ALLOW="10.1.0.0/16, 192.168.7.9", DNS="9.9.9.9, 10.0.0.53:5353", UPSTREAM_PROXY="http://proxy:8080"
     )
@@ -75,7 +75,7 @@ def test_settings_of_the_network_are_read_strictly() -> None:
             _ = load(EGRESS_ALLOW=text).egress_exceptions
     wide = Floor(load(EGRESS_ALLOW="0.0.0.0/0").egress_exceptions)
     refused = ("0.0.0.0", "0.255.255.255", "127.0.0.1", "127.255.255.255")
-    assert all(wide.refuses(IPv4Address(address)) for address in refused), "the host itself is no exception's"
+    assert all(wide.refuses(IPv4Address(address)) for address in refused), "no exception covers the host itself"
     assert not any(wide.refuses(IPv4Address(address)) for address in ("1.0.0.0", "10.1.2.3", "126.9.9.9", "128.0.0.0"))
     for text in ("example.com", "9.9.9.9:x", "9.9.9.9:70000", "::1"):
         with pytest.raises(SettingsError, match="--dns"):
@@ -86,7 +86,7 @@ def test_settings_of_the_network_are_read_strictly() -> None:
 
 
 def test_a_switch_needs_no_value() -> None:
-    """A setting that is yes or no may stand alone as a flag, or have a value; other words are refused."""
+    """A yes-or-no setting may stand alone as a flag, or have a value. Other words are refused."""
     parser = argparse.ArgumentParser()
     Settings.add_flags(parser)
     for words, meant in (
@@ -111,7 +111,7 @@ def test_every_setting_is_in_help() -> None:
 
 
 def test_every_flag_is_parsed_to_its_setting() -> None:
-    """What a flag gives arrives in the setting of that name."""
+    """The value of a flag arrives in the setting of that name."""
     parser = argparse.ArgumentParser()
     Settings.add_flags(parser)
     given = vars(parser.parse_args(["--max-sandboxes", "7", "--data-dir=/d", "--isolation", "unisolated"]))

@@ -1,4 +1,4 @@
-"""Snapshots: every corruption is refused, copies are equal and stay sparse, what was checked can't change (R21)."""
+"""Snapshots: damage is refused, copies are equal and sparse, and checked content can't change (R21)."""
 
 import fcntl
 import os
@@ -34,7 +34,7 @@ def digest_of(path: Path) -> FileDigest:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A small snapshot: every byte of its files counts."""
+    """A small snapshot. The tests change every byte of its files."""
     directory = tmp_path / "snapshot"
     directory.mkdir()
     rng = random.Random(21)
@@ -65,7 +65,7 @@ def open_files() -> Iterator[Callable[[Path], int]]:
 
 
 def test_a_snapshot_is_loaded_as_it_was(saved: Path) -> None:
-    """The memory files hold what the files held, and the manifest is told."""
+    """The memory files have the content of the files, and the manifest is returned."""
     snapshot = Snapshot.load(saved)
     try:
         for name in FILES:
@@ -77,7 +77,7 @@ def test_a_snapshot_is_loaded_as_it_was(saved: Path) -> None:
 
 
 def test_what_was_checked_can_not_be_changed(saved: Path) -> None:
-    """The memory files are sealed: no write, no growth, no other seals; later changes of the files do not count."""
+    """The memory files are sealed: no write, no growth, no further seals. Later changes of the files do not matter."""
     snapshot = Snapshot.load(saved)
     try:
         before = os.pread(snapshot.memory, 1000, 0)
@@ -97,11 +97,11 @@ def test_what_was_checked_can_not_be_changed(saved: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_r21_every_changed_byte_is_refused(saved: Path, name: str) -> None:
-    """Each single byte of each file, changed in one bit or all, is noticed; so is a byte more or less."""
+    """A change of one bit or of all bits in any byte of any file is noticed, and so is a byte more or less."""
     path = saved / name
     whole = path.read_bytes()
     for at in range(len(whole)):
-        for mask in (1 << (at % 8), 0xFF, whole[at]):  # the last makes it zero
+        for mask in (1 << (at % 8), 0xFF, whole[at]):  # the last one makes the byte zero
             if mask:
                 path.write_bytes(whole[:at] + bytes([whole[at] ^ mask]) + whole[at + 1 :])
                 with pytest.raises(SnapshotCorrupt, match=name):
@@ -115,7 +115,7 @@ def test_r21_every_changed_byte_is_refused(saved: Path, name: str) -> None:
 
 
 def test_files_that_changed_places_are_refused(saved: Path) -> None:
-    """Each digest is for the file of its name."""
+    """A digest holds only for the file of its name."""
     (saved / "state").rename(saved / "x")
     (saved / "disk").rename(saved / "state")
     (saved / "x").rename(saved / "disk")
@@ -125,7 +125,7 @@ def test_files_that_changed_places_are_refused(saved: Path) -> None:
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
 def test_a_missing_file(saved: Path, name: str) -> None:
-    """A missing file is told by name, and nothing is left open."""
+    """A missing file is named, and nothing is left open."""
     (saved / name).unlink()
     with pytest.raises(SnapshotCorrupt, match=name):
         Snapshot.load(saved)
@@ -140,7 +140,7 @@ def test_a_broken_manifest(saved: Path, text: bytes) -> None:
 
 
 def test_a_manifest_cut_anywhere(saved: Path) -> None:
-    """A manifest of which the end is missing is refused wherever it was cut."""
+    """A manifest without its end is refused wherever it was cut."""
     whole = (saved / "manifest.json").read_bytes()
     for end in range(len(whole)):
         (saved / "manifest.json").write_bytes(whole[:end])
@@ -191,7 +191,7 @@ def test_sparse_copies(tmp_path: Path, open_files: Callable[[Path], int], kind: 
 
 
 def test_a_digest_does_not_see_holes(tmp_path: Path) -> None:
-    """Zeros that are stored and zeros that are a hole are the same content; moved data are not."""
+    """Stored zeros and a hole are the same content. Moved data are not."""
     sparse(tmp_path / "hole", 4 * BLOCK, (2 * BLOCK, b"x" * BLOCK))
     (tmp_path / "full").write_bytes(bytes(2 * BLOCK) + b"x" * BLOCK + bytes(BLOCK))
     sparse(tmp_path / "moved", 4 * BLOCK, (BLOCK, b"x" * BLOCK))
@@ -202,7 +202,7 @@ def test_a_digest_does_not_see_holes(tmp_path: Path) -> None:
 
 
 def test_a_digest_does_not_see_how_a_copy_is_stored(tmp_path: Path) -> None:
-    """Several holes within one block change nothing: copies by other tools have other holes."""
+    """Several holes within one block change nothing, because copies by other tools have other holes."""
     pieces = [(4096 * n, b"x" * 100) for n in (1, 9, 40, 255, 256, 257, 700)]
     sparse(tmp_path / "sparse", 4 * BLOCK, *pieces)
     (tmp_path / "full").write_bytes((tmp_path / "sparse").read_bytes())
