@@ -247,7 +247,7 @@ def measure_neighbour() -> None:
         quiet, noisy = (server.create().json()["sandboxID"] for _ in range(2))
         for name in ("warm-up", "alone", "beside a busy one"):
             if name == "beside a busy one":
-                script = "for _ in 1 2; do (while :; do :; done) & done"  # in the background; it ends with its sandbox
+                script = "for _ in 1 2; do (while :; do :; done) & done"  # it ends with its sandbox
                 body = {"cmd": "bash", "args": ["-c", script]}
                 server.session.post(f"{server.url}/sandboxes/{noisy}/processes", json=body, timeout=60)
             for _ in range(60):

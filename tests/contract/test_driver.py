@@ -120,7 +120,7 @@ async def refused(guest: Guest, request: wire.Body) -> str:
 
 
 async def test_start_wait_kill(driver: VmDriver) -> None:
-    """A machine runs until it is killed; `wait` may be awaited often, before and after; `kill` is idempotent."""
+    """A machine runs until it is killed. `wait` may be awaited often, before and after. `kill` is idempotent."""
     vm = await driver.start("base")
     waiting = [asyncio.create_task(vm.wait()) for _ in range(2)]
     await asyncio.sleep(0.05)
@@ -134,7 +134,7 @@ async def test_start_wait_kill(driver: VmDriver) -> None:
 
 
 async def test_two_machines_are_distinct(driver: VmDriver) -> None:
-    """Each has a channel, a home and randomness of its own."""
+    """Each machine has a channel, a home and randomness of its own."""
     first, second = await asyncio.gather(*(Guests(driver).start("base") for _ in range(2)))
     try:
         await write(first, f"{first.home}/mine", b"1")
@@ -158,7 +158,7 @@ async def test_the_link_tells_the_end_of_the_machine(driver: VmDriver) -> None:
 
 
 async def test_the_channel_is_its_readers_to_close(driver: VmDriver) -> None:
-    """Nobody else closes it, because its number could become another socket while the loop still listens on it."""
+    """Only the reader closes a channel, because its number could become another socket that the loop listens on."""
     vm = await driver.start("base")
     link = await Link.open(vm.open())
     await link.call(wire.Ping(), wire.Done)
@@ -388,7 +388,7 @@ async def test_restart(guest: Guest) -> None:
 
 
 async def test_a_kernel_that_dies(guest: Guest) -> None:
-    """The cell is told, the next one runs in a new kernel, and files and programs stay."""
+    """The dead kernel's cell gets an error, and the next one runs in a new kernel. Files and programs stay."""
     await write(guest, f"{guest.home}/kept", b"1")
     cell = await execute(guest, "import os; os._exit(3)")
     assert cell.error is not None

@@ -97,8 +97,7 @@ def test_process_holds_no_files(box: Sandbox, machines: set[int]) -> None:
 
 
 def test_ctrl_c_is_not_for_machines(machines: set[int]) -> None:
-    """A QEMU is in its own session without a terminal. The server alone gets Ctrl-C, because it lets requests
-    finish."""
+    """A QEMU has its own session without a terminal, because only the server should get Ctrl-C."""
     assert {os.getsid(pid) for pid in machines} == machines
 
 
@@ -137,7 +136,7 @@ def test_process_has_a_view_of_its_own(server: Server, machines: set[int]) -> No
 
 
 def test_limits_of_the_process(machines: set[int]) -> None:
-    """A QEMU has hard limits: no core dumps, few open files, and no file longer than the disk."""
+    """A QEMU's soft and hard limits allow no core dumps, few open files, and no file longer than the disk."""
     for pid in machines:
         found = {
             match[1]: match[2].split()[:2]

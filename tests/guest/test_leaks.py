@@ -144,7 +144,7 @@ CANARY = "canary-" + secrets.token_hex(8)
 
 
 class OwnKey(AuthBase):
-    """Adds no header, because the request has the key in another form."""
+    """Sends no Authorization header, because the request has the key in another form."""
 
     def __call__(self, request: Any) -> Any:
         request.headers.pop("Authorization", None)

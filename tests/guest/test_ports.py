@@ -46,7 +46,7 @@ server = listen("127.0.0.1")
 
 
 def test_a_service(server: Server) -> None:
-    """A service is reached by path, by host name and by an upgrade. Large bodies pass both ways in little memory."""
+    """A service is reached by path, by host name and by an upgrade. Large bodies take little memory in the server."""
     with server.sandbox() as box:
         base = f"{server.url}/sandboxes/{box.id}/ports/8000"
         closed = server.http.get(f"{base}/", timeout=60)

@@ -237,7 +237,7 @@ async def test_the_floor_is_below_all_rules() -> None:
 
 @pytest.mark.parametrize("policy", [ONLY_SITE, NOT_EVIL])
 async def test_a_hello_that_can_not_be_read_is_refused(policy: Policy) -> None:
-    """It is refused even if its address is allowed, because a server might read a denied name in it."""
+    """Such a hello is refused although its address is allowed, because a server might read a denied name in it."""
     bad = client_hello("site.example").replace(b"site.example", b"site\0example")
     long = b"\x16\x03\x01\x40\x00" + b"\x01\x00\x3f\xff" + bytes(2000)
     async with World(policy, limits=Limits(head=0.2)).run() as world:
@@ -354,7 +354,7 @@ async def test_a_refused_request_is_told_why(host: str, address: IPv4Address, re
 
 
 async def test_a_number_that_is_not_the_address_is_refused() -> None:
-    """It is refused even if both addresses are allowed, because no honest client sends that."""
+    """The request is refused although both addresses are allowed, because no honest client sends it."""
     async with World(NOT_EVIL, going_to=(SITE, 80)).run() as world:
         assert (await world.get("8.8.8.8")).startswith(b"HTTP/1.1 403 ")
         assert await world.get(str(SITE)) == world.answer
@@ -375,7 +375,7 @@ async def test_a_number_that_is_not_the_address_is_refused() -> None:
     ],
 )
 async def test_a_request_with_two_readings_is_not_sent_on(data: bytes) -> None:
-    """The guest is told, and nothing is dialled."""
+    """The guest gets 400, and nothing is dialled."""
     async with World(NOT_EVIL, going_to=(SITE, 80)).run() as world:
         assert (await world.say(data)).startswith(b"HTTP/1.1 400 ")
         assert world.dialled == []
@@ -392,7 +392,7 @@ async def test_a_server_that_is_not_there() -> None:
 
 
 async def test_the_proxy_is_asked_by_name_if_the_name_stands_for_the_address() -> None:
-    """Otherwise it is asked by address, because a guest must not make the proxy look up a name it invented."""
+    """Otherwise the proxy is asked by address, because a guest must not make it look up an invented name."""
     async with World(has_proxy=True, holds=True).run() as world:
         for name in ("site.example", "metadata.google.internal", "evil.example", None):
             assert (await world.hello(name)).endswith(b"<end>")
@@ -526,7 +526,7 @@ async def test_a_name_that_only_the_hosts_proxy_knows() -> None:
     ],
 )
 async def test_what_is_no_request_to_a_proxy(data: bytes) -> None:
-    """The guest is told."""
+    """The guest gets 400, and nothing is dialled."""
     async with World().run() as world:
         assert (await world.say(data, explicit=True)).startswith(b"HTTP/1.1 400 ")
         assert world.dialled == []

@@ -76,7 +76,7 @@ def test_a_hello_that_is_cut_is_waited_for() -> None:
 
 @given(st.integers(min_value=16, max_value=600))
 def test_a_hello_may_be_spread_over_records(size: int) -> None:
-    """Some clients split it, to hide its name from filters like this one."""
+    """A hello in several records is read, because some clients split it to hide the name from filters."""
     message = REAL[5:]
     assert read_hello(records(message, size)) == Hello("www.example.com")
     assert read_hello(records(message, size)[:-1]) is None
@@ -174,7 +174,7 @@ def test_a_bent_hello_is_read_or_refused(data: st.DataObject) -> None:
     ],
 )
 def test_a_host_has_one_form(text: str, host: str | IPv4Address) -> None:
-    """Names in lower case without a dot at the end; addresses as addresses."""
+    """A name gets lower case and no dot at its end. An address stays an address."""
     assert parse_host(text) == host
 
 
@@ -261,7 +261,7 @@ def request(data: bytes) -> Request:
 
 
 def test_a_request_is_written_anew() -> None:
-    """It has one host, in its one form, and is the only request of its connection."""
+    """The written request has one host, in its one form, and is alone on its connection."""
     read = request(
         b"GET /a?b HTTP/1.1\r\nHOST: Example.COM.:80\r\nX-A: 1\r\nConnection: keep-alive\r\nUpgrade: h2c\r\n"
         b"HTTP2-Settings: x\r\nProxy-Authorization: Basic eA==\r\n\r\n"

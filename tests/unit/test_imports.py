@@ -24,7 +24,7 @@ MODULES = modules()
 
 
 def imports(name: str) -> set[str]:
-    """All that a module imports, as full names; `from a import b` counts as a.b when that is a module of ours."""
+    """All imports of a module as full names. `from a import b` counts as a.b if a.b is a module of ours."""
     found = set()
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.Import):
@@ -140,7 +140,7 @@ def test_drivers_know_nothing_above_them(name: str) -> None:
 
 @pytest.mark.parametrize("name", below("kernel_gateway.api"))
 def test_the_api_knows_no_driver(name: str) -> None:
-    """HTTP does not care what a machine is."""
+    """The HTTP layer imports no driver of machines."""
     assert not {each for each in ours(name) if each.startswith("kernel_gateway.drivers")}
 
 
@@ -155,7 +155,7 @@ def test_only_some_speak_the_wire() -> None:
 
 
 def test_tornado_stays_at_the_edge() -> None:
-    """Only the API and the composition root import the web server; the plugin for Lab runs inside another one."""
+    """Only the API and the composition root import the web server. The plugin for Lab runs inside another server."""
     users = {name for name in below("kernel_gateway") if "tornado" in outside(name)}
     assert users <= {*below("kernel_gateway.api"), "kernel_gateway.server", "kernel_gateway.lab"}
 

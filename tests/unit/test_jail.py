@@ -63,7 +63,7 @@ def test_no_block_reaches_beyond_its_own() -> None:
 
 
 def test_the_directory_of_claims_must_be_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody else can hold our locks, because the directory is ours alone, not somebody else's and not a link."""
+    """The directory must be ours alone and no link, because nobody else may hold our locks."""
     uid = os.geteuid() or 4242
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr(os, "geteuid", lambda: uid)
@@ -179,7 +179,7 @@ def test_the_order_of_the_view() -> None:
 
 
 def test_the_view_in_a_user_namespace() -> None:
-    """A /proc can't be mounted there. The host's is bound, with all that is mounted on it."""
+    """The host's /proc is bound, with everything mounted on it, because a new one can't be mounted there."""
     lines = jail.script([], kvm=None, own_proc=False).splitlines()
     assert "mount --rbind /proc proc" in lines
     assert not [line for line in lines if "-t proc" in line]

@@ -425,7 +425,7 @@ async def test_a_journal_ends(small: None, make: Make, tmp_path: Path) -> None:
 
 
 def test_a_journal_ends_without_readers(small: None, make: Make, tmp_path: Path) -> None:
-    """Its file goes at once. A later reader gets the messages in memory, and a gap."""
+    """The journal's file goes at once. A later reader gets the messages in memory, and a gap."""
     journal = make()
     for _ in range(50):
         say(journal, "x" * 1000)
@@ -537,7 +537,7 @@ def test_held_exactly_when_the_fastest_is_behind(operations: list[tuple[str, int
 
 
 def texts(found: list[Record | Gap]) -> list[tuple[int, str, str]]:
-    """Number, request and text of each; a gap as its count."""
+    """The number, request and text of each message, and the count of each gap."""
     return [
         (each.seq, each.parent, json.loads(each.parts[4])["text"])
         if isinstance(each, Record)

@@ -242,7 +242,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_old_formats(tmp_path: Path) -> None:
-    """Format 3 is converted; 4.5 without cell ids gets them, without a warning."""
+    """Format 3 is converted. Format 4.5 without cell ids gets them, without a warning."""
     old = {"nbformat": 3, "nbformat_minor": 0, "metadata": {"name": "x"}}
     old["worksheets"] = [{"cells": [{"cell_type": "code", "language": "python", "input": "1", "outputs": []}]}]
     path = tmp_path / "old.ipynb"

@@ -214,7 +214,7 @@ async def test_a_name_is_asked_for_anew() -> None:
 
 
 async def test_each_query_has_a_number_and_a_port_of_its_own() -> None:
-    """So nobody can answer a query without seeing it."""
+    """Each query has a number and a port of its own, so only somebody who sees it can answer it."""
     upstream = Upstream(answering(f"a.example. 60 A {PUBLIC}"))
     async with World([upstream]).run() as world:
         await asyncio.gather(*(world.ask("a.example") for _ in range(20)))
@@ -307,7 +307,7 @@ async def test_local_names_are_never_asked_for(name: str) -> None:
     "name", ["8.8.8.8", "a\\.b.example", "a\\000.example", "a\\@b.example", "1.0.ip6.arpa", "*.a.example"]
 )
 async def test_what_is_no_name_does_not_exist(name: str) -> None:
-    """Such a name is not asked for, either."""
+    """The upstream resolver is not asked for a text that is no name."""
     upstream = Upstream(answering())
     async with World([upstream]).run() as world:
         assert (await world.ask(name)).rcode() == dns.rcode.NXDOMAIN
@@ -399,7 +399,7 @@ async def test_answers_to_other_questions_are_not_believed() -> None:
 
 
 async def test_long_answers_come_over_tcp(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They do so from upstream and to the guest, which is told to ask again. Very long answers are not read."""
+    """Long answers come over TCP from upstream, and to the guest after it asks again. Very long ones are not read."""
     records = [f"a.example. 60 A 93.184.{each}.1" for each in range(90)]
     upstream = Upstream(answering(*records), truncates=True)
     # Reading an answer takes 5 ms here, however fast the processor is.
@@ -447,7 +447,7 @@ async def test_a_guest_has_its_share() -> None:
 
 
 async def test_answers_that_take_long_to_read() -> None:
-    """Their guest pays for them. Its work that waits behind one is dropped, and others' questions come next."""
+    """A guest pays for costly answers. Its waiting work is dropped, and other guests' questions come next."""
     suffix = ".".join("a" * 118)
     costly = dns.message.make_response(dns.message.make_query(f"x.{suffix}", "MX"))
     costly.answer.append(

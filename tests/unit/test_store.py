@@ -51,7 +51,7 @@ def test_keys_have_the_form_that_clients_accept() -> None:
 
 
 def test_the_journal_tells_only_the_owner_how_a_sandbox_ended(store: Store) -> None:
-    """The reason is the first one, and nobody else hears of it."""
+    """The first reason is kept, and only the owner can read it."""
     store.sandbox_created("sbx1", "me", "base")
     assert store.end_of("sbx1", "me") is None
     store.sandbox_ended("sbx1", "timeout")
@@ -63,7 +63,7 @@ def test_the_journal_tells_only_the_owner_how_a_sandbox_ended(store: Store) -> N
 
 
 def test_a_crash_leaves_open_entries_that_the_next_start_closes(tmp_path: Path) -> None:
-    """Sandboxes that a killed server left are closed once, with the reason given; ended ones keep theirs."""
+    """Sandboxes of a killed server are closed once, with the given reason. Ended ones keep their own reason."""
     first = Store(tmp_path / "cellvm.db")
     for name in ("a", "b", "c"):
         first.sandbox_created(name, "me", "base")
