@@ -78,7 +78,7 @@ class Agent:
             case wire.GetMetrics():
                 stream.reply(self._metrics())
             case wire.Interrupt():
-                self._kernel.interrupt()
+                self._kernel.interrupt(body.target)
                 stream.reply(wire.Done())
             case wire.Restart():
                 await self._kernel.restart()

@@ -25,6 +25,7 @@ from typing import Any
 import zmq
 
 from guest_agent import limits, wire
+from guest_agent.cells import Cells, word
 from guest_agent.channel import AgentError, Channel, Stream
 from guest_agent.wire import KernelStatus
 
@@ -36,6 +37,12 @@ LAST_WORDS = 0.05
 """Seconds that an ended kernel's last messages have to arrive."""
 START_TIMEOUT = 120
 """Seconds a kernel may take to answer its first request. They are many because emulated machines are slow."""
+AIM_LIMIT = 60.0
+"""Seconds that an interrupt waits for its cell to begin."""
+AIM_INTERVAL = 0.02
+SIGNAL_AGAIN = 0.5
+"""Seconds after which a signal is repeated if the kernel has not noticed it. A thread that is about to wait in the
+system when a signal comes would wait on."""
 PORTS = ("shell", "iopub", "stdin", "control", "hb")
 
 
@@ -153,6 +160,8 @@ class Kernel:
         self._uid = uid
         self._loop = asyncio.get_running_loop()
         self._connection: Connection | None = None
+        self._cells: Cells | None = None
+        self._aiming: asyncio.Task[None] | None = None
         self._pid = 0
         self._count = 0
         self._nursery: asyncio.StreamWriter | None = None
@@ -161,6 +170,7 @@ class Kernel:
         self._own: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._starting = asyncio.Lock()
         self._expected_exit = 0
+        self._fresh = 0  # the process id of a kernel that does not answer yet
         self._oom_kills = 0
         self._resumes: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self.env: dict[str, str] = {}
@@ -229,10 +239,11 @@ class Kernel:
         directory = self._runtime / f"{self._count}"
         directory.mkdir(mode=0o700, parents=True)
         connection = Connection(directory)
+        cells = Cells.create(directory / "cells")
         joined: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = self._loop.create_future()
         server = await asyncio.start_unix_server(lambda *ends: joined.set_result(ends), directory / "resume")
         self._oom_kills = oom_kills()
-        self._pid = (await self._ask_nursery(fork=str(connection.file), env=self.env))["pid"]
+        self._pid = self._fresh = (await self._ask_nursery(fork=str(connection.file), env=self.env))["pid"]
         try:
             async with asyncio.timeout(START_TIMEOUT):
                 await self._nudge(connection)
@@ -245,7 +256,8 @@ class Kernel:
             raise
         finally:
             server.close()
-        self._connection = connection
+            self._fresh = 0
+        self._connection, self._cells = connection, cells
         for name, sock in connection.sockets.items():
             self._loop.add_reader(int(sock.fd), self._pump, name)
         self._pump()
@@ -271,6 +283,8 @@ class Kernel:
                 return
 
     def _disconnect(self) -> None:
+        if self._aiming is not None:
+            self._aiming.cancel()
         if self._connection is not None:
             for sock in self._connection.sockets.values():
                 self._loop.remove_reader(int(sock.fd))
@@ -296,18 +310,44 @@ class Kernel:
             await self._start()
         self._say("idle", "restarted")
 
-    def interrupt(self) -> None:
+    def interrupt(self, target: str) -> None:
+        """Interrupt the cell of that message id, now or when it begins, and no other; without an id, what runs now.
+
+        Nothing is done to a kernel that is starting, because nobody's code runs in it.
+        """
+        if self._connection is None or self._cells is None or not self._pid:
+            return
+        if self._aiming is not None:
+            self._aiming.cancel()
+        if target:
+            self._aiming = asyncio.ensure_future(self._aim(self._cells, word(target)))
+        else:
+            self._signal()
+
+    async def _aim(self, cells: Cells, target: int) -> None:
+        """Wait until the kernel is in the cell `target`, then signal until it has noticed, twice at most."""
+        until = self._loop.time() + AIM_LIMIT
+        while (running := cells.running) != target:
+            if running or cells.ended == target or self._loop.time() > until:
+                return  # the cell is over, because cells run in order, or it never came
+            await asyncio.sleep(AIM_INTERVAL)
+        cells.expect_signal()
+        self._signal()
+        await asyncio.sleep(SIGNAL_AGAIN)
+        if cells.running == target and cells.interrupted != target:
+            self._signal()
+
+    def _signal(self) -> None:
         """Send SIGINT to the kernel and its children."""
-        if not self._pid:
-            raise AgentError("kernel_unavailable", "the kernel is not running")
-        os.killpg(self._pid, signal.SIGINT)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._pid, signal.SIGINT)
 
     def _exited(self, pid: int, status: int) -> None:
-        """Say why a kernel has ended and start another, unless the agent has ended it."""
+        """Say why a kernel has ended and start another, unless somebody waits for its end or its start."""
         if pid != self._pid:
             return
         self._pid = 0
-        if pid == self._expected_exit:
+        if pid == self._expected_exit or pid == self._fresh:
             return
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         code = 128 + number if number else os.waitstatus_to_exitcode(status)
@@ -320,15 +360,16 @@ class Kernel:
     async def _replace(self, reason: str, code: int, number: int) -> None:
         await asyncio.sleep(LAST_WORDS)  # its last messages are still on their way through ZMQ
         self._pump()
-        if self._pid:
-            return  # the gateway asked for another kernel meanwhile
-        self._say("restarting", reason, code, number)
-        try:
-            await self.start()
-        except AgentError as error:
-            self._say("dead", str(error))
-        else:
-            self._say("idle", "restarted")
+        async with self._starting:
+            if self._pid:
+                return  # the gateway asked for another kernel meanwhile
+            self._say("restarting", reason, code, number)
+            try:
+                await self._start()
+            except AgentError as error:
+                self._say("dead", str(error))
+            else:
+                self._say("idle", "restarted")
 
     def _say(self, state: str, reason: str = "", exit_code: int = 0, number: int = 0) -> None:
         self._channel.events.event(KernelStatus(state=state, reason=reason, exit_code=exit_code, signal=number))

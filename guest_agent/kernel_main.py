@@ -31,12 +31,18 @@ import threading
 import time
 import traceback
 import uuid
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelapp import IPKernelApp
 from jupyter_client.jsonutil import json_default
 from jupyter_client.session import Session, json_packer
+
+from guest_agent.cells import Cells
 
 TEXT_PIECE = 1024 * 1024
 
@@ -101,8 +107,53 @@ class SandboxSession(Session):
         return super().send(stream, msg_or_type, content, *args, **options)
 
 
+def leave() -> None:
+    """End the cell, as `sys.exit()` does. A kernel that ended would take variables and later cells with it."""
+    raise SystemExit
+
+
 class SandboxKernel(IPythonKernel):
-    """IPython's kernel with figures inline, whatever was imported before it started."""
+    """IPython's kernel with figures inline, whatever was imported before it started.
+
+    It ignores SIGINT except in a cell and in a widget's callback. So every request is answered, and the agent knows
+    from `cells` which cell a signal would reach.
+    """
+
+    cells: Cells
+
+    def pre_handler_hook(self) -> None:
+        """Leave SIGINT ignored. ipykernel would let it end the handling of any message, without an answer to it."""
+
+    def post_handler_hook(self) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        signal.signal(signal.SIGINT, self._signal_arrived)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def _signal_arrived(self, number: int, frame: FrameType | None) -> None:
+        self.cells.signal_arrived()
+        signal.default_int_handler(number, frame)
+
+    async def do_execute(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """Run a cell. It has a reply whenever a signal comes."""
+        if threading.current_thread() is not threading.main_thread():  # a subshell's cell gets no signal
+            return await super().do_execute(*args, **options)  # type: ignore[no-any-return, no-untyped-call]
+        self.cells.begin(self.get_parent("shell")["header"]["msg_id"])  # type: ignore[no-untyped-call]
+        try:
+            with self._interruptible():
+                return await super().do_execute(*args, **options)  # type: ignore[no-any-return, no-untyped-call]
+        except KeyboardInterrupt:  # it came before or after the user's code
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            error = {"ename": "KeyboardInterrupt", "evalue": "", "traceback": ["KeyboardInterrupt"]}
+            self.send_response(self.iopub_socket, "error", error)  # type: ignore[no-untyped-call]
+            return {"status": "error", **error, "execution_count": self.execution_count, "payload": []}
+        finally:
+            self.cells.end()
 
     def start(self) -> None:
         """Start, and connect the modules that the nursery imported before there was a shell."""
@@ -114,6 +165,15 @@ class SandboxKernel(IPythonKernel):
         # Completions come from the live objects, because jedi would first read sources. That takes seconds in which no
         # cell runs, and half a minute in an emulated machine.
         self.shell.Completer.use_jedi = False
+        self.shell.ask_exit = leave  # `exit`, `quit` and `exit()` come here
+        warnings.filterwarnings("ignore", message="To exit: use 'exit'")
+        on_comm_message = self.shell_handlers["comm_msg"]
+
+        def comm_message(*args: Any) -> Any:
+            with self._interruptible():
+                return on_comm_message(*args)
+
+        self.shell_handlers["comm_msg"] = comm_message
         self.shell.events.register("post_execute", show_agg_figures)
 
 
@@ -131,13 +191,14 @@ def await_resumes(channel: socket.socket, session: Any) -> None:
 def run_kernel(connection_file: str, env: dict[str, str]) -> None:
     """Be a kernel until it is shut down."""
     os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(env["HOME"])
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("500")  # when memory runs out, the user's kernel ends, not the nursery
+    SandboxKernel.cells = Cells(Path(connection_file).with_name("cells"))
     session = SandboxSession()
     session.pack = pack
     app = IPKernelApp.instance(

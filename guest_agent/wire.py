@@ -328,7 +328,9 @@ class Metrics(Body):
 
 
 class Interrupt(Body):
-    """Interrupt the kernel (SIGINT)."""
+    """Interrupt (SIGINT) the cell whose message id is `target`, and no other; without one, what the kernel does now."""
+
+    target: str = ""
 
 
 class Restart(Body):

@@ -6,6 +6,7 @@ CellvmError
 ├── Unauthorized           no key, or one that is not known
 ├── NotFound               no such sandbox, template or file (also: somebody else's)
 ├── Conflict               the sandbox is not in a state for this
+├── TooManyRequests        the client has as much under way as it may
 ├── Unavailable            not offered yet, or not on this server
 ├── TemplateNotReady       the template is still being built
 ├── HostFull               the server has no room for another sandbox
@@ -17,16 +18,21 @@ CellvmError
 
 
 class CellvmError(Exception):
-    """Base of all errors. Clients may rely on `code`. The text says what happened, `hint` what to do."""
+    """Base of all errors. Clients may rely on `code`. The text says what happened, `hint` what to do.
+
+    `outcome` tells what is known of the work that was asked for (see `outcome.py`); None if nothing of it was done.
+    """
 
     code = "internal"
     hint: str | None = None
+    outcome: str | None = None
     retry_after: int | None = None
     """Seconds after which a client may try again; None if waiting alone does not help."""
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, outcome: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+        self.outcome = outcome or type(self).outcome
 
 
 class InvalidRequest(CellvmError):
@@ -47,6 +53,11 @@ class NotFound(CellvmError):
 
 class Conflict(CellvmError):
     code = "conflict"
+
+
+class TooManyRequests(CellvmError):
+    code = "too_many_requests"
+    retry_after = 1
 
 
 class Unavailable(CellvmError):
@@ -70,10 +81,12 @@ class Draining(CellvmError):
 
 class SandboxDied(CellvmError):
     code = "sandbox_died"
+    outcome = "unknown"
 
 
 class GuestUnresponsive(CellvmError):
     code = "guest_unresponsive"
+    outcome = "unknown"
 
 
 class GuestFailure(CellvmError):

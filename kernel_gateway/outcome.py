@@ -6,6 +6,7 @@ value.
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Self
 
 from kernel_gateway.errors import CellvmError
 
@@ -28,6 +29,14 @@ class Outcome:
 
     ending: Ending
     error: CellvmError | None = None
+
+    @classmethod
+    def failed(cls, ending: Ending, error: CellvmError) -> Self:
+        """An outcome whose error tells the ending, too."""
+        told = type(error).__new__(type(error), *error.args)  # several outcomes may come of one error
+        told.__dict__ |= error.__dict__
+        told.outcome = ending
+        return cls(ending, told)
 
 
 FINISHED = Outcome(Ending.FINISHED)

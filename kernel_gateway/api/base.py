@@ -39,6 +39,7 @@ STATUS: dict[str, int] = {
     "unauthorized": 401,
     "not_found": 404,
     "conflict": 409,
+    "too_many_requests": 429,
     "not_implemented": 501,
     "template_not_ready": 503,
     "host_full": 503,
@@ -64,13 +65,13 @@ STATUS: dict[str, int] = {
 """Every error code and its HTTP status; `docs/errors.md` explains them."""
 EXPOSED = "Content-Disposition, Content-Range, Location, Retry-After"
 ALLOWED = "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, Range, X-API-Key"
-OUTCOME_UNKNOWN = frozenset({"sandbox_died", "guest_unresponsive"})
 
 
 class ErrorBody(msgspec.Struct, omit_defaults=True):
     """The body of every error. `code` is the HTTP status, `error` is the stable word of docs/errors.md.
 
-    `outcome` is "unknown" when the request may have had an effect before it failed.
+    `outcome` is "unknown" when the work may have been done before the error, in part or as a whole, and "not_started"
+    when it was accepted and then never begun, so that repeating it is safe.
     """
 
     code: int
@@ -209,8 +210,7 @@ class Handler(RequestHandler):
         self.set_status(status)
         if error.retry_after is not None:
             self.set_header("Retry-After", str(error.retry_after))
-        outcome = "unknown" if error.code in OUTCOME_UNKNOWN else None
-        body = msgspec.json.encode(ErrorBody(status, str(error), error.code, error.hint, outcome))
+        body = msgspec.json.encode(ErrorBody(status, str(error), error.code, error.hint, error.outcome))
         self.set_header("Content-Type", "application/json")
         self.set_header("Content-Length", str(len(body)))
         return body

@@ -174,9 +174,17 @@ def dead(call: Call, name: str | None = None) -> list[KernelModel]:
     """Kernels that died lately without a request of their owner. Clients learn the reason from them."""
     ended = call.store.ended_since(call.owner, time.time() - DEAD_FOR)
     return [
-        KernelModel(kernel_id(each), template, jupyter_time(when), "dead", 0, each, f"the sandbox has ended: {reason}")
-        for each, template, when, reason in ended
-        if name in (None, each)
+        KernelModel(
+            kernel_id(each.id),
+            each.template,
+            jupyter_time(each.ended or 0),
+            "dead",
+            0,
+            each.id,
+            f"the sandbox has ended: {each.reason}",
+        )
+        for each in ended
+        if name in (None, each.id)
     ]
 
 
@@ -220,7 +228,7 @@ async def delete_kernel(call: Call) -> None:
     """End a kernel, and its sandbox with it."""
     name = sandbox_id(call.path["kernel"])
     if dead(call, name):
-        call.store.sandbox_forgotten(name)
+        call.store.sandbox_forgotten(name, call.owner)
     else:
         await call.sandboxes.kill(sandbox_of(call))
 

@@ -24,7 +24,7 @@ from tornado.httputil import HTTPHeaders, HTTPMessageDelegate, HTTPServerRequest
 from tornado.iostream import IOStream, StreamClosedError
 
 from guest_agent import wire
-from kernel_gateway.api.base import DROPPED_BODY, OUTCOME_UNKNOWN, STATUS, Call, ErrorBody, key_of
+from kernel_gateway.api.base import DROPPED_BODY, STATUS, Call, ErrorBody, key_of
 from kernel_gateway.errors import (
     CellvmError,
     Conflict,
@@ -459,8 +459,7 @@ class Preview(HTTPMessageDelegate):
             log.error("%r failed", self, exc_info=error)
             error = CellvmError("the server failed; its log says why")
         status = STATUS[error.code]
-        outcome = "unknown" if error.code in OUTCOME_UNKNOWN else None
-        body = msgspec.json.encode(ErrorBody(status, str(error), error.code, error.hint, outcome))
+        body = msgspec.json.encode(ErrorBody(status, str(error), error.code, error.hint, error.outcome))
         headers = [
             ("Server", "CellVM"),
             ("X-Content-Type-Options", "nosniff"),

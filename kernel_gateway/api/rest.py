@@ -32,6 +32,7 @@ from kernel_gateway.kernel.events import Cell, CellError, Collector, Events, Str
 from kernel_gateway.kernel.journal import Gap
 from kernel_gateway.kernel.notebook import session_notebook
 from kernel_gateway.network.policy import MAX_ENTRY, Floor, Policy, parse_policy
+from kernel_gateway.outcome import Ending
 from kernel_gateway.sandbox.sandbox import Sandbox
 
 MAX_TIMEOUT = 3600
@@ -238,9 +239,7 @@ async def connect(call: Call, body: Connect) -> SandboxModel:
     """Extend a running sandbox's lifetime to at least `timeout` seconds from now. It is never shortened."""
     sandbox = call.sandbox
     if body.timeout is not None:
-        before = sandbox.deadline
-        sandbox.set_timeout(body.timeout)
-        sandbox.deadline = max(before, sandbox.deadline)
+        sandbox.extend(body.timeout)
     return model(sandbox)
 
 
@@ -529,7 +528,7 @@ async def stream(http: Endpoint, framing: str, events: AsyncIterator[StreamEvent
             await send(event)
     except CellvmError as error:
         await send(StreamEvent("error", error=CellError(type(error).__name__, str(error), code=error.code)))
-        await send(StreamEvent("end"))
+        await send(StreamEvent("end", outcome=error.outcome))
     await http.finish()
 
 
@@ -540,10 +539,11 @@ class ExecutionQuery(Struct):
 
 
 class ExecutionModel(Struct):
-    """An execution that was started under an id. `status` is running, finished or unknown.
+    """An execution that was started under an id. `status` is running, finished, not_started or unknown.
 
-    Unknown means that its kernel ended before it was over, so nobody can say how much of it has happened. `retrySafe`
-    means that the same request again has no further effect. `result` is there once the execution is over.
+    `unknown` means that its kernel ended before it was over, so nobody can say how much of it has happened.
+    `not_started` means that it never ran. `retrySafe` means that the same request again has no further effect.
+    `result` is there if it ran and its sandbox lives.
     """
 
     id: str
@@ -567,10 +567,11 @@ async def get_execution(call: Call) -> None:
         if framing := wanted_framing(call.http):
             await stream(call.http, framing, events)
             return
-        result = await collect(events) if execution.over.is_set() else None
+        has_result = execution.outcome is not None and execution.outcome.error is None
+        result = await collect(events) if has_result else None
     status = execution.state
     call.http.set_header("Content-Type", "application/json")
-    answer = ExecutionModel(execution.id, status, status != "unknown", result)
+    answer = ExecutionModel(execution.id, status, status != Ending.UNKNOWN, result)
     await call.http.finish(msgspec.json.encode(answer))
 
 
@@ -984,7 +985,7 @@ class PoolModel(Struct):
 
 
 class Health(Struct):
-    """Whether the server takes new sandboxes, and how it isolates them from the host."""
+    """Whether the server takes new sandboxes, and how it isolates them from the host. `trouble` says what is amiss."""
 
     ready: bool
     version: str
@@ -994,6 +995,7 @@ class Health(Struct):
     sandboxes: int
     maxSandboxes: int
     pool: list[PoolModel]
+    trouble: str | None = None
 
 
 async def health(call: Call) -> Health:
@@ -1011,4 +1013,5 @@ async def health(call: Call) -> Health:
         sandboxes=len(sandboxes),
         maxSandboxes=sandboxes.maximum,
         pool=[PoolModel(pool.template_id, pool.ready, pool.size) for pool in sandboxes.pools.values()],
+        trouble=call.store.trouble or None,
     )

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from kernel_gateway.kernel import message
+from kernel_gateway.outcome import Ending
 
 TEXT_LIMIT = 8 * 1024 * 1024
 RESULT_LIMIT = 64 * 1024 * 1024
@@ -47,7 +48,7 @@ class Truncated(msgspec.Struct):
 
 
 class Cell(msgspec.Struct):
-    """The outcome of one execution."""
+    """What one execution gave. `outcome` is finished, or unknown if its kernel ended before it was over."""
 
     results: list[Result] = []
     stdout: str = ""
@@ -55,6 +56,7 @@ class Cell(msgspec.Struct):
     error: CellError | None = None
     executionCount: int | None = None
     truncated: Truncated | None = None
+    outcome: str = Ending.FINISHED
 
 
 class StreamEvent(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -80,6 +82,7 @@ class StreamEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     exitCode: int | None = None
     signal: int | None = None
     messages: int | None = None
+    outcome: str | None = None
 
 
 class Events:
@@ -97,7 +100,9 @@ class Events:
         if made is not None:
             events.append(msgspec.structs.replace(made, seq=seq, id=execution))
         if ends:
-            events.append(StreamEvent("end", seq=seq, id=execution, executionCount=self._counts.pop(execution, None)))
+            count = self._counts.pop(execution, None)
+            outcome = ending(parts[message.METADATA])
+            events.append(StreamEvent("end", seq=seq, id=execution, executionCount=count, outcome=outcome))
         return events
 
     def _event(self, kind: str, execution: str, content: dict[str, Any], parts: Sequence[bytes]) -> StreamEvent | None:
@@ -143,6 +148,13 @@ SHOWN = frozenset(
     "input_request status".split()
 )
 """Kinds of messages that can become an event. The others need not be parsed."""
+
+
+def ending(metadata: bytes) -> Ending:
+    """How a request ended, from the metadata of its last message. The gateway tells it where the kernel could not."""
+    ours = message.content(metadata).get("cellvm") if message.OURS in metadata else None
+    told = ours.get("outcome") if isinstance(ours, dict) else None
+    return Ending(told) if told in list(Ending) else Ending.FINISHED
 
 
 def rich(kind: str, content: dict[str, Any]) -> StreamEvent | None:
@@ -202,6 +214,7 @@ class Collector:
                 self._dropped.messages += event.messages or 0
             case "started" | "end":
                 self._cell.executionCount = event.executionCount or self._cell.executionCount
+                self._cell.outcome = event.outcome or self._cell.outcome
 
     def _add_result(self, event: StreamEvent) -> None:
         """Keep a result, in place of the one that it updates."""

@@ -1,7 +1,6 @@
-"""A sandbox's kernel as the gateway sees it: its journal, the routes of replies, and cells for REST and agents."""
+"""A sandbox's kernel as the gateway sees it: its life, the routes of replies, and cells for REST and agents."""
 
 import asyncio
-import hashlib
 import logging
 import time
 import uuid
@@ -12,12 +11,15 @@ from typing import Any
 import msgspec
 
 from guest_agent import wire
-from kernel_gateway.errors import CellvmError, Conflict, GuestFailure
+from kernel_gateway.errors import CellvmError, Conflict, GuestFailure, SandboxDied
 from kernel_gateway.guest.link import Link
 from kernel_gateway.kernel import message
 from kernel_gateway.kernel.events import CellError, Events, StreamEvent
+from kernel_gateway.kernel.executions import Execution, Executions
 from kernel_gateway.kernel.journal import Gap, Journal
 from kernel_gateway.kernel.message import CHANNEL, CONTENT, HEADER, PARENT
+from kernel_gateway.kernel.state import WAITING, Event, State, decide
+from kernel_gateway.outcome import FINISHED, Ending, Outcome
 
 log = logging.getLogger(__name__)
 
@@ -26,15 +28,20 @@ START_LIMIT = 120
 INTERRUPT_GRACE = 0.75
 """Seconds a cell gets to end after an interrupt before its kernel is killed, so that the reply comes within a second.
 An emulated machine gets twice as long, because a loop in it may need most of a second to notice."""
-KEPT = 1000
-"""Number of executions, and of sessions, that are remembered."""
+MAX_SESSIONS = 1000
+"""Number of client sessions whose place in the journal is remembered."""
 MAX_PENDING = 10_000
+MAX_PENDING_BYTES = 8 * 1024 * 1024
+"""Bytes of headers of requests that are not over. Beyond it the oldest requests are forgotten. Their replies still
+come, but a kernel's end does not answer them."""
 UNTRACKED = frozenset(
     "comm_info_request comm_info_reply kernel_info_request kernel_info_reply shutdown_request shutdown_reply "
     "interrupt_request interrupt_reply debug_request debug_reply stream display_data update_display_data execute_input "
     "execute_result error status clear_output debug_event input_request input_reply".split()
 )
 """Kinds of messages that are no activity of a user. jupyter_server has the same list."""
+SHOWN_AS = {State.CLOSED: "dead"}
+"""Jupyter's word for a state, where it is not the state's own name."""
 
 
 class Pending(msgspec.Struct):
@@ -55,83 +62,171 @@ class ClientSession(msgspec.Struct):
     sent: int
 
 
-class Execution:
-    """A cell that the gateway runs for somebody.
-
-    `id` is its Jupyter message id, and clients know it by that. `after` is the journal's number before its first
-    message, `last` the number of its last one, 0 until it is over. `is_lost`: its kernel ended before it did, so nobody
-    knows how far it came. `failure`: the reason why it could not be run at all.
-    """
-
-    def __init__(self, execution_id: str, digest: bytes, after: int, timeout: float | None) -> None:
-        self.id = execution_id
-        self.digest = digest
-        self.after = after
-        self.timeout = timeout
-        self.last = 0
-        self.is_lost = False
-        self.failure: CellvmError | None = None
-        self.is_unwanted = False
-        self.timed_out: CellError | None = None
-        self.clock = time.monotonic()
-        self.is_started = False
-        self.over = asyncio.Event()
-        self.changed = asyncio.Event()
-
-    @property
-    def state(self) -> str:
-        if not self.over.is_set():
-            return "running"
-        return "unknown" if self.is_lost else "finished"
-
-
 class Kernel:
     """One kernel. Cells that the gateway runs itself run one at a time, in the order of the calls.
 
-    `state` is one of Jupyter's: starting, idle, busy, restarting, dead. `reason` says why for the last two.
-    `on_shutdown` is called when a client has shut the kernel down for good.
+    Its life is the table in `state.py`, and `_apply` is the only place that changes it. `reason` says why it is
+    restarting or dead. `on_shutdown` is called when a client has shut the kernel down for good.
     """
 
     def __init__(self, link: Link) -> None:
         self._link = link
         self._session = uuid.uuid4().hex
         self._kernel_session = self._session
-        self._pending: dict[str, Pending] = {}
-        self._busy: dict[str, str] = {}
-        self._turn = asyncio.Lock()
+        self._state = State.IDLE
         self._usable = asyncio.Event()
         self._usable.set()
-        self._condition = "idle"
-        self._is_ending = False
+        self._restarting: asyncio.Task[CellvmError | None] | None = None
         self._overdue: asyncio.TimerHandle | None = None
+        self._is_ending = False
+        self._pending: dict[str, Pending] = {}
+        self._pending_bytes = 0
+        self._busy: dict[str, str] = {}
+        self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self.reason = ""
         self.last_activity = time.time()
         self.connections = 0
         self._sessions: dict[str, ClientSession] = {}
-        self.executions: dict[str, Execution] = {}
+        self.executions = Executions()
         self.on_shutdown: Callable[[], None] = lambda: None
         self.journal = Journal(on_pressure=link.hold_kernel)
         link.on_kernel_message = self._message_received
         link.on_event = self._event_received
-        link.closed.add_done_callback(lambda closed: self.close(str(closed.result())))
+        link.closed.add_done_callback(lambda closed: self.close(closed.result()))
 
     def open_journal(self, directory: Path | None) -> None:
         """Begin a new journal for the kernel's owner, because the pool's messages are not the owner's."""
         self.journal.close()
         self.journal = Journal(directory, on_pressure=self._link.hold_kernel)
-        self.executions.clear()
+        self.executions = Executions()
         self.last_activity = time.time()
 
     @property
     def state(self) -> str:
-        return "busy" if self._condition == "idle" and self._busy else self._condition
+        """One of Jupyter's: starting, idle, busy, restarting, dead."""
+        if self._state is State.IDLE and self._busy:
+            return "busy"
+        return SHOWN_AS.get(self._state, self._state)
+
+    # -- its life
+
+    def _apply(self, event: Event, reason: str, *, lost: CellError | None = None, **cause: int) -> bool:
+        """Apply an event, and return whether it changed the state. Nothing else changes it.
+
+        Args:
+            lost: what requests under way are told, because their kernel is gone and no client should wait for ever.
+            cause: `exitCode` and `signal` of a kernel that ended.
+        """
+        following = decide(self._state, event)
+        if following is None:
+            return False
+        if lost is not None:
+            for msg_id in list(self._pending):
+                self._end_request(msg_id, lost, Ending.UNKNOWN)
+            self._busy.clear()
+        self._state = following
+        self.reason = "" if following is State.IDLE else reason
+        if self._overdue is not None:
+            self._overdue.cancel()
+        if following is State.RESTARTING:
+            limit = START_LIMIT * self._link.time_scale
+            self._overdue = asyncio.get_running_loop().call_later(limit, self._not_back)
+        (self._usable.clear if following in WAITING else self._usable.set)()
+        told = {"reason": reason, **{name: value for name, value in cause.items() if value}}
+        self._publish("status", {"execution_state": SHOWN_AS.get(following, following)}, told)
+        return True
+
+    def _not_back(self) -> None:
+        """Give the kernel up, because the agent announced another one and has said nothing since."""
+        self._apply(Event.FAILED, "another kernel did not start in time")
+
+    def _event_received(self, event: wire.Body) -> None:
+        if not isinstance(event, wire.KernelStatus):
+            return
+        reason = event.reason[:500]
+        is_gone = event.state in ("restarting", "dead")
+        if is_gone and self._is_ending:  # the kernel has gone, and its reply has not come
+            lost = CellError("KernelShutDown", "the kernel was shut down", code="kernel_restarted", stateKept=False)
+            for msg_id in list(self._pending):
+                self._end_request(msg_id, lost, Ending.UNKNOWN)
+            self.on_shutdown()
+        elif self._state is State.STARTING:
+            pass  # it is about the kernel before, or the answer to our request says the same
+        elif is_gone:
+            lost = CellError("KernelRestarted", reason, code="kernel_restarted", stateKept=False)
+            gone = Event.ENDED if event.state == "restarting" else Event.FAILED
+            self._apply(gone, reason, lost=lost, exitCode=event.exit_code, signal=event.signal)
+        elif event.state == "idle":
+            self._apply(Event.READY, reason)
+
+    async def interrupt(self, execution_id: str | None = None) -> None:
+        """Interrupt one cell, and no other: that execution, or else the one that runs at this moment.
+
+        Nothing happens if it ends meanwhile, or while the kernel is being replaced.
+        """
+        if self._state is not State.IDLE:
+            return
+        busy = (msg_id for msg_id, kind in self._busy.items() if kind == "execute_request")
+        sent = (msg_id for msg_id, each in self._pending.items() if each.kind == "execute_request" and not each.is_idle)
+        target = execution_id or next(busy, None) or next(sent, "")
+        try:
+            await self._link.call(wire.Interrupt(target=target), wire.Done)
+        except GuestFailure as error:
+            log.warning("a kernel could not be interrupted: %.500s", error)
+
+    async def restart(self, reason: str = "restarted on request") -> None:
+        """Replace the kernel by a fresh one, and return when that is usable. Running cells end with an error.
+
+        A restart that is under way is joined. It goes on to its end even if nobody waits for it any more.
+
+        Raises:
+            CellvmError: the kernel could not be started, or the sandbox has ended.
+        """
+        if self._state is State.CLOSED:
+            raise SandboxDied(self.reason, outcome=Ending.NOT_STARTED)
+        error = await asyncio.shield(self._restart(reason))
+        if error is not None:
+            raise error
+
+    def _restart(self, reason: str) -> asyncio.Task[CellvmError | None]:
+        """Begin a restart, or join the one that is under way. Work that comes from now on waits for the next kernel."""
+        lost = CellError("KernelRestarted", f"the kernel was {reason}", code="kernel_restarted", stateKept=False)
+        if self._apply(Event.RESTART, reason, lost=lost):
+            self._restarting = asyncio.get_running_loop().create_task(self._start_another())
+        assert self._restarting is not None
+        return self._restarting
+
+    async def _start_another(self) -> CellvmError | None:
+        """Let the agent start another kernel, and return the reason if there is none."""
+        try:
+            await self._link.call(wire.Restart(), wire.Done, timeout=60)
+        except CellvmError as error:
+            log.warning("a kernel could not be replaced: %.500s", error)
+            self._apply(Event.FAILED, str(error))
+            return error
+        self._apply(Event.READY, "restarted")
+        return None
+
+    def close(self, error: Exception) -> None:
+        """Tell everybody that the sandbox has ended, and why. Further calls do nothing."""
+        if self._state is State.CLOSED:
+            return
+        reason = str(error)
+        failure = error if isinstance(error, CellvmError) else SandboxDied(reason)
+        lost = CellError(type(failure).__name__, reason, code=failure.code, stateKept=False)
+        for msg_id in list(self._pending):
+            self._end_request(msg_id, lost, Ending.UNKNOWN, failure)
+        for execution in self.executions.unfinished():
+            self._end_unsent(execution, failure)
+        self._apply(Event.CLOSED, reason)
+        self.journal.close()
 
     # -- what the kernel says
 
     def _message_received(self, parts: list[bytes]) -> None:
-        if len(parts) <= CONTENT or parts[CHANNEL] not in message.SENT_BY_KERNEL:
-            return  # this is not a kernel's message
+        if len(parts) <= CONTENT or parts[CHANNEL] not in message.SENT_BY_KERNEL or self._state is State.CLOSED:
+            return  # this is not a kernel's message, or nobody reads it any more
         head = message.header(parts[HEADER])
         self._kernel_session = head.session
         parent = message.header(parts[PARENT])
@@ -148,14 +243,15 @@ class Kernel:
                 pending.is_replied = True
         execution = self.executions.get(parent.msg_id)
         if execution is not None:
-            if not execution.is_started:
-                execution.is_started = True
-                execution.clock = time.monotonic()
-                execution.changed.set()
+            execution.start()
             if head.msg_type == "error" and execution.timed_out:
                 parts[CONTENT] = error_content(execution.timed_out)
         ends = pending is not None and pending.is_replied and pending.is_idle
-        self._record(parts, head.msg_type, parent.msg_id, session, ends)
+        record = self.journal.append(parts, head.msg_type, parent.msg_id, session, ends)
+        if ends:
+            self._forget(parent.msg_id)
+            if execution is not None:
+                execution.end(FINISHED, record.seq)
         if self._is_ending and head.msg_type == "shutdown_reply" and pending and pending.is_replied:
             self.on_shutdown()
 
@@ -168,98 +264,48 @@ class Kernel:
             if pending is not None:
                 pending.is_idle = True
 
-    def _record(self, parts: list[bytes], kind: str, parent: str, session: str | None, ends: bool) -> None:
-        record = self.journal.append(parts, kind, parent, session, ends)
-        if ends:
-            self._pending.pop(parent, None)
-            execution = self.executions.get(parent)
-            if execution is not None:
-                execution.last = record.seq
-                execution.over.set()
-                execution.changed.set()
-
-    def _event_received(self, event: wire.Body) -> None:
-        if not isinstance(event, wire.KernelStatus):
-            return
-        reason = event.reason[:500]
-        cause = {"reason": reason, "exitCode": event.exit_code, "signal": event.signal}
-        if self._is_ending:  # the kernel has gone, and its reply has not come
-            self._lose(
-                CellError("KernelShutDown", "the kernel was shut down", code="kernel_restarted", stateKept=False)
-            )
-            self.on_shutdown()
-            return
-        if event.state in ("restarting", "dead"):
-            self._lose(CellError("KernelRestarted", reason, code="kernel_restarted", stateKept=False))
-        if event.state in ("restarting", "dead", "idle"):
-            self._condition, self.reason = event.state, "" if event.state == "idle" else reason
-            self._stop_waiting()
-            if event.state == "restarting":
-                self._usable.clear()
-                limit = START_LIMIT * self._link.time_scale
-                self._overdue = asyncio.get_running_loop().call_later(limit, self._not_back)
-            else:
-                self._usable.set()
-            self._publish("status", {"execution_state": event.state}, {k: v for k, v in cause.items() if v})
-
-    def _stop_waiting(self) -> None:
-        if self._overdue is not None:
-            self._overdue.cancel()
-
-    def _not_back(self) -> None:
-        """Give the kernel up, because the agent announced another one and has said nothing since."""
-        self._condition, self.reason = "dead", "another kernel did not start in time"
-        self._usable.set()
-        self._publish("status", {"execution_state": "dead"}, {"reason": self.reason})
-
     # -- what the gateway says in the kernel's name
 
-    def _publish(self, kind: str, fields: dict[str, Any], cause: dict[str, Any] | None = None) -> None:
-        metadata = {"cellvm": cause} if cause else {}
-        parts = message.new("iopub", kind, fields, session=self._kernel_session, metadata=metadata)
-        self._record(parts, kind, "", None, ends=False)
+    def _publish(self, kind: str, fields: dict[str, Any], cause: dict[str, Any]) -> None:
+        parts = message.new("iopub", kind, fields, session=self._kernel_session, metadata={"cellvm": cause})
+        self.journal.append(parts, kind)
 
-    def _lose(self, error: CellError) -> None:
-        """End every request that was under way, because its kernel is gone and no client should wait for ever."""
-        for msg_id in list(self._pending):
-            self._end_request(msg_id, error)
-        self._busy.clear()
+    def _end_request(self, msg_id: str, error: CellError, ending: Ending, failure: CellvmError | None = None) -> None:
+        """Answer a request in the kernel's place, and give its execution the outcome, if it is one of ours.
 
-    def _end_request(self, msg_id: str, error: CellError) -> None:
-        if self.journal.is_closed:
-            return
+        Args:
+            failure: what the execution's caller gets in place of the error.
+        """
         pending = self._pending[msg_id]
-        execution = self.executions.get(msg_id)
-        if execution is not None:
-            execution.is_lost = True
+        before = self.journal.last
         content = msgspec.json.decode(error_content(error))
 
         def say(channel: str, kind: str, fields: dict[str, Any], ends: bool = False) -> None:
             session = None if channel == "iopub" else pending.session
-            parts = message.new(channel, kind, fields, session=self._kernel_session, parent=pending.header)
-            self._record(parts, kind, msg_id, session, ends)
+            told = {"cellvm": {"outcome": ending}}
+            parts = message.new(
+                channel, kind, fields, session=self._kernel_session, parent=pending.header, metadata=told
+            )
+            self.journal.append(parts, kind, msg_id, session, ends)
 
         if pending.kind == "execute_request":
             say("iopub", "error", content)
         is_done = pending.kind == "shutdown_request"  # this request asked for the kernel's end
-        outcome = {"status": "ok", "restart": False} if is_done else {"status": "error", **content}
-        say(pending.channel, pending.kind.removesuffix("_request") + "_reply", outcome)
+        answer = {"status": "ok", "restart": False} if is_done else {"status": "error", **content}
+        say(pending.channel, pending.kind.removesuffix("_request") + "_reply", answer)
         say("iopub", "status", {"execution_state": "idle"}, ends=True)
+        self._forget(msg_id)
+        execution = self.executions.get(msg_id)
+        if execution is not None and failure is not None:
+            execution.end(Outcome.failed(ending, failure), before)
+        elif execution is not None:
+            execution.end(Outcome(ending), self.journal.last)
 
-    def close(self, reason: str) -> None:
-        """Tell all readers that the sandbox has ended. Further calls do nothing."""
-        if self.journal.is_closed:
-            return
-        self._stop_waiting()
-        self._condition, self.reason = "dead", reason
-        self._publish("status", {"execution_state": "dead"}, {"reason": reason})
-        for execution in self.executions.values():
-            if not execution.over.is_set():
-                execution.is_lost = True
-                execution.over.set()
-                execution.changed.set()
-        self._usable.set()
-        self.journal.close()
+    def _end_unsent(self, execution: Execution, failure: CellvmError) -> None:
+        """End an execution that the kernel has not got."""
+        self._remember(execution.id, Pending(self._session, "shell", b"{}", "execute_request"))
+        told = CellError(type(failure).__name__, str(failure), code=failure.code)
+        self._end_request(execution.id, told, Ending.NOT_STARTED, failure)
 
     # -- what clients say
 
@@ -282,19 +328,31 @@ class Kernel:
 
     def _expect(self, parts: list[bytes], session: str) -> bool:
         """Remember whose request it is, and return whether there is a kernel that could answer."""
+        if self._state is State.CLOSED:
+            return False
         head = message.header(parts[HEADER])
         if head.msg_type.endswith("_request"):
-            if len(self._pending) >= MAX_PENDING:
-                del self._pending[next(each for each in self._pending if each not in self.executions)]
-            self._pending.setdefault(
-                head.msg_id, Pending(session, parts[CHANNEL].decode(), parts[HEADER], head.msg_type)
-            )
+            if head.msg_id not in self._pending:
+                self._remember(head.msg_id, Pending(session, parts[CHANNEL].decode(), parts[HEADER], head.msg_type))
             if head.msg_type == "shutdown_request":
                 self._is_ending = not message.content(parts[CONTENT]).get("restart")
-            if self._condition == "dead":
+            if self._state is State.DEAD:
                 reason = f"the kernel is dead ({self.reason}); restart it"
-                self._end_request(head.msg_id, CellError("DeadKernel", reason, code="kernel_restarted"))
-        return self._condition != "dead"
+                error = CellError("DeadKernel", reason, code="kernel_restarted")
+                self._end_request(head.msg_id, error, Ending.NOT_STARTED)
+        return self._state is State.IDLE
+
+    def _remember(self, msg_id: str, pending: Pending) -> None:
+        self._pending[msg_id] = pending
+        self._pending_bytes += len(pending.header)
+        while len(self._pending) > MAX_PENDING or self._pending_bytes > MAX_PENDING_BYTES:
+            oldest = next((each for each in self._pending if each != msg_id and each not in self.executions), None)
+            if oldest is None:
+                return
+            self._forget(oldest)
+
+    def _forget(self, msg_id: str) -> None:
+        self._pending_bytes -= len(self._pending.pop(msg_id).header)
 
     async def answer_input(self, text: str) -> None:
         """Answer the cell that waits for input."""
@@ -315,7 +373,7 @@ class Kernel:
         elif session is None:
             session = ClientSession(self.journal.last, self.journal.last)
         self._sessions[name] = session
-        if len(self._sessions) > KEPT:
+        if len(self._sessions) > MAX_SESSIONS:
             del self._sessions[next(iter(self._sessions))]
         return session
 
@@ -340,60 +398,56 @@ class Kernel:
             with_input: somebody will answer the cell's input requests.
 
         Raises:
-            Conflict: the id was used for another cell, or too many cells are waiting.
+            Conflict: the id was used for another cell.
+            TooManyRequests: too many cells are waiting, or their code is too long in all.
+            SandboxDied: the sandbox has ended.
         """
-        digest = hashlib.sha256(code.encode("utf-8", "surrogatepass")).digest()
-        known = self.executions.get(execution_id or "")
-        if known is not None and known.digest == digest:
+        known = self.executions.find(execution_id or "", code)
+        if known is not None:
             return known
-        if known is not None or execution_id in self._pending:
+        if self._state is State.CLOSED:
+            raise SandboxDied(self.reason, outcome=Ending.NOT_STARTED)
+        if execution_id in self._pending:
             raise Conflict("this id was used for another cell", hint="choose a new one for every cell")
-        execution = Execution(execution_id or uuid.uuid4().hex, digest, self.journal.last, timeout)
-        if len(self.executions) >= KEPT:
-            oldest = next((each for each in self.executions.values() if each.over.is_set()), None)
-            if oldest is None:
-                raise Conflict(f"{KEPT} cells are waiting already", hint="wait for some of them")
-            del self.executions[oldest.id]
-        self.executions[execution.id] = execution
+        execution = Execution(execution_id or uuid.uuid4().hex, code, self.journal.last, timeout)
+        self.executions.add(execution)
         fields = {
-            "code": code,
             "silent": False,
             "store_history": not quiet,
             "user_expressions": {},
             "allow_stdin": with_input,
             "stop_on_error": False,
         }
-        self._start(self._drive(execution, fields))
-        return execution
-
-    def _start(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
+        task = asyncio.get_running_loop().create_task(self._drive(execution, fields))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return execution
 
     async def _drive(self, execution: Execution, fields: dict[str, Any]) -> None:
-        """See a cell through: its turn, its start, its timeout."""
+        """See a cell through: its turn, its start, its timeout. Whatever ends it gives its outcome."""
         try:
             async with self._turn:
-                await self._usable.wait()
-                if self._condition == "dead":
-                    await self.restart()
-                if not execution.is_unwanted:
+                while execution.outcome is None and self._state is not State.IDLE:
+                    if self._state in (State.DEAD, State.CLOSED):
+                        await self.restart("restarted for the next cell")
+                    await self._usable.wait()
+                if execution.outcome is None:
+                    fields["code"] = execution.code
                     parts = message.new("shell", "execute_request", fields, session=self._session, msg_id=execution.id)
-                    self._pending[execution.id] = Pending(self._session, "shell", parts[HEADER], "execute_request")
+                    self._remember(execution.id, Pending(self._session, "shell", parts[HEADER], "execute_request"))
+                    execution.is_sent = True
                     execution.clock = time.monotonic()
                     await self._link.send_kernel_message(parts)
                     await self._watch(execution)
         except CellvmError as error:
-            execution.failure = error
-        if not execution.over.is_set():  # it never reached the kernel
-            self._pending.setdefault(execution.id, Pending(self._session, "shell", b"{}", "execute_request"))
-            self._end_request(execution.id, CellError("NotRun", str(execution.failure or "nobody waits for it")))
+            if not execution.is_sent and execution.outcome is None:
+                self._end_unsent(execution, error)
+            # A link that breaks under a cell that was sent closes the kernel, and that gives the outcome.
 
     async def _watch(self, execution: Execution) -> None:
         deadline: float | None = None
         may_interrupt = True
-        while not execution.over.is_set():
+        while execution.outcome is None:
             end = deadline
             if end is None and execution.timeout is not None:
                 end = execution.clock + execution.timeout
@@ -403,95 +457,62 @@ class Kernel:
                     await execution.changed.wait()
             except TimeoutError:
                 if deadline is not None:
-                    self._end_request(execution.id, timed_out(execution.timeout, state_kept=False))
-                    self._start(self._replace())
+                    self._end_request(execution.id, timed_out(execution.timeout, state_kept=False), Ending.UNKNOWN)
+                    # The next cell waits for the next kernel. The reply to this one does not.
+                    self._restart("replaced, as it did not stop when a cell's time was over")
                 elif not execution.is_started and "execute_request" in self._busy.values():
                     execution.clock = time.monotonic()  # another client's cell runs, so this one's time has not begun
                 else:
                     execution.timed_out = timed_out(execution.timeout, state_kept=True)
                     deadline = time.monotonic() + INTERRUPT_GRACE * min(self._link.time_scale, 2)
-                    await self.interrupt()
+                    await self.interrupt(execution.id)
                 continue
             if execution.is_unwanted and execution.is_started and may_interrupt:
                 may_interrupt = False
-                await self.interrupt()
+                await self.interrupt(execution.id)
 
     async def events(self, execution: Execution, after: int = 0) -> AsyncGenerator[StreamEvent, None]:
         """The events of a cell, from the journal's number `after` on, "end" last.
 
         Raises:
-            CellvmError: the cell could not be run.
-            SandboxDied, GuestUnresponsive: the sandbox ended; whether the cell has run is unknown.
+            CellvmError: the cell could not be run, or the sandbox ended. The error's `outcome` says whether it has run.
         """
         translate = Events()
         with self.journal.reader(max(execution.after, after)) as reader:
-            while not (execution.last and reader.after >= execution.last):
-                records = await reader.next()
-                if not records:
+            while execution.outcome is None or reader.after < execution.last:
+                if not (records := await reader.next()):
                     break
                 for record in records:
+                    if execution.outcome is not None and record.seq > execution.last:
+                        break
                     if isinstance(record, Gap):
                         yield StreamEvent("gap", seq=record.seq, id=execution.id, messages=record.messages)
-                    elif record.parent == execution.id and execution.failure is None:
+                    elif record.parent == execution.id:
                         for event in translate.receive(
                             record.seq, record.kind, record.parent, record.ends, record.parts
                         ):
                             yield event
                             if event.type == "end":
                                 return
-        if execution.failure is not None:
-            raise execution.failure
-        if self._link.closed.done():
-            raise self._link.closed.result()
-        yield StreamEvent("end", seq=execution.last, id=execution.id)
+        assert execution.outcome is not None  # a journal ends after all executions have
+        if execution.outcome.error is not None:
+            raise execution.outcome.error
+        yield StreamEvent("end", seq=execution.last, id=execution.id, outcome=execution.outcome.ending)
 
     async def execute(
         self, code: str, *, timeout: float | None = None, quiet: bool = False
     ) -> AsyncGenerator[StreamEvent, None]:
-        """`run` a cell and yield its `events`. Closing the iterator early interrupts the cell."""
+        """`run` a cell and yield its `events`. Closing the iterator early interrupts the cell, or it is never run."""
         execution = self.run(code, timeout=timeout, quiet=quiet)
         try:
             async for event in self.events(execution):
                 yield event
         finally:
-            if not execution.over.is_set():
+            if execution.is_sent:
                 execution.is_unwanted = True
                 execution.changed.set()
-
-    # -- its life
-
-    async def interrupt(self) -> None:
-        """Interrupt the running cell. While the kernel is being replaced there is nothing to interrupt."""
-        try:
-            await self._link.call(wire.Interrupt(), wire.Done)
-        except GuestFailure:
-            pass
-
-    async def _replace(self) -> None:
-        """Kill a kernel that does not stop. The next cell waits for its successor; the reply to this one does not."""
-        try:
-            await self.restart("replaced, as it did not stop when a cell's time was over")
-        except CellvmError as error:
-            log.warning("a kernel could not be replaced: %.500s", error)  # it is dead now, and its answers say so
-
-    async def restart(self, reason: str = "restarted on request") -> None:
-        """Replace the kernel by a fresh one, and return when that is usable. Running cells end with an error.
-
-        Raises:
-            GuestFailure: the kernel could not be started.
-        """
-        self._lose(CellError("KernelRestarted", f"the kernel was {reason}", code="kernel_restarted", stateKept=False))
-        self._usable.clear()
-        self._condition = "starting"
-        self._publish("status", {"execution_state": "starting"}, {"reason": reason})
-        try:
-            await self._link.call(wire.Restart(), wire.Done, timeout=60)
-            self._condition = "idle"
-        except CellvmError as error:
-            self._condition, self.reason = "dead", str(error)
-            raise
-        finally:
-            self._usable.set()
+            else:
+                execution.end(Outcome(Ending.NOT_STARTED), self.journal.last)
 
 
 def timed_out(timeout: float | None, *, state_kept: bool) -> CellError:

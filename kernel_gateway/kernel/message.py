@@ -17,6 +17,8 @@ SENT_BY_KERNEL = frozenset({b"shell", b"iopub", b"stdin", b"control"})
 SENT_BY_CLIENT = frozenset({b"shell", b"stdin", b"control"})
 VERSION = "5.4"
 OURS = b'{"cellvm":{'
+MAX_FIELD = 256
+"""Characters of an id or a type. A header with longer ones reads as empty, because nobody may make us keep them."""
 
 
 class Header(msgspec.Struct, gc=False):
@@ -42,9 +44,11 @@ _encoder = msgspec.json.Encoder()
 def header(part: bytes | memoryview) -> Header:
     """Read a header or parent header. A malformed one reads as empty, because the guest is not trusted."""
     try:
-        return _header.decode(part)
+        found = _header.decode(part)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return Header()
+    is_short = max(len(found.msg_id), len(found.msg_type), len(found.session)) <= MAX_FIELD
+    return found if is_short else Header()
 
 
 def content(part: bytes | memoryview) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """The life of a sandbox: one table, one function that reads it. Pure.
 
-    CREATING ──started──▶ RUNNING ──kill, timeout, died, server_stopped──▶ STOPPED
-        └────start_failed, kill, died, server_stopped──▶ STOPPED
+    CREATING ──started──▶ RUNNING ──kill, timeout, died, server_stopped──▶ STOPPING ──gone──▶ STOPPED
+        ├────kill, died, server_stopped──▶ STOPPING
+        └────start_failed──▶ STOPPED
 
-A request may be refused, with a reason for the user. A fact may not, because it has happened already. STOPPED is final.
-Every way into it passes the same clean-up, in `sandbox.py`.
+A request may be refused, with a reason for the user. A fact may not, because it has happened already. STOPPING means
+that its owner has seen the last of it and its machine is on its way out. STOPPED means that nothing is left of it, so
+its place is free.
 """
 
 from enum import StrEnum
@@ -15,7 +17,11 @@ from kernel_gateway.errors import Conflict
 class State(StrEnum):
     CREATING = "creating"
     RUNNING = "running"
+    STOPPING = "stopping"
     STOPPED = "stopped"
+
+
+ENDED = frozenset({State.STOPPING, State.STOPPED})
 
 
 class Event(StrEnum):
@@ -25,6 +31,7 @@ class Event(StrEnum):
     EXPIRED = "timeout"
     DIED = "died"
     SERVER_STOPPED = "server_stopped"
+    GONE = "gone"
 
 
 REQUESTS = frozenset({Event.KILL})
@@ -34,16 +41,17 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
     State.CREATING: {
         Event.STARTED: State.RUNNING,
         Event.START_FAILED: State.STOPPED,
-        Event.KILL: State.STOPPED,
-        Event.DIED: State.STOPPED,
-        Event.SERVER_STOPPED: State.STOPPED,
+        Event.KILL: State.STOPPING,
+        Event.DIED: State.STOPPING,
+        Event.SERVER_STOPPED: State.STOPPING,
     },
     State.RUNNING: {
-        Event.KILL: State.STOPPED,
-        Event.EXPIRED: State.STOPPED,
-        Event.DIED: State.STOPPED,
-        Event.SERVER_STOPPED: State.STOPPED,
+        Event.KILL: State.STOPPING,
+        Event.EXPIRED: State.STOPPING,
+        Event.DIED: State.STOPPING,
+        Event.SERVER_STOPPED: State.STOPPING,
     },
+    State.STOPPING: {Event.START_FAILED: State.STOPPED, Event.GONE: State.STOPPED},
     State.STOPPED: {},
 }
 
@@ -55,6 +63,6 @@ def decide(state: State, event: Event) -> State | None:
         Conflict: a request that this state refuses.
     """
     following = TRANSITIONS[state].get(event)
-    if following is None and event in REQUESTS and state is not State.STOPPED:
+    if following is None and event in REQUESTS and state not in ENDED:
         raise Conflict(f"the sandbox is {state}: it can't be asked to {event} now")
     return following

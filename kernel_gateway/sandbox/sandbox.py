@@ -7,6 +7,7 @@ import string
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,13 +17,16 @@ from kernel_gateway.guest.guest import Guest
 from kernel_gateway.images.templates import Template
 from kernel_gateway.kernel.kernel import Kernel
 from kernel_gateway.network.policy import Policy, Refusal
-from kernel_gateway.sandbox.lifecycle import Event, State, decide
+from kernel_gateway.outcome import Ending
+from kernel_gateway.sandbox.lifecycle import ENDED, Event, State, decide
 
 log = logging.getLogger(__name__)
 
 PREFIX = "sbx"
 ID_LENGTH = 20
 ID_ALPHABET = string.digits + string.ascii_lowercase
+END_LIMIT = 30.0
+"""Seconds after which nobody waits for a machine's end any more. Its place stays taken until it has ended."""
 
 
 def new_id() -> str:
@@ -79,6 +83,7 @@ class Sandbox:
     `deadline` is on the monotonic clock, because a step of the host's clock must not move a lifetime. `ends_at` is the
     same time for people. With `idle_timeout` the sandbox lives on while somebody is connected to its kernel or the
     kernel works, and that many seconds longer. `policy` says what it may reach. Code that replaces it holds `applying`.
+    `ended` is called once, with the reason, when its owner has seen the last of it; `gone` when nothing is left.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class Sandbox:
         policy: Policy,
         idle_timeout: int | None = None,
         ended: Callable[["Sandbox", str], None],
+        gone: Callable[["Sandbox"], None],
     ) -> None:
         self.id = sandbox_id
         self.owner = owner
@@ -107,10 +113,11 @@ class Sandbox:
         self.started_at = datetime.now(UTC)
         self.idle_timeout = idle_timeout
         self.state = State.CREATING
-        self._ended = ended
+        self._on_ended = ended
+        self._on_gone = gone
         self._guest: Guest | None = None
         self._watch: asyncio.Task[None] | None = None
-        self._gone = asyncio.get_running_loop().create_future()
+        self._is_gone = asyncio.Event()
         self.set_timeout(timeout)
 
     def __repr__(self) -> str:
@@ -119,6 +126,17 @@ class Sandbox:
     def set_timeout(self, seconds: float) -> None:
         """Let the sandbox expire that many seconds from now."""
         self.deadline = time.monotonic() + seconds
+
+    def extend(self, seconds: float) -> None:
+        """Let the sandbox live at least that many seconds from now."""
+        self.deadline = max(self.deadline, time.monotonic() + seconds)
+
+    def check_deadline(self) -> None:
+        """End the sandbox if its time is over."""
+        if self.idle_timeout is not None and self.is_in_use:
+            self.set_timeout(self.idle_timeout)
+        if self.deadline <= time.monotonic() and self.state is State.RUNNING:
+            self.apply(Event.EXPIRED)
 
     def is_open(self, port: int) -> bool:
         """Whether that port may be used without a key."""
@@ -167,8 +185,8 @@ class Sandbox:
             Conflict: the sandbox is not running yet.
             SandboxDied: the sandbox has ended.
         """
-        if self.state is State.STOPPED:
-            raise SandboxDied("the sandbox has ended")
+        if self.state in ENDED:
+            raise SandboxDied("the sandbox has ended", outcome=Ending.NOT_STARTED)
         if self._guest is None:
             raise Conflict("the sandbox is still being created")
         return self._guest
@@ -190,7 +208,8 @@ class Sandbox:
             machine.cancel()
         reason = str(guest.link.closed.result()) if guest.link.closed.done() else machine.result()
         log.warning("sandbox %s ended by itself: %.200r", self.id, reason)
-        self.apply(Event.DIED)
+        if guest is self._guest:
+            self.apply(Event.DIED)
 
     def apply(self, event: Event) -> None:
         """Apply an event. Nothing else changes the state.
@@ -201,21 +220,32 @@ class Sandbox:
         following = decide(self.state, event)
         if following is None:
             return
-        self.state = following
+        before, self.state = self.state, following
+        if following in ENDED and before not in ENDED:
+            self._on_ended(self, event)
+        if following is State.STOPPING and self._guest is not None:
+            # Readers are told first, so that nobody takes the end of what they read for the end of their work.
+            error = SandboxDied(f"the sandbox has ended: {event}")
+            self._guest.kernel.close(error)
+            self._guest.link.close(error)
+            self._cleaning = asyncio.create_task(self._clean_up(self._guest))
         if following is State.STOPPED:
-            if self._guest is not None:
-                self._guest.kernel.close(f"the sandbox has ended: {event}")
-            self._ended(self, event)
-            self._cleaning = asyncio.create_task(self._clean_up())
+            self._on_gone(self)
+            self._is_gone.set()
 
-    async def _clean_up(self) -> None:
+    async def _clean_up(self, guest: Guest) -> None:
         """Destroy the guest, whatever ended the sandbox."""
         if self._watch is not None:
             self._watch.cancel()
-        if self._guest is not None:
-            await self._guest.kill()
-        self._gone.set_result(None)
+        killing = asyncio.create_task(guest.kill())
+        await asyncio.wait({killing}, timeout=END_LIMIT)
+        if not killing.done():
+            log.error("sandbox %s: process %d has not ended within %d s of SIGKILL", self.id, guest.vm.pid, END_LIMIT)
+        await killing
+        self.apply(Event.GONE)
 
     async def gone(self) -> None:
-        """Return when nothing of the sandbox is left."""
-        await asyncio.shield(self._gone)
+        """Return when nothing of the sandbox is left, or after END_LIMIT seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(END_LIMIT):
+                await self._is_gone.wait()

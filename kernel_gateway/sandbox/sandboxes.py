@@ -1,15 +1,24 @@
 """All sandboxes of the server: create, find, list, end. Every look-up but `find` is by owner and id."""
 
 import asyncio
-import contextlib
 import logging
 import re
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
 
 from kernel_gateway.drivers import DriverError
-from kernel_gateway.errors import CellvmError, Draining, GuestFailure, HostFull, InvalidRequest, NotFound, Unavailable
+from kernel_gateway.errors import (
+    CellvmError,
+    Conflict,
+    Draining,
+    GuestFailure,
+    HostFull,
+    InvalidRequest,
+    NotFound,
+    Unavailable,
+)
 from kernel_gateway.guest.guest import Guest, Guests
 from kernel_gateway.images.preparation import Preparation
 from kernel_gateway.images.templates import Template, Templates
@@ -26,6 +35,10 @@ START_ATTEMPTS = 2
 DEFAULT_POLICY = Policy()
 TICK = 0.25
 """Seconds between looks at the lifetimes. A sandbox ends at most this long after its deadline."""
+PAUSE = 1.0
+"""Seconds after which a task that must live is started again."""
+FLUSH_LIMIT = 5.0
+"""Seconds that a server which goes down waits for the database to take the ends of its sandboxes."""
 
 
 class Network(Protocol):
@@ -38,8 +51,19 @@ class Network(Protocol):
     def floor(self) -> Floor: ...
 
 
+async def supervised(name: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Run a task that must live until it is cancelled. If it fails, it is started again, and the log says so."""
+    while True:
+        try:
+            await work()
+        except Exception:
+            log.exception("%s failed and is started again", name)
+        await asyncio.sleep(PAUSE)
+
+
 class Sandboxes:
-    """The collection. `maximum` counts sandboxes that exist or are being created; the pool is not counted.
+    """The collection. `maximum` counts machines of sandboxes, from the create until the machine is gone, however the
+    sandbox fares meanwhile. The pool is not counted.
 
     `journals` is the directory for kernels' output that memory does not hold. `network` is None if machines have no
     network card, `preparation` is None if every template is ready from the start.
@@ -67,7 +91,9 @@ class Sandboxes:
         self._store = store
         self._journals = journals
         self._sandboxes: dict[str, Sandbox] = {}
+        self._places: set[Sandbox] = set()
         self._tasks: list[asyncio.Task[None]] = []
+        self._replacing: set[asyncio.Task[None]] = set()
         self.is_draining = False
         self.started_at = time.time()
 
@@ -79,20 +105,20 @@ class Sandboxes:
 
     def start(self) -> None:
         """Begin to fill pools and to watch lifetimes."""
-        self._tasks = [asyncio.create_task(pool.run()) for pool in self.pools.values()]
-        self._tasks.append(asyncio.create_task(self._expire()))
+        self._tasks = [asyncio.create_task(supervised(repr(pool), pool.run)) for pool in self.pools.values()]
+        self._tasks.append(asyncio.create_task(supervised("the watch over lifetimes", self._expire)))
 
     async def close(self) -> None:
         """End everything."""
         self.is_draining = True
         for task in self._tasks:
             task.cancel()
-        ending = list(self._sandboxes.values())
+        ending = list(self._places)
         for sandbox in ending:
             sandbox.apply(Event.SERVER_STOPPED)
-        for sandbox in ending:
-            await sandbox.gone()
+        await asyncio.gather(*(sandbox.gone() for sandbox in ending))
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._store.flush(FLUSH_LIMIT)
 
     async def create(
         self,
@@ -108,7 +134,7 @@ class Sandboxes:
         """A new, running sandbox. It never runs with another policy than `policy`.
 
         Raises:
-            HostFull: there are `maximum` already, or no machine could be started.
+            HostFull: there are `maximum` already, or no machine could be started, or it can't be written down.
             TemplateNotReady: the template is still being built.
             Draining: the server is going down.
             Unavailable: this server can't enforce the policy.
@@ -118,7 +144,7 @@ class Sandboxes:
             await self._preparation.require(template)
         if self.is_draining:
             raise Draining("the server is going down")
-        if len(self._sandboxes) >= self.maximum:
+        if len(self._places) >= self.maximum:
             raise HostFull(f"all {self.maximum} sandboxes of this server are in use", hint="delete one, or wait")
         sandbox_id = new_id()
         sandbox = Sandbox(
@@ -130,18 +156,20 @@ class Sandboxes:
             env=env,
             policy=policy,
             idle_timeout=idle_timeout,
-            ended=self._forget,
+            ended=self._ended,
+            gone=self._places.discard,
         )
         self._sandboxes[sandbox_id] = sandbox
-        self._store.sandbox_created(sandbox_id, owner, template.id)
+        self._places.add(sandbox)
         try:
+            await self._store.sandbox_created(sandbox_id, owner, template.id)
             guest = await self._start_guest(sandbox)
+            if sandbox.state is not State.CREATING:
+                await guest.kill()
+                raise Conflict("the sandbox was ended while it was being created")
         except BaseException:
             sandbox.apply(Event.START_FAILED)
             raise
-        if sandbox.state is not State.CREATING:  # ended meanwhile
-            await guest.kill()
-            raise HostFull("the sandbox was ended while it was being created")
         guest.kernel.open_journal(self._journals)
         sandbox.set_timeout(timeout)
         sandbox.started(guest)
@@ -200,7 +228,10 @@ class Sandboxes:
             GuestFailure: the policy could not be applied; the old one is still in force.
         """
         self._check_enforceable(policy)
-        await asyncio.shield(asyncio.create_task(self._replace_policy(sandbox, policy, ports_open)))
+        replacing = asyncio.create_task(self._replace_policy(sandbox, policy, ports_open))
+        self._replacing.add(replacing)
+        replacing.add_done_callback(self._replacing.discard)
+        await asyncio.shield(replacing)
 
     async def _replace_policy(self, sandbox: Sandbox, policy: Policy, ports_open: bool | None) -> None:
         async with sandbox.applying:
@@ -262,17 +293,15 @@ class Sandboxes:
         sandbox.apply(Event.KILL)
         await sandbox.gone()
 
-    def _forget(self, sandbox: Sandbox, reason: str) -> None:
-        self._store.sandbox_ended(sandbox.id, reason)
-        self._sandboxes.pop(sandbox.id, None)
+    def _ended(self, sandbox: Sandbox, reason: str) -> None:
+        self._store.sandbox_ended(sandbox.id, sandbox.owner, sandbox.template.id, reason)
+        del self._sandboxes[sandbox.id]
 
     async def _expire(self) -> None:
-        with contextlib.suppress(asyncio.CancelledError):
-            while True:
-                await asyncio.sleep(TICK)
-                now = time.monotonic()
-                for sandbox in list(self._sandboxes.values()):
-                    if sandbox.idle_timeout is not None and sandbox.is_in_use:
-                        sandbox.set_timeout(sandbox.idle_timeout)
-                    if sandbox.deadline <= now and sandbox.state is State.RUNNING:
-                        sandbox.apply(Event.EXPIRED)
+        while True:
+            await asyncio.sleep(TICK)
+            self._check_deadlines()
+
+    def _check_deadlines(self) -> None:
+        for sandbox in list(self._sandboxes.values()):
+            sandbox.check_deadline()

@@ -1,14 +1,24 @@
 """Data that outlives the server: keys and the journal of sandboxes, in one SQLite file.
 
-A sandbox is written down before its machine starts and before it is destroyed, so that the file is right after any
-crash. Calls are synchronous, because each is one small statement, far below a millisecond in WAL mode.
+A sandbox is written down before its machine starts, and its end as soon as that can be written. No end of a sandbox
+waits for the disk: ends are kept in memory until a thread has written them, and all look-ups know them from the first
+moment. Reads and keys are small statements, far below a millisecond in WAL mode, and run where they are called.
 """
 
+import asyncio
 import hashlib
+import logging
 import secrets
 import sqlite3
 import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
+
+from kernel_gateway.errors import HostFull
+
+log = logging.getLogger(__name__)
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS keys (
@@ -20,6 +30,26 @@ CREATE TABLE IF NOT EXISTS sandboxes (
 CREATE INDEX IF NOT EXISTS live ON sandboxes (id) WHERE ended IS NULL;
 CREATE INDEX IF NOT EXISTS ended ON sandboxes (owner, ended);
 """
+KEPT_DAYS = 30
+"""Days that an entry of a sandbox is kept after its end."""
+LOCK_TIMEOUT = 5.0
+"""Seconds that one write waits for another process that holds the database."""
+CREATE_LIMIT = 10.0
+"""Seconds that a create waits for its entry."""
+RETRY = (1.0, 30.0)
+"""First and longest pause, in seconds, after ends could not be written."""
+LISTED = 100
+
+
+class Entry(NamedTuple):
+    """A sandbox in the journal. Times are seconds since 1970."""
+
+    id: str
+    owner: str
+    template: str
+    created: float
+    ended: float | None = None
+    reason: str | None = None
 
 
 def new_key() -> str:
@@ -32,16 +62,37 @@ def _hash(key: str) -> bytes:
 
 
 class Store:
-    """The database. Times are seconds since 1970."""
+    """The database. `trouble` says why ends can't be written at present; it is empty if they can."""
 
     def __init__(self, path: Path) -> None:
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self.path = path
+        self._db = self._connect(path)
         path.chmod(0o600)
         self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.executescript(SCHEMA)
+        self._writing_db = self._connect(path)
+        self._thread = ThreadPoolExecutor(1, "store")
+        self._unwritten: dict[str, Entry] = {}
+        self._flushing: asyncio.Task[None] | None = None
+        self.trouble = ""
+
+    @staticmethod
+    def _connect(path: Path) -> sqlite3.Connection:
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=LOCK_TIMEOUT)
+        db.execute("PRAGMA synchronous=NORMAL")
+        return db
+
+    async def flush(self, limit: float) -> None:
+        """Return when all ends are written, or after `limit` seconds."""
+        if self._flushing is not None:
+            await asyncio.wait({self._flushing}, timeout=limit)
 
     def close(self) -> None:
+        """Close the database. Ends that are not written by now are lost; the next start finds their entries open."""
+        if self._flushing is not None:
+            self._flushing.cancel()
+        self._thread.shutdown()
+        self._writing_db.close()
         self._db.close()
 
     # -- keys: only their hashes are kept
@@ -69,37 +120,93 @@ class Store:
 
     # -- sandboxes
 
-    def sandbox_created(self, sandbox_id: str, owner: str, template: str) -> None:
-        values = (sandbox_id, owner, template, time.time())
-        self._db.execute("INSERT INTO sandboxes VALUES (?, ?, ?, ?, NULL, NULL)", values)
+    async def sandbox_created(self, sandbox_id: str, owner: str, template: str) -> None:
+        """Write a sandbox down.
 
-    def sandbox_ended(self, sandbox_id: str, reason: str) -> None:
-        self._db.execute(
-            "UPDATE sandboxes SET ended = ?, reason = ? WHERE id = ? AND ended IS NULL",
-            (time.time(), reason, sandbox_id),
-        )
+        Raises:
+            HostFull: the database can't be written.
+        """
+        entry = Entry(sandbox_id, owner, template, time.time())
+        try:
+            async with asyncio.timeout(CREATE_LIMIT):
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._write, [entry])
+        except (sqlite3.Error, TimeoutError) as error:
+            raise HostFull(f"the server's database can't be written: {str(error) or 'it is locked'}") from error
+
+    def sandbox_ended(self, sandbox_id: str, owner: str, template: str, reason: str) -> None:
+        """Take note of an end. This never fails, and a later call for the same sandbox changes nothing."""
+        if self.end_of(sandbox_id, owner) is None:
+            self._note(Entry(sandbox_id, owner, template, time.time(), time.time(), reason))
+
+    def sandbox_forgotten(self, sandbox_id: str, owner: str) -> None:
+        """Take note that the owner knows of a sandbox's end."""
+        entry = self._entry(sandbox_id)
+        if entry is not None and entry.owner == owner:
+            self._note(entry._replace(reason="kill"))
 
     def end_of(self, sandbox_id: str, owner: str) -> tuple[float, str] | None:
         """When and why a sandbox of that owner ended."""
-        row: tuple[float, str] | None = self._db.execute(
-            "SELECT ended, reason FROM sandboxes WHERE id = ? AND owner = ? AND ended IS NOT NULL",
-            (sandbox_id, owner),
-        ).fetchone()
-        return row
+        entry = self._entry(sandbox_id)
+        if entry is None or entry.owner != owner or entry.ended is None or entry.reason is None:
+            return None
+        return entry.ended, entry.reason
 
-    def ended_since(self, owner: str, moment: float) -> list[tuple[str, str, float, str]]:
-        """Id, template, end and reason of the owner's sandboxes that ended after `moment`, but not by a request."""
-        return self._db.execute(
-            "SELECT id, template, ended, reason FROM sandboxes WHERE owner = ? AND ended > ? AND reason != 'kill'"
-            " ORDER BY ended DESC LIMIT 100",
-            (owner, moment),
-        ).fetchall()
-
-    def sandbox_forgotten(self, sandbox_id: str) -> None:
-        """Take note that the owner knows of a sandbox's end."""
-        self._db.execute("UPDATE sandboxes SET reason = 'kill' WHERE id = ?", (sandbox_id,))
+    def ended_since(self, owner: str, moment: float) -> list[Entry]:
+        """The owner's sandboxes that ended after `moment`, but not by a request, the last one first."""
+        rows = self._db.execute(
+            "SELECT * FROM sandboxes WHERE owner = ? AND ended > ? ORDER BY ended DESC LIMIT ?", (owner, moment, LISTED)
+        )
+        entries = {entry.id: entry for entry in (Entry(*row) for row in rows)} | self._unwritten
+        found = [
+            entry
+            for entry in entries.values()
+            if entry.owner == owner and entry.ended is not None and entry.ended > moment and entry.reason != "kill"
+        ]
+        return sorted(found, key=lambda entry: entry.ended or 0, reverse=True)[:LISTED]
 
     def end_all(self, reason: str) -> int:
-        """Close the entries that an earlier server left open, and return how many there were."""
+        """Close the entries that an earlier server left open, and return how many there were. Forget old ones."""
+        old = time.time() - KEPT_DAYS * 24 * 3600
+        self._db.execute("DELETE FROM sandboxes WHERE ended < ?", (old,))
         query = "UPDATE sandboxes SET ended = ?, reason = ? WHERE ended IS NULL"
         return self._db.execute(query, (time.time(), reason)).rowcount
+
+    def _entry(self, sandbox_id: str) -> Entry | None:
+        if sandbox_id in self._unwritten:
+            return self._unwritten[sandbox_id]
+        row = self._db.execute("SELECT * FROM sandboxes WHERE id = ?", (sandbox_id,)).fetchone()
+        return Entry(*row) if row else None
+
+    def _note(self, entry: Entry) -> None:
+        self._unwritten[entry.id] = entry
+        if self._flushing is None or self._flushing.done():
+            self._flushing = asyncio.get_running_loop().create_task(self._flush())
+
+    async def _flush(self) -> None:
+        """Write what is unwritten, again and again until it is on disk."""
+        pause = RETRY[0]
+        while self._unwritten:
+            entries = list(self._unwritten.values())
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._write, entries)
+            except sqlite3.Error as error:
+                if not self.trouble:
+                    log.error("ends of sandboxes can't be written now; they are kept and tried again: %s", error)
+                self.trouble = str(error)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, RETRY[1])
+                continue
+            for entry in entries:
+                if self._unwritten[entry.id] is entry:
+                    del self._unwritten[entry.id]
+            if self.trouble:
+                log.warning("the database can be written again")
+            self.trouble, pause = "", RETRY[0]
+
+    def _write(self, entries: Iterable[Entry]) -> None:
+        """Write entries, each in place of an older one of the same sandbox. This runs in the thread."""
+        self._writing_db.executemany(
+            "INSERT INTO sandboxes VALUES (?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT (id) DO UPDATE SET ended = excluded.ended, reason = excluded.reason",
+            entries,
+        )

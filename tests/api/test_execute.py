@@ -48,6 +48,7 @@ async def test_a_cell(service: Service, box: str) -> None:
         "error": None,
         "executionCount": 1,
         "truncated": None,
+        "outcome": "finished",
     }
     cell = await service.execute(box, "x")
     assert (cell["results"][0]["data"], cell["executionCount"]) == ({"text/plain": "41"}, 2)
@@ -123,7 +124,8 @@ async def test_a_restart_that_fails(service: Service, box: str) -> None:
     dead = wire.KernelStatus(state="dead", reason="gone")
     await guest.send(wire.encode(wire.FrameType.EVENT, wire.EVENTS, dead))
     answer = await service.call("POST", f"/sandboxes/{box}/execute", {"code": "1"})
-    assert (answer.code, error_of(answer)["error"]) == (502, "kernel_unavailable")
+    error = error_of(answer)
+    assert (error["code"], error["error"], error["outcome"]) == (502, "kernel_unavailable", "not_started")
     assert (await service.run(box, "true"))["exitCode"] == 0
     del guest.script.handlers[wire.Restart]
     assert (await service.execute(box, "1"))["error"] is None
@@ -140,7 +142,7 @@ async def test_the_same_as_a_stream(service: Service, box: str, accept: str) -> 
     assert events[0] == {"type": "started", "executionCount": 1}
     assert events[1] == {"type": "stdout", "text": "a\n"}
     assert events[2]["error"]["name"] == "ZeroDivisionError"
-    assert events[3] == {"type": "end", "executionCount": 1}
+    assert events[3] == {"type": "end", "executionCount": 1, "outcome": "finished"}
 
 
 async def test_a_stream_is_live(service: Service, box: str) -> None:
@@ -370,14 +372,15 @@ async def test_only_so_many_executions_are_remembered(
     service: Service, box: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The oldest finished execution is forgotten. While all of them run, another one is refused."""
-    monkeypatch.setattr("kernel_gateway.kernel.kernel.KEPT", 3)
+    monkeypatch.setattr("kernel_gateway.kernel.executions.KEPT", 3)
     for name in "abcd":
         await execute_as(service, box, name, "1")
     assert [(await execution(service, box, name)).code for name in "abcd"] == [404, 200, 200, 200]
     running = [asyncio.create_task(execute_as(service, box, name, "time.sleep(0.3)")) for name in "efg"]
-    await eventually(lambda: set("efg") == service.sandboxes.get(service.owner, box).guest.kernel.executions.keys())
+    executions = service.sandboxes.get(service.owner, box).guest.kernel.executions
+    await eventually(lambda: {each.id for each in executions.unfinished()} == set("efg"))
     answer = await execute_as(service, box, "h", "1")
-    assert (answer.code, error_of(answer)["error"]) == (409, "conflict")
+    assert (answer.code, error_of(answer)["error"]) == (429, "too_many_requests")
     assert {answer.code for answer in await asyncio.gather(*running)} == {200}
 
 

@@ -78,7 +78,7 @@ async def test_every_event(real: Service, real_box: str) -> None:
             {"type": "update", "data": {"text/plain": "b"}, "metadata": {}, "displayId": "d"},
             {"type": "clear", "wait": True},
             {"type": "result", "data": {"text/plain": "'xy'"}, "metadata": {}, "executionCount": count},
-            {"type": "end", "executionCount": count},
+            {"type": "end", "executionCount": count, "outcome": "finished"},
             {"type": "input_request", "prompt": "name: ", "password": False},
             {"type": "input_request", "prompt": "secret: ", "password": True},
         ]
@@ -250,7 +250,7 @@ async def test_a_gap_is_told(service: Service, box: str) -> None:
         await client.run('print("early")', id="early")
         await client.send("execute", code="flood(100)", id="flood")
         await client.until("started", id="flood")
-    await eventually(lambda: service.sandboxes._sandboxes[box].kernel.executions["flood"].over.is_set(), 30)
+    await eventually(lambda: service.sandboxes._sandboxes[box].kernel.executions.get("flood").outcome, 30)
     async with agent(service, box, since=0) as client:
         events = await client.until("end", id="flood")
     missing = sum(event["messages"] for event in events if event["type"] == "gap")
@@ -270,7 +270,7 @@ async def test_a_client_that_leaves_does_not_stop_its_cell(service: Service, box
     async with agent(service, box, since=since) as client:
         await client.send("execute", code=code, id="mine")
         events = (await client.until("end", id="mine"))[1:]
-        assert bare(events) == [{"type": "stdout", "text": "done\n"}, {"type": "end"}]
+        assert bare(events) == [{"type": "stdout", "text": "done\n"}, {"type": "end", "outcome": "finished"}]
     assert not [request for request in service.guest(box).requests if isinstance(request, wire.Interrupt)]
 
 

@@ -450,10 +450,10 @@ async def test_the_control_channel_does_not_wait(guest: Guest) -> None:
     await eventually(lambda: execution.is_started)
     found = await ask(guest, "kernel_info_request", "control")
     assert [each.parts[0] for each in found if each.kind == "kernel_info_reply"] == [b"control"]
-    assert not execution.over.is_set()
+    assert execution.outcome is None
     await guest.kernel.interrupt()
     async with asyncio.timeout(5):
-        await execution.over.wait()
+        await eventually(lambda: execution.outcome is not None)
 
 
 async def test_input(guest: Guest) -> None:
@@ -477,7 +477,7 @@ async def test_the_kernels_state(guest: Guest) -> None:
     execution = guest.kernel.run("import time; time.sleep(0.2)")
     await eventually(lambda: execution.is_started)
     assert guest.kernel.state == "busy"
-    await execution.over.wait()
+    await eventually(lambda: execution.outcome is not None)
     assert guest.kernel.state == "idle"
 
 

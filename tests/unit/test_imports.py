@@ -76,7 +76,7 @@ def test_the_agent_never_imports_the_gateway(name: str) -> None:
         "kernel_gateway.errors",
         "kernel_gateway.outcome",
         "kernel_gateway.sandbox.lifecycle",
-        *(f"kernel_gateway.kernel.{each}" for each in ("message", "layout", "events")),
+        *(f"kernel_gateway.kernel.{each}" for each in ("message", "layout", "events", "state")),
     ],
 )
 def test_the_core_is_pure(name: str) -> None:
@@ -86,7 +86,7 @@ def test_the_core_is_pure(name: str) -> None:
     allowed = {
         "kernel_gateway.outcome": {"kernel_gateway.errors"},
         "kernel_gateway.sandbox.lifecycle": {"kernel_gateway.errors"},
-        "kernel_gateway.kernel.events": messages,
+        "kernel_gateway.kernel.events": messages | {"kernel_gateway.outcome"},
         "kernel_gateway.kernel.layout": messages,
     }
     assert ours(name) <= allowed.get(name, set())

@@ -7,20 +7,25 @@ from hypothesis import strategies as st
 from kernel_gateway.errors import Conflict
 from kernel_gateway.sandbox.lifecycle import REQUESTS, TRANSITIONS, Event, State, decide
 
-C, R, S = State.CREATING, State.RUNNING, State.STOPPED
+C, R, E, S = State.CREATING, State.RUNNING, State.STOPPING, State.STOPPED
 EXPECTED: dict[tuple[State, Event], State | None] = {
     (C, Event.STARTED): R,
     (C, Event.START_FAILED): S,
-    (C, Event.KILL): S,
+    (C, Event.KILL): E,
     (C, Event.EXPIRED): None,
-    (C, Event.DIED): S,
-    (C, Event.SERVER_STOPPED): S,
+    (C, Event.DIED): E,
+    (C, Event.SERVER_STOPPED): E,
+    (C, Event.GONE): None,
     (R, Event.STARTED): None,
     (R, Event.START_FAILED): None,
-    (R, Event.KILL): S,
-    (R, Event.EXPIRED): S,
-    (R, Event.DIED): S,
-    (R, Event.SERVER_STOPPED): S,
+    (R, Event.KILL): E,
+    (R, Event.EXPIRED): E,
+    (R, Event.DIED): E,
+    (R, Event.SERVER_STOPPED): E,
+    (R, Event.GONE): None,
+    **{(E, event): None for event in Event},
+    (E, Event.START_FAILED): S,
+    (E, Event.GONE): S,
     **{(S, event): None for event in Event},
 }
 

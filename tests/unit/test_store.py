@@ -1,11 +1,16 @@
 """The store. Keys are kept as hashes only, and entries that a crash left open are closed."""
 
-from collections.abc import Iterator
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
 import pytest
 
+from kernel_gateway.errors import HostFull
 from kernel_gateway.sandbox.store import Store, new_key
+from tests.fakes import eventually
 
 
 @pytest.fixture
@@ -50,24 +55,39 @@ def test_keys_have_the_form_that_clients_accept() -> None:
     assert all(len(key) == 44 and key.startswith("e2b_") and int(key[4:], 16) >= 0 for key in keys)
 
 
-def test_the_journal_tells_only_the_owner_how_a_sandbox_ended(store: Store) -> None:
-    """The first reason is kept, and only the owner can read it."""
-    store.sandbox_created("sbx1", "me", "base")
+async def test_the_journal_tells_only_the_owner_how_a_sandbox_ended(store: Store) -> None:
+    """The first reason is kept, and only the owner can read it, before and after it is on disk."""
+    await store.sandbox_created("sbx1", "me", "base")
     assert store.end_of("sbx1", "me") is None
-    store.sandbox_ended("sbx1", "timeout")
-    store.sandbox_ended("sbx1", "kill")
-    end = store.end_of("sbx1", "me")
-    assert end is not None
-    assert end[1] == "timeout"
-    assert store.end_of("sbx1", "you") is None
+    store.sandbox_ended("sbx1", "me", "base", "timeout")
+    store.sandbox_ended("sbx1", "me", "base", "kill")
+    for _ in range(2):
+        end = store.end_of("sbx1", "me")
+        assert end is not None
+        assert end[1] == "timeout"
+        assert store.end_of("sbx1", "you") is None
+        assert [(each.id, each.reason) for each in store.ended_since("me", 0)] == [("sbx1", "timeout")]
+        await store.flush(10)
+        assert rows(store) == [("sbx1", "timeout")]
+    store.sandbox_forgotten("sbx1", "you")
+    assert len(store.ended_since("me", 0)) == 1
+    store.sandbox_forgotten("sbx1", "me")
+    assert store.ended_since("me", 0) == []
 
 
-def test_a_crash_leaves_open_entries_that_the_next_start_closes(tmp_path: Path) -> None:
+def rows(store: Store) -> list[tuple[str, str]]:
+    """Id and reason of all sandboxes that are on disk."""
+    with closing(sqlite3.connect(store.path)) as db:
+        return db.execute("SELECT id, reason FROM sandboxes ORDER BY id").fetchall()
+
+
+async def test_a_crash_leaves_open_entries_that_the_next_start_closes(tmp_path: Path) -> None:
     """Sandboxes of a killed server are closed once, with the given reason. Ended ones keep their own reason."""
     first = Store(tmp_path / "cellvm.db")
     for name in ("a", "b", "c"):
-        first.sandbox_created(name, "me", "base")
-    first.sandbox_ended("c", "kill")
+        await first.sandbox_created(name, "me", "base")
+    first.sandbox_ended("c", "me", "base", "kill")
+    await first.flush(10)
     second = Store(tmp_path / "cellvm.db")  # the first was never closed
     try:
         assert second.end_all("host_restart") == 2
@@ -81,3 +101,67 @@ def test_a_crash_leaves_open_entries_that_the_next_start_closes(tmp_path: Path) 
     finally:
         first.close()
         second.close()
+
+
+async def test_old_entries_are_deleted_at_a_start(store: Store) -> None:
+    """An entry is kept for KEPT_DAYS days after its end, and an open one for ever."""
+    day = 24 * 3600
+    for name in ("old", "young", "open"):
+        await store.sandbox_created(name, "me", "base")
+    with closing(sqlite3.connect(store.path)) as db, db:
+        db.execute("UPDATE sandboxes SET ended = ?, reason = 'died' WHERE id = 'old'", (time.time() - 31 * day,))
+        db.execute("UPDATE sandboxes SET ended = ?, reason = 'died' WHERE id = 'young'", (time.time() - 29 * day,))
+    assert store.end_all("host_restart") == 1
+    assert rows(store) == [("open", "host_restart"), ("young", "died")]
+
+
+@contextmanager
+def locked(store: Store) -> Iterator[None]:
+    """Another process holds the database, as a backup does."""
+    with closing(sqlite3.connect(store.path, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        yield
+        db.execute("ROLLBACK")
+
+
+@contextmanager
+def full(store: Store) -> Iterator[None]:
+    """The database may not grow by a page, as on a full disk."""
+    db = store._writing_db
+    (most,) = db.execute("PRAGMA max_page_count").fetchone()
+    db.execute("PRAGMA max_page_count = 1")
+    yield
+    db.execute(f"PRAGMA max_page_count = {most}")
+
+
+@pytest.mark.parametrize("trouble", [locked, full])
+async def test_an_end_waits_for_no_disk(
+    store: Store, trouble: Callable[[Store], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An end is known at once while nothing can be written, a create is refused, and the end is written later."""
+    monkeypatch.setattr("kernel_gateway.sandbox.store.RETRY", (0.01, 0.05))
+    store._writing_db.execute("PRAGMA busy_timeout = 100")
+    long = "sbx1" + "x" * 5000  # longer than any page has room for
+    await store.sandbox_created("sbx0", "me", "base")
+    with trouble(store):
+        store.sandbox_ended(long, "me", "base", "timeout")
+        end = store.end_of(long, "me")
+        assert end is not None
+        assert end[1] == "timeout"
+        with pytest.raises(HostFull, match="database"):
+            await store.sandbox_created("sbx2" + "x" * 5000, "me", "base")
+        await eventually(lambda: store.trouble != "")
+    await store.flush(10)
+    assert store.trouble == ""
+    assert (long, "timeout") in rows(store)
+
+
+async def test_a_create_does_not_wait_for_ever(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A create that waits for its entry is refused after its limit, and its end closes an entry that came late."""
+    monkeypatch.setattr("kernel_gateway.sandbox.store.CREATE_LIMIT", 0.05)
+    with locked(store):
+        with pytest.raises(HostFull, match="locked"):
+            await store.sandbox_created("sbx1", "me", "base")
+        store.sandbox_ended("sbx1", "me", "base", "start_failed")
+    await store.flush(10)
+    assert rows(store) == [("sbx1", "start_failed")]

@@ -1,0 +1,110 @@
+"""The cells that the gateway runs for REST clients and agents: their ids, their bounds, their ends. No I/O."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Iterator
+
+from kernel_gateway.errors import Conflict, TooManyRequests
+from kernel_gateway.kernel.events import CellError
+from kernel_gateway.outcome import Ending, Outcome
+
+KEPT = 1000
+"""Number of executions that a kernel remembers. Not more of them may be unfinished at a time."""
+WAITING_CODE = 16 * 1024 * 1024
+"""Characters of code that the unfinished cells of a kernel may have in all."""
+
+
+class Execution:
+    """A cell that the gateway runs for somebody.
+
+    `id` is its Jupyter message id, and clients know it by that. `after` is the journal's number before its first
+    message. `outcome` is None until it is over, and `last` is then the number of the last message to show. `timed_out`
+    is the error to tell in place of the interrupt that the gateway has sent. `clock` is when its time began.
+    """
+
+    def __init__(self, execution_id: str, code: str, after: int, timeout: float | None) -> None:
+        self.id = execution_id
+        self.digest = digest(code)
+        self.code = code
+        self.after = after
+        self.timeout = timeout
+        self.last = 0
+        self.outcome: Outcome | None = None
+        self.timed_out: CellError | None = None
+        self.is_sent = False
+        self.is_started = False
+        self.is_unwanted = False
+        self.clock = time.monotonic()
+        self.changed = asyncio.Event()
+
+    @property
+    def state(self) -> str:
+        """ "running", or how it ended."""
+        return "running" if self.outcome is None else self.outcome.ending
+
+    def start(self) -> None:
+        """Take note that the kernel has begun with it."""
+        if not self.is_started:
+            self.is_started = True
+            self.clock = time.monotonic()
+            self.changed.set()
+
+    def end(self, outcome: Outcome, last: int) -> None:
+        """Give the outcome. It is given once: later calls change nothing."""
+        if self.outcome is None:
+            self.outcome, self.last, self.code = outcome, last, ""
+            self.changed.set()
+
+
+def digest(code: str) -> bytes:
+    return hashlib.sha256(code.encode("utf-8", "surrogatepass")).digest()
+
+
+class Executions:
+    """A kernel's executions by id, oldest first."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, Execution] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __contains__(self, execution_id: str) -> bool:
+        return execution_id in self._by_id
+
+    def get(self, execution_id: str) -> Execution | None:
+        return self._by_id.get(execution_id)
+
+    def find(self, execution_id: str, code: str) -> Execution | None:
+        """The execution that was started with that id; None if there is none, or if it never ran and may be repeated.
+
+        Raises:
+            Conflict: the id was used for another cell.
+        """
+        known = self._by_id.get(execution_id)
+        if known is not None and known.digest != digest(code):
+            raise Conflict("this id was used for another cell", hint="choose a new one for every cell")
+        return None if known is None or known.state == Ending.NOT_STARTED else known
+
+    def unfinished(self) -> Iterator[Execution]:
+        return (each for each in self._by_id.values() if each.outcome is None)
+
+    def add(self, execution: Execution) -> None:
+        """Remember an execution. The oldest one that is over is forgotten for it.
+
+        Raises:
+            TooManyRequests: too many cells are waiting, or their code is too long in all.
+        """
+        waiting = sum(len(each.code) for each in self.unfinished())
+        if waiting and waiting + len(execution.code) > WAITING_CODE:
+            raise TooManyRequests(
+                f"cells with {waiting} characters of code are waiting already; {WAITING_CODE} may",
+                hint="wait for some of them, or upload long data as a file",
+            )
+        if len(self._by_id) >= KEPT:
+            oldest = next((each for each in self._by_id.values() if each.outcome is not None), None)
+            if oldest is None:
+                raise TooManyRequests(f"{KEPT} cells are waiting already", hint="wait for some of them")
+            del self._by_id[oldest.id]
+        self._by_id[execution.id] = execution
