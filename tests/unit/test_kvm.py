@@ -114,7 +114,7 @@ def test_other_verdicts() -> None:
     assert kvm_finding(Verdict(True)).level == "ok"
     nested = "the machine used 6 s of processor time; the last it printed: Probing EDD"
     assert kvm_finding(Verdict(False, nested)).what == f"no KVM: {nested}"
-    assert kvm_finding(None).what == "KVM was not tried, because a guest image can't be built yet"
+    assert kvm_finding("packages are missing").what == "KVM was not tried: packages are missing"
 
 
 # -- verdicts
