@@ -22,7 +22,7 @@ import shutil
 import struct
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -56,12 +56,15 @@ async def in_thread(work: Callable[..., T], *arguments: object) -> T:
     give back then: the build lock, descriptors, folders.
     """
     running = asyncio.get_running_loop().run_in_executor(None, work, *arguments)
-    try:
-        return await asyncio.shield(running)
-    finally:
-        while not running.done():
-            with suppress(asyncio.CancelledError):  # once more: the first one goes on from here
-                await asyncio.wait({running})
+    cancelled = None
+    while not running.done():
+        try:
+            await asyncio.wait({running})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled from running.exception()
+    return running.result()
 
 
 @dataclass(frozen=True, slots=True)
