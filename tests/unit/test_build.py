@@ -20,6 +20,8 @@ from kernel_gateway.images.templates import Template
 from tests.fakes import FakeDriver, FakeVm, Handler, Script, Stream
 
 RATE = 2_596_146
+TEMPLATE = Template(id="base", description="", vcpus=1, memory_mb=8, disk_mb=8)
+MACHINE = qemu_argv.Machine("tcg", 1, 8)
 
 
 @pytest.fixture
@@ -135,13 +137,12 @@ async def dies(stream: Stream, body: wire.Ping) -> None:
     stream.guest.die("Kernel panic")
 
 
-async def make(cache: Cache, driver: Bench, size_mb: int = 1) -> Path:
+async def make(cache: Cache, driver: Bench) -> Path:
     """Make a snapshot, from the boot to its files."""
-    template = Template(id="base", description="", vcpus=1, memory_mb=size_mb, disk_mb=size_mb)
-    builder = Builder(cache, "qemu", None)
     path = snapshot_path(cache, manifest(RATE))
-    machine = qemu_argv.Machine("tcg", 1, size_mb)
-    await builder._make(template, driver, None, machine, manifest(RATE), path, lambda _: None)  # type: ignore[arg-type]
+    await Builder(cache, "qemu", None)._make(
+        TEMPLATE, driver, None, MACHINE, manifest(RATE), path, lambda _: None  # type: ignore[arg-type]
+    )  # fmt: skip
     return path
 
 
@@ -230,6 +231,22 @@ async def test_an_agent_that_talks_garbage_is_not_asked_for_ever(cache: Cache) -
     assert is_clean(cache, driver)
 
 
+async def test_what_is_not_what_its_name_says(cache: Cache) -> None:
+    """A folder that was renamed is not offered: the manifest tells the rate, and with what it was made."""
+    driver = Bench(script())
+    path = await make(cache, driver)
+    for other, why in (
+        (manifest(RATE + 700), rf"its guest's clock counts {RATE} kHz, and this host's {RATE + 700} kHz"),
+        (manifest(RATE, qemu="10.0"), "made with something else than its name says"),
+    ):
+        with pytest.raises(BuildError, match=why):
+            await Builder(cache, "qemu", None)._offer(
+                TEMPLATE, driver, path, other, None, MACHINE, lambda _: None  # type: ignore[arg-type]
+            )  # fmt: skip
+    assert len(driver.machines) == 1
+    cache.close()
+
+
 # -- a full disk
 
 
@@ -250,7 +267,7 @@ class Full(Bench):
 async def main():
     cache, driver = Cache(Path(sys.argv[1])), Full(script(), script())
     try:
-        await make(cache, driver, size_mb=8)
+        await make(cache, driver)
     except BuildError as error:
         print(error)
     assert is_clean(cache, driver), list(cache.root.rglob("*"))
