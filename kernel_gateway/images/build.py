@@ -260,7 +260,7 @@ class Builder:
                     raise
                 log.warning("boot %d of at most %d: %s", attempt, BOOT_ATTEMPTS, error)
             except OSError as error:
-                why = f"the snapshot of {template.id} can't be written to {path.parent}: {error}"
+                why = f"the snapshot of {template.id} can't be made in {path.parent}: {error}"
                 raise BuildError(f"{why}. What was downloaded and built so far is kept") from error
 
     async def _boot(

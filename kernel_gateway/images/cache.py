@@ -22,7 +22,7 @@ import shutil
 import struct
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -109,15 +109,18 @@ class Cache:
         """
         lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
+        def note(text: str) -> None:
+            with suppress(OSError):  # a full disk: what others are told is not worth a start that needs no room
+                os.pwrite(lock, text.encode()[:STEP_LIMIT].ljust(STEP_LIMIT, b"\0"), 0)
+
         def step(text: str) -> None:
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, text.encode()[:STEP_LIMIT], 0)
+            note(text)
             progress(text)
 
         try:
             told = None
             while not _locked(lock):
-                other = os.pread(lock, STEP_LIMIT, 0).decode("utf-8", "replace")
+                other = os.pread(lock, STEP_LIMIT, 0).decode("utf-8", "replace").rstrip("\0")
                 doing = f"{self.root}: {other}" if other else str(self.root)
                 if not waits:
                     raise Busy(f"another process builds in {doing}")
@@ -125,7 +128,7 @@ class Cache:
                     progress(f"wait for another build in {doing}")
                 told = doing
                 await asyncio.sleep(0.5)
-            os.ftruncate(lock, 0)  # a builder that was killed has left its step there
+            note("")  # a builder that was killed has left its step there
             for left in self._unfinished():
                 try:
                     await in_thread(_delete, left)

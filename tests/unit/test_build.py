@@ -214,7 +214,7 @@ async def test_the_agent_is_waited_for(cache: Cache) -> None:
 
     driver = Bench(script({wire.Ping: late}))
     await make(cache, driver)
-    assert len(asked) == 5
+    assert len(asked) >= 5
     assert driver.saved == 1
 
 
@@ -271,21 +271,31 @@ async def main():
     except BuildError as error:
         print(error)
     assert is_clean(cache, driver), list(cache.root.rglob("*"))
-    print(len(driver.boots), "boots left,", sum(len(list(kind.iterdir())) for kind in cache.root.glob("*")), "entries")
+    print(len(driver.boots), "boots left,", len(cache.entries()), "entries")
+    try:
+        Path(sys.argv[1], "filler").write_bytes(bytes(8 << 20))
+    except OSError as error:
+        print(error.strerror)
+    async with cache.building(print) as step:
+        step("verify the snapshot")
 
 asyncio.run(main())
 """
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    """The error names the folder and the reason, nobody boots again for it, and the room is given back."""
+    """The error names the folder and the reason, nobody boots again for it, and the room is given back.
+
+    A start that needs no room is not ended by a full disk.
+    """
     script = f'mount -t tmpfs -o size=4m none "$1" && exec {sys.executable} -W error -c "$2" "$1"'
     ran = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", tmp_path, SMALL_DISK],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    error, left = ran.stdout.splitlines()
-    where = f"can't be written to {tmp_path}/snapshots: [Errno 28] No space left on device"
+    error, left, *rest = ran.stdout.splitlines()
+    where = f"can't be made in {tmp_path}/snapshots: [Errno 28] No space left on device"
     assert error == f"the snapshot of base {where}. What was downloaded and built so far is kept"
     assert left == "1 boots left, 0 entries"
+    assert rest == ["No space left on device", "verify the snapshot"]
