@@ -15,7 +15,8 @@ import pytest
 from kernel_gateway.images.snapshot import FileDigest, Manifest, copy_sparse, memory_file
 from tests.guest.client import CACHE, CELLVM, cache_without_snapshots, comm, until
 
-MADE_AGAIN = "base: boot the template"
+MADE_AGAIN = "base: boot the template (usually 6 s)\n"
+"""The line of a boot's begin. On a busy host others follow, which tell that it goes on."""
 
 
 @pytest.fixture(scope="module")
