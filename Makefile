@@ -27,7 +27,7 @@ clean:               ## forget the virtual environment and results; the cache in
 
 lock:                ## renew the lock files of the guests, of development, of JupyterLab's tests and of the manual
 	$(VENV)/bin/pip install --quiet uv
-	$(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \
+	$(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --annotation-style line --python-version 3.11 \
 	  --python-platform x86_64-manylinux_2_28 rootfs/requirements.in -o rootfs/requirements.lock
 	$(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \
 	  --universal --extra dev pyproject.toml -o requirements-dev.lock

@@ -23,7 +23,7 @@ from kernel_gateway.drivers import DriverError
 from kernel_gateway.errors import CellvmError
 from kernel_gateway.guest.guest import Guest, Guests
 from kernel_gateway.host import examine, install_packages, missing_packages
-from kernel_gateway.images.cache import Cache
+from kernel_gateway.images.cache import Busy, Cache, in_thread
 from kernel_gateway.images.image import BuildError
 from kernel_gateway.kernel.events import CellError
 from kernel_gateway.kernel.notebook import Notebook, NotebookError, tags
@@ -161,7 +161,7 @@ async def build(settings: Settings) -> None:
 
 async def doctor(settings: Settings) -> int:
     """Tell what this host offers; the exit status is 1 when a server can't run."""
-    found: Verdict | None = None
+    found: Verdict | str = "packages are missing"
     if why := kvm.refused():
         found = Verdict(False, why)
     elif not missing_packages(settings.qemu):
@@ -170,11 +170,11 @@ async def doctor(settings: Settings) -> int:
         building = builder(settings)
         with steps() as step, closing(building.cache):
             try:
-                async with building.cache.building(step):
+                async with building.cache.building(step, waits=False) as tell:
                     template = load_templates(settings).default
-                    found = await kvm.verdict(building, template, disks, step, anew=True)
-            except BuildError as error:
-                console.print(f"KVM could not be tried: {error}", markup=False)
+                    found = await kvm.verdict(building, template, disks, tell, anew=True)
+            except (BuildError, Busy) as error:
+                found = str(error)
     failed = False
     marks = {"ok": "[green]ok[/]  ", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
     try:
@@ -335,9 +335,9 @@ async def cache(settings: Settings, action: str, unused: float) -> int:
         return 0
     freed = 0
     with steps() as step:
-        async with there.building(step):
-            step("delete what nobody uses")
-            for entry in await asyncio.to_thread(lambda: list(there.prune(unused))):
+        async with there.building(step) as tell:
+            tell("delete what nobody uses")
+            for entry in await in_thread(lambda: list(there.prune(unused))):
                 freed += entry.size
                 print(f"{entry.size / 2**20:8.0f} MiB  {entry.name}")
     print(f"{freed / 2**20:8.0f} MiB  deleted")

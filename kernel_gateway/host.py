@@ -80,12 +80,12 @@ class Finding:
 
 
 def examine(
-    settings: Settings, kvm: Verdict | None, network: tuple[str, str], own: frozenset[IPv4Address]
+    settings: Settings, kvm: Verdict | str, network: tuple[str, str], own: frozenset[IPv4Address]
 ) -> Iterator[Finding]:
     """Look at everything a server needs.
 
     Args:
-        kvm: what became of the real guest on KVM, None when it could not be tried.
+        kvm: what became of the real guest on KVM, or why it was not tried.
         network: the mechanism that sandboxes' networks would have, and what did not work (`network.slots.choose`).
         own: the host's own addresses.
     """
@@ -113,11 +113,11 @@ def examine(
     yield _port(settings)
 
 
-def kvm_finding(kvm: Verdict | None) -> Finding:
-    """What a verdict on KVM means."""
+def kvm_finding(kvm: Verdict | str) -> Finding:
+    """What a verdict on KVM means, or that there is none for this reason."""
     slow = "sandboxes run emulated (TCG): correct, 5 to 20 times slower, and not a security boundary by QEMU's word"
-    if kvm is None:
-        return Finding("warn", "KVM was not tried, because a guest image can't be built yet", slow)
+    if isinstance(kvm, str):
+        return Finding("warn", f"KVM was not tried: {kvm}", "run `cellvm doctor` again when that has changed")
     if kvm.works:
         return Finding("ok", "KVM: the real guest boots on it", "sandboxes are hardware-isolated and run at full speed")
     return Finding("warn", f"no KVM: {kvm.why}", slow)

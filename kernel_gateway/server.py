@@ -27,7 +27,7 @@ from kernel_gateway.drivers.qemu import Qemu
 from kernel_gateway.drivers.unisolated import Unisolated
 from kernel_gateway.guest.guest import Guests
 from kernel_gateway.images.build import Builder, qemu_version
-from kernel_gateway.images.cache import Cache
+from kernel_gateway.images.cache import Cache, in_thread
 from kernel_gateway.images.image import Progress, content_hash
 from kernel_gateway.images.preparation import Preparation, Prepare
 from kernel_gateway.images.templates import Template, Templates, rootfs_dir
@@ -132,8 +132,8 @@ async def opened_driver(settings: Settings, first: Template, progress: Progress)
         return
     building = builder(settings)
     with closing(building.cache):
-        async with building.cache.building(progress):
-            accelerator = await _accelerator(settings, first, building, disks, progress)
+        async with building.cache.building(progress) as step:
+            accelerator = await _accelerator(settings, first, building, disks, step)
         # The jail is first: the server may have to leave its control group to it, which it can only while it is alone.
         with closing(Jail.open(building.binary, kvm=accelerator == "kvm")) as jail:
             if accelerator == "kvm" and (why := jail.kvm_refused()):
@@ -141,8 +141,8 @@ async def opened_driver(settings: Settings, first: Template, progress: Progress)
             async with opened_network(settings) as slots:
                 driver = Qemu(building.binary, accelerator, disks, jail, nics=slots)
 
-                async def prepare(template: Template, step: Progress) -> None:
-                    async with building.cache.building(step):
+                async def prepare(template: Template, progress: Progress) -> None:
+                    async with building.cache.building(progress) as step:
                         await building.ready(template, driver, step)
 
                 yield Opened(driver, slots, prepare)
@@ -320,7 +320,7 @@ async def make_rest(settings: Settings, templates: Templates, preparation: Prepa
         try:
             cache = Cache(settings.cache_path)
             async with cache.building(log.info):
-                for entry in await asyncio.to_thread(lambda: list(cache.prune(settings.cache_days))):
+                for entry in await in_thread(lambda: list(cache.prune(settings.cache_days))):
                     log.info("deleted from the cache, unused for %d days: %s", settings.cache_days, entry.name)
         except OSError as error:
             log.warning("old entries of the cache can't be deleted: %s", error)

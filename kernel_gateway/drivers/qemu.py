@@ -31,8 +31,9 @@ START_TIMEOUT = 60.0
 """Seconds QEMU may take to start and load its state; it takes a tenth of one where nobody else is busy."""
 LOOK_EVERY = 0.5
 """Seconds between two looks at what a machine has done."""
-STANDSTILL = (5.0, 300.0)
-"""A machine that has used less than so many seconds of processor time in so many seconds stands still."""
+STANDSTILL = (0.5, 30.0)
+"""A machine that has used less than so many seconds of processor time in so many seconds stands still. On a host with
+a load of 30 for each processor it would still get twice as much."""
 TCG_TIME_SCALE = 4.0
 T = TypeVar("T")
 _CAPABILITIES = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
@@ -282,11 +283,16 @@ class Qemu:
         return vm
 
     async def boot(self, image: Image, machine: Machine, memory: int, disk: int) -> QemuVm:
-        """Start the guest's kernel on a shared memory file and a disk, both the caller's."""
-        vm = self._spawn(machine, image, memory, disk, await self._card(), template=True)
-        async with _whole_or_nothing(vm):
-            await vm.cell.confine(vm.pid)
-            await vm.control()
+        """Start the guest's kernel on a shared memory file and a disk, both the caller's.
+
+        Raises:
+            DriverError: it could not be started; nothing is left behind.
+        """
+        with _told_as_driver_error():
+            vm = self._spawn(machine, image, memory, disk, await self._card(), template=True)
+            async with _whole_or_nothing(vm):
+                await vm.cell.confine(vm.pid)
+                await vm.control()
         return vm
 
     async def save(self, vm: QemuVm, state: int) -> None:

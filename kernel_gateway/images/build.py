@@ -4,7 +4,6 @@ Everything is cached under a hash of what went into it, the QEMU version and the
 of a server only verifies.
 """
 
-import asyncio
 import hashlib
 import itertools
 import logging
@@ -12,7 +11,7 @@ import math
 import os
 import re
 import subprocess
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from kernel_gateway.drivers.tsc import is_same_rate, tsc_khz
 from kernel_gateway.errors import CellvmError, GuestUnresponsive
 from kernel_gateway.guest.guest import Guests
 from kernel_gateway.guest.link import Link
-from kernel_gateway.images.cache import Cache
+from kernel_gateway.images.cache import Cache, in_thread
 from kernel_gateway.images.image import (
     BuildError,
     Progress,
@@ -115,6 +114,22 @@ def this_cpu() -> str:
     return cpu_identity(Path("/proc/cpuinfo").read_text(), os.uname().release)
 
 
+def snapshot_path(cache: Cache, manifest: Manifest) -> Path:
+    """Where the snapshot that fits lies, or will lie.
+
+    The rate of an emulated guest's clock is in the name, so that hosts of several rates keep their snapshots side by
+    side. Of the rates that are there, one that may be this host's counts as this host's, because measurements differ.
+    """
+    folder, key = cache.root / "snapshots", content_hash(msgspec.json.encode(manifest.made_with))
+    if not manifest.tsc_khz:
+        return folder / f"{manifest.template}-{key}"
+    name = re.compile(rf"{re.escape(manifest.template)}-(\d+)khz-{key}")
+    rates = [int(found[1]) for path in folder.iterdir() if (found := name.fullmatch(path.name))]
+    near = [rate for rate in rates if is_same_rate(rate, manifest.tsc_khz)]
+    rate = min(near, key=lambda rate: abs(rate - manifest.tsc_khz), default=manifest.tsc_khz)
+    return folder / f"{manifest.template}-{rate}khz-{key}"
+
+
 def machine_of(template: Template, accelerator: str) -> Machine:
     """The machine that a template's sandboxes are, on this host."""
     rate = 0
@@ -155,11 +170,11 @@ class Builder:
             step(f"{template.id}: {text}")
 
         directory = await self.image(template, told)
-        initrd = await asyncio.to_thread(build_initrd, directory, self.cache)
-        machine = await asyncio.to_thread(machine_of, template, driver.capabilities.accelerator)
+        initrd = await in_thread(build_initrd, directory, self.cache)
+        machine = await in_thread(machine_of, template, driver.capabilities.accelerator)
         # In a thread, because a server may be at work already.
-        manifest = await asyncio.to_thread(self._expected, template, driver, machine, directory, initrd)
-        path = self.cache.root / "snapshots" / f"{template.id}-{content_hash(msgspec.json.encode(manifest.made_with))}"
+        manifest = await in_thread(self._expected, template, driver, machine, directory, initrd)
+        path = snapshot_path(self.cache, manifest)
         image = self.open_image(directory, initrd)
         try:
             if path.is_dir():
@@ -205,7 +220,7 @@ class Builder:
         """
         step("verify the snapshot")
         try:
-            snapshot = await asyncio.to_thread(Snapshot.load, self.cache.use(path))
+            snapshot = await in_thread(Snapshot.load, self.cache.use(path))
         except SnapshotCorrupt as error:
             raise BuildError(str(error)) from error
         try:
@@ -244,23 +259,32 @@ class Builder:
                 if attempt == BOOT_ATTEMPTS:
                     raise
                 log.warning("boot %d of at most %d: %s", attempt, BOOT_ATTEMPTS, error)
+            except OSError as error:
+                why = f"the snapshot of {template.id} can't be made in {path.parent}: {error}"
+                raise BuildError(f"{why}. What was downloaded and built so far is kept") from error
 
     async def _boot(
         self, template: Template, driver: Qemu, image: Image, machine: Machine, manifest: Manifest, work: Path,
         step: Progress,
     ) -> None:  # fmt: skip
         step("boot the template")
-        memory = memory_file("template", machine.ram_mb * 1024 * 1024)
-        disk = await asyncio.to_thread(self._format, work / "disk", template.disk_mb)
-        state = os.open(work / "state", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            vm = await driver.boot(image, machine, memory, disk)
+        with ExitStack() as opened:
+            memory = memory_file("template", machine.ram_mb * 1024 * 1024)
+            opened.callback(os.close, memory)
+            disk = await in_thread(self._format, work / "disk", template.disk_mb)
+            opened.callback(os.close, disk)
+            state = os.open(work / "state", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            opened.callback(os.close, state)
+            try:
+                vm = await driver.boot(image, machine, memory, disk)
+            except DriverError as error:
+                raise NotBooted(_what_was_seen(template, error)) from error
             try:
                 with closing(await Link.open(vm.open(), time_scale=driver.capabilities.time_scale)) as link:
                     try:
                         await vm.progressing(_answered(link), BOOT_CPU)
                     except (CellvmError, DriverError) as error:
-                        raise NotBooted(_what_was_seen(template, vm, error)) from error
+                        raise NotBooted(_what_was_seen(template, error, vm)) from error
                     step("warm the kernel")
                     warm = wire.Warm(modules=template.warm, exercise=template.exercise)
                     await vm.progressing(link.call(warm, wire.Done, timeout=math.inf), WARM_CPU)
@@ -268,15 +292,12 @@ class Builder:
                     step("save the snapshot")
                     await driver.save(vm, state)
             except (CellvmError, DriverError) as error:
-                raise BuildError(_what_was_seen(template, vm, error)) from error
+                raise BuildError(_what_was_seen(template, error, vm)) from error
             finally:
                 await vm.kill()
             with open(work / "memory", "w+b") as file:
-                await asyncio.to_thread(copy_sparse, memory, file.fileno())
-        finally:
-            for fd in (memory, disk, state):
-                os.close(fd)
-        digests = {name: await asyncio.to_thread(_digest, work / name) for name in FILES}
+                await in_thread(copy_sparse, memory, file.fileno())
+        digests = {name: await in_thread(_digest, work / name) for name in FILES}
         (work / "manifest.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(manifest, files=digests)))
 
     def _format(self, path: Path, size_mb: int) -> int:
@@ -299,11 +320,11 @@ class Builder:
         """Why the real guest does not boot on this host's KVM, with what it printed last; empty when it does."""
         step("try KVM with the real guest")
         directory = await self.image(template, step)
-        image = self.open_image(directory, await asyncio.to_thread(build_initrd, directory, self.cache))
+        image = self.open_image(directory, await in_thread(build_initrd, directory, self.cache))
         machine = machine_of(template, "kvm")
         memory = memory_file("probe", machine.ram_mb * 1024 * 1024)
         path = self.cache.root / f".probe-{os.getpid()}"
-        disk = await asyncio.to_thread(self._format, path, template.disk_mb)
+        disk = await in_thread(self._format, path, template.disk_mb)
         try:
             path.unlink()
             vm = await driver.boot(image, machine, memory, disk)
@@ -345,12 +366,14 @@ async def _answered(link: Link) -> None:
                 raise
 
 
-def _what_was_seen(template: Template, vm: QemuVm, error: Exception) -> str:
+def _what_was_seen(template: Template, error: Exception, vm: QemuVm | None = None) -> str:
+    printed = ""
+    if vm is not None:
+        printed = f" The machine printed last:\n{vm.console_text[-LAST_WORDS:].strip() or '(nothing)'}"
     load = os.getloadavg()[0]
     return (
         f"the template {template.id} did not get ready: {error}.\n"
-        f"The load of this host is {load:.1f} on {os.cpu_count()} processors. The machine printed last:\n"
-        f"{vm.console_text[-LAST_WORDS:].strip() or '(nothing)'}\n"
+        f"The load of this host is {load:.1f} on {os.cpu_count()} processors.{printed}\n"
         "What was downloaded and built so far is kept. Start again, when the host is less busy if its load is high; "
         "`cellvm doctor` tells what the host lacks."
     )

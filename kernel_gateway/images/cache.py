@@ -7,9 +7,9 @@
     snapshots/TEMPLATE-KEY   a template's snapshot
     kvm/KEY                  whether this host's KVM runs the guest
 
-Many servers may share a cache. One of them builds at a time, behind the file `lock`. A server holds a shared lock on
-each entry that it uses, so that pruning leaves the entry alone. An entry's modification time tells when it was last
-used.
+Many servers may share a cache. One of them builds at a time, behind the file `lock`, and writes its steps into it for
+those who wait. A server holds a shared lock on each entry that it uses, so that pruning leaves the entry alone. An
+entry's modification time tells when it was last used.
 Names with a dot in front are unfinished work: whoever holds `lock` may delete those of builders that were killed.
 """
 
@@ -19,11 +19,13 @@ import logging
 import os
 import re
 import shutil
+import struct
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,33 @@ KEY = rf"(?:[A-Za-z0-9_-]+-)?[0-9a-f]{{16}}|{SUITE}"
 ENTRY = re.compile(rf"(?:{KEY})(?:\.part)?")
 UNFINISHED = re.compile(rf"\.(?:{KEY})(?:\.part)?(?:-[a-z0-9_]{{8}})?")
 """Names of work that was begun (with the letters of `mkdtemp`), and of entries that are being deleted."""
+STEP_LIMIT = 500
+"""Bytes of a builder's step that others are shown."""
+_LOCK = struct.Struct("hhqqi4x")
+"""The kernel's `struct flock`: type, whence, start, length (0 for the whole file), pid (0 for a lock of open files)."""
+T = TypeVar("T")
+
+
+class Busy(Exception):
+    """Another process builds or prunes in the cache; the text says where, and what it does."""
+
+
+async def in_thread(work: Callable[..., T], *arguments: object) -> T:
+    """The result of `work`, run in a thread.
+
+    Cancelled, it waits for the thread's end first. Nothing can stop the thread, and it still uses what its caller would
+    give back then: the build lock, descriptors, folders.
+    """
+    running = asyncio.get_running_loop().run_in_executor(None, work, *arguments)
+    cancelled = None
+    while not running.done():
+        try:
+            await asyncio.wait({running})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled from running.exception()
+    return running.result()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,22 +94,47 @@ class Cache:
         return f"<Cache {self.root}>"
 
     @asynccontextmanager
-    async def building(self, progress: Callable[[str], None]) -> AsyncIterator[None]:
-        """Be the only one who builds or prunes. Waits for others: what they build is most likely what we need."""
+    async def building(
+        self, progress: Callable[[str], None], *, waits: bool = True
+    ) -> AsyncIterator[Callable[[str], None]]:
+        """Be the only one who builds or prunes. Waits for others: what they build is most likely what we need.
+
+        Yields what tells a step: to `progress`, and to others who wait.
+
+        Args:
+            waits: whether to wait for others, and tell their steps meanwhile.
+
+        Raises:
+            Busy: there is another one, and this one does not wait.
+        """
         lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+        def note(text: str) -> None:
+            with suppress(OSError):  # a full disk: what others are told is not worth a start that needs no room
+                os.pwrite(lock, text.encode()[:STEP_LIMIT].ljust(STEP_LIMIT, b"\0"), 0)
+
+        def step(text: str) -> None:
+            note(text)
+            progress(text)
+
         try:
-            waiting = False
-            while not _locked(lock, fcntl.LOCK_EX):
-                if not waiting:
-                    progress(f"wait for another build in {self.root}")
-                waiting = True
+            told = None
+            while not _locked(lock):
+                other = os.pread(lock, STEP_LIMIT, 0).decode("utf-8", "replace").rstrip("\0")
+                doing = f"{self.root}: {other}" if other else str(self.root)
+                if not waits:
+                    raise Busy(f"another process builds in {doing}")
+                if doing != told:
+                    progress(f"wait for another build in {doing}")
+                told = doing
                 await asyncio.sleep(0.5)
+            note("")  # a builder that was killed has left its step there
             for left in self._unfinished():
                 try:
-                    await asyncio.to_thread(_delete, left)
+                    await in_thread(_delete, left)
                 except OSError as error:  # another user's, say; it is in nobody's way
                     log.warning("%s is left of a build that was killed, and can't be deleted: %s", left, error)
-            yield
+            yield step
         finally:
             os.close(lock)
 
@@ -94,7 +148,7 @@ class Cache:
         """Hold an entry for as long as this cache is open, and note that it was used now. Returns the path."""
         if path not in self._held:
             held = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            fcntl.flock(held, fcntl.LOCK_SH)
+            fcntl.fcntl(held, fcntl.F_OFD_SETLK, _LOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0))
             self._held[path] = held
         path.touch()
         return path
@@ -125,9 +179,9 @@ class Cache:
             yield entry
 
 
-def _locked(file: int, kind: int) -> bool:
+def _locked(file: int) -> bool:
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -140,7 +194,9 @@ def _entry(path: Path) -> Entry | None:
     except FileNotFoundError:
         return None
     try:
-        is_held = not _locked(file, fcntl.LOCK_EX)
+        # Only asked for, not taken: whoever looks at the same time would see that lock.
+        found = fcntl.fcntl(file, fcntl.F_OFD_GETLK, _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        is_held = _LOCK.unpack(found)[0] != fcntl.F_UNLCK
         return Entry(path, _size(path), os.fstat(file).st_mtime, is_held)
     finally:
         os.close(file)

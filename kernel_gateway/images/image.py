@@ -23,7 +23,7 @@ from pathlib import Path
 
 import msgspec
 
-from kernel_gateway.images.cache import SUITE, Cache
+from kernel_gateway.images.cache import SUITE, Cache, in_thread
 from kernel_gateway.images.templates import Template, rootfs_dir
 
 log = logging.getLogger(__name__)
@@ -170,15 +170,52 @@ async def run(
         raise BuildError(f"{command[0]} failed with status {process.returncode}:\n" + "\n".join(last))
 
 
+def without_comments(file: Path) -> list[str]:
+    """A file's lines, but for blank ones and those that begin with `#` (`#!` counts), because they change no image."""
+    return [line for line in file.read_text().splitlines() if not re.match(r"\s*(#(?!!)|$)", line)]
+
+
+def locked(packages: Iterable[str]) -> str:
+    """The part of the guests' lock file that holds these packages and all that they need.
+
+    Raises:
+        BuildError: the lock file has no such package.
+    """
+    pins, needed_by = {}, {}
+    for block in re.split(r"^(?=\S)", (rootfs_dir() / "requirements.lock").read_text(), flags=re.MULTILINE)[1:]:
+        name = block.partition("==")[0]
+        pins[name], _, others = block.partition("    # via ")
+        needed_by[name] = set(others.strip().split(", "))
+    wanted = {re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", package)[0]).lower() for package in packages}
+    if unknown := wanted - pins.keys():
+        raise BuildError(
+            f"rootfs/requirements.lock has no {', '.join(sorted(unknown))}: add what is missing to "
+            "rootfs/requirements.in, and run `make lock`"
+        )
+    while more := {name for name, others in needed_by.items() if others & wanted} - wanted:
+        wanted |= more
+    return "".join(pin for name, pin in pins.items() if name in wanted)
+
+
+def python_packages(template: Template) -> list[str]:
+    """What a template's virtual environment is asked to hold."""
+    return [*AGENT_PACKAGES, *template.python]
+
+
 def image_key(template: Template, ca_bundle: Path | None) -> str:
+    """The name of a template's image.
+
+    Raises:
+        BuildError: the lock file lacks a package of the template.
+    """
     rootfs = rootfs_dir()
+    packages = python_packages(template)
     return content_hash(
-        rootfs / "debian.txt",
-        rootfs / "customize.sh",
-        rootfs / "requirements.lock",
+        "\n".join(without_comments(rootfs / "customize.sh")),
+        locked(packages),
         ca_bundle.read_bytes() if ca_bundle else b"",
         SUITE,
-        repr((AGENT_PACKAGES, template.debian, template.python)),
+        repr((without_comments(rootfs / "debian.txt"), template.debian, packages)),
     )
 
 
@@ -190,24 +227,24 @@ async def build_image(template: Template, cache: Cache, ca_bundle: Path | None, 
     """
     directory = cache.root / "images" / image_key(template, ca_bundle)
     if directory.is_dir():
-        if not (why := await asyncio.to_thread(damage, directory)):
+        if not (why := await in_thread(damage, directory)):
             return cache.use(directory)
         log.warning("the image is built again, because it is damaged: %s", why)
         cache.drop(directory)
-    rootfs = rootfs_dir()
-    wheels = cache.root / "wheels" / content_hash(rootfs / "requirements.lock")
+    requirements = locked(python_packages(template))
+    wheels = cache.root / "wheels" / content_hash(requirements)
     step("download Debian and Python packages")
     with finished(directory) as work:
         try:
             async with asyncio.TaskGroup() as both:
-                both.create_task(download_wheels(rootfs / "requirements.lock", wheels, step))
+                both.create_task(download_wheels(requirements, wheels, step))
                 both.create_task(_debian(template, work, cache, wheels, ca_bundle, step))
         except* (BuildError, OSError) as failed:
             raise failed.exceptions[0] from None
         shutil.rmtree(work / "tmp")
         booted = [*(work / "boot/boot").glob("vmlinuz-*"), work / "boot/bin/busybox"]
         modules = modules_in_order(work / "boot/lib/modules")
-        await asyncio.to_thread(seal, work, [work / "root.erofs", *booted, *modules])
+        await in_thread(seal, work, [work / "root.erofs", *booted, *modules])
     return cache.use(directory)
 
 
@@ -220,44 +257,67 @@ async def _debian(
     debs.mkdir(exist_ok=True)
     debs.touch()
     (work / "tmp").mkdir()
-    packages = [line for line in (rootfs / "debian.txt").read_text().split("\n") if line and line[0] != "#"]
+    packages = without_comments(rootfs / "debian.txt") + template.debian
     excluded = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("man", "locale", "doc", "info")]
-    await run(
-        [
-            *(ALONE if is_root else DIES_WITH_US),
-            "mmdebstrap", "--mode=unshare", "--variant=minbase", f"--include={','.join(packages + template.debian)}",
-            *excluded,
-            # Packages are kept outside, in the cache.
-            "--skip=essential/unlink,cleanup/apt/cache",
-            '--setup-hook=mkdir -p "$1/var/cache/apt/archives" && mount --bind "$DEBS" "$1/var/cache/apt/archives"',
-            f"--customize-hook={rootfs / 'customize.sh'}", "--format=null", SUITE,
-        ],
-        {
-            "OUT": str(work),
-            "DEBS": str(debs),
-            "WHEELS": str(wheels),
-            "PYTHON_PACKAGES": " ".join((*AGENT_PACKAGES, *template.python)),
-            "CA_BUNDLE": str(ca_bundle or ""),
-            "TMPDIR": str(work / "tmp"),
-        },
-        step,
-        ended_by=signal.SIGKILL if is_root else signal.SIGTERM,
-    )  # fmt: skip
+    command = [
+        *(ALONE if is_root else DIES_WITH_US),
+        "mmdebstrap", "--mode=unshare", "--variant=minbase", f"--include={','.join(packages)}", *excluded,
+        # Packages are kept outside, in the cache.
+        "--skip=essential/unlink,cleanup/apt/cache",
+        '--setup-hook=mkdir -p "$1/var/cache/apt/archives" && mount --bind "$DEBS" "$1/var/cache/apt/archives"',
+        f"--customize-hook={rootfs / 'customize.sh'}", "--format=null", SUITE,
+    ]  # fmt: skip
+    env = {
+        "OUT": str(work),
+        "DEBS": str(debs),
+        "WHEELS": str(wheels),
+        "PYTHON_PACKAGES": " ".join(python_packages(template)),
+        "CA_BUNDLE": str(ca_bundle or ""),
+        "TMPDIR": str(work / "tmp"),
+    }
+    ended_by = signal.SIGKILL if is_root else signal.SIGTERM
+    try:
+        await run(command, env, step, ended_by=ended_by)
+    except BuildError:
+        damaged = await in_thread(drop_damaged, debs)
+        if not damaged:
+            raise
+        log.warning("Debian packages are downloaded again, because they are damaged: %s", ", ".join(damaged))
+        await run(command, env, step, ended_by=ended_by)
 
 
-async def download_wheels(lock: Path, directory: Path, step: Progress) -> None:
-    """Fill a folder with every wheel of the lock file, hashes checked. An interrupted download is continued."""
+def drop_damaged(debs: Path) -> list[str]:
+    """Delete the Debian packages that can't be unpacked, and tell which.
+
+    apt checks what it downloads. Afterwards it takes every file of the right size for whole, so such a package would
+    fail each build.
+    """
+    damaged = []
+    for file in sorted(debs.glob("*.deb")):
+        for part in ("--ctrl-tarfile", "--fsys-tarfile"):
+            if subprocess.run(
+                ["dpkg-deb", part, file], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ).returncode:
+                file.unlink()
+                damaged.append(file.name)
+                break
+    return damaged
+
+
+async def download_wheels(requirements: str, directory: Path, step: Progress) -> None:
+    """Fill a folder with the wheels of a lock file's text, hashes checked. An interrupted download is continued."""
     if directory.is_dir():
-        text, wheels = lock.read_text(), list(directory.glob("*.whl"))
-        known = set(re.findall(r"sha256:([0-9a-f]{64})", text))
-        wanted = len(re.findall(r"^[A-Za-z0-9._-]+(?:\[.*?\])?==", text, re.MULTILINE))
-        if len(wheels) == wanted and {await asyncio.to_thread(_sha256, wheel) for wheel in wheels} <= known:
+        wheels = list(directory.glob("*.whl"))
+        known = set(re.findall(r"sha256:([0-9a-f]{64})", requirements))
+        wanted = len(re.findall(r"^\S+==", requirements, re.MULTILINE))
+        if len(wheels) == wanted and {await in_thread(_sha256, wheel) for wheel in wheels} <= known:
             directory.touch()
             return
         log.warning("Python packages are downloaded again, because a file in %s is damaged", directory)
         shutil.rmtree(directory)
     part = directory.with_suffix(".part")
     part.mkdir(parents=True, exist_ok=True)
+    (part / "requirements.txt").write_text(requirements)
     platforms = [word for platform in WHEEL_PLATFORMS for word in ("--platform", platform)]
     # pip moves what it has downloaded only at the end: until then its own cache keeps each file that is whole.
     await run(
@@ -265,7 +325,7 @@ async def download_wheels(lock: Path, directory: Path, step: Progress) -> None:
             *DIES_WITH_US, sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes",
             "--only-binary=:all:", "--python-version", "3.11", "--implementation", "cp", "--abi", "cp311",
             "--abi", "abi3", "--abi", "none", *platforms, "--cache-dir", str(part / "pip"), "--dest", str(part),
-            "--requirement", str(lock),
+            "--requirement", str(part / "requirements.txt"),
         ],
         {"PIP_NO_CACHE_DIR": "0"},
         step,

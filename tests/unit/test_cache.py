@@ -5,13 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from kernel_gateway.images.cache import DAY, KINDS, Cache
+from kernel_gateway.images.cache import DAY, KINDS, STEP_LIMIT, Busy, Cache, Entry, in_thread
 from kernel_gateway.images.image import SEAL, damage, finished, seal
+from tests.fakes import eventually
 
 
 @pytest.fixture
@@ -113,6 +116,90 @@ async def test_one_builds_at_a_time(cache: Cache) -> None:
     await asyncio.gather(build("a"), build("b"))
     assert order in (["a", "a", "b", "b"], ["b", "b", "a", "a"])
     assert told == [f"wait for another build in {cache.root}"]
+
+
+async def test_who_waits_is_told_what_for(cache: Cache) -> None:
+    """Each step of the one that builds is told to the others, once. One that does not wait hears it as an error."""
+    told: list[str] = []
+    steps: list[str] = []
+
+    async def wait() -> None:
+        async with cache.building(told.append):
+            pass
+
+    async with cache.building(steps.append) as step:
+        step("base: boot the template, which is a long step")
+        with pytest.raises(Busy, match=r"^another process builds in .*/cache: base: boot the template, which is a"):
+            async with cache.building(told.append, waits=False):
+                pass
+        waiting = asyncio.create_task(wait())
+        await eventually(lambda: len(told) == 1)
+        step("base: warm")
+        await eventually(lambda: len(told) == 2)
+        step("ä" * 10_000)
+        await eventually(lambda: len(told) == 3)
+    await waiting
+    about = f"wait for another build in {cache.root}: "
+    assert told[:2] == [f"{about}base: boot the template, which is a long step", f"{about}base: warm"]
+    assert told[2] == about + "ä" * (STEP_LIMIT // 2)
+    assert steps == ["base: boot the template, which is a long step", "base: warm", "ä" * 10_000]
+
+
+async def test_the_step_of_a_killed_builder_is_forgotten(cache: Cache) -> None:
+    """Whoever builds next is not taken for the one that was killed."""
+    (cache.root / "lock").write_text("base: warm the kernel")
+    async with cache.building(ignore):
+        with pytest.raises(Busy, match=r"/cache$"):
+            async with cache.building(ignore, waits=False):
+                pass
+    async with cache.building(ignore, waits=False):
+        pass
+
+
+def test_looking_disturbs_nobody(cache: Cache) -> None:
+    """Many look at the same entries at the same time: to none of them they are in use."""
+    for n in range(20):
+        entry(cache, f"images/{n:016x}", size=10)
+
+    def look(_: int) -> list[Entry]:
+        return [each for _ in range(30) for each in cache.entries()]
+
+    with ThreadPoolExecutor(8) as lookers:
+        found = [each for entries in lookers.map(look, range(8)) for each in entries]
+    assert len(found) == 8 * 30 * 20
+    assert not [each for each in found if each.is_held]
+
+
+async def test_cancelled_work_is_over_when_its_caller_is(cache: Cache) -> None:
+    """A thread can't be stopped: the lock is kept until it has ended, however often its caller is cancelled."""
+    may_end, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        may_end.wait(20)
+        ended.set()
+        raise OSError("no space left")
+
+    async def build() -> None:
+        async with cache.building(ignore):
+            await in_thread(work)
+
+    building = asyncio.create_task(build())
+    await asyncio.sleep(0.05)
+    for _ in range(3):
+        building.cancel()
+        await asyncio.sleep(0.02)
+        with pytest.raises(Busy):
+            async with cache.building(ignore, waits=False):
+                pass
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await building
+    assert ended.is_set()
+    assert "no space left" in str(caught.value.__cause__)
+    async with cache.building(ignore, waits=False):
+        assert await in_thread(int, "42") == 42
+        with pytest.raises(ValueError, match="invalid literal"):
+            await in_thread(int, "x")
 
 
 async def test_what_a_killed_builder_left_is_deleted(cache: Cache) -> None:

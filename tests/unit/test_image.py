@@ -3,17 +3,30 @@
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from kernel_gateway.images import image
-from kernel_gateway.images.image import Cpio, content_hash, dependencies, finished, modules_in_order
-from kernel_gateway.images.templates import Templates, rootfs_dir
+from kernel_gateway.images.image import (
+    BuildError,
+    Cpio,
+    content_hash,
+    dependencies,
+    drop_damaged,
+    finished,
+    image_key,
+    locked,
+    modules_in_order,
+    without_comments,
+)
+from kernel_gateway.images.templates import Template, Templates, rootfs_dir
 from tests.fakes import eventually
 
 
@@ -83,6 +96,109 @@ def test_a_hash_sees_every_part(tmp_path: Path) -> None:
     hashes.append(content_hash(tmp_path / "folder"))
     assert len(set(hashes)) == len(hashes)
     assert content_hash("ab") == content_hash(b"ab") == hashes[0]
+
+
+TEMPLATE = Template(id="t", description="", vcpus=1, memory_mb=1, disk_mb=1, debian=["tree"], python=["numpy"])
+
+
+@pytest.fixture
+def rootfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the recipes, which a test may change."""
+    shutil.copytree(rootfs_dir(), tmp_path / "rootfs")
+    monkeypatch.setattr(image, "rootfs_dir", lambda: tmp_path / "rootfs")
+    return tmp_path / "rootfs"
+
+
+@pytest.mark.parametrize("name", ["customize.sh", "debian.txt"])
+def test_comments_change_no_image(rootfs: Path, name: str) -> None:
+    """A comment or a blank line more is the same image. Another line, order or interpreter is another one."""
+    file, before = rootfs / name, image_key(TEMPLATE, None)
+    whole = file.read_text()
+    first, rest = whole.split("\n", 1)
+    file.write_text(f"{first}\n# a comment\n\n   # another\n#\n{rest}\n\n")
+    assert image_key(TEMPLATE, None) == before
+    for other in (f"{whole}more\n", f"#!/bin/other\n{whole}", whole.replace("\nc", "\nd")):
+        file.write_text(other)
+        assert image_key(TEMPLATE, None) != before
+
+
+def test_what_an_image_is_named_by(rootfs: Path, tmp_path: Path) -> None:
+    """Packages and certificates count. Of the lock file only what the template needs counts, and no remark in it."""
+    (tmp_path / "ca.pem").write_text("certificate")
+    keys = [
+        image_key(TEMPLATE, None),
+        image_key(TEMPLATE, tmp_path / "ca.pem"),
+        image_key(msgspec.structs.replace(TEMPLATE, debian=[]), None),
+        image_key(msgspec.structs.replace(TEMPLATE, python=[]), None),
+    ]
+    lock = rootfs / "requirements.lock"
+    whole = lock.read_text()
+    for old, new in (("\npandas==", "\npandas==9"), ("    # via ipython\n", "    # via ipython, pandas\n")):
+        assert old in whole
+        lock.write_text(whole.replace(old, new))
+        assert image_key(TEMPLATE, None) == keys[0]
+    lock.write_text(whole.replace("\nnumpy==", "\nnumpy==9"))
+    keys.append(image_key(TEMPLATE, None))
+    assert len(set(keys)) == len(keys)
+
+
+LOCK = """a==1 \\
+    --hash=sha256:aa
+    # via -r rootfs/requirements.in
+b-b==2 \\
+    --hash=sha256:bb \\
+    --hash=sha256:b2
+    # via a, c
+c==3 \\
+    --hash=sha256:cc
+    # via b-b
+d==4 \\
+    --hash=sha256:dd
+    # via -r rootfs/requirements.in, a-d
+"""
+
+
+def test_what_a_package_needs(rootfs: Path) -> None:
+    """The part of the lock file is complete, through circles too, and holds nothing else."""
+    (rootfs / "requirements.lock").write_text(LOCK)
+    pins = ["a==1 \\\n    --hash=sha256:aa\n", "b-b==2 \\\n    --hash=sha256:bb \\\n    --hash=sha256:b2\n"]
+    pins.append("c==3 \\\n    --hash=sha256:cc\n")
+    assert locked(["a"]) == "".join(pins)
+    assert locked(["B_b[extra]>=1"]) == "".join(pins[1:])
+    assert locked(["d"]) == "d==4 \\\n    --hash=sha256:dd\n"
+    assert locked([]) == ""
+    with pytest.raises(BuildError, match=r"requirements\.lock has no e, f: add what is missing .* `make lock`"):
+        locked(["a", "f", "e"])
+
+
+def test_the_lock_file_is_whole() -> None:
+    """All packages of all templates make the whole file: each pin is needed, and each need has a pin."""
+    wanted = without_comments(rootfs_dir() / "requirements.in")
+    pins = [line for line in (rootfs_dir() / "requirements.lock").read_text().splitlines() if "==" in line]
+    assert [line for line in locked(wanted).splitlines() if "==" in line] == pins
+    few = locked(image.AGENT_PACKAGES)
+    assert "ipython==" in few
+    assert "numpy==" not in few
+
+
+def test_damaged_debian_packages_are_dropped(tmp_path: Path) -> None:
+    """A package that can't be unpacked goes, though its size is right. Whole ones and other files stay."""
+    (tmp_path / "tree/DEBIAN").mkdir(parents=True)
+    (tmp_path / "tree/DEBIAN/control").write_text(
+        "Package: x\nVersion: 1\nArchitecture: all\nMaintainer: x <x@example.net>\nDescription: x\n"
+    )
+    (tmp_path / "tree/file").write_bytes(os.urandom(10_000))
+    debs = tmp_path / "debs"
+    debs.mkdir()
+    subprocess.run(["dpkg-deb", "--build", tmp_path / "tree", debs / "whole.deb"], check=True, capture_output=True)
+    whole = (debs / "whole.deb").read_bytes()
+    (debs / "zeros.deb").write_bytes(bytes(len(whole)))
+    (debs / "half.deb").write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    (debs / "flipped.deb").write_bytes(whole[:-2000] + bytes([whole[-2000] ^ 1]) + whole[-1999:])
+    (debs / "head.deb").write_bytes(whole[:140] + bytes([whole[140] ^ 1]) + whole[141:])
+    (debs / "lock").touch()
+    assert drop_damaged(debs) == ["flipped.deb", "half.deb", "head.deb", "zeros.deb"]
+    assert sorted(path.name for path in debs.iterdir()) == ["lock", "whole.deb"]
 
 
 def test_a_folder_appears_when_it_is_finished(tmp_path: Path) -> None:

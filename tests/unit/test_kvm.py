@@ -15,7 +15,7 @@ import pytest
 
 from kernel_gateway import kvm
 from kernel_gateway.drivers.jail import Jail
-from kernel_gateway.host import kvm_finding
+from kernel_gateway.host import Finding, kvm_finding
 from kernel_gateway.images.build import Builder, cpu_identity
 from kernel_gateway.images.cache import Cache
 from kernel_gateway.images.templates import Template
@@ -114,7 +114,7 @@ def test_other_verdicts() -> None:
     assert kvm_finding(Verdict(True)).level == "ok"
     nested = "the machine used 6 s of processor time; the last it printed: Probing EDD"
     assert kvm_finding(Verdict(False, nested)).what == f"no KVM: {nested}"
-    assert kvm_finding(None).what == "KVM was not tried, because a guest image can't be built yet"
+    assert kvm_finding("packages are missing").what == "KVM was not tried: packages are missing"
 
 
 # -- verdicts
@@ -280,3 +280,23 @@ async def test_kvm_by_name_where_there_is_none(isolation: str, device: Path, tmp
     with pytest.raises(SettingsError, match=r"^--isolation qemu-kvm: there is no /dev/kvm: load kvm_intel"):
         async with opened_driver(settings, load_templates(settings).default, lambda _: None):
             pass
+
+
+async def test_doctor_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process builds: doctor says what that one does, and tells all the rest at once."""
+    from kernel_gateway import __main__ as command
+
+    told: list[Verdict | str] = []
+
+    def examine(settings: Settings, kvm: Verdict | str, *_: object) -> list[Finding]:
+        told.append(kvm)
+        return [kvm_finding(kvm)]
+
+    monkeypatch.setattr(kvm, "refused", lambda: "")
+    monkeypatch.setattr(command, "missing_packages", lambda qemu: [])
+    monkeypatch.setattr(command, "examine", examine)
+    settings = Settings(data_dir=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"), network="off")
+    async with Cache(tmp_path / "cache").building(lambda _: None) as step:
+        step("base: warm the kernel")
+        assert await command.doctor(settings) == 0
+    assert told == [f"another process builds in {tmp_path}/cache: base: warm the kernel"]

@@ -9,6 +9,7 @@ from kernel_gateway.errors import TemplateNotReady
 from kernel_gateway.images import preparation
 from kernel_gateway.images.preparation import Preparation
 from kernel_gateway.images.templates import Template
+from tests.fakes import eventually
 
 FIRST, SECOND, THIRD = (
     Template(id=name, description="", vcpus=1, memory_mb=1, disk_mb=1) for name in ("first", "second", "third")
@@ -76,6 +77,20 @@ async def test_whoever_asks_early_waits_a_little(workshop: Workshop, monkeypatch
     await making.require(SECOND)
     await making.require(THIRD)
     assert sorted(workshop.begun) == ["first", "second", "third"]
+    await making.close()
+
+
+async def test_the_one_that_is_asked_for_is_next(workshop: Workshop) -> None:
+    """A request waits for the template that is being made, not for all others that nobody has asked for."""
+    making = Preparation(workshop.prepare)
+    rest = asyncio.create_task(making.make_all([FIRST, SECOND, THIRD]))
+    await eventually(lambda: workshop.begun == ["first"])
+    asked = asyncio.create_task(making.require(THIRD))
+    await asyncio.sleep(0)
+    workshop.go.set()
+    await asked
+    await rest
+    assert workshop.begun == ["first", "third", "second"]
     await making.close()
 
 
