@@ -46,13 +46,13 @@ class GatewayConnection(BaseKernelWebsocketConnection):
         self._gateway: WebSocketClientConnection | None = None
         self._waiting: list[str | bytes] = []
         self._waiting_size = 0
-        self._left = False
+        self._left = asyncio.Event()
         self._misses = 0
         self._relaying = asyncio.create_task(self._relay())
 
     def disconnect(self) -> None:  # type: ignore[override]  # it is not awaited
         """Called when the browser has left."""
-        self._left = True
+        self._left.set()
         if self._gateway is not None:
             self._gateway.close()
 
@@ -66,19 +66,22 @@ class GatewayConnection(BaseKernelWebsocketConnection):
         self._waiting_size += len(incoming_msg)
         if self._waiting_size > LARGEST_MESSAGE:
             self._waiting.clear()
-            self._left = True  # a later message must not reach the kernel without those that were dropped
+            self._left.set()  # a later message must not reach the kernel without those that were dropped
             self.websocket_handler.close(1001, "too much waits for the gateway")
 
     async def _relay(self) -> None:
         client = GatewayClient.instance()
         try:
-            while not self._left and await self._until_lost() and self._misses < client.gateway_retry_max:
+            while await self._until_lost() and self._misses < client.gateway_retry_max:
                 pause = min(
                     client.gateway_retry_interval * 2 ** min(self._misses, 16), client.gateway_retry_interval_max
                 )
                 self._misses += 1
                 self.log.warning("Kernel %s: connecting to the gateway again in %.0f s", self.kernel_id, pause)
-                await asyncio.sleep(pause * random.uniform(1, 1.2))  # noqa: S311  not all connect at the same time
+                pause *= random.uniform(1, 1.2)  # noqa: S311  not all connect at the same time
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._left.wait(), pause)
+                    return
         finally:
             self.websocket_handler.close(1001, "no way to the kernel")  # JupyterLab does not retry after this code
 
@@ -98,10 +101,10 @@ class GatewayConnection(BaseKernelWebsocketConnection):
             )
         except HTTPClientError as error:
             self.log.warning("Kernel %s: the gateway says %s", self.kernel_id, error)
-            return not (self._left or 400 <= error.code < 500)
+            return not (self._left.is_set() or 400 <= error.code < 500)
         except OSError as error:
             self.log.warning("Kernel %s: no gateway: %s", self.kernel_id, error)
-            return not self._left
+            return not self._left.is_set()
         began = time.monotonic()
         try:
             assert gateway.protocol is not None
@@ -111,7 +114,7 @@ class GatewayConnection(BaseKernelWebsocketConnection):
             self._waiting.clear()
             self._waiting_size = 0
             self._gateway = gateway
-            while not self._left and (frame := await gateway.read_message()) is not None:
+            while not self._left.is_set() and (frame := await gateway.read_message()) is not None:
                 await self.websocket_handler.write_message(frame, isinstance(frame, bytes))
                 self._misses = 0
                 if number := number_of(frame, self._protocol):
@@ -123,7 +126,7 @@ class GatewayConnection(BaseKernelWebsocketConnection):
             gateway.close()
             if time.monotonic() - began > PING_INTERVAL:
                 self._misses = 0
-        return not (self._left or gateway.close_code in FINAL)
+        return not (self._left.is_set() or gateway.close_code in FINAL)
 
     @property
     def _key(self) -> tuple[str, str]:
