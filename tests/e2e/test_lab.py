@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -55,6 +56,7 @@ class Lab:
         self.http.headers["Authorization"] = f"token {TOKEN}"
         try:
             self.url = until(self._address, 120, every=0.1)[1]
+            until(self._listens, 120, every=0.1)
         except BaseException:
             self.close()
             raise
@@ -63,6 +65,12 @@ class Lab:
         text = self.log.read_text()
         assert self.process.poll() is None, text[-3000:]
         return re.search(r"^\S.*ServerApp\]\s+(http://127\.0\.0\.1:\d+)/lab", text, re.MULTILINE)
+
+    def _listens(self) -> bool:
+        """Whether connections are accepted. A Jupyter server prints its address a moment before that."""
+        host, port = self.url.removeprefix("http://").split(":")
+        with socket.socket() as probe:
+            return probe.connect_ex((host, int(port))) == 0
 
     def close(self) -> None:
         self.http.close()
