@@ -3,7 +3,7 @@
     python browser.py ADDRESS SCREENSHOT [KERNEL]
 
 ADDRESS is JupyterLab's, with its token. KERNEL is the id of a kernel that somebody else has started. With it, this also
-tries the features that need the classes of kernel_gateway.lab. Each step prints one JSON object on a line. The first
+tries the features that need the classes of cellvm_lab. Each step prints one JSON object on a line. The first
 step that fails is the last.
 """
 

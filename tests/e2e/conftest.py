@@ -15,6 +15,7 @@ import pytest
 from tests.guest.client import CACHE, Server
 
 HERE = Path(__file__).parent
+LAB = HERE.parents[1] / "lab"
 PREPARED = CACHE / "test"
 PROGRAMS = {"chromium": "chromium", "node": "nodejs", "npm": "npm"}
 """Programs that these tests need, and the Debian package of each."""
@@ -67,6 +68,15 @@ def lab_python(programs: None, progress: Callable[[str], None]) -> Path:
         run([*pip, "--requirement", str(HERE / "lab.lock")])
 
     return cached("lab", HERE / "lab.lock", make) / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def cellvm_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder into which the distribution of that name was installed, by pip and from its wheel."""
+    directory = tmp_path_factory.mktemp("cellvm_lab")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    run([*pip, "--target", str(directory), str(LAB)])
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""JupyterLab with `--gateway-url`, as users start it: by itself, and with the classes of kernel_gateway.lab."""
+"""JupyterLab with `--gateway-url`, as users start it: by itself, and with the classes of cellvm_lab."""
 
 import asyncio
 import base64
@@ -8,10 +8,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,20 +25,17 @@ from tests.guest.client import KEY, Sandbox, Server, until
 
 ROOT = Path(__file__).parents[2]
 SCREENSHOT = ROOT / "test-results" / "lab.png"
-OURS = (
-    "--ServerApp.kernel_websocket_connection_class=kernel_gateway.lab.GatewayConnection",
-    "--ServerApp.kernel_manager_class=kernel_gateway.lab.GatewayKernels",
-    "--ServerApp.contents_manager_class=kernel_gateway.lab.SandboxContents",
-)
+OURS = "--ServerApp.jpserver_extensions=cellvm_lab=True"
 NOTEBOOK = {"cells": [], "metadata": {"kernelspec": {"name": "code_interpreter", "display_name": ""}}}
 TOKEN = "for-the-browser"
 V1 = "v1.kernel.websocket.jupyter.org"
+Running = Callable[..., AbstractAsyncContextManager["Lab"]]
 
 
 class Lab:
-    """A `jupyter lab` process."""
+    """A `jupyter lab` process. `packages` is a folder with further packages of its environment."""
 
-    def __init__(self, python: Path, directory: Path, gateway: str, *options: str) -> None:
+    def __init__(self, python: Path, packages: Path, directory: Path, gateway: str, *options: str) -> None:
         self.directory = directory / "files"
         self.directory.mkdir()
         (self.directory / "test.ipynb").write_text(json.dumps({**NOTEBOOK, "nbformat": 4, "nbformat_minor": 5}))
@@ -52,12 +50,13 @@ class Lab:
                 stdout=log,
                 stderr=log,
                 cwd=directory,
-                env={**os.environ, **homes, "PYTHONPATH": str(ROOT), "JUPYTER_GATEWAY_AUTH_TOKEN": KEY},
+                env={**os.environ, **homes, "PYTHONPATH": str(packages), "JUPYTER_GATEWAY_AUTH_TOKEN": KEY},
             )
         self.http = requests.Session()
         self.http.headers["Authorization"] = f"token {TOKEN}"
         try:
             self.url = until(self._address, 120, every=0.1)[1]
+            until(self._listens, 120, every=0.1)
         except BaseException:
             self.close()
             raise
@@ -66,6 +65,12 @@ class Lab:
         text = self.log.read_text()
         assert self.process.poll() is None, text[-3000:]
         return re.search(r"^\S.*ServerApp\]\s+(http://127\.0\.0\.1:\d+)/lab", text, re.MULTILINE)
+
+    def _listens(self) -> bool:
+        """Whether connections are accepted. A Jupyter server prints its address a moment before that."""
+        host, port = self.url.removeprefix("http://").split(":")
+        with socket.socket() as probe:
+            return probe.connect_ex((host, int(port))) == 0
 
     def close(self) -> None:
         self.http.close()
@@ -84,16 +89,6 @@ class Lab:
         answer = self.request(method, path, **options)
         assert answer.status_code == status, answer.text
         return answer.json() if answer.content and answer.ok else answer.text
-
-
-@asynccontextmanager
-async def running(python: Path, directory: Path, gateway: str, *options: str) -> AsyncIterator[Lab]:
-    """JupyterLab for the time of the block."""
-    lab = await asyncio.to_thread(Lab, python, directory, gateway, *options)
-    try:
-        yield lab
-    finally:
-        await asyncio.to_thread(lab.close)
 
 
 class Relay:
@@ -217,6 +212,21 @@ def printed(messages: list[dict[str, Any]]) -> str:
     return "".join(each["content"]["text"] for each in messages if kind_of(each) == "stream")
 
 
+@pytest.fixture(scope="session")
+def running(lab_python: Path, cellvm_lab: Path) -> Running:
+    """Runs JupyterLab for the time of a block, in an environment into which cellvm-lab is installed."""
+
+    @asynccontextmanager
+    async def running(directory: Path, gateway: str, *options: str) -> AsyncIterator[Lab]:
+        lab = await asyncio.to_thread(Lab, lab_python, cellvm_lab, directory, gateway, *options)
+        try:
+            yield lab
+        finally:
+            await asyncio.to_thread(lab.close)
+
+    return running
+
+
 @pytest.fixture(scope="module")
 async def relay(server: Server) -> AsyncIterator[Relay]:
     async with Relay(server) as relay:
@@ -224,9 +234,9 @@ async def relay(server: Server) -> AsyncIterator[Relay]:
 
 
 @pytest.fixture(scope="module")
-async def lab(relay: Relay, lab_python: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Lab]:
+async def lab(relay: Relay, running: Running, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Lab]:
     """JupyterLab with our classes, over the relay."""
-    async with running(lab_python, tmp_path_factory.mktemp("lab"), relay.url, *OURS) as lab:
+    async with running(tmp_path_factory.mktemp("lab"), relay.url, OURS) as lab:
         yield lab
 
 
@@ -254,9 +264,9 @@ async def browse(python: Path, lab: Lab, *kernel: str) -> dict[str, dict[str, An
     return steps
 
 
-async def test_jupyterlab_as_it_comes(server: Server, lab_python: Path, tmp_path: Path) -> None:
-    """Text, a figure and a restart work when the user's side has nothing of ours."""
-    async with running(lab_python, tmp_path, server.url) as lab:
+async def test_jupyterlab_as_it_comes(server: Server, running: Running, lab_python: Path, tmp_path: Path) -> None:
+    """Text, a figure and a restart work without the flag that sets our classes."""
+    async with running(tmp_path, server.url) as lab:
         steps = await browse(lab_python, lab)
     assert steps["text"]["text"] == "hello 42"
     assert min(steps["figure"]["png"]) > 100
@@ -329,12 +339,12 @@ async def test_the_browser_hears_of_the_end(server: Server, lab: Lab, kernel: st
         assert page.connection.close_code == 1001
 
 
-async def test_kernels_of_others(server: Server, lab_python: Path, tmp_path: Path) -> None:
+async def test_kernels_of_others(server: Server, running: Running, tmp_path: Path) -> None:
     """An agent's sandbox is among the kernels. It outlives the Jupyter server, but the server's own kernels do not."""
     with server.sandbox() as box:
         box.execute("secret = 6 * 7")
         kernel = box.get("").json()["kernelID"]
-        async with running(lab_python, tmp_path, server.url, *OURS) as lab:
+        async with running(tmp_path, server.url, OURS) as lab:
             own = await asyncio.to_thread(lab.json, "POST", "api/kernels", 201, json={"name": "code_interpreter"})
             listed = await asyncio.to_thread(lab.json, "GET", "api/kernels")
             assert {own["id"], kernel} <= {each["id"] for each in listed}
@@ -346,9 +356,9 @@ async def test_kernels_of_others(server: Server, lab_python: Path, tmp_path: Pat
         assert own["id"] not in left
 
 
-async def test_it_ends_though_the_server_is_away(server: Server, lab_python: Path, tmp_path: Path) -> None:
+async def test_it_ends_though_the_server_is_away(server: Server, running: Running, tmp_path: Path) -> None:
     """SIGTERM ends a Jupyter server that can't reach its kernels any more."""
-    async with Relay(server) as relay, running(lab_python, tmp_path, relay.url, *OURS) as lab:
+    async with Relay(server) as relay, running(tmp_path, relay.url, OURS) as lab:
         own = await asyncio.to_thread(lab.json, "POST", "api/kernels", 201, json={"name": "code_interpreter"})
         relay.close()
     assert f"Kernel {own['id']} may go on" in lab.log.read_text()

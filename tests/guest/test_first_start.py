@@ -1,4 +1,4 @@
-"""The first start on real machines: one that is interrupted, and one in a cache that is damaged or from elsewhere."""
+"""The first start on real machines: when it is interrupted, and when the cache is damaged or from elsewhere."""
 
 import os
 import re
@@ -21,7 +21,7 @@ MADE_AGAIN = "base: boot the template (usually 6 s)\n"
 
 @pytest.fixture(scope="module")
 def cache() -> Iterator[Path]:
-    """A cache of the tests' own, with a copy of the snapshot of `base`."""
+    """The tests' own cache, with a copy of the snapshot of `base`."""
     with cache_without_snapshots() as copy:
         for snapshot in (CACHE / "snapshots").glob("base-*"):
             subprocess.run(["cp", "-a", snapshot, copy / "snapshots"], check=True)
@@ -34,7 +34,7 @@ def command(cache: Path, tmp_path: Path, *words: object) -> list[str]:
 
 
 def run_in(cache: Path, tmp_path: Path) -> str:
-    """What `cellvm run` says on its way to the right result."""
+    """Run a file by `cellvm run`, which must print the right result. Returns its messages."""
     (tmp_path / "cell.py").write_text("import time\nprint(6 * 7, abs(time.time() - time.time()) < 1)\n")
     ran = subprocess.run(
         command(cache, tmp_path, "run", "cell.py", "--template", "base"),
@@ -56,7 +56,7 @@ def change(snapshot: Path, **fields: object) -> None:
 
 
 def test_a_copied_cache_is_used(cache: Path, tmp_path: Path) -> None:
-    """Nothing is built when the cache is a copy, though its files have other holes."""
+    """Nothing is built when the cache is a copy, although its files have other holes."""
     for name in ("memory", "disk"):
         file = newest(cache) / name
         subprocess.run(["cp", "--sparse=always", file, file.with_suffix(".sparse")], check=True)
@@ -79,18 +79,18 @@ def test_a_cache_of_two_hosts(cache: Path, tmp_path: Path) -> None:
 
 
 def another_machine(snapshot: Path) -> None:
-    """As when a directory was renamed to what this host looks for."""
+    """The snapshot's directory was renamed to the name that this host looks for."""
     manifest = msgspec.json.decode((snapshot / "manifest.json").read_bytes(), type=Manifest)
     change(snapshot, made_with={**manifest.made_with, "argv": "-cpu qemu64", "cpu": "model=1"})
 
 
 def truncated(snapshot: Path) -> None:
-    """As after a copy that was interrupted."""
+    """A copy was interrupted."""
     os.truncate(snapshot / "memory", (snapshot / "memory").stat().st_size // 2)
 
 
 def a_state_of_no_use(snapshot: Path) -> None:
-    """As written by a QEMU that had a fault: whole by its hash, and no machine wakes from it."""
+    """A faulty QEMU wrote the state. Its hash is right, and no machine wakes from it."""
     state = snapshot / "state"
     state.write_bytes(state.read_bytes()[:100] + bytes(1000))
     source, sink = os.open(state, os.O_RDONLY), memory_file("state")
@@ -112,7 +112,7 @@ def a_state_of_no_use(snapshot: Path) -> None:
 def test_a_snapshot_that_does_not_fit(
     cache: Path, tmp_path: Path, spoil: Callable[[Path], None], why: str
 ) -> None:  # fmt: skip
-    """It is never restored for a sandbox: it is made again, the log says why, and the next start uses the new one."""
+    """Such a snapshot is never used for a sandbox. It is made again, the log says why, and the next start uses it."""
     spoil(newest(cache))
     said = run_in(cache, tmp_path)
     assert re.search(rf"the cached snapshot of base is of no use and is made again: .*{why}", said, re.DOTALL), said

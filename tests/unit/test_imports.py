@@ -9,13 +9,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 USERS_OF_THE_WIRE = {"guest.link", "kernel.kernel", "sandbox.pool", "images.build", "api.ports", "api.rest", "__main__"}
 """The only modules of the gateway that may import guest_agent.wire."""
+OURS = {"guest_agent", "kernel_gateway", "cellvm_lab"}
 
 
 def modules() -> dict[str, Path]:
     found = {}
-    for package in ("guest_agent", "kernel_gateway"):
-        for path in (ROOT / package).rglob("*.py"):
-            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for package in (ROOT / "guest_agent", ROOT / "kernel_gateway", ROOT / "lab" / "cellvm_lab"):
+        for path in package.rglob("*.py"):
+            name = ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
             found[name] = path
     return found
 
@@ -40,11 +41,11 @@ def imports(name: str) -> set[str]:
 def outside(name: str) -> set[str]:
     """Top-level names that are neither ours nor the standard library's."""
     tops = {each.split(".")[0] for each in imports(name)}
-    return tops - set(sys.stdlib_module_names) - {"guest_agent", "kernel_gateway"}
+    return tops - set(sys.stdlib_module_names) - OURS
 
 
 def ours(name: str) -> set[str]:
-    return {each for each in imports(name) if each.startswith(("guest_agent", "kernel_gateway"))}
+    return {each for each in imports(name) if each.split(".")[0] in OURS}
 
 
 def below(prefix: str) -> list[str]:
@@ -155,9 +156,9 @@ def test_only_some_speak_the_wire() -> None:
 
 
 def test_tornado_stays_at_the_edge() -> None:
-    """Only the API and the composition root import the web server. The plugin for Lab runs inside another server."""
+    """Only the API and the composition root import the web server."""
     users = {name for name in below("kernel_gateway") if "tornado" in outside(name)}
-    assert users <= {*below("kernel_gateway.api"), "kernel_gateway.server", "kernel_gateway.lab"}
+    assert users <= {*below("kernel_gateway.api"), "kernel_gateway.server"}
 
 
 def test_the_journal_knows_only_messages() -> None:
@@ -166,11 +167,14 @@ def test_the_journal_knows_only_messages() -> None:
     assert outside("kernel_gateway.kernel.journal") == {"msgspec"}
 
 
-def test_jupyter_server_stays_in_the_plugin() -> None:
-    """The server needs nothing of Jupyter's own servers."""
-    users = {name for name in below("kernel_gateway") if outside(name) & {"jupyter_server", "traitlets"}}
-    assert users <= {"kernel_gateway.lab"}
-    assert not {name for name in MODULES if "kernel_gateway.lab" in imports(name)}
+def test_what_runs_in_jupyterlab_stands_alone() -> None:
+    """JupyterLab's side needs Jupyter's server and nothing of ours; our server needs nothing of Jupyter's."""
+    for name in below("cellvm_lab"):
+        assert ours(name) <= set(below("cellvm_lab"))
+        assert outside(name) <= {"jupyter_server", "nbformat", "tornado", "traitlets"}
+    for name in {*below("kernel_gateway"), *below("guest_agent")}:
+        assert not ours(name) & set(below("cellvm_lab"))
+        assert not outside(name) & {"jupyter_server", "traitlets"}
 
 
 def test_what_crosses_to_services_is_pure() -> None:
