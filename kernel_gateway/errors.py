@@ -6,6 +6,7 @@ CellvmError
 ├── Unauthorized           no key, or one that is not known
 ├── NotFound               no such sandbox, template or file (also: somebody else's)
 ├── Conflict               the sandbox is not in a state for this
+├── TooManyRequests        one key has as much at once as it may have
 ├── Unavailable            not offered yet, or not on this server
 ├── TemplateNotReady       the template is still being built
 ├── HostFull               the server has no room for another sandbox
@@ -47,6 +48,11 @@ class NotFound(CellvmError):
 
 class Conflict(CellvmError):
     code = "conflict"
+
+
+class TooManyRequests(CellvmError):
+    code = "too_many_requests"
+    retry_after = 5
 
 
 class Unavailable(CellvmError):

@@ -39,6 +39,7 @@ STATUS: dict[str, int] = {
     "unauthorized": 401,
     "not_found": 404,
     "conflict": 409,
+    "too_many_requests": 429,
     "not_implemented": 501,
     "template_not_ready": 503,
     "host_full": 503,

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import secrets
 import string
 import time
@@ -78,7 +79,8 @@ class Sandbox:
 
     `deadline` is on the monotonic clock, because a step of the host's clock must not move a lifetime. `ends_at` is the
     same time for people. With `idle_timeout` the sandbox lives on while somebody is connected to its kernel or the
-    kernel works, and that many seconds longer. `policy` says what it may reach. Code that replaces it holds `applying`.
+    kernel works, and that many seconds longer. With `longest_life` it ends that many seconds after its creation at the
+    latest. `policy` says what it may reach. Code that replaces it holds `applying`.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Sandbox:
         env: dict[str, str],
         policy: Policy,
         idle_timeout: int | None = None,
+        longest_life: int | None = None,
         ended: Callable[["Sandbox", str], None],
     ) -> None:
         self.id = sandbox_id
@@ -111,14 +114,15 @@ class Sandbox:
         self._guest: Guest | None = None
         self._watch: asyncio.Task[None] | None = None
         self._gone = asyncio.get_running_loop().create_future()
+        self._last_deadline = math.inf if longest_life is None else time.monotonic() + longest_life
         self.set_timeout(timeout)
 
     def __repr__(self) -> str:
         return f"<Sandbox {self.id} {self.state} of {self.template.id}>"
 
     def set_timeout(self, seconds: float) -> None:
-        """Let the sandbox expire that many seconds from now."""
-        self.deadline = time.monotonic() + seconds
+        """Let the sandbox expire that many seconds from now, or at the end of its longest life if that is sooner."""
+        self.deadline = min(time.monotonic() + seconds, self._last_deadline)
 
     def is_open(self, port: int) -> bool:
         """Whether that port may be used without a key."""

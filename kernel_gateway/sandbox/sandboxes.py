@@ -104,6 +104,7 @@ class Sandboxes:
         env: dict[str, str],
         policy: Policy = DEFAULT_POLICY,
         idle_timeout: int | None = None,
+        longest_life: int | None = None,
     ) -> Sandbox:
         """A new, running sandbox. It never runs with another policy than `policy`.
 
@@ -130,6 +131,7 @@ class Sandboxes:
             env=env,
             policy=policy,
             idle_timeout=idle_timeout,
+            longest_life=longest_life,
             ended=self._forget,
         )
         self._sandboxes[sandbox_id] = sandbox
