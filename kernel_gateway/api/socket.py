@@ -11,7 +11,7 @@ import socket
 import struct
 import time
 import uuid
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from tornado.iostream import StreamClosedError
@@ -180,6 +180,8 @@ class Socket(WebSocketHandler, Handler):
         assert self.ws_connection.stream is not None
         self._stream = self.ws_connection.stream
         stream = self._stream
+        if stream.closed():
+            raise StreamClosedError
         stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
         stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
@@ -256,6 +258,10 @@ class Socket(WebSocketHandler, Handler):
         self._last_pong = time.monotonic()
         if data.isdigit() and len(data) < 20:
             self.seen.received = max(self.seen.received, min(int(data), self.seen.sent))
+
+    def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
+        if not isinstance(value, (StreamClosedError, WebSocketClosedError)):  # a client may go at any time
+            super().log_exception(typ, value, tb)
 
     def on_close(self) -> None:
         self._sockets.remove(self)

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import logging
+import socket
+import struct
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -363,6 +365,24 @@ async def test_connections_of_one_key_are_bounded(tmp_path: Path) -> None:
                 assert (await third.run("4")).value == "4"
 
 
+async def test_clients_that_go_during_the_upgrade(service: Service, box: str) -> None:
+    """A client that resets its connection at any moment of the upgrade leaves no traceback in the log and no count."""
+    head = (
+        f"GET /sandboxes/{box}/stream?token={service.key} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n"
+        "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n\r\n"
+    )
+    for turns in range(20):
+        with socket.create_connection(("127.0.0.1", service.port)) as client:
+            client.sendall(head.encode())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a close is a reset
+            for _ in range(turns):
+                await asyncio.sleep(0)
+    sandbox = service.sandboxes.get(service.owner, box)
+    async with agent(service, box) as last:
+        await last.run("1")
+        await eventually(lambda: sandbox.guest.kernel.connections == 1)
+
+
 async def test_a_connection_that_fails(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault of the server closes the connection with 1011 and is logged. Other connections and the kernel go on."""
     logged = BufferingHandler(10)
@@ -372,7 +392,7 @@ async def test_a_connection_that_fails(service: Service, monkeypatch: pytest.Mon
     box = await service.create()
     kernel = json.loads((await service.call("GET", f"/sandboxes/{box}")).body)["kernelID"]
 
-    def frames(socket: Channels, records: object) -> list[str | bytes]:
+    def frames(channels: Channels, records: object) -> list[str | bytes]:
         raise RuntimeError("said by a test")
 
     async with channels(service, kernel) as client, agent(service, box) as other:
