@@ -24,6 +24,9 @@ from kernel_gateway.sandbox.store import Store
 
 log = logging.getLogger(__name__)
 
+LARGE_MESSAGES = 4
+"""WebSocket messages of the largest size that the server holds for one owner at once."""
+
 BOX = "/sandboxes/{id}"
 FS = f"{BOX}/filesystem"
 KERNEL = "/api/kernels/{kernel}"
@@ -194,7 +197,7 @@ def application(
         kernel_idle_timeout=kernel_idle_timeout,
         kernel_max_life=kernel_max_life,
         sessions=defaultdict(jupyter.Sessions),  # by owner
-        sockets=Sockets(max_connections),
+        sockets=Sockets(max_connections, LARGE_MESSAGES * max_message),
         openapi=document(ROUTES),
         requests=set(),  # requests that are being answered
         reading=asyncio.Lock(),  # held while a piece of a service's answer is read

@@ -11,11 +11,12 @@ import socket
 import struct
 import time
 import uuid
+from collections import Counter
 from typing import Annotated, Any
 
 import msgspec
 from tornado.iostream import StreamClosedError
-from tornado.websocket import WebSocketClosedError, WebSocketHandler
+from tornado.websocket import WebSocketClosedError, WebSocketHandler, WebSocketProtocol, WebSocketProtocol13
 
 from kernel_gateway.api.base import Handler
 from kernel_gateway.errors import CellvmError, Draining, InvalidRequest, TooManyRequests
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 BATCH = 256 * 1024
 """Bytes that are written before the client must have taken what came before."""
+SMALL = 64 * 1024
+"""Bytes of a message that are always let in, so that an owner whose large messages are too many can still work."""
 FLOOD, FLOOD_PAUSE = 3, 0.005
 """After this many reads in a row that found only text, text is gathered for this many seconds into one message."""
 ACK_DELAY = 0.1
@@ -38,7 +41,7 @@ read. TCP notices dead peers, see `_keep_watch`."""
 HALF_OPEN = 40
 """Seconds that bytes may stay unacknowledged, or unread, before TCP gives the connection up."""
 
-REPLACED, MALFORMED, NOT_ALLOWED, FAILED, GOING_DOWN, ENDED = 1000, 1007, 1008, 1011, 1012, 4410
+REPLACED, MALFORMED, NOT_ALLOWED, FAILED, GOING_DOWN, TRY_LATER, ENDED = 1000, 1007, 1008, 1011, 1012, 1013, 4410
 """Close codes; `docs/errors.md` explains them."""
 
 
@@ -58,11 +61,15 @@ class Sockets:
     Args:
         most: connections that one owner may have at once. One that has been closed counts until the client has
             answered, or for five seconds.
+        most_bytes: bytes of messages that one owner's connections may hold at once. A message is held from its first
+            byte until it has been passed on.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, most_bytes: int) -> None:
         self._most = most
+        self._most_bytes = most_bytes
         self._open: dict[str, set[Socket]] = {}
+        self._held: Counter[str] = Counter()
 
     def check(self, owner: str) -> None:
         """Check that the owner may have another connection.
@@ -85,16 +92,39 @@ class Sockets:
         mine.add(new)
 
     def remove(self, closed: "Socket") -> None:
-        mine = self._open[closed.sandbox.owner]
-        mine.remove(closed)
-        if not mine:
-            del self._open[closed.sandbox.owner]
+        owner = closed.sandbox.owner
+        self.hold(closed, 0)
+        self._open[owner].remove(closed)
+        if not self._open[owner]:
+            del self._open[owner], self._held[owner]
+
+    def hold(self, socket: "Socket", size: int) -> bool:
+        """Take note that a connection holds that many bytes. False if these are too many for its owner."""
+        owner = socket.sandbox.owner
+        self._held[owner] += size - socket.held
+        socket.held = size
+        return size <= SMALL or self._held[owner] <= self._most_bytes
 
     def close(self, code: int, reason: str) -> None:
         """Begin to close every connection."""
         for mine in self._open.values():
             for each in mine:
                 each.close(code, reason)
+
+
+class Frames(WebSocketProtocol13):
+    """Tornado's protocol, which limits the messages of one connection. This one also limits those of one owner."""
+
+    def __init__(self, socket: "Socket", params: Any) -> None:
+        super().__init__(socket, mask_outgoing=False, params=params)
+        self._socket = socket
+
+    async def _read_bytes(self, n: int) -> bytes:
+        """Called by Tornado for each part of a frame. When it reads the next frame, the last message was passed on."""
+        if not self._socket.hold(len(self._fragmented_message_buffer or b"") + n):
+            self._socket.close(TRY_LATER, "your key sends too many large messages at once")
+            raise StreamClosedError
+        return await super()._read_bytes(n)
 
 
 class SocketQuery(msgspec.Struct):
@@ -111,6 +141,8 @@ class Socket(WebSocketHandler, Handler):
     kernel: Kernel
     session: str
     is_binary = False
+    held = 0
+    """Bytes of messages that were received, or are announced, and have not been passed on."""
 
     def find(self, owner: str, name: str) -> Sandbox:
         """The sandbox that the path names."""
@@ -153,6 +185,13 @@ class Socket(WebSocketHandler, Handler):
     @property
     def max_message_size(self) -> int:
         return int(self.application.settings["max_message"])
+
+    def get_websocket_protocol(self) -> WebSocketProtocol | None:
+        protocol = super().get_websocket_protocol()
+        return Frames(self, protocol.params) if isinstance(protocol, WebSocketProtocol13) else None
+
+    def hold(self, size: int) -> bool:
+        return self._sockets.hold(self, size)
 
     def open(self, *args: str, **kwargs: str) -> None:
         self.set_nodelay(True)

@@ -365,6 +365,36 @@ async def test_connections_of_one_key_are_bounded(tmp_path: Path) -> None:
                 assert (await third.run("4")).value == "4"
 
 
+async def test_large_messages_of_one_key_are_bounded(tmp_path: Path) -> None:
+    """A key's unfinished messages are four of the largest size at most. The connection that goes beyond is closed with
+    1013. Small messages, other keys and later large ones pass."""
+    async with serving(tmp_path, max_message=1 << 20) as service:
+        kernel = await new_kernel(service)
+        answer = await service.call("POST", "/api/kernels", {}, key=service.other_key)
+        foreign = json.loads(answer.body)["id"]
+        large, finished = "1" + " " * 1_000_000, asyncio.Event()
+
+        async def half() -> AsyncIterator[str]:
+            yield large
+            await finished.wait()
+
+        async with channels(service, kernel) as other, AsyncExitStack() as stack:
+            for _ in range(4):
+                client = await stack.enter_async_context(channels(service, kernel, v1=False))
+                sending = asyncio.create_task(client.socket.send(half()))
+                stack.push_async_callback(asyncio.wait, [sending])
+                stack.callback(finished.set)
+                await (await client.socket.ping())
+            async with channels(service, kernel) as fifth:
+                await fifth.start(large)
+                assert await fifth.close_code() == 1013
+            assert (await other.run("2")).value == "2"
+            async with channels(service, foreign, key=service.other_key) as neighbour:
+                assert (await neighbour.run(large)).value == "1"
+        async with channels(service, kernel) as later:
+            assert (await later.run(large)).value == "1"
+
+
 async def test_clients_that_go_during_the_upgrade(service: Service, box: str) -> None:
     """A client that resets its connection at any moment of the upgrade leaves no traceback in the log and no count."""
     head = (
