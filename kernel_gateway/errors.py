@@ -57,7 +57,7 @@ class Conflict(CellvmError):
 
 class TooManyRequests(CellvmError):
     code = "too_many_requests"
-    retry_after = 1
+    retry_after = 5
 
 
 class Unavailable(CellvmError):

@@ -277,6 +277,8 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 base_url=settings.base_path,
                 max_message=settings.max_message_mb * 1024 * 1024,
                 kernel_idle_timeout=settings.kernel_idle_timeout,
+                kernel_max_life=settings.kernel_max_life or None,
+                max_connections=settings.max_connections,
                 domain=settings.domain,
             )
             http = HTTPServer(
@@ -300,8 +302,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 sandboxes.is_draining = True
                 http.stop()
                 await drain(app.settings["requests"], settings.shutdown_timeout)
-                for connection in list(app.settings["sockets"].values()):
-                    connection.close(GOING_DOWN, "the server is going down")
+                app.settings["sockets"].close(GOING_DOWN, "the server is going down")
                 await asyncio.sleep(0)  # the close frames go before the sandboxes do
                 await sandboxes.close()
                 await http.close_all_connections()

@@ -70,6 +70,15 @@ class Settings:
     kernel_idle_timeout: int = setting(
         3600, "Seconds that a kernel made by a Jupyter client lives on unused and unconnected.", low=60, high=30 * 86400
     )
+    kernel_max_life: int = setting(
+        7 * 86400,
+        "Seconds after which a kernel made by a Jupyter client ends, whatever it does; 0 for never.",
+        low=0,
+        high=366 * 86400,
+    )
+    max_connections: int = setting(
+        256, "WebSockets that one key may have open at once; beyond, upgrades answer 429.", low=1, high=100000
+    )
     max_message_mb: int = setting(64, "Largest WebSocket message that clients may send, in MiB.", low=1, high=64)
     cors_origins: str = setting(
         "", "Origins whose web pages may use the server, as https://host:port, separated by commas. Default: none."

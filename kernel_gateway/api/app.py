@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import re
+from collections import defaultdict
 from typing import Any
 from urllib.parse import unquote
 
@@ -14,7 +15,7 @@ from kernel_gateway.api.base import Endpoint, Missing, Route
 from kernel_gateway.api.channels import Channels
 from kernel_gateway.api.openapi import document, serve_document
 from kernel_gateway.api.ports import Preview
-from kernel_gateway.api.socket import Socket
+from kernel_gateway.api.socket import Socket, Sockets
 from kernel_gateway.api.stream import AgentStream
 from kernel_gateway.kernel.events import Cell
 from kernel_gateway.ports import Place, place_of_host, place_of_path
@@ -22,6 +23,9 @@ from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
 
 log = logging.getLogger(__name__)
+
+LARGE_MESSAGES = 4
+"""WebSocket messages of the largest size that the server holds for one owner at once."""
 
 BOX = "/sandboxes/{id}"
 FS = f"{BOX}/filesystem"
@@ -105,7 +109,7 @@ ROUTES = [
     Route("GET", "/api/sessions", jupyter.list_sessions, answer=list[jupyter.SessionModel]),
     Route(
         "POST", "/api/sessions", jupyter.start_session, body=jupyter.SessionBody, answer=jupyter.SessionModel,
-        status=201, errors=(404, 409, 503),
+        status=201, errors=(404, 409, 429, 503),
     ),
     Route("GET", SESSION, jupyter.get_session, answer=jupyter.SessionModel),
     Route(
@@ -158,6 +162,8 @@ def application(
     base_url: str = "",
     max_message: int = 64 * 1024 * 1024,
     kernel_idle_timeout: int = 3600,
+    kernel_max_life: int | None = None,
+    max_connections: int = 256,
     domain: str = "localhost",
 ) -> Application:
     """The Tornado application over a collection of sandboxes and a store of keys.
@@ -167,6 +173,8 @@ def application(
         base_url: the beginning of every path, without a slash at its end.
         max_message: largest WebSocket message from a client, in bytes.
         kernel_idle_timeout: seconds that a Jupyter client's kernel lives on unused.
+        kernel_max_life: seconds after which such a kernel ends, whatever it does; None for never.
+        max_connections: WebSockets that one owner may have open at once.
         domain: services in sandboxes are reached as `{port}-{id}.{domain}`; it may include the server's port.
     """
     shared = {"sandboxes": sandboxes, "store": store}
@@ -187,8 +195,9 @@ def application(
         domain_name=domain.partition(":")[0].strip(".").lower(),
         max_message=max_message,
         kernel_idle_timeout=kernel_idle_timeout,
-        sessions=jupyter.Sessions(),
-        sockets={},  # open WebSockets, by kernel and session
+        kernel_max_life=kernel_max_life,
+        sessions=defaultdict(jupyter.Sessions),  # by owner
+        sockets=Sockets(max_connections, LARGE_MESSAGES * max_message),
         openapi=document(ROUTES),
         requests=set(),  # requests that are being answered
         reading=asyncio.Lock(),  # held while a piece of a service's answer is read

@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 from kernel_gateway import __version__
 from kernel_gateway.api.base import Call
 from kernel_gateway.api.rest import Text, check_env, check_text
-from kernel_gateway.errors import InvalidRequest, NotFound
+from kernel_gateway.errors import InvalidRequest, NotFound, TooManyRequests
 from kernel_gateway.images.templates import Template
 from kernel_gateway.kernel import layout
 from kernel_gateway.kernel.journal import Gap
@@ -25,7 +25,8 @@ from kernel_gateway.sandbox.sandbox import Sandbox, kernel_id, sandbox_id
 
 DEAD_FOR = 3600
 """Seconds that a kernel which died stays listed as dead."""
-MAX_SESSIONS = 1000
+MAX_SESSIONS, MAX_MAKING = 1000, 100
+"""Sessions that one owner may have, and that may be in the making for one owner at once."""
 LOGO = (Path(__file__).parent / "logo.svg").read_bytes()
 
 
@@ -203,15 +204,26 @@ async def list_kernels(call: Call) -> list[KernelModel]:
 
 
 async def start_kernel(call: Call, body: StartKernel) -> KernelModel:
-    """Start a kernel in a sandbox of its own. It lives as long as it is used, and a while longer."""
-    env = body.env or {}
-    check_env(env)
-    idle = call.http.application.settings["kernel_idle_timeout"]
-    sandbox = await call.sandboxes.create(
-        call.owner, named(call, body.name), timeout=idle, metadata={}, env=env, idle_timeout=idle
-    )
+    """Start a kernel in a sandbox of its own. It lives as long as it is used, and a while longer, within a limit."""
+    sandbox = await new_kernel(call, body.name, body.env or {})
     call.http.set_header("Location", f"{call.http.application.settings['base_url']}/api/kernels/{sandbox.kernel_id}")
     return model(sandbox)
+
+
+async def new_kernel(call: Call, name: str | None, env: dict[str, str]) -> Sandbox:
+    """A sandbox of the template `name`, with the lifetimes that the settings give to kernels of Jupyter's clients."""
+    check_env(env)
+    settings = call.http.application.settings
+    idle = settings["kernel_idle_timeout"]
+    return await call.sandboxes.create(
+        call.owner,
+        named(call, name),
+        timeout=idle,
+        metadata={},
+        env=env,
+        idle_timeout=idle,
+        longest_life=settings["kernel_max_life"],
+    )
 
 
 async def get_kernel(call: Call) -> KernelModel:
@@ -290,12 +302,16 @@ class KernelRef(Struct):
     name: str | None = None
 
 
+SessionText = Annotated[str, Meta(max_length=4096)]
+"""A text that the server keeps for as long as the session lives. Linux has no longer paths."""
+
+
 class SessionBody(Struct):
     """A new session, or the changes to one."""
 
-    path: str | None = None
-    name: str | None = None
-    type: str | None = None
+    path: SessionText | None = None
+    name: SessionText | None = None
+    type: SessionText | None = None
     kernel: KernelRef | None = None
 
 
@@ -319,7 +335,6 @@ class Session(Struct):
     """A session as the server keeps it."""
 
     id: str
-    owner: str
     path: str
     name: str
     type: str
@@ -327,9 +342,13 @@ class Session(Struct):
 
 
 class Sessions:
-    """All sessions of the server, in memory. A session ends with its kernel."""
+    """The sessions of one owner, in memory. A session ends with its kernel. Beyond MAX_SESSIONS the oldest goes.
+
+    `making` has the sessions that are being made, by path. Requests for the same path share one of them.
+    """
 
     def __init__(self) -> None:
+        self.making: dict[str, asyncio.Task[tuple[Session, Sandbox]]] = {}
         self._sessions: dict[str, Session] = {}
 
     def add(self, session: Session) -> None:
@@ -338,12 +357,10 @@ class Sessions:
             del self._sessions[next(iter(self._sessions))]
 
     def live(self, call: Call) -> list[tuple[Session, Sandbox]]:
-        """The owner's sessions whose kernels live; the others are forgotten."""
+        """The sessions whose kernels live; the others are forgotten."""
         mine = {sandbox.id: sandbox for sandbox in call.sandboxes.list(call.owner)}
-        for session in [each for each in self._sessions.values() if each.owner == call.owner]:
-            if session.sandbox not in mine:
-                del self._sessions[session.id]
-        return [(each, mine[each.sandbox]) for each in self._sessions.values() if each.owner == call.owner]
+        self._sessions = {name: each for name, each in self._sessions.items() if each.sandbox in mine}
+        return [(each, mine[each.sandbox]) for each in self._sessions.values()]
 
     def get(self, call: Call) -> tuple[Session, Sandbox]:
         """The session that the path names.
@@ -361,7 +378,7 @@ class Sessions:
 
 
 def sessions_of(call: Call) -> Sessions:
-    sessions: Sessions = call.http.application.settings["sessions"]
+    sessions: Sessions = call.http.application.settings["sessions"][call.owner]
     return sessions
 
 
@@ -377,28 +394,43 @@ async def list_sessions(call: Call) -> list[SessionModel]:
 
 
 async def start_session(call: Call, body: SessionBody) -> SessionModel:
-    """The session of a path. If there is none, one is made, with the kernel that the body names or a new kernel."""
+    """The session of a path. If there is none, one is made, with the kernel that the body names or a new kernel.
+
+    It is made to its end, even if the client has gone, because others may wait for it and the client may ask again.
+    """
     if not body.path:
         raise InvalidRequest("a session needs a `path`")
     check_text(body.path, body.name or "", body.type or "")
-    for session, sandbox in sessions_of(call).live(call):
+    sessions = sessions_of(call)
+    for session, sandbox in sessions.live(call):
         if session.path == body.path:
             return session_model(session, sandbox)
-    sandbox = await kernel_for(call, body.kernel or KernelRef())
-    session = Session(
-        secrets.token_hex(16), call.owner, body.path, body.name or "", body.type or "notebook", sandbox.id
-    )
-    sessions_of(call).add(session)
-    return session_model(session, sandbox)
+    making = sessions.making.get(body.path)
+    if making is None:
+        if len(sessions.making) >= MAX_MAKING:
+            raise TooManyRequests(
+                f"{MAX_MAKING} sessions of your key are being made, which is all there may be at once"
+            )
+        making = sessions.making[body.path] = asyncio.create_task(make_session(call, sessions, body.path, body))
+    return session_model(*await asyncio.shield(making))
+
+
+async def make_session(call: Call, sessions: Sessions, path: str, body: SessionBody) -> tuple[Session, Sandbox]:
+    """A new session and its kernel."""
+    try:
+        sandbox = await kernel_for(call, body.kernel or KernelRef())
+        session = Session(secrets.token_hex(16), path, body.name or "", body.type or "notebook", sandbox.id)
+        sessions.add(session)
+        return session, sandbox
+    finally:
+        del sessions.making[path]
 
 
 async def kernel_for(call: Call, wanted: KernelRef) -> Sandbox:
     """The kernel of that id, or a new one."""
     if wanted.id:
         return call.sandboxes.get(call.owner, sandbox_id(wanted.id))
-    started = await start_kernel(call, StartKernel(wanted.name))
-    call.http.clear_header("Location")
-    return call.sandboxes.get(call.owner, started.sandbox_id)
+    return await new_kernel(call, wanted.name, {})
 
 
 async def get_session(call: Call) -> SessionModel:

@@ -6,24 +6,30 @@ number has arrived.
 """
 
 import asyncio
+import logging
 import socket
 import struct
 import time
 import uuid
+from collections import Counter
 from typing import Annotated, Any
 
 import msgspec
 from tornado.iostream import StreamClosedError
-from tornado.websocket import WebSocketClosedError, WebSocketHandler
+from tornado.websocket import WebSocketClosedError, WebSocketHandler, WebSocketProtocol, WebSocketProtocol13
 
 from kernel_gateway.api.base import Handler
-from kernel_gateway.errors import CellvmError, Draining, InvalidRequest
+from kernel_gateway.errors import CellvmError, Draining, InvalidRequest, TooManyRequests
 from kernel_gateway.kernel.journal import Gap, Record, merged
 from kernel_gateway.kernel.kernel import Kernel
 from kernel_gateway.sandbox.sandbox import Sandbox
 
+log = logging.getLogger(__name__)
+
 BATCH = 256 * 1024
 """Bytes that are written before the client must have taken what came before."""
+SMALL = 64 * 1024
+"""Bytes of a message that are always let in, so that an owner whose large messages are too many can still work."""
 FLOOD, FLOOD_PAUSE = 3, 0.005
 """After this many reads in a row that found only text, text is gathered for this many seconds into one message."""
 ACK_DELAY = 0.1
@@ -35,7 +41,7 @@ read. TCP notices dead peers, see `_keep_watch`."""
 HALF_OPEN = 40
 """Seconds that bytes may stay unacknowledged, or unread, before TCP gives the connection up."""
 
-MALFORMED, NOT_ALLOWED, GOING_DOWN, ENDED, REPLACED = 1007, 1008, 1012, 4410, 1000
+REPLACED, MALFORMED, NOT_ALLOWED, FAILED, GOING_DOWN, TRY_LATER, ENDED = 1000, 1007, 1008, 1011, 1012, 1013, 4410
 """Close codes; `docs/errors.md` explains them."""
 
 
@@ -47,6 +53,78 @@ def head(size: int, kind: int) -> bytes:
     if size < 126:
         return struct.pack("!BB", kind, size)
     return struct.pack("!BBH", kind, 126, size) if size < 65536 else struct.pack("!BBQ", kind, 127, size)
+
+
+class Sockets:
+    """The open WebSockets of a server, by owner.
+
+    Args:
+        most: connections that one owner may have at once. One that has been closed counts until the client has
+            answered, or for five seconds.
+        most_bytes: bytes of messages that one owner's connections may hold at once. A message is held from its first
+            byte until it has been passed on.
+    """
+
+    def __init__(self, most: int, most_bytes: int) -> None:
+        self._most = most
+        self._most_bytes = most_bytes
+        self._open: dict[str, set[Socket]] = {}
+        self._held: Counter[str] = Counter()
+
+    def check(self, owner: str) -> None:
+        """Check that the owner may have another connection.
+
+        Raises:
+            TooManyRequests: the owner has as many as there may be.
+        """
+        if len(self._open.get(owner, ())) >= self._most:
+            raise TooManyRequests(
+                f"your key has {self._most} WebSockets open, which is all that one key may have at once",
+                hint="close some; the operator sets the limit with --max-connections",
+            )
+
+    def add(self, new: "Socket") -> None:
+        """Take in a connection, and close an older one of the same session."""
+        mine = self._open.setdefault(new.sandbox.owner, set())
+        for old in mine:
+            if old.kernel is new.kernel and old.session == new.session:
+                old.close(REPLACED, "the same session has connected again")
+        mine.add(new)
+
+    def remove(self, closed: "Socket") -> None:
+        owner = closed.sandbox.owner
+        self.hold(closed, 0)
+        self._open[owner].remove(closed)
+        if not self._open[owner]:
+            del self._open[owner], self._held[owner]
+
+    def hold(self, socket: "Socket", size: int) -> bool:
+        """Take note that a connection holds that many bytes. False if these are too many for its owner."""
+        owner = socket.sandbox.owner
+        self._held[owner] += size - socket.held
+        socket.held = size
+        return size <= SMALL or self._held[owner] <= self._most_bytes
+
+    def close(self, code: int, reason: str) -> None:
+        """Begin to close every connection."""
+        for mine in self._open.values():
+            for each in mine:
+                each.close(code, reason)
+
+
+class Frames(WebSocketProtocol13):
+    """Tornado's protocol, which limits the messages of one connection. This one also limits those of one owner."""
+
+    def __init__(self, socket: "Socket", params: Any) -> None:
+        super().__init__(socket, mask_outgoing=False, params=params)
+        self._socket = socket
+
+    async def _read_bytes(self, n: int) -> bytes:
+        """Called by Tornado for each part of a frame. When it reads the next frame, the last message was passed on."""
+        if not self._socket.hold(len(self._fragmented_message_buffer or b"") + n):
+            self._socket.close(TRY_LATER, "your key sends too many large messages at once")
+            raise StreamClosedError
+        return await super()._read_bytes(n)
 
 
 class SocketQuery(msgspec.Struct):
@@ -63,6 +141,8 @@ class Socket(WebSocketHandler, Handler):
     kernel: Kernel
     session: str
     is_binary = False
+    held = 0
+    """Bytes of messages that were received, or are announced, and have not been passed on."""
 
     def find(self, owner: str, name: str) -> Sandbox:
         """The sandbox that the path names."""
@@ -78,6 +158,7 @@ class Socket(WebSocketHandler, Handler):
             if self.request.method != "GET" or self.request.headers.get("Upgrade", "").lower() != "websocket":
                 raise InvalidRequest("this is a WebSocket: connect with `Upgrade: websocket`")
             owner = self.authenticate()
+            self._sockets.check(owner)
             if self._sandboxes.is_draining:
                 raise Draining("the server is going down")
             self._query: SocketQuery = self.query(SocketQuery)
@@ -92,6 +173,11 @@ class Socket(WebSocketHandler, Handler):
         except CellvmError as error:
             self.finish(self.set_error(error))
 
+    @property
+    def _sockets(self) -> Sockets:
+        sockets: Sockets = self.application.settings["sockets"]
+        return sockets
+
     def check_origin(self, origin: str) -> bool:
         """Whether the settings allow pages of another origin. Tornado lets pages of the server's own origin in."""
         return origin in self.application.settings["origins"]
@@ -100,15 +186,18 @@ class Socket(WebSocketHandler, Handler):
     def max_message_size(self) -> int:
         return int(self.application.settings["max_message"])
 
+    def get_websocket_protocol(self) -> WebSocketProtocol | None:
+        protocol = super().get_websocket_protocol()
+        return Frames(self, protocol.params) if isinstance(protocol, WebSocketProtocol13) else None
+
+    def hold(self, size: int) -> bool:
+        return self._sockets.hold(self, size)
+
     def open(self, *args: str, **kwargs: str) -> None:
         self.set_nodelay(True)
         self._keep_watch()
         self.session = self._query.session_id or uuid.uuid4().hex
-        sockets: dict[tuple[Kernel, str], Socket] = self.application.settings["sockets"]
-        before = sockets.get((self.kernel, self.session))
-        if before is not None:
-            before.close(REPLACED, "the same session has connected again")
-        sockets[self.kernel, self.session] = self
+        self._sockets.add(self)
         self.kernel.connections += 1
         since = self._query.since
         self.seen = self.kernel.attach(self.session, since)
@@ -130,6 +219,8 @@ class Socket(WebSocketHandler, Handler):
         assert self.ws_connection.stream is not None
         self._stream = self.ws_connection.stream
         stream = self._stream
+        if stream.closed():
+            raise StreamClosedError
         stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
         stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
@@ -140,7 +231,7 @@ class Socket(WebSocketHandler, Handler):
         try:
             with self.reader:
                 texts = 0
-                while records := await self.reader.next():
+                while (records := await self.reader.next()) and not self._is_closing:
                     self.seen.sent = max(self.seen.sent, self.reader.after)
                     await self.send(self.frames(merged(records, self.sent_before)))
                     self._written = self.reader.after
@@ -149,15 +240,21 @@ class Socket(WebSocketHandler, Handler):
                     if texts >= FLOOD:
                         await asyncio.sleep(FLOOD_PAUSE)
             self.end(ENDED, self.kernel.reason)
-        except (WebSocketClosedError, StreamClosedError):
+        except StreamClosedError:
             pass  # Tornado calls `on_close`, too
+        except Exception:
+            log.exception("a connection to the kernel of sandbox %s failed", self.sandbox.id)
+            self.end(FAILED, "the server failed; its log says why")
+
+    @property
+    def _is_closing(self) -> bool:
+        return self.ws_connection is None or self.ws_connection.is_closing()
 
     async def send(self, frames: list[str | bytes]) -> None:
         """Write messages together, and after each batch wait until the client has read it.
 
         Tornado would write each message with a system call and a task of its own. That is half of a short cell's cost.
         """
-        stream = self._stream
         pieces: list[bytes] = []
         size = 0
         for frame in frames:
@@ -165,10 +262,15 @@ class Socket(WebSocketHandler, Handler):
             pieces += [head(len(data), TEXT if isinstance(frame, str) else BINARY), data]
             size += len(data)
             if size >= BATCH:
-                await stream.write(b"".join(pieces))
+                await self._write(pieces)
                 pieces, size = [], 0
         if pieces:
-            await stream.write(b"".join(pieces))
+            await self._write(pieces)
+
+    async def _write(self, pieces: list[bytes]) -> None:
+        """Write frames unless a Close frame has gone out, because no data may follow it (RFC 6455, 5.5.1)."""
+        if not self._is_closing:
+            await self._stream.write(b"".join(pieces))
 
     def end(self, code: int, text: str) -> None:
         """Close with a reason. It is cut, because a close frame holds 123 bytes of it."""
@@ -196,10 +298,12 @@ class Socket(WebSocketHandler, Handler):
         if data.isdigit() and len(data) < 20:
             self.seen.received = max(self.seen.received, min(int(data), self.seen.sent))
 
+    def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
+        if not isinstance(value, (StreamClosedError, WebSocketClosedError)):  # a client may go at any time
+            super().log_exception(typ, value, tb)
+
     def on_close(self) -> None:
-        sockets: dict[Any, Socket] = self.application.settings["sockets"]
-        if sockets.get((self.kernel, self.session)) is self:
-            del sockets[self.kernel, self.session]
+        self._sockets.remove(self)
         self.kernel.connections -= 1
         self._timer.cancel()
         self._pumping.cancel()

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import secrets
 import string
 import time
@@ -82,8 +83,9 @@ class Sandbox:
 
     `deadline` is on the monotonic clock, because a step of the host's clock must not move a lifetime. `ends_at` is the
     same time for people. With `idle_timeout` the sandbox lives on while somebody is connected to its kernel or the
-    kernel works, and that many seconds longer. `policy` says what it may reach. Code that replaces it holds `applying`.
-    `ended` is called once, with the reason, when its owner has seen the last of it; `gone` when nothing is left.
+    kernel works, and that many seconds longer. With `longest_life` it ends that many seconds after its creation at the
+    latest. `policy` says what it may reach. Code that replaces it holds `applying`. `ended` is called once, with the
+    reason, when its owner has seen the last of it; `gone` when nothing is left.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Sandbox:
         env: dict[str, str],
         policy: Policy,
         idle_timeout: int | None = None,
+        longest_life: int | None = None,
         ended: Callable[["Sandbox", str], None],
         gone: Callable[["Sandbox"], None],
     ) -> None:
@@ -118,18 +121,19 @@ class Sandbox:
         self._guest: Guest | None = None
         self._watch: asyncio.Task[None] | None = None
         self._is_gone = asyncio.Event()
+        self._last_deadline = math.inf if longest_life is None else time.monotonic() + longest_life
         self.set_timeout(timeout)
 
     def __repr__(self) -> str:
         return f"<Sandbox {self.id} {self.state} of {self.template.id}>"
 
     def set_timeout(self, seconds: float) -> None:
-        """Let the sandbox expire that many seconds from now."""
-        self.deadline = time.monotonic() + seconds
+        """Let the sandbox expire that many seconds from now, or at the end of its longest life if that is sooner."""
+        self.deadline = min(time.monotonic() + seconds, self._last_deadline)
 
     def extend(self, seconds: float) -> None:
         """Let the sandbox live at least that many seconds from now."""
-        self.deadline = max(self.deadline, time.monotonic() + seconds)
+        self.deadline = max(self.deadline, min(time.monotonic() + seconds, self._last_deadline))
 
     def check_deadline(self) -> None:
         """End the sandbox if its time is over."""

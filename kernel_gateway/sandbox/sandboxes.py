@@ -130,6 +130,7 @@ class Sandboxes:
         env: dict[str, str],
         policy: Policy = DEFAULT_POLICY,
         idle_timeout: int | None = None,
+        longest_life: int | None = None,
     ) -> Sandbox:
         """A new, running sandbox. It never runs with another policy than `policy`.
 
@@ -156,6 +157,7 @@ class Sandboxes:
             env=env,
             policy=policy,
             idle_timeout=idle_timeout,
+            longest_life=longest_life,
             ended=self._ended,
             gone=self._places.discard,
         )

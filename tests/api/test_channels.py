@@ -2,10 +2,14 @@
 
 import asyncio
 import json
+import logging
+import socket
+import struct
 import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,13 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from guest_agent import wire
+from kernel_gateway.api.channels import Channels
 from kernel_gateway.drivers.unisolated import Unisolated
-from tests.api.clients import TIMEOUT, V1, Client, address, channels, opening, raw, read
+from tests.api.clients import TIMEOUT, V1, Client, address, agent, channels, opening, raw, read
 from tests.fakes import Service, error_of, eventually, serving
 
 ALL_BYTES = bytes(range(256))
+TEXT, CLOSE = 1, 8
 LAYOUTS = pytest.mark.parametrize("v1", [True, False], ids=["v1", "legacy"])
 
 
@@ -333,6 +339,148 @@ async def test_a_session_connects_again(service: Service) -> None:
         assert (await other.run("2")).value == "2"
         model = json.loads((await service.call("GET", f"/api/kernels/{kernel}")).body)
         assert model["connections"] == 1
+
+
+async def test_connections_of_one_key_are_bounded(tmp_path: Path) -> None:
+    """A connection beyond the limit is refused with 429 before the upgrade, and nobody else notices."""
+    async with serving(tmp_path, max_connections=2) as service:
+        box = await service.create()
+        kernel = json.loads((await service.call("GET", f"/sandboxes/{box}")).body)["kernelID"]
+        answer = await service.call("POST", "/api/kernels", {}, key=service.other_key)
+        foreign = json.loads(answer.body)["id"]
+        async with channels(service, kernel) as first:
+            async with agent(service, box) as second:
+                for path in (f"/api/kernels/{kernel}/channels", f"/sandboxes/{box}/stream"):
+                    with pytest.raises(InvalidStatus) as refused:
+                        await opening(address(service, path), service.key)
+                    error = json.loads(refused.value.response.body)
+                    assert (refused.value.response.status_code, error["error"]) == (429, "too_many_requests")
+                    assert "2 WebSockets" in error["message"]
+                async with channels(service, foreign, key=service.other_key) as other:
+                    assert (await other.run("1")).value == "1"
+                assert (await first.run("2")).value == "2"
+                assert (await second.run("3"))[-1]["type"] == "end"
+            await eventually(lambda: next(iter(service.sandboxes._sandboxes.values())).kernel.connections == 1)
+            async with channels(service, kernel) as third:
+                assert (await third.run("4")).value == "4"
+
+
+async def test_large_messages_of_one_key_are_bounded(tmp_path: Path) -> None:
+    """A key's unfinished messages are four of the largest size at most. The connection that goes beyond is closed with
+    1013. Small messages, other keys and later large ones pass."""
+    async with serving(tmp_path, max_message=1 << 20) as service:
+        kernel = await new_kernel(service)
+        answer = await service.call("POST", "/api/kernels", {}, key=service.other_key)
+        foreign = json.loads(answer.body)["id"]
+        large, finished = "1" + " " * 1_000_000, asyncio.Event()
+
+        async def half() -> AsyncIterator[str]:
+            yield large
+            await finished.wait()
+
+        async with channels(service, kernel) as other, AsyncExitStack() as stack:
+            for _ in range(4):
+                client = await stack.enter_async_context(channels(service, kernel, v1=False))
+                sending = asyncio.create_task(client.socket.send(half()))
+                stack.push_async_callback(asyncio.wait, [sending])
+                stack.callback(finished.set)
+                await (await client.socket.ping())
+            async with channels(service, kernel) as fifth:
+                await fifth.start(large)
+                assert await fifth.close_code() == 1013
+            assert (await other.run("2")).value == "2"
+            async with channels(service, foreign, key=service.other_key) as neighbour:
+                assert (await neighbour.run(large)).value == "1"
+        async with channels(service, kernel) as later:
+            assert (await later.run(large)).value == "1"
+
+
+async def test_clients_that_go_during_the_upgrade(service: Service, box: str) -> None:
+    """A client that resets its connection at any moment of the upgrade leaves no traceback in the log and no count."""
+    head = (
+        f"GET /sandboxes/{box}/stream?token={service.key} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n"
+        "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n\r\n"
+    )
+    for turns in range(20):
+        with socket.create_connection(("127.0.0.1", service.port)) as client:
+            client.sendall(head.encode())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a close is a reset
+            for _ in range(turns):
+                await asyncio.sleep(0)
+    sandbox = service.sandboxes.get(service.owner, box)
+    async with agent(service, box) as last:
+        await last.run("1")
+        await eventually(lambda: sandbox.guest.kernel.connections == 1)
+
+
+async def test_a_connection_that_fails(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of the server closes the connection with 1011 and is logged. Other connections and the kernel go on."""
+    logged = BufferingHandler(10)
+    logger = logging.Logger("apart from the tests' own check for tracebacks")
+    logger.addHandler(logged)
+    monkeypatch.setattr("kernel_gateway.api.socket.log", logger)
+    box = await service.create()
+    kernel = json.loads((await service.call("GET", f"/sandboxes/{box}")).body)["kernelID"]
+
+    def frames(channels: Channels, records: object) -> list[str | bytes]:
+        raise RuntimeError("said by a test")
+
+    async with channels(service, kernel) as client, agent(service, box) as other:
+        monkeypatch.setattr(Channels, "frames", frames)
+        await client.start("1")
+        assert await client.close_code() == 1011
+        assert (await other.run("2"))[-1]["type"] == "end"
+    (record,) = logged.buffer
+    assert (record.levelno, "said by a test" in str(record.exc_info)) == (logging.ERROR, True)
+
+
+def masked(opcode: int, payload: bytes) -> bytes:
+    """A client's frame (RFC 6455, 5.2). A mask of zeros leaves the payload as it is."""
+    size = len(payload)
+    head = bytes([0x80 | size]) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
+    return bytes([0x80 | opcode]) + head + bytes(4) + payload
+
+
+async def opcode(reader: asyncio.StreamReader) -> int | None:
+    """Read one frame of the server and return what it is; None at the end."""
+    try:
+        first, size = await reader.readexactly(2)
+        if size > 125:
+            size = int.from_bytes(await reader.readexactly(2 if size == 126 else 8), "big")
+        await reader.readexactly(size)
+    except asyncio.IncompleteReadError:
+        return None
+    return first & 0xF
+
+
+@pytest.mark.parametrize("closes", ["server", "newer", "client"])
+async def test_no_data_follows_a_close_frame(service: Service, closes: str) -> None:
+    """Whoever closes a connection in the middle of a flood, the server's Close frame is the last that comes. Another
+    client gets the whole flood meanwhile."""
+    kernel = await new_kernel(service)
+    reader, writer = await asyncio.open_connection("127.0.0.1", service.port, limit=1 << 20)
+    head = (
+        f"GET /api/kernels/{kernel}/channels?session_id=mine&token={service.key} HTTP/1.1\r\nHost: x\r\n"
+        "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n\r\n"
+    )
+    writer.write(head.encode())
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")
+    async with AsyncExitStack() as stack:
+        other = await stack.enter_async_context(channels(service, kernel))
+        flood = asyncio.create_task(other.run("flood(20)"))
+        assert await opcode(reader) == TEXT
+        if closes == "newer":
+            await stack.enter_async_context(channels(service, kernel, "mine"))
+        else:
+            writer.write(masked(CLOSE, b"") if closes == "client" else masked(TEXT, b"nonsense"))
+        while (last := await opcode(reader)) == TEXT:
+            pass
+        rest = asyncio.create_task(reader.read())
+        assert len((await flood).text) > 20_000_000
+        writer.write(masked(CLOSE, b""))  # the answer, for which the server keeps the connection open
+        assert (last, await rest) == (CLOSE, b"")
+    writer.close()
+    await writer.wait_closed()
 
 
 @pytest.mark.parametrize("state", ["idle", "busy", "stalled", "restarting", "dead"])

@@ -16,6 +16,8 @@ import pytest
 from tornado.httpclient import AsyncHTTPClient, HTTPResponse
 from websockets.exceptions import InvalidStatus
 
+from kernel_gateway.api import jupyter
+from kernel_gateway.drivers import DriverError
 from kernel_gateway.drivers.unisolated import Unisolated
 from kernel_gateway.server import running
 from kernel_gateway.settings import Settings
@@ -227,6 +229,22 @@ async def test_idle_kernels_end(tmp_path: Path) -> None:
         await eventually(lambda: not alive)
 
 
+async def test_the_longest_life_of_a_kernel(tmp_path: Path) -> None:
+    """A kernel of a Jupyter client ends after kernel_max_life, though a cell runs, somebody is connected, and REST has
+    prolonged its sandbox. Sandboxes of agents have no such limit."""
+    async with serving(tmp_path, kernel_max_life=1) as service:
+        box = await service.create()
+        kernel = await start(service)
+        async with channels(service, kernel["id"]) as client:
+            await client.start("time.sleep(600)")
+            await client.until_kind("execute_input")
+            answer = await service.call("POST", f"/sandboxes/{kernel['sandbox_id']}/timeout", {"timeout": 3600})
+            assert answer.code == 204
+            assert await client.close_code() == 4410
+            assert "timeout" in (client.socket.close_reason or "")
+        assert set(service.sandboxes._sandboxes) == {box}
+
+
 async def test_a_sandbox_keeps_to_its_timeout(service: Service) -> None:
     """A sandbox that was made with a lifetime ends after it, whoever is connected, and says why."""
     box = await service.create(timeout=1)
@@ -281,13 +299,79 @@ async def test_sessions(service: Service) -> None:
     assert await get(service, "/api/sessions") == []
 
 
+async def test_sessions_are_bounded_by_owner(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key with too many sessions loses its own oldest one. Sessions of other keys stay."""
+    monkeypatch.setattr(jupyter, "MAX_SESSIONS", 3)
+    foreign = (await start(service, key=service.other_key))["id"]
+    await service.call("POST", "/api/sessions", {"path": "x", "kernel": {"id": foreign}}, key=service.other_key)
+    kernel = (await start(service))["id"]
+    for path in "abcde":
+        answer = await service.call("POST", "/api/sessions", {"path": path, "kernel": {"id": kernel}})
+        assert answer.code == 201
+    assert [each["path"] for each in await get(service, "/api/sessions")] == ["c", "d", "e"]
+    assert [each["path"] for each in await get(service, "/api/sessions", key=service.other_key)] == ["x"]
+
+
+async def test_one_path_at_once(service: Service) -> None:
+    """Requests for the same path that come together share one session and one kernel. Another key has its own."""
+    service.driver.script.start_delay = 0.3
+    asked = [service.call("POST", "/api/sessions", {"path": "a.ipynb"}) for _ in range(3)]
+    other = service.call("POST", "/api/sessions", {"path": "a.ipynb"}, key=service.other_key)
+    *mine, foreign = [json.loads(answer.body) for answer in await asyncio.gather(*asked, other)]
+    assert [mine[0]] * 3 == mine
+    assert foreign["kernel"]["id"] != mine[0]["kernel"]["id"]
+    assert len(service.driver.machines) == 2
+
+
+async def test_the_first_of_many_hangs_up(service: Service) -> None:
+    """A session that several requests wait for is made to its end, though the client that asked first has gone."""
+    service.driver.script.start_delay = 0.5
+    _, first = await asyncio.open_connection("127.0.0.1", service.port)
+    body = b'{"path": "a.ipynb"}'
+    head = f"POST /api/sessions?token={service.key} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    first.write(head.encode() + body)
+    await eventually(lambda: len(service.sandboxes) == 1)
+    others = [asyncio.create_task(service.call("POST", "/api/sessions", {"path": "a.ipynb"})) for _ in range(2)]
+    await asyncio.sleep(0.1)
+    first.close()
+    await first.wait_closed()
+    answers = await asyncio.gather(*others)
+    assert [answer.code for answer in answers] == [201, 201]
+    assert answers[0].body == answers[1].body
+    assert len(service.driver.machines) == len(service.sandboxes) == 1
+    assert (await service.execute(json.loads(answers[0].body)["kernel"]["sandbox_id"], "1"))["error"] is None
+
+
+async def test_a_session_that_can_not_be_made(service: Service) -> None:
+    """All who wait for a session get the error when it can't be made, and the next request tries again."""
+    service.driver.script.start_delay, service.driver.script.start_error = 0.1, DriverError("no room")
+    answers = await asyncio.gather(*(service.call("POST", "/api/sessions", {"path": "a"}) for _ in range(3)))
+    assert [error_of(answer)["error"] for answer in answers] == ["host_full"] * 3
+    service.driver.script.start_error = None
+    assert (await service.call("POST", "/api/sessions", {"path": "a"})).code == 201
+
+
+async def test_too_many_sessions_in_the_making(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions that are being made for one key are bounded, because they are made though their clients have gone."""
+    monkeypatch.setattr(jupyter, "MAX_MAKING", 1)
+    service.driver.script.start_delay = 0.3
+    first = asyncio.create_task(service.call("POST", "/api/sessions", {"path": "a"}))
+    await eventually(lambda: len(service.sandboxes) == 1)
+    refused = await service.call("POST", "/api/sessions", {"path": "b"})
+    assert (refused.code, error_of(refused)["error"]) == (429, "too_many_requests")
+    assert (await service.call("POST", "/api/sessions", {"path": "b"}, key=service.other_key)).code == 201
+    assert (await first).code == 201
+    assert (await service.call("POST", "/api/sessions", {"path": "b"})).code == 201
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
-    [({}, 400), ({"path": ""}, 400), ({"path": "a", "kernel": {"id": UNKNOWN}}, 404),
+    [({}, 400), ({"path": ""}, 400), ({"path": "p" * 4097}, 400), ({"path": "a", "name": "n" * 4097}, 400),
+     ({"path": "a", "kernel": {"id": UNKNOWN}}, 404),
      ({"path": "a", "kernel": {"name": "nope"}}, 404), ({"path": 3}, 400)],
 )  # fmt: skip
 async def test_sessions_that_can_not_be(service: Service, body: dict[str, Any], status: int) -> None:
-    """A session without a path, or with an unknown kernel, is refused and starts nothing."""
+    """A session without a path, with too long a text, or with an unknown kernel is refused and starts nothing."""
     assert (await service.call("POST", "/api/sessions", body)).code == status
     assert await get(service, "/api/sessions") == []
     assert service.driver.machines == []
