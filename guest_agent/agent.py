@@ -5,8 +5,9 @@ import os
 import time
 from pathlib import Path
 
-from guest_agent import files, ports, process, resume, wire
+from guest_agent import ports, process, resume, wire
 from guest_agent.channel import AgentError, Channel, Stream
+from guest_agent.files import Files
 from guest_agent.kernel import Kernel
 
 # Cells that warm the paths of first cells (parse, run, display, publish; format a traceback). The last clears `_`.
@@ -52,29 +53,19 @@ class Agent:
         self.channel = Channel(fd, self.dispatch, lambda frame: self._kernel.data_received(frame))
         self._kernel = Kernel(self.channel, runtime / "kernel", uid)
         self._kernel.env = self._env
+        self._files = Files(uid)
 
-    async def dispatch(self, stream: Stream, body: wire.Body) -> None:  # noqa: C901  one line for each request
+    async def dispatch(self, stream: Stream, body: wire.Body) -> None:
         """Answer one request on its stream."""
         match body:
             case wire.Spawn():
                 await process.spawn(stream, body, self._env, self._uid)
             case wire.Connect():
                 await ports.connect(stream, body, self._uid)
-            case wire.Read():
-                await files.read(stream, body)
-            case wire.Write():
-                await files.write(stream, body)
-            case wire.Stat():
-                stream.reply(files.entry(body.path))
-            case wire.ListDir():
-                stream.reply(files.list_dir(body))
-            case wire.MakeDir():
-                stream.reply(files.make_dir(body.path))
-            case wire.Move():
-                stream.reply(files.move(body))
-            case wire.Delete():
-                files.delete(body.path)
-                stream.reply(wire.Done())
+            case (
+                wire.Stat() | wire.ListDir() | wire.Read() | wire.Write() | wire.MakeDir() | wire.Move() | wire.Delete()
+            ):
+                await self._files.answer(stream, body)
             case wire.GetMetrics():
                 stream.reply(self._metrics())
             case wire.Interrupt():

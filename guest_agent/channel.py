@@ -61,7 +61,7 @@ class Stream:
         else:
             self.channel.send(frame)
 
-    def send_now(self, data: bytes, flags: int = 0) -> None:
+    def send_now(self, data: bytes | memoryview, flags: int = 0) -> None:
         """Queue DATA of at most CHUNK bytes. The caller has checked that there is `room`."""
         self.credit -= len(data)
         self._has_sent_data = True
@@ -100,6 +100,11 @@ class Stream:
         if self._owed >= wire.CHUNK:
             self.channel.send(wire.credit(self.number, self._owed))
             self._owed = 0
+
+    def raise_if_cancelled(self) -> None:
+        """Raise an AgentError if the gateway does not want the reply any more. Any thread may call it."""
+        if self.cancelled.is_set():
+            raise AgentError("failed", "cancelled")
 
     # -- called by the channel
 
@@ -260,6 +265,8 @@ class Channel:
     def _close(self, error: Exception | None) -> None:
         self._loop.remove_reader(self._fd)
         self._loop.remove_writer(self._fd)
+        for stream in self.streams.values():
+            stream.cancel_received()
         if not self.closed.done():
             if error is None:
                 self.closed.set_result(None)

@@ -15,10 +15,18 @@ FOR_RESCUE = PROCESSES + 128
 
 
 def protect_agent() -> None:
-    """Give the agent priority over the user's processes, which do not inherit it, and limit their number."""
+    """Give the agent priority over the user's processes, and limit their number."""
+    prefer_thread()
+    resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES, PROCESSES))
+
+
+def prefer_thread() -> None:
+    """Give this thread of the agent priority over the user's processes. Its children and new threads do not inherit it.
+
+    Every thread of the agent needs it, because one that waits for the processor may hold the interpreter's lock.
+    """
     os.setpriority(os.PRIO_PROCESS, 0, -20)
     os.sched_setscheduler(0, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
-    resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES, PROCESSES))
 
 
 def let_go_first(pid: int) -> None:

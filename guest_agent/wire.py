@@ -32,9 +32,10 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 GENERATION = 1
 HEADER = struct.Struct(">BBHII")
@@ -49,6 +50,8 @@ MAX_MESSAGE = 64 * 1024 * 1024
 MAX_PARTS = 65_536
 INITIAL_CREDIT = 1024 * 1024
 """Bytes either side may send on a new stream before the first CREDIT frame."""
+MAX_TEXT = 4096
+"""Longest text in an Entry, in characters. Linux accepts no longer path."""
 
 EVENTS = 0
 KERNEL = 1
@@ -254,28 +257,37 @@ class Stat(Body):
     path: str
 
 
-class Entry(Body):
-    """A file or directory. `mode` is the permission bits, `modified_ns` since 1970, `size` bytes."""
+Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 
-    name: str
-    path: str
-    kind: str
-    size: int
-    mode: int
-    owner: str
-    group: str
+
+class Entry(Body):
+    """A file or directory. `mode` is the permission bits, `modified_ns` since 1970, `size` bytes.
+
+    Bytes of a name that are not UTF-8 are U+FFFD.
+    """
+
+    name: Text
+    path: Text
+    kind: Literal["dir", "file", "other"]
+    size: Annotated[int, Meta(ge=0)]
+    mode: Annotated[int, Meta(ge=0, le=0o7777)]
+    owner: Text
+    group: Text
     modified_ns: int
-    target: str | None = None
+    target: Text | None = None
 
 
 class ListDir(Body):
-    """Ask for one page of a directory, sorted by name, with the names after `after`."""
+    """Ask for one page of a directory: up to `limit` entries (0: as many as fit) with the names after `after`."""
 
     path: str
     after: str = ""
+    limit: int = 0
 
 
 class Entries(Body):
+    """A page. Each name is greater than the one before it. With `more` there is at least one entry."""
+
     entries: list[Entry]
     more: bool = False
 
@@ -365,6 +377,7 @@ FAILURES = frozenset(
         "exists",
         "permission_denied",
         "no_space",
+        "too_large",
         "invalid",
         "cannot_run",
         "port_closed",

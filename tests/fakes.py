@@ -265,6 +265,8 @@ class FakeGuest:
     # -- files
 
     def _entry(self, path: str) -> wire.Entry:
+        if len(path.encode()) >= wire.MAX_TEXT:
+            raise Refused("invalid", "file name too long")
         path = posixpath.normpath(path)
         parent = posixpath.dirname(path)
         if path not in self.files:
@@ -298,8 +300,9 @@ class FakeGuest:
             raise Refused("not_directory", f"{path}: is not a directory")
         names = sorted(posixpath.basename(p) for p in self.files if p != "/" and posixpath.dirname(p) == path)
         start = bisect_right(names, body.after) if body.after else 0
-        page = [self._entry(posixpath.join(path, name)) for name in names[start : start + PAGE]]
-        await stream.reply(wire.Entries(entries=page, more=start + PAGE < len(names)))
+        end = start + min(body.limit or PAGE, PAGE)
+        page = [self._entry(posixpath.join(path, name)) for name in names[start:end]]
+        await stream.reply(wire.Entries(entries=page, more=end < len(names)))
 
     async def _do_read(self, stream: Stream, body: wire.Read) -> None:
         entry = self._entry(body.path)

@@ -79,7 +79,7 @@ ROUTES = [
     Route("GET", FS, rest.read_inline, query=rest.PathQuery, answer=rest.InlineFile, errors=(403,)),
     Route("POST", FS, rest.write_inline, body=rest.InlineFile, answer=rest.FileEntry, errors=(403, 507)),
     Route("DELETE", FS, rest.delete_file, query=rest.PathQuery, status=204, errors=(403,)),
-    Route("GET", f"{FS}/list", rest.list_dir, query=rest.DirQuery, answer=list[rest.FileEntry], errors=(403,)),
+    Route("GET", f"{FS}/list", rest.list_dir, query=rest.ListQuery, answer=list[rest.FileEntry], errors=(403, 413)),
     Route("GET", f"{FS}/stat", rest.stat, query=rest.PathQuery, answer=rest.FileEntry, errors=(403,)),
     Route("POST", f"{FS}/mkdir", rest.make_dir, body=rest.MakeDir, answer=rest.FileEntry, errors=(403, 409, 507)),
     Route("POST", f"{FS}/move", rest.move, body=rest.Move, answer=rest.FileEntry, errors=(403, 507)),

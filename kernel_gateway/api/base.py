@@ -63,7 +63,7 @@ STATUS: dict[str, int] = {
     "failed": 502,
 }
 """Every error code and its HTTP status; `docs/errors.md` explains them."""
-EXPOSED = "Content-Disposition, Content-Range, Location, Retry-After"
+EXPOSED = "Content-Disposition, Content-Range, Location, Retry-After, X-More"
 ALLOWED = "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, Range, X-API-Key"
 
 

@@ -12,7 +12,7 @@ import re
 import secrets
 from codecs import getincrementaldecoder
 from collections.abc import AsyncIterator
-from contextlib import aclosing, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, quote, unquote
@@ -24,8 +24,16 @@ from multipart import MultipartError, MultipartSegment, PushMultipartParser, par
 from guest_agent import wire
 from kernel_gateway import __version__
 from kernel_gateway.api.base import Call, Endpoint, RangeNotSatisfiable
-from kernel_gateway.errors import CellvmError, GuestFailure, GuestUnresponsive, InvalidRequest, NotFound, Unavailable
-from kernel_gateway.guest.guest import Guest
+from kernel_gateway.errors import (
+    CellvmError,
+    GuestFailure,
+    GuestUnresponsive,
+    InvalidRequest,
+    NotFound,
+    TooLarge,
+    Unavailable,
+)
+from kernel_gateway.guest.files import LISTING_SIZE, MAX_ENTRIES, Files, Writing, resolve
 from kernel_gateway.images.templates import Template
 from kernel_gateway.kernel import message
 from kernel_gateway.kernel.events import Cell, CellError, Collector, Events, StreamEvent
@@ -616,8 +624,12 @@ class PathQuery(Struct):
     path: Annotated[str, Meta(min_length=1)]
 
 
-class DirQuery(Struct):
+class ListQuery(Struct):
+    """`after` is the name after which the list begins. Without `limit` the answer is the whole rest."""
+
     path: str = "~"
+    after: Annotated[str, Meta(max_length=wire.MAX_TEXT)] = ""
+    limit: Annotated[int, Meta(ge=1, le=MAX_ENTRIES)] | None = None
 
 
 class UploadQuery(Struct):
@@ -635,7 +647,7 @@ class FileEntry(Struct, omit_defaults=True):
     mode: int
     owner: str
     group: str
-    modified: str
+    modified: datetime
     target: str | None = None
 
 
@@ -655,18 +667,7 @@ class Move(Struct):
     destination: Annotated[str, Meta(min_length=1)]
 
 
-def resolve(guest: Guest, path: str) -> str:
-    """An absolute path in the guest; `~` and relative paths mean the home directory. The guest resolves the rest."""
-    check_text(path)
-    if "\0" in path:
-        raise InvalidRequest("a path can't hold a NUL")
-    if path == "~" or path.startswith("~/"):
-        path = guest.home + path[1:]
-    return posixpath.join(guest.home, path)
-
-
 def file_entry(entry: wire.Entry) -> FileEntry:
-    modified = datetime.fromtimestamp(max(0, min(entry.modified_ns, 2**62)) / 1e9, UTC)
     return FileEntry(
         name=entry.name,
         path=entry.path,
@@ -676,19 +677,18 @@ def file_entry(entry: wire.Entry) -> FileEntry:
         mode=entry.mode,
         owner=entry.owner,
         group=entry.group,
-        modified=rfc3339(modified),
+        modified=datetime.fromtimestamp(max(0, min(entry.modified_ns, 2**62)) / 1e9, UTC),
         target=entry.target,
     )
 
 
 async def download(call: Call) -> None:
     """A file's bytes, or with `Range` a part of them."""
-    guest, http = call.sandbox.guest, call.http
-    link, path = guest.link, resolve(guest, call.query.path)
+    files, http, path = Files(call.sandbox.guest), call.http, call.query.path
     span = re.fullmatch(r"bytes=(\d*)-(\d*)", http.request.headers.get("Range", ""))
     offset, length = 0, -1
     if span and any(span.groups()):
-        size = max((await link.call(wire.Stat(path=path), wire.Entry)).size, 0)
+        size = (await files.stat(path)).size
         first, last = span.groups()
         offset = int(first) if first else max(size - int(last), 0)
         length = (min(int(last), size - 1) if first and last else size - 1) - offset + 1
@@ -697,28 +697,17 @@ async def download(call: Call) -> None:
             raise RangeNotSatisfiable(f"the file has {size} bytes")
         http.set_status(206)
         http.set_header("Content-Range", f"bytes {offset}-{offset + length - 1}/{size}")
-    async with link.ask(wire.Read(path=path, offset=offset, length=length)) as conversation:
-        entry = await conversation.receive()
-        if not isinstance(entry, wire.Entry) or entry.size < 0:
-            raise GuestUnresponsive("the guest answered a read with something that is not a file")
+    async with files.read(path, offset, length) as content:
         name = posixpath.basename(path)
         http.set_header("Content-Type", mimetypes.guess_type(name)[0] or "application/octet-stream")
         http.set_header("Content-Disposition", f"attachment; filename*=UTF-8''{quote(name, safe='')}")
         http.set_header("Content-Security-Policy", "sandbox")
         http.set_header("Accept-Ranges", "bytes")
-        # Files of /proc have size 0 and hold something, so they are sent without a length.
-        left = length if length >= 0 else entry.size
-        if left or not path.startswith(("/proc/", "/sys/")):
-            http.set_header("Content-Length", str(left))
-        else:
-            left = -1
-        while isinstance(item := await conversation.receive(), tuple):
-            data = item[1] if left < 0 else item[1][:left]
-            left -= len(data) if left > 0 else 0
+        if content.size is not None:
+            http.set_header("Content-Length", str(content.size))
+        async for data in content.pieces():
             http.write(data)
             await http.flush()
-        if left > 0:
-            raise CellvmError("the file shrank while it was being read")
         await http.finish()
 
 
@@ -728,11 +717,11 @@ async def upload(call: Call) -> list[FileEntry]:
     A `path` names the `file` that follows, or the last one. Without a `path` a file's own name is its path. A file is
     stored as a whole or not at all.
     """
-    guest, http = call.sandbox.guest, call.http
+    files, http = Files(call.sandbox.guest), call.http
     kind, options = parse_options_header(http.request.headers.get("Content-Type", ""))
     if kind != "multipart/form-data" or not options.get("boundary"):
         raise InvalidRequest("an upload is multipart/form-data with a part named `file`")
-    upload = Upload(guest, call.query.path)
+    upload = Upload(files, call.query.path)
     try:
         with PushMultipartParser(options["boundary"], max_segment_size=1 << 60) as parser:
             async for chunk in http.body_chunks():
@@ -755,13 +744,13 @@ class Upload:
     made-up name until its path is known, because it must not overwrite another file meanwhile.
     """
 
-    def __init__(self, guest: Guest, path: str | None) -> None:
-        self._guest = guest
+    def __init__(self, files: Files, path: str | None) -> None:
+        self._files = files
         self._path = path
         self._field = bytearray()
         self._waiting: tuple[str, str] | None = None
-        self._asking: Any = None
-        self._conversation: Any = None
+        self._asking: AbstractAsyncContextManager[Writing] | None = None
+        self._writing: Writing | None = None
         self.entries: list[wire.Entry] = []
 
     async def receive(self, event: Any) -> None:
@@ -772,15 +761,14 @@ class Upload:
                 await self._open(event.filename or "")
             elif event.name != "path":
                 raise InvalidRequest(f"unknown part {event.name[:100]!r}; an upload has `file` and `path`")
-        elif event and self._conversation is not None:
-            await self._conversation.send(event)
+        elif event and self._writing is not None:
+            await self._writing.send(event)
         elif event:
             self._field += event
             if len(self._field) > 4096:
                 raise InvalidRequest("`path` may have at most 4096 bytes")
-        elif self._conversation is not None:
-            self._conversation.end()
-            self.entries.append(await self._conversation.reply())
+        elif self._writing is not None:
+            self.entries.append(await self._writing.finish())
             await self._hang_up()
         else:
             try:
@@ -789,20 +777,15 @@ class Upload:
                 raise InvalidRequest("`path` is not UTF-8") from None
             self._field.clear()
 
-    def _target(self, path: str) -> str:
-        if path.endswith("/"):
-            raise InvalidRequest(f"{path[:200]!r} is a directory; the path names the file itself")
-        return resolve(self._guest, path)
-
     async def _open(self, name: str) -> None:
         if self._path:
-            target = self._target(self._path)
+            target = file_path(self._path)
         else:
-            target = resolve(self._guest, f".{secrets.token_hex(8)}.upload")
+            target = f".{secrets.token_hex(8)}.upload"
             self._waiting = (target, name)
         self._path = None
-        self._asking = self._guest.link.ask(wire.Write(path=target))
-        self._conversation = await self._asking.__aenter__()
+        self._asking = self._files.write(target)
+        self._writing = await self._asking.__aenter__()
 
     async def _settle(self, path: str | None) -> None:
         """Give the file that waits its path, or its own name."""
@@ -811,8 +794,7 @@ class Upload:
         source, name = self._waiting
         if not (path or name):
             raise InvalidRequest("where to? send `path`, or a file name that is a path")
-        request = wire.Move(source=source, destination=self._target(path or name))
-        self.entries[-1] = await self._guest.link.call(request, wire.Entry)
+        self.entries[-1] = await self._files.move(source, file_path(path or name))
         self._waiting = None
 
     async def finish(self) -> None:
@@ -823,7 +805,7 @@ class Upload:
 
     async def _hang_up(self) -> None:
         if self._asking is not None:
-            asking, self._asking, self._conversation = self._asking, None, None
+            asking, self._asking, self._writing = self._asking, None, None
             await asking.__aexit__(None, None, None)
 
     async def close(self) -> None:
@@ -831,24 +813,29 @@ class Upload:
         await self._hang_up()
         if self._waiting is not None:
             with suppress(GuestFailure):  # not_found: it was never written
-                await self._guest.link.call(wire.Delete(path=self._waiting[0]), wire.Done)
+                await self._files.delete(self._waiting[0])
+
+
+def file_path(path: str) -> str:
+    """The path, if it can be a file's."""
+    if path.endswith("/"):
+        raise InvalidRequest(f"{path[:200]!r} is a directory; the path names the file itself")
+    return path
 
 
 async def read_inline(call: Call) -> InlineFile:
     """A small file's content inside JSON."""
-    guest = call.sandbox.guest
-    path = resolve(guest, call.query.path)
-    content = bytearray()
-    async with guest.link.ask(wire.Read(path=path)) as conversation:
-        await conversation.receive()
-        while isinstance(item := await conversation.receive(), tuple):
-            content += item[1]
-            if len(content) > INLINE_LIMIT:
+    files, path = Files(call.sandbox.guest), call.query.path
+    found = bytearray()
+    async with files.read(path) as content:
+        async for data in content.pieces():
+            found += data
+            if len(found) > INLINE_LIMIT:
                 raise InvalidRequest(
-                    f"{call.query.path[:200]}: too large for JSON (over {INLINE_LIMIT} bytes)",
+                    f"{path[:200]}: too large for JSON (over {INLINE_LIMIT} bytes)",
                     hint="download it with GET …/files?path=",
                 )
-    return InlineFile(path=path, content=base64.b64encode(content).decode())
+    return InlineFile(path=files.resolve(path), content=base64.b64encode(found).decode())
 
 
 async def write_inline(call: Call, body: InlineFile) -> FileEntry:
@@ -859,49 +846,47 @@ async def write_inline(call: Call, body: InlineFile) -> FileEntry:
         raise InvalidRequest("`content` is not base64") from None
     if not body.path:
         raise InvalidRequest("`path` is empty")
-    guest = call.sandbox.guest
-    async with guest.link.ask(wire.Write(path=resolve(guest, body.path))) as conversation:
-        await conversation.send(content)
-        conversation.end()
-        return file_entry(await conversation.reply())
+    async with Files(call.sandbox.guest).write(body.path) as writing:
+        await writing.send(content)
+        return file_entry(await writing.finish())
 
 
 async def delete_file(call: Call) -> None:
     """Delete a file, or a directory with its content."""
-    guest = call.sandbox.guest
-    await guest.link.call(wire.Delete(path=resolve(guest, call.query.path)), wire.Done)
+    await Files(call.sandbox.guest).delete(call.query.path)
 
 
 async def list_dir(call: Call) -> list[FileEntry]:
-    """The entries of a directory, sorted by name."""
-    guest = call.sandbox.guest
-    path = resolve(guest, call.query.path)
-    entries: list[wire.Entry] = []
-    while True:
-        after = entries[-1].name if entries else ""
-        page = await guest.link.call(wire.ListDir(path=path, after=after), wire.Entries)
-        entries += page.entries
-        if not page.more or not page.entries:
-            return [file_entry(entry) for entry in entries]
+    """The entries of a directory, sorted by name.
+
+    With `limit` the answer may be a part of them. The header `X-More: true` then tells that there are more, and the
+    next request asks for those `after` the last name.
+    """
+    query = call.query
+    listing = await Files(call.sandbox.guest).list(query.path, after=query.after, limit=query.limit or MAX_ENTRIES)
+    if listing.more and query.limit is None:
+        raise TooLarge(
+            f"a listing in one piece has at most {MAX_ENTRIES} entries and {LISTING_SIZE} characters",
+            hint="list the directory in pages, with `limit` and `after`",
+        )
+    if listing.more:
+        call.http.set_header("X-More", "true")
+    return [file_entry(entry) for entry in listing.entries]
 
 
 async def stat(call: Call) -> FileEntry:
     """The file or directory at a path."""
-    guest = call.sandbox.guest
-    return file_entry(await guest.link.call(wire.Stat(path=resolve(guest, call.query.path)), wire.Entry))
+    return file_entry(await Files(call.sandbox.guest).stat(call.query.path))
 
 
 async def make_dir(call: Call, body: MakeDir) -> FileEntry:
     """Make a directory, with its parents."""
-    guest = call.sandbox.guest
-    return file_entry(await guest.link.call(wire.MakeDir(path=resolve(guest, body.path)), wire.Entry))
+    return file_entry(await Files(call.sandbox.guest).make_dir(body.path))
 
 
 async def move(call: Call, body: Move) -> FileEntry:
     """Rename or move. The destination's parents are made as needed."""
-    guest = call.sandbox.guest
-    request = wire.Move(source=resolve(guest, body.source), destination=resolve(guest, body.destination))
-    return file_entry(await guest.link.call(request, wire.Entry))
+    return file_entry(await Files(call.sandbox.guest).move(body.source, body.destination))
 
 
 # -- the rest

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from guest_agent import wire
 from guest_agent.wire import Body, Failure, Frame, FrameType
-from kernel_gateway.errors import GuestFailure, GuestUnresponsive, SandboxDied, TooLarge
+from kernel_gateway.errors import GuestFailure, GuestUnresponsive, InvalidRequest, SandboxDied, TooLarge
 
 STRIKES = 100
 MAX_CANCELLED = 1000
@@ -207,6 +207,7 @@ class Link(asyncio.Protocol):
         Raises:
             SandboxDied: the link is closed.
             TooLarge: the request does not fit into a frame.
+            InvalidRequest: it has text that can't be UTF-8 (JSON allows lone surrogates).
         """
         if self.closed.done():
             raise self.closed.result()
@@ -218,6 +219,8 @@ class Link(asyncio.Protocol):
                 f"a request to the sandbox may have at most {wire.MAX_CONTROL} bytes",
                 hint="upload long text as a file, or send it as `stdin`",
             ) from None
+        except UnicodeEncodeError:
+            raise InvalidRequest("text with a lone surrogate can't be passed on") from None
         conversation = self._conversations[number] = Conversation(self, number)
         self.write(frame)
         try:

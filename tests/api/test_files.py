@@ -9,6 +9,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from select import select
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -17,6 +18,8 @@ from guest_agent import wire
 from tests.fakes import HOME, FakeGuest, Service, Stream, error_of, eventually, resident
 
 BOUNDARY = "----boundary"
+ANY_FILE: dict[str, Any] = {"kind": "file", "size": 0, "mode": 0o644, "owner": "", "group": "", "modified_ns": 0}
+"""The fields of an entry beside its name and path."""
 
 
 def multipart(*parts: tuple[str, str | None, bytes]) -> bytes:
@@ -355,6 +358,69 @@ async def test_a_long_directory(service: Service, box: str, guest: FakeGuest) ->
     assert [each["name"] for each in json.loads(answer.body)] == names
 
 
+async def test_a_directory_in_pages(service: Service, box: str, guest: FakeGuest) -> None:
+    """Pages hold each name once, in order. `X-More` tells whether the page is the last one."""
+    names = sorted(f"ä {number}&" for number in range(250))
+    guest.files |= {f"/tmp/{name}": b"" for name in names}
+    found: list[str] = []
+    sizes, more = [], "true"
+    while more:
+        after = quote(found[-1]) if found else ""
+        answer = await service.call("GET", f"/sandboxes/{box}/filesystem/list?path=/tmp&limit=120&after={after}")
+        assert answer.code == 200, answer.body
+        page = [each["name"] for each in json.loads(answer.body)]
+        found, sizes, more = found + page, [*sizes, len(page)], answer.headers.get("X-More", "")
+    assert (found, sizes) == (names, [120, 120, 10])
+    answer = await service.call("GET", f"/sandboxes/{box}/filesystem/list?path=/tmp&after={quote(names[-3])}")
+    assert [each["name"] for each in json.loads(answer.body)] == names[-2:]
+    assert "X-More" not in answer.headers
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=10001", "limit=-1", "limit=x", "limit=", "after=" + "x" * 4097])
+async def test_pages_refused(service: Service, box: str, query: str) -> None:
+    """A limit outside 1 to 10000, or a name that can't be, is 400."""
+    answer = await service.call("GET", f"/sandboxes/{box}/filesystem/list?path=/tmp&{query}")
+    assert (answer.code, error_of(answer)["error"]) == (400, "invalid_request")
+
+
+async def test_a_directory_that_is_too_large_for_one_answer(service: Service, box: str, guest: FakeGuest) -> None:
+    """A listing of over 10,000 entries without a limit is 413 and says how to get it. A page of 10,000 works."""
+
+    async def many(stream: Stream, body: wire.ListDir) -> None:
+        first = int(body.after or 0) + 1
+        names = [f"{number:06}" for number in range(first, min(first + min(body.limit, 1000), 10_002))]
+        entries = [wire.Entry(name=name, path=f"/{name}", **ANY_FILE) for name in names]
+        await stream.reply(wire.Entries(entries=entries, more=names[-1] < "010001"))
+
+    guest.script.handlers[wire.ListDir] = many
+    answer = await service.call("GET", f"/sandboxes/{box}/filesystem/list?path=/tmp")
+    assert (answer.code, error_of(answer)["error"]) == (413, "too_large")
+    assert "`limit`" in error_of(answer)["hint"]
+    answer = await service.call("GET", f"/sandboxes/{box}/filesystem/list?path=/tmp&limit=10000")
+    assert (answer.code, len(json.loads(answer.body)), answer.headers["X-More"]) == (200, 10_000, "true")
+    answer = await service.call("GET", f"/sandboxes/{box}/filesystem/list?path=/tmp&after=000001")
+    assert (answer.code, len(json.loads(answer.body))) == (200, 10_000)
+
+
+async def test_a_client_that_hangs_up_stops_a_delete(service: Service, box: str, guest: FakeGuest) -> None:
+    """The guest is told that nobody waits for the delete any more."""
+    stopped = asyncio.Event()
+
+    async def slow(stream: Stream, body: wire.Delete) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            stopped.set()
+
+    guest.script.handlers[wire.Delete] = slow
+    _, writer = await asyncio.open_connection("127.0.0.1", service.port)
+    head = f"DELETE /sandboxes/{box}/filesystem?path=x HTTP/1.1\r\nHost: x\r\nX-API-Key: {service.key}\r\n\r\n"
+    writer.write(head.encode())
+    await eventually(lambda: any(isinstance(request, wire.Delete) for request in guest.requests))
+    writer.close()
+    await asyncio.wait_for(stopped.wait(), 5)
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "expected"),
     [
@@ -403,7 +469,7 @@ async def test_errors_of_the_agent_keep_their_word(service: Service, box: str, g
         answer = await service.call("GET", f"/sandboxes/{box}/filesystem/stat?path=x")
         error = error_of(answer)
         assert (error["error"], error["message"]) == (code if code in wire.FAILURES else "failed", "because")
-        assert answer.code in (400, 403, 404, 409, 502, 507)
+        assert answer.code in (400, 403, 404, 409, 413, 502, 507)
 
 
 async def test_head_of_a_path_with_blanks(service: Service, box: str, guest: FakeGuest) -> None:

@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from websockets.asyncio.client import ClientConnection
@@ -14,7 +15,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from guest_agent import wire
 from guest_agent.wire import FrameType
 from tests.api.clients import agent, channels
-from tests.fakes import FakeDriver, FakeGuest, Script, Service, own_frame, serving
+from tests.fakes import FakeDriver, FakeGuest, Script, Service, Stream, own_frame, resident, serving
 
 PROGRAMS = 500
 MALICE, SECRET = "malice", "secret-of-the-other"
@@ -275,3 +276,86 @@ async def test_a_kernel_that_never_comes_back(tmp_path: Path) -> None:
                 status, body = await side.ask("POST", "/sandboxes/{box}/execute", {"code": "1"})
                 assert (status, json.loads(body)["error"]) in [(502, "kernel_unavailable"), (502, "guest_unresponsive")]
                 assert (await client.run("1")).reply["status"] == "error"
+
+
+# -- listings
+
+
+def listed(*names: str, **fields: Any) -> list[wire.Entry]:
+    """Entries as an agent may send them."""
+    given = {"kind": "file", "size": 0, "mode": 0o644, "owner": "", "group": "", "modified_ns": 0, **fields}
+    return [wire.Entry(**{"name": name, "path": f"/{name}", **given}) for name in names]
+
+
+PAGES: dict[str, list[wire.Entry]] = {
+    "the same name for ever": listed("a"),
+    "a name twice": listed("a", "a"),
+    "names that go down": listed("b", "a"),
+    "a name before the one asked for": listed("0"),
+    "no name": listed(""),
+    "nothing, but more": [],
+    "more than asked for": listed(*(f"{number:09}" for number in range(3000))),
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+async def test_a_listing_that_breaks_the_protocol(tmp_path: Path, page: str) -> None:
+    """Pages that could go on for ever end the sandbox, with the documented answer."""
+
+    async def lie(stream: Stream, body: wire.ListDir) -> None:
+        asked.append(body)
+        first = page == "a name before the one asked for" and len(asked) == 1
+        await stream.reply(wire.Entries(entries=listed("5") if first else PAGES[page], more=True))
+
+    asked: list[wire.ListDir] = []
+    async with serving(tmp_path) as service:
+        side = Side(service, service.key)
+        await side.begin()
+        side.guest.script = Script(handlers={wire.ListDir: lie})
+        status, body = await side.ask("GET", "/sandboxes/{box}/filesystem/list?path=/&limit=2500")
+        assert (status, json.loads(body)["error"]) == (502, "guest_unresponsive"), body
+        assert len(asked) <= 2
+        assert (await side.ask("GET", "/sandboxes/{box}"))[0] == 404
+
+
+async def test_a_listing_without_end(tmp_path: Path) -> None:
+    """B6: an agent always has more entries, small or huge ones. The answer is 413 or a page, in bounded memory."""
+
+    async def small(stream: Stream, body: wire.ListDir) -> None:
+        first = int(body.after or 10**9) + 1
+        names = map(str, range(first, first + min(body.limit, 1000)))
+        await stream.reply(wire.Entries(entries=listed(*names), more=True))
+
+    async def huge(stream: Stream, body: wire.ListDir) -> None:
+        first = int(body.after[:10] or 10**9) + 1
+        names = (str(number) + "x" * 4000 for number in range(first, first + min(body.limit, 50)))
+        long = "y" * wire.MAX_TEXT
+        await stream.reply(wire.Entries(entries=listed(*names, path=long, target=long), more=True))
+
+    async with serving(tmp_path) as service:
+        side = Side(service, service.key)
+        await side.begin()
+        for lie, entries in ((small, 10_000), (huge, 700)):
+            side.guest.script = Script(handlers={wire.ListDir: lie})
+            before = resident()
+            status, body = await side.ask("GET", "/sandboxes/{box}/filesystem/list?path=/")
+            assert (status, json.loads(body)["error"]) == (413, "too_large")
+            status, body = await side.ask("GET", "/sandboxes/{box}/filesystem/list?path=/&limit=10000")
+            assert (status, len(json.loads(body))) == (200, entries)
+            assert resident() - before <= 64 << 20
+        assert (await side.ask("GET", "/sandboxes/{box}"))[0] == 200
+
+
+async def test_a_listing_that_takes_for_ever(tmp_path: Path) -> None:
+    """An agent sends one entry at a time, later and later. The whole listing has one deadline."""
+
+    async def slow(stream: Stream, body: wire.ListDir) -> None:
+        await asyncio.sleep(0.01)
+        await stream.reply(wire.Entries(entries=listed(str(int(body.after or 10**9) + 1)), more=True))
+
+    async with serving(tmp_path, FakeDriver(time_scale=0.01)) as service:
+        side = Side(service, service.key)
+        await side.begin()
+        side.guest.script = Script(handlers={wire.ListDir: slow})
+        status, body = await side.ask("GET", "/sandboxes/{box}/filesystem/list?path=/")
+        assert (status, json.loads(body)["error"]) == (502, "guest_unresponsive")

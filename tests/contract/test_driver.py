@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import random
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -325,6 +326,18 @@ async def test_a_directory_in_pages(guest: Guest) -> None:
     assert pages > 1
 
 
+async def test_pages_of_a_size(guest: Guest) -> None:
+    """A page has as many entries as were asked for, and tells whether there are more."""
+    for name in "abcde":
+        await write(guest, f"{guest.home}/{name}", b"")
+    for after, limit, expected in (("", 2, ("ab", True)), ("b", 3, ("cde", False)), ("b", 2, ("cd", True))):
+        page = await guest.link.call(wire.ListDir(path=guest.home, after=after, limit=limit), wire.Entries)
+        assert ("".join(entry.name for entry in page.entries), page.more) == expected
+    await write(guest, f"{guest.home}/bb", b"")  # between two pages
+    page = await guest.link.call(wire.ListDir(path=guest.home, after="b", limit=2), wire.Entries)
+    assert [entry.name for entry in page.entries] == ["bb", "c"]
+
+
 async def test_files_refused(guest: Guest) -> None:
     """A refusal is a word of the wire."""
     home = guest.home
@@ -569,6 +582,69 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def fill(directory: Path, files: int) -> None:
+    """Make a directory with that many empty files in ten directories."""
+    for number in range(files):
+        if number < 10:
+            (directory / f"{number}").mkdir(parents=True)
+        (directory / f"{number % 10}" / f"{number}").touch()
+
+
+async def test_a_delete_holds_up_nothing(real: Guest) -> None:
+    """B7: while a large tree is deleted, the agent answers, and a command runs to its end."""
+    fill(Path(real.home, "tree"), 20_000)
+    deleting = asyncio.create_task(real.link.call(wire.Delete(path=f"{real.home}/tree"), wire.Done))
+    await asyncio.sleep(0)  # its request is sent first
+    assert await real.link.call(wire.Ping(), wire.Done) == wire.Done()
+    assert (await spawn(real, "true", timeout_ms=1000))[0] == wire.Exited(code=0)
+    assert not deleting.done()
+    await deleting
+    assert not Path(real.home, "tree").exists()
+
+
+@pytest.mark.parametrize("kind", ["delete", "move"])
+async def test_work_on_a_tree_ends_with_its_conversation(real: Guest, kind: str) -> None:
+    """A delete, and a move to another file system, stop at the next entry when nobody wants their end any more."""
+    tree = Path(real.home, "tree")
+    fill(tree, 20_000)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        assert os.stat(other).st_dev != tree.stat().st_dev
+        destination = Path(other, "tree")
+        move = wire.Move(source=str(tree), destination=str(destination))
+        async with real.link.ask(wire.Delete(path=str(tree)) if kind == "delete" else move):
+            await real.link.call(wire.Ping(), wire.Done)
+        await eventually(lambda: not real.link._cancelled, 20)
+        left = sum(len(files) for _, _, files in os.walk(tree))
+        if kind == "delete":
+            assert 0 < left <= 20_000
+        else:
+            assert left == 20_000
+            assert list(Path(other).iterdir()) == []
+
+
+async def test_a_move_to_another_file_system(real: Guest) -> None:
+    """Files, modes, times and links arrive, a file there is replaced, and nothing is left behind."""
+    tree = Path(real.home, "tree")
+    (tree / "empty").mkdir(parents=True)
+    (tree / "script").write_text("content")
+    (tree / "script").chmod(0o751)
+    os.utime(tree / "script", ns=(5, 7))
+    (tree / "link").symlink_to("nowhere")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        moved = Path(other, "a/b")
+        entry = await real.link.call(wire.Move(source=str(tree), destination=str(moved)), wire.Entry)
+        assert (entry.path, entry.kind) == (str(moved), "dir")
+        assert sorted(each.name for each in moved.iterdir()) == ["empty", "link", "script"]
+        found = (moved / "script").stat()
+        assert ((moved / "script").read_text(), found.st_mode & 0o777, found.st_mtime_ns) == ("content", 0o751, 7)
+        assert os.readlink(moved / "link") == "nowhere"
+        assert not tree.exists()
+        (tree.parent / "new").write_text("new")
+        await real.link.call(wire.Move(source=str(tree.parent / "new"), destination=str(moved / "script")), wire.Entry)
+        assert (moved / "script").read_text() == "new"
+        assert len(os.listdir(moved)) == 3
 
 
 async def test_killing_the_agent_leaves_no_process(real: Guest) -> None:

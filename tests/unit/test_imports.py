@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-USERS_OF_THE_WIRE = {"guest.link", "kernel.kernel", "sandbox.pool", "images.build", "api.ports", "api.rest", "__main__"}
+USERS_OF_THE_WIRE = {
+    "guest.link",
+    "guest.files",
+    "kernel.kernel",
+    "sandbox.pool",
+    "images.build",
+    "api.ports",
+    "api.rest",
+    "__main__",
+}
 """The only modules of the gateway that may import guest_agent.wire."""
 OURS = {"guest_agent", "kernel_gateway", "cellvm_lab"}
 
@@ -153,6 +162,13 @@ def test_only_some_speak_the_wire() -> None:
     }
     assert {name for name, used in users.items() if used} == USERS_OF_THE_WIRE
     assert all(users[name] == {"guest_agent.wire"} for name in USERS_OF_THE_WIRE)
+
+
+def test_guest_files_know_no_dialect() -> None:
+    """Files of a guest are below HTTP, so that each dialect can share them."""
+    guest = {"kernel_gateway.guest.guest", "kernel_gateway.guest.link"}
+    assert ours("kernel_gateway.guest.files") == {"guest_agent.wire", "kernel_gateway.errors", *guest}
+    assert outside("kernel_gateway.guest.files") == set()
 
 
 def test_tornado_stays_at_the_edge() -> None:

@@ -17,6 +17,12 @@ from tests.fakes import own_frame, resident
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 TEXT = st.text(max_size=50)
+ENTRY = {
+    "kind": st.sampled_from(["dir", "file", "other"]),
+    "size": st.integers(0, 2**63 - 1),
+    "mode": st.integers(0, 0o7777),
+}
+"""Fields of an Entry that do not take every value of their type."""
 REQUESTS, REPLIES, EVENTS = (get_args(union) for union in (wire.Request, wire.Reply, wire.Event))
 BODIES = [
     *((FrameType.REQUEST, kind) for kind in REQUESTS),
@@ -33,6 +39,10 @@ def values(kind: type[wire.Body]) -> st.SearchStrategy[wire.Body]:
     known[list[str]] = st.lists(TEXT, max_size=5)
     known[dict[str, str]] = st.dictionaries(TEXT, TEXT, max_size=5)
     known[str | None] = st.none() | TEXT
+    known[wire.Text] = TEXT
+    known[wire.Text | None] = st.none() | TEXT
+    if kind is wire.Entry:
+        known |= {each.type: ENTRY[each.name] for each in msgspec.structs.fields(kind) if each.name in ENTRY}
     if kind is wire.Entries:
         known[list[wire.Entry]] = st.lists(values(wire.Entry), max_size=3)
     fields = {field.name: known[field.type] for field in msgspec.structs.fields(kind)}
