@@ -118,10 +118,15 @@ async def opened_driver(settings: Settings, first: Template, progress: Progress)
         SettingsError: the isolation or a setting of the network can't be had here.
         BuildError: the image that KVM is tried with could not be built.
     """
-    disks = settings.data_path / "disks"
+    disks = settings.data_path.absolute() / "disks"
     disks.mkdir(parents=True, exist_ok=True, mode=0o700)
     if settings.isolation == "unisolated":
         log.warning("ISOLATION IS OFF: code in a sandbox can do whatever this server can. For development only.")
+        if len(os.fsencode(disks)) > Unisolated.LONGEST_PATH:
+            raise SettingsError(
+                f"--isolation unisolated needs a shorter --data-dir than {settings.data_path.absolute()}, because the "
+                "names of kernels' sockets start with it and have at most 107 bytes"
+            )
         for left in disks.glob("agent-*"):  # of a server that was killed
             shutil.rmtree(left)
 

@@ -56,7 +56,12 @@ class UnisolatedVm:
 
 
 class Unisolated:
-    """Starts agents. `argv` replaces the agent's command, which gets `--fd`, `--home` and `--runtime`."""
+    """Starts agents. `argv` replaces the agent's command, which gets `--fd`, `--home` and `--runtime`.
+
+    `directory` is absolute, because agents change their own, and has at most LONGEST_PATH bytes.
+    """
+
+    LONGEST_PATH = 107 - len("/agent-12345678/kernel/9999/ipc-1")
 
     capabilities = Capabilities(isolation="none", accelerator="native", time_scale=1.0, network="host")
 

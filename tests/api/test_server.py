@@ -55,6 +55,25 @@ async def call(
     )
 
 
+async def test_a_relative_data_directory(
+    tmp_path: Path, client: AsyncHTTPClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels start, whatever directory their agents work in."""
+    monkeypatch.chdir(tmp_path)
+    async with running(settings(tmp_path, data_dir="data", pool_size=0), lambda text: None) as server:
+        answer = await call(client, server, "POST", "/sandboxes", {"templateID": "code_interpreter"})
+        box = json.loads(answer.body)["sandboxID"]
+        answer = await call(client, server, "POST", f"/sandboxes/{box}/execute", {"code": "6 * 7"})
+        assert json.loads(answer.body)["results"][0]["data"] == {"text/plain": "42"}
+
+
+async def test_a_data_directory_with_a_long_path(tmp_path: Path) -> None:
+    """The start is refused with the reason, because no kernel could start there without isolation."""
+    with pytest.raises(SettingsError, match="shorter --data-dir"):
+        async with running(settings(tmp_path, data_dir=str(tmp_path / ("x" * 100))), lambda text: None):
+            pass
+
+
 async def test_a_server_from_start_to_end(
     tmp_path: Path, client: AsyncHTTPClient, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -259,7 +259,7 @@ def test_cell_with_much_output(server: Server, box: Sandbox, code: str) -> None:
 
 def test_cell_with_a_huge_result(server: Server, box: Sandbox) -> None:
     """R8: a result of 100 MB costs the server little memory. The answer says what it omits, and the sandbox goes on."""
-    with server.memory_grows_at_most(128 * MIB):
+    with server.memory_grows_at_most(64 * MIB):
         cell = box.execute("from IPython.display import HTML\nHTML('x' * 100_000_000)", timeout=100)
     kept = sum(len(result["data"].get("text/html", "")) for result in cell["results"])
     assert kept < 100_000_000
