@@ -14,6 +14,7 @@ from tornado.httpclient import AsyncHTTPClient, HTTPClientError
 
 PIECE = 8 * 1024 * 1024
 """Bytes of a sandbox's file that are downloaded at a time."""
+LISTED = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,9 @@ class SandboxPath:
         return found
 
     async def list(self) -> list[dict[str, Any]]:
-        entries: list[dict[str, Any]] = json.loads(await self.request("GET", "filesystem/list" + self.query))
+        """The entries of a directory, by name. Of a very large one the first LISTED, because Lab shows no pages."""
+        listing = f"filesystem/list{self.query}&limit={LISTED}"
+        entries: list[dict[str, Any]] = json.loads(await self.request("GET", listing))
         return entries
 
     async def pieces(self, size: int) -> AsyncIterator[bytes]:
