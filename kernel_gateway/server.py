@@ -271,6 +271,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 pools,
                 store,
                 maximum=settings.max_sandboxes,
+                per_owner=settings.max_sandboxes_per_key or settings.max_sandboxes,
                 journals=journals,
                 network=opened.network,
                 preparation=preparation,

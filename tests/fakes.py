@@ -872,6 +872,7 @@ async def serving(
     driver: Any = None,
     *,
     max_sandboxes: int = 4,
+    per_owner: int | None = None,
     pool_size: int = 0,
     store: str = "cellvm.db",
     network: FakeNetwork | None = None,
@@ -882,7 +883,9 @@ async def serving(
     db = Store(directory / store)
     guests = Guests(driver)
     pools = {"code_interpreter": Pool(guests, "code_interpreter", pool_size)} if pool_size else {}
-    sandboxes = Sandboxes(Templates(TEMPLATES), guests, pools, db, maximum=max_sandboxes, network=network)
+    sandboxes = Sandboxes(
+        Templates(TEMPLATES), guests, pools, db, maximum=max_sandboxes, per_owner=per_owner, network=network
+    )
     http = HTTPServer(application(sandboxes, db, **options), max_body_size=1 << 50, max_header_size=64 * 1024)
     sock, port = bind_unused_port()
     http.add_sockets([sock])

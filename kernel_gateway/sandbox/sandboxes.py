@@ -17,6 +17,7 @@ from kernel_gateway.errors import (
     HostFull,
     InvalidRequest,
     NotFound,
+    TooManyRequests,
     Unavailable,
 )
 from kernel_gateway.guest.guest import Guest, Guests
@@ -63,7 +64,7 @@ async def supervised(name: str, work: Callable[[], Awaitable[None]]) -> None:
 
 class Sandboxes:
     """The collection. `maximum` counts machines of sandboxes, from the create until the machine is gone, however the
-    sandbox fares meanwhile. The pool is not counted.
+    sandbox fares meanwhile. The pool is not counted. `per_owner` of them may be one owner's.
 
     `journals` is the directory for kernels' output that memory does not hold. `network` is None if machines have no
     network card, `preparation` is None if every template is ready from the start.
@@ -77,12 +78,14 @@ class Sandboxes:
         store: Store,
         *,
         maximum: int,
+        per_owner: int | None = None,
         journals: Path | None = None,
         network: Network | None = None,
         preparation: Preparation | None = None,
     ) -> None:
         self.templates = templates
         self.maximum = maximum
+        self.per_owner = maximum if per_owner is None else per_owner
         self.pools = pools
         self.capabilities = guests.capabilities
         self.network = network
@@ -135,6 +138,7 @@ class Sandboxes:
         """A new, running sandbox. It never runs with another policy than `policy`.
 
         Raises:
+            TooManyRequests: the owner has `per_owner` already.
             HostFull: there are `maximum` already, or no machine could be started, or it can't be written down.
             TemplateNotReady: the template is still being built.
             Draining: the server is going down.
@@ -145,6 +149,8 @@ class Sandboxes:
             await self._preparation.require(template)
         if self.is_draining:
             raise Draining("the server is going down")
+        if sum(each.owner == owner for each in self._places) >= self.per_owner < self.maximum:
+            raise TooManyRequests(f"your key may have {self.per_owner} sandboxes at once", hint="delete one")
         if len(self._places) >= self.maximum:
             raise HostFull(f"all {self.maximum} sandboxes of this server are in use", hint="delete one, or wait")
         sandbox_id = new_id()

@@ -406,6 +406,18 @@ async def test_a_place_is_free_when_its_machine_is_gone(tmp_path: Path) -> None:
         await service.create()
 
 
+async def test_a_key_may_have_so_many_sandboxes(tmp_path: Path) -> None:
+    """A key beyond its share gets 429, and another key still gets a sandbox."""
+    async with serving(tmp_path, max_sandboxes=4, per_owner=2) as service:
+        first, _ = await service.create(), await service.create()
+        error = error_of(await service.call("POST", "/sandboxes", {"templateID": "base"}))
+        assert (error["code"], error["error"]) == (429, "too_many_requests")
+        answer = await service.call("POST", "/sandboxes", {"templateID": "base"}, key=service.other_key)
+        assert answer.code == 201
+        await delete(service, first)
+        await service.create()
+
+
 async def test_nothing_is_kept_of_an_ended_sandbox(service: Service) -> None:
     """The last sandbox that ended is not kept in memory until another one exists."""
     box = weakref.ref(service.sandboxes.get(service.owner, await service.create()))
