@@ -172,6 +172,8 @@ class FakeGuest:
         except OSError:
             pass  # the machine was killed, so the sockets are closed
         finally:
+            for task in self._tasks.values():
+                task.cancel()  # before any wait, because this task may be cancelled while it waits
             await self.kernel.close()
             await cancel(*self._tasks.values())
 
