@@ -5,6 +5,7 @@ import asyncio
 import gc
 import os
 import pwd
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,10 @@ async def run(options: argparse.Namespace) -> None:
         fd = os.open(VIRTIO_PORT, os.O_RDWR | os.O_CLOEXEC)
         path = "/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         limits.protect_agent()
+        # A shell has started the agent in the background, so these two are ignored. Every program would inherit that,
+        # and Ctrl-C would have no effect.
+        for number in (signal.SIGINT, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_DFL)
         resume.act_as(user.pw_uid)
         agent = Agent(fd, user.pw_dir, runtime, user.pw_uid, path)
     else:

@@ -50,6 +50,7 @@ class Agent:
                 self._base_env["POLARS_PREFER_PKG"] = "32"  # its fast build; the image has one for old processors, too
         self._env = self._base_env
         self._cpu_before = (0.0, 0.0)
+        self._programs = process.Programs(home, uid)
         self.channel = Channel(fd, self.dispatch, lambda frame: self._kernel.data_received(frame))
         self._kernel = Kernel(self.channel, runtime / "kernel", uid)
         self._kernel.env = self._env
@@ -59,7 +60,13 @@ class Agent:
         """Answer one request on its stream."""
         match body:
             case wire.Spawn():
-                await process.spawn(stream, body, self._env, self._uid)
+                await self._programs.spawn(stream, body, self._env)
+            case wire.Signal():
+                self._programs.signal(body)
+                stream.reply(wire.Done())
+            case wire.Resize():
+                self._programs.resize(body)
+                stream.reply(wire.Done())
             case wire.Connect():
                 await ports.connect(stream, body, self._uid)
             case (

@@ -1,12 +1,21 @@
-"""Running a program in the sandbox: its streams have credit, its end is told once, its group is killed at a timeout."""
+"""Running programs in the sandbox: streams with credit, one end told once, a group that is killed at a timeout.
+
+A program has three pipes, or a terminal of its own. Signals and sizes come in requests that name the program's stream.
+"""
 
 import asyncio
 import contextlib
 import errno
+import fcntl
 import os
+import pwd
 import signal
+import struct
 import subprocess
-from collections.abc import Callable
+import termios
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from guest_agent import limits, resume, wire
@@ -14,10 +23,14 @@ from guest_agent.channel import AgentError, Stream
 from guest_agent.wire import Exited, Spawn, Started
 
 READ_SIZE = 64 * 1024
+SANDBOX_USER = "user"
+TERM = "xterm-256color"
+IUTF8 = 0o40000
+"""The terminal's flag that makes a backspace delete a whole character; `termios` has no name for it yet."""
 
 
 class Output:
-    """One pipe of a program, moved to a sub-channel no faster than the gateway's credit."""
+    """One pipe of a program, or its terminal, moved to a sub-channel no faster than the gateway's credit."""
 
     def __init__(self, stream: Stream, pipe: int, sub: int) -> None:
         self._stream = stream
@@ -41,6 +54,8 @@ class Output:
                 data = os.read(self._pipe, min(READ_SIZE, room))
             except BlockingIOError:
                 return True
+            except OSError:  # nobody has the terminal open any more
+                data = b""
             if not data:
                 self.close()
             else:
@@ -65,91 +80,238 @@ class Output:
             os.close(self._pipe)
 
 
-async def spawn(stream: Stream, request: Spawn, env: dict[str, str], uid: int | None) -> None:
-    """Run the program to its end. A CANCEL of the stream kills it.
+@dataclass(frozen=True, slots=True)
+class Account:
+    """The user that a program runs as. `uid` is None for the agent's own user."""
+
+    uid: int | None
+    gid: int | None
+    home: str
+    env: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A program that runs. `outputs` are descriptors by their sub-channel. `terminal` is None if it has none."""
+
+    process: subprocess.Popen[bytes]
+    stdin: int
+    outputs: dict[int, int]
+    terminal: int | None
+
+
+class Programs:
+    """The programs that run, by the number of their stream.
 
     Args:
-        env: the sandbox's environment; the request's own variables win over it.
-        uid: the user and group to run as; None for those of the agent.
-
-    Raises:
-        AgentError: invalid (no such working directory, arguments too long) or cannot_run.
+        home: the home of the sandbox user.
+        uid: the sandbox user; None if programs run as the agent's own user.
     """
-    process = _start(request, {**env, **request.env}, uid)
-    if uid is not None:
-        # The agent is killed last when memory runs out. Its children must not inherit that.
-        with resume.as_root(uid):
-            Path(f"/proc/{process.pid}/oom_score_adj").write_text("0")
-    stream.event(Started(pid=process.pid))
-    assert process.stdout is not None
-    assert process.stderr is not None
-    outputs = [
-        Output(stream, os.dup(process.stdout.fileno()), wire.STDOUT),
-        Output(stream, os.dup(process.stderr.fileno()), wire.STDERR),
-    ]
-    process.stdout.close()
-    process.stderr.close()
 
-    def room_changed() -> None:
-        for output in outputs:
-            output.room_changed()
+    def __init__(self, home: str, uid: int | None) -> None:
+        self._home = home
+        self._uid = uid
+        self._running: dict[int, Program] = {}
 
-    stream.on_credit = room_changed
-    feeding = asyncio.ensure_future(_feed(stream, process))
-    exited = asyncio.ensure_future(_exit(process))
-    cancelled = asyncio.ensure_future(stream.cancelled.wait())
-    timed_out = False
-    try:
-        timeout = request.timeout_ms / 1000 or None
-        await asyncio.wait({exited, cancelled}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if not exited.done():
-            timed_out = not cancelled.done()
-            # The leader is not reaped yet, so its group still exists and has not been reused.
-            os.killpg(process.pid, signal.SIGKILL)
-            if uid is not None:
-                limits.let_go_first(process.pid)
-        await exited
-        if timed_out:
-            with contextlib.suppress(ProcessLookupError):
+    async def spawn(self, stream: Stream, request: Spawn, env: dict[str, str]) -> None:
+        """Run the program to its end. A CANCEL of the stream kills it.
+
+        Args:
+            env: the sandbox's environment; the request's own variables win over it.
+
+        Raises:
+            AgentError: invalid (no such user or working directory, arguments too long), permission_denied, cannot_run.
+        """
+        account = self._account(request.user)
+        with self._acting_as(account):
+            program = _start(request, env, account)
+        process = program.process
+        if self._uid is not None:
+            # The agent is killed last when memory runs out. Its children must not inherit that.
+            with resume.as_root(self._uid):
+                Path(f"/proc/{process.pid}/oom_score_adj").write_text("0")
+        self._running[stream.number] = program
+        stream.credit = request.window
+        stream.event(Started(pid=process.pid))
+        outputs = [Output(stream, pipe, sub) for sub, pipe in program.outputs.items()]
+
+        def room_changed() -> None:
+            for output in outputs:
+                output.room_changed()
+
+        stream.on_credit = room_changed
+        feeding = asyncio.ensure_future(_feed(stream, program))
+        exited = asyncio.ensure_future(_exit(process))
+        cancelled = asyncio.ensure_future(stream.cancelled.wait())
+        timed_out = False
+        try:
+            timeout = request.timeout_ms / 1000 or None
+            await asyncio.wait({exited, cancelled}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if not exited.done():
+                timed_out = not cancelled.done()
+                # The leader is not reaped yet, so its group still exists and has not been reused.
                 os.killpg(process.pid, signal.SIGKILL)
-        for output in outputs:
-            await output.drain()
+                if self._uid is not None:
+                    limits.let_go_first(process.pid)
+            await exited
+            if timed_out:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            for output in outputs:
+                await output.drain()
+        finally:
+            feeding.cancel()
+            cancelled.cancel()
+            for output in outputs:
+                output.close()
+            if program.terminal is not None:
+                os.close(program.terminal)
+            del self._running[stream.number]
+        code = process.wait()
+        number = -code if code < 0 else 0
+        stream.reply(
+            Exited(code=124 if timed_out else 128 + number if number else code, signal=number, timed_out=timed_out)
+        )
+
+    def signal(self, request: wire.Signal) -> None:
+        """Signal a program's process group.
+
+        Raises:
+            AgentError: not_found, because the program has ended.
+        """
+        try:
+            os.killpg(self._program(request.stream).process.pid, request.signal)
+        except ProcessLookupError:
+            raise AgentError("not_found", "the command has ended") from None
+
+    def resize(self, request: wire.Resize) -> None:
+        """Change the size of a program's terminal, and tell the program by SIGWINCH.
+
+        Raises:
+            AgentError: not_found (the program has ended), invalid (it has no terminal).
+        """
+        terminal = self._program(request.stream).terminal
+        if terminal is None:
+            raise AgentError("invalid", "the command has no terminal")
+        _resize(terminal, request.rows, request.columns)
+
+    def _program(self, stream: int) -> Program:
+        if stream not in self._running:
+            raise AgentError("not_found", "the command has ended")
+        return self._running[stream]
+
+    def _account(self, name: str) -> Account:
+        if name in ("", SANDBOX_USER):
+            return Account(self._uid, self._uid, self._home, {})
+        if self._uid is None:
+            if name != pwd.getpwuid(os.getuid()).pw_name:
+                raise AgentError("permission_denied", "commands run as the server's user here, and as no other")
+            return Account(None, None, self._home, {})
+        try:
+            found = pwd.getpwnam(name)
+        except KeyError:
+            raise AgentError("invalid", f"there is no user {name!r}") from None
+        names = {"HOME": found.pw_dir, "USER": name, "LOGNAME": name, "SHELL": found.pw_shell}
+        return Account(found.pw_uid, found.pw_gid, found.pw_dir, names)
+
+    @contextmanager
+    def _acting_as(self, account: Account) -> Iterator[None]:
+        """Resolve paths and open a terminal as that user within the block."""
+        if self._uid is None or account.uid is None:
+            yield
+            return
+        resume.act_as(account.uid)
+        try:
+            yield
+        finally:
+            resume.act_as(self._uid)
+
+
+def _start(request: Spawn, env: dict[str, str], account: Account) -> Program:
+    cwd = account.home + request.cwd[1:] if request.cwd.partition("/")[0] == "~" else request.cwd
+    cwd = os.path.join(account.home, cwd)
+    if not os.path.isdir(cwd):
+        raise AgentError("invalid", f"working directory {cwd!r} does not exist")
+    env = {**env, **account.env, **request.env}
+    if request.terminal is None:
+        return _start_with_pipes(request.argv, env, cwd, account)
+    return _start_in_terminal(request.argv, {"TERM": TERM, **env}, cwd, account, *request.terminal)
+
+
+def _start_with_pipes(argv: list[str], env: dict[str, str], cwd: str, account: Account) -> Program:
+    pipe = subprocess.PIPE
+    process = _popen(argv, env, cwd, account, stdin=pipe, stdout=pipe, stderr=pipe)
+    ends = []
+    for end in (process.stdin, process.stdout, process.stderr):
+        assert end is not None
+        ends.append(os.dup(end.fileno()))
+        end.close()
+    return Program(process, ends[0], {wire.STDOUT: ends[1], wire.STDERR: ends[2]}, None)
+
+
+def _start_in_terminal(
+    argv: list[str], env: dict[str, str], cwd: str, account: Account, rows: int, columns: int
+) -> Program:
+    terminal, side = os.openpty()
+    try:
+        _resize(terminal, rows, columns)
+        flags = termios.tcgetattr(side)
+        flags[0] |= IUTF8
+        termios.tcsetattr(side, termios.TCSANOW, flags)
+        # `setsid --ctty` would do it without a function in the child, but it would hide that a program can't be run.
+        # The function makes one system call, so no lock of another thread can be in its way.
+        process = _popen(argv, env, cwd, account, stdin=side, stdout=side, stderr=side, preexec_fn=_take_terminal)
+    except BaseException:
+        os.close(terminal)
+        raise
     finally:
-        feeding.cancel()
-        cancelled.cancel()
-        for output in outputs:
-            output.close()
-    code = process.wait()
-    number = -code if code < 0 else 0
-    stream.reply(
-        Exited(code=124 if timed_out else 128 + number if number else code, signal=number, timed_out=timed_out)
-    )
+        os.close(side)
+    return Program(process, os.dup(terminal), {wire.STDOUT: os.dup(terminal)}, terminal)
 
 
-def _start(request: Spawn, env: dict[str, str], uid: int | None) -> subprocess.Popen[bytes]:
-    if not os.path.isdir(request.cwd):
-        raise AgentError("invalid", f"working directory {request.cwd!r} does not exist")
+def _take_terminal() -> None:
+    """Make standard input the controlling terminal of this session."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def _resize(terminal: int, rows: int, columns: int) -> None:
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
+def _popen(
+    argv: list[str],
+    env: dict[str, str],
+    cwd: str,
+    account: Account,
+    *,
+    stdin: int,
+    stdout: int,
+    stderr: int,
+    preexec_fn: Callable[[], None] | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start a program in a session of its own."""
 
     def popen() -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            request.argv,
+            argv,
             env=env,
-            cwd=request.cwd,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            cwd=cwd,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
             start_new_session=True,
+            preexec_fn=preexec_fn,
             bufsize=0,
-            user=uid,
-            group=uid,
-            extra_groups=None if uid is None else [],
+            user=account.uid,
+            group=account.gid,
+            extra_groups=None if account.uid is None else [],
         )
 
     try:
         try:
             return popen()
         except BlockingIOError:
-            if uid is None:
+            if account.uid is None:
                 raise
             # The user is at the limit of processes. One more may start, because it may be a command that ends them.
             with limits.limited_to(limits.FOR_RESCUE):
@@ -159,16 +321,15 @@ def _start(request: Spawn, env: dict[str, str], uid: int | None) -> subprocess.P
             raise AgentError(
                 "invalid", "argument list too long: upload the text as a file, or send it as stdin"
             ) from None
-        raise AgentError("cannot_run", f"could not run {request.argv[0]!r}: {error}") from error
+        raise AgentError("cannot_run", f"could not run {argv[0]!r}: {error}") from error
 
 
-async def _feed(stream: Stream, process: subprocess.Popen[bytes]) -> None:
+async def _feed(stream: Stream, program: Program) -> None:
     """Pass the gateway's DATA to the program's standard input, until END or until nobody reads."""
-    assert process.stdin
-    pipe = process.stdin.fileno()
+    pipe = program.stdin
     os.set_blocking(pipe, False)
     loop = asyncio.get_running_loop()
-    with process.stdin:
+    try:
         while data := await stream.receive():
             view = memoryview(data)
             while view:
@@ -176,8 +337,10 @@ async def _feed(stream: Stream, process: subprocess.Popen[bytes]) -> None:
                     view = view[os.write(pipe, view) :]
                 except BlockingIOError:
                     await _ready(loop.add_writer, loop.remove_writer, pipe)
-                except BrokenPipeError:
+                except OSError:  # nobody reads any more
                     return
+    finally:
+        os.close(pipe)
 
 
 async def _exit(process: subprocess.Popen[bytes]) -> None:

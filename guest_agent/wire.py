@@ -216,13 +216,18 @@ class Done(Body):
 class Spawn(Body):
     """Run a program. Its output comes as DATA on STDOUT and STDERR, its input goes as DATA and END on STDIN.
 
-    `timeout_ms` kills the whole process group; 0 is no limit.
+    `cwd` begins at the user's home unless it is absolute. `timeout_ms` kills the whole process group; 0 is no limit. An
+    empty `user` is the sandbox's. With a `terminal` of that many rows and columns the program gets one of its own,
+    whose output comes as DATA on STDOUT, and END has no meaning. `window` is the credit for output at the start.
     """
 
     argv: list[str]
     env: dict[str, str]
     cwd: str
     timeout_ms: int = 0
+    user: str = ""
+    terminal: tuple[int, int] | None = None
+    window: int = INITIAL_CREDIT
 
 
 class Started(Body):
@@ -237,6 +242,21 @@ class Exited(Body):
     code: int
     signal: int = 0
     timed_out: bool = False
+
+
+class Signal(Body):
+    """Send a signal to the process group of the program that runs on a `stream`."""
+
+    stream: int
+    signal: int
+
+
+class Resize(Body):
+    """Give the terminal of the program that runs on a `stream` another size."""
+
+    stream: int
+    rows: int
+    columns: int
 
 
 class Connect(Body):
@@ -388,7 +408,7 @@ FAILURES = frozenset(
 
 Request = (
     Resume | Warm | Flush | Ping | Spawn | Stat | ListDir | Read | Write | MakeDir | Move | Delete | GetMetrics
-    | Interrupt | Restart | Connect
+    | Interrupt | Restart | Connect | Signal | Resize
 )  # fmt: skip
 Reply = Resumed | Done | Exited | Entry | Entries | Metrics
 Event = Started | Entry | KernelStatus | Connected

@@ -18,6 +18,7 @@ from bisect import bisect_right
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,8 @@ class FakeGuest:
         self.env: dict[str, str] = {}
         self.requests: list[Body] = []
         self.files: dict[str, bytes | None] = dict.fromkeys(("/", "/home", HOME, "/tmp"))
+        self.programs: dict[int, asyncio.Future[int]] = {}
+        self._pids = count(4711)
         self.bytes_read = 0
         self._sock = sock
         self._sending = asyncio.Lock()
@@ -250,19 +253,42 @@ class FakeGuest:
     # -- programs
 
     async def _do_spawn(self, stream: Stream, body: wire.Spawn) -> None:
-        if self.files.get(posixpath.normpath(body.cwd), b"") is not None:
+        cwd = posixpath.normpath(posixpath.join(HOME, re.sub("^~(?=/|$)", HOME, body.cwd)))
+        if self.files.get(cwd, b"") is not None:
             raise Refused("invalid", f"working directory {body.cwd!r} does not exist")
+        if body.user not in ("", "user", "root"):
+            raise Refused("invalid", f"there is no user {body.user!r}")
         program = PROGRAMS.get(body.argv[0])
         if program is None:
             raise Refused("cannot_run", f"could not run {body.argv[0]!r}")
-        await stream.event(wire.Started(pid=4711))
+        stream.credit = body.window
+        running = self.programs[stream.number] = asyncio.get_running_loop().create_future()
+        await stream.event(wire.Started(pid=next(self._pids)))
+        working = asyncio.create_task(program(stream, body))
         try:
-            async with asyncio.timeout(body.timeout_ms / 1000 or None):
-                code = await program(stream, body)
-        except TimeoutError:
+            waiting = {working, running}
+            await asyncio.wait(waiting, timeout=body.timeout_ms / 1000 or None, return_when=asyncio.FIRST_COMPLETED)
+            ended = next((each for each in (running, working) if each.done()), None)
+        finally:
+            await cancel(working)
+            del self.programs[stream.number]
+        if ended is None:
             await stream.reply(wire.Exited(code=124, signal=9, timed_out=True))
         else:
+            code = ended.result()
             await stream.reply(wire.Exited(code=code if code >= 0 else 128 - code, signal=max(-code, 0)))
+
+    async def _do_signal(self, stream: Stream, body: wire.Signal) -> None:
+        if body.stream not in self.programs:
+            raise Refused("not_found", "the command has ended")
+        if not self.programs[body.stream].done():
+            self.programs[body.stream].set_result(-body.signal)
+        await stream.reply(wire.Done())
+
+    async def _do_resize(self, stream: Stream, body: wire.Resize) -> None:
+        if body.stream not in self.programs:
+            raise Refused("not_found", "the command has ended")
+        await stream.reply(wire.Done())
 
     # -- files
 
@@ -287,6 +313,8 @@ class FakeGuest:
         )
 
     def _make_dirs(self, path: str) -> None:
+        if len(path) > 4096:  # Linux knows no longer ones
+            raise Refused("invalid", f"{path[:100]}…: the path is too long")
         while path not in self.files:
             self.files[path] = None
             path = posixpath.dirname(path)

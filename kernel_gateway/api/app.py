@@ -10,7 +10,7 @@ from urllib.parse import unquote
 from tornado.httputil import HTTPServerRequest
 from tornado.web import Application
 
-from kernel_gateway.api import jupyter, ports, rest
+from kernel_gateway.api import commands, jupyter, ports, rest
 from kernel_gateway.api.base import Endpoint, Missing, Route
 from kernel_gateway.api.channels import Channels
 from kernel_gateway.api.openapi import document, serve_document
@@ -28,6 +28,7 @@ LARGE_MESSAGES = 4
 """WebSocket messages of the largest size that the server holds for one owner at once."""
 
 BOX = "/sandboxes/{id}"
+COMMAND = f"{BOX}/commands/{{command}}"
 FS = f"{BOX}/filesystem"
 KERNEL = "/api/kernels/{kernel}"
 SESSION = "/api/sessions/{session}"
@@ -55,9 +56,25 @@ ROUTES = [
     Route("PUT", f"{BOX}/network", rest.set_network, body=rest.SetNetwork, status=204, errors=(501,)),
     Route("GET", f"{BOX}/ports", ports.list_ports, answer=ports.PortsModel),
     Route("PUT", f"{BOX}/ports", ports.set_port, body=ports.SetPort, status=204),
-    Route("POST", f"{BOX}/processes", rest.run_process, body=rest.RunProcess, answer=rest.ProcessResult),
     Route(
-        "GET", f"{BOX}/executions/{{execution}}", rest.get_execution, query=rest.ExecutionQuery,
+        "POST", f"{BOX}/processes", commands.run_process, body=commands.RunProcess, answer=commands.ProcessResult,
+        errors=(429,),
+    ),
+    Route("GET", f"{BOX}/commands", commands.list_commands, answer=list[commands.CommandModel]),
+    Route(
+        "POST", f"{BOX}/commands", commands.start_command, body=commands.StartCommand, answer=commands.CommandModel,
+        status=201, produces="application/json", errors=(403, 429),
+    ),
+    Route(
+        "GET", COMMAND, commands.get_command, query=rest.Since, answer=commands.CommandModel,
+        produces="application/json",
+    ),
+    Route("POST", f"{COMMAND}/stdin", commands.send_stdin, body=commands.Input, status=204, errors=(429,)),
+    Route("DELETE", f"{COMMAND}/stdin", commands.close_stdin, status=204),
+    Route("POST", f"{COMMAND}/signal", commands.signal_command, body=commands.SendSignal, status=204),
+    Route("PUT", f"{COMMAND}/size", commands.resize_command, body=commands.Size, status=204),
+    Route(
+        "GET", f"{BOX}/executions/{{execution}}", rest.get_execution, query=rest.Since,
         answer=rest.ExecutionModel, produces="application/json",
     ),
     Route("GET", f"{BOX}/export", rest.export, query=rest.ExportQuery, produces="application/x-ipynb+json"),
@@ -85,7 +102,7 @@ ROUTES = [
     Route("POST", f"{FS}/move", rest.move, body=rest.Move, answer=rest.FileEntry, errors=(403, 507)),
     Route("GET", f"{BOX}/health", rest.sandbox_health, status=204),
     Route("GET", f"{BOX}/metrics", rest.metrics, answer=rest.MetricsModel),
-    Route("GET", f"{BOX}/envs", rest.envs, answer=dict[str, str]),
+    Route("GET", f"{BOX}/envs", commands.envs, answer=dict[str, str]),
     Route("GET", "/events/sandboxes", rest.later, status=204, errors=(501,)),
     Route("GET", "/events/sandboxes/{id}", rest.later, status=204, errors=(501,)),
     Route("GET", "/events/webhooks", rest.later, status=204, errors=(501,)),

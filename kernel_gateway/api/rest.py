@@ -10,11 +10,10 @@ import mimetypes
 import posixpath
 import re
 import secrets
-from codecs import getincrementaldecoder
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 from urllib.parse import parse_qsl, quote, unquote
 
 import msgspec
@@ -27,13 +26,12 @@ from kernel_gateway.api.base import Call, Endpoint, RangeNotSatisfiable
 from kernel_gateway.errors import (
     CellvmError,
     GuestFailure,
-    GuestUnresponsive,
     InvalidRequest,
     NotFound,
     TooLarge,
     Unavailable,
 )
-from kernel_gateway.guest.files import LISTING_SIZE, MAX_ENTRIES, Files, Writing, resolve
+from kernel_gateway.guest.files import LISTING_SIZE, MAX_ENTRIES, Files, Writing
 from kernel_gateway.images.templates import Template
 from kernel_gateway.kernel import message
 from kernel_gateway.kernel.events import Cell, CellError, Collector, Events, StreamEvent
@@ -44,14 +42,10 @@ from kernel_gateway.outcome import Ending
 from kernel_gateway.sandbox.sandbox import Sandbox
 
 MAX_TIMEOUT = 3600
-OUTPUT_LIMIT = 8 * 1024 * 1024
-"""Bytes of each output stream that a command's answer holds. The rest is read, counted and dropped."""
 INLINE_LIMIT = 1024 * 1024
 """Largest file that is sent inside JSON, in bytes."""
 MAX_ARGUMENT = 128 * 1024 - 1
 """Longest single argument that Linux passes to a program, in bytes."""
-WATCHDOG = 5.0
-"""Seconds after its own timeout at which a command's silence means that the guest is broken."""
 
 Timeout = Annotated[int, Meta(ge=1, le=MAX_TIMEOUT, description="Seconds.")]
 Seconds = Annotated[float, Meta(gt=0, le=MAX_TIMEOUT, description="Seconds.")]
@@ -357,112 +351,6 @@ async def get_network(call: Call) -> NetworkState:
     )
 
 
-# -- commands
-
-
-class RunProcess(Struct):
-    """A command. `args` are passed as they are, without a shell. `stdin` is the text that it reads."""
-
-    cmd: Annotated[str, Meta(min_length=1)]
-    args: list[str] = []
-    envVars: Text = {}
-    cwd: str = "~"
-    timeout: Seconds = 60.0
-    stdin: str | None = None
-
-
-class ProcessResult(Struct):
-    """How a command ended. `exitCode` is 128 + N after signal N, and 124 when `timedOut`.
-
-    Output that is not UTF-8 has U+FFFD in place of bad bytes. `truncated` has the number of bytes left out per stream.
-    """
-
-    processID: str
-    stdout: str
-    stderr: str
-    exitCode: int
-    timedOut: bool = False
-    signal: int | None = None
-    truncated: dict[str, int] | None = None
-
-
-class Output:
-    """One stream of a command's output, decoded, up to OUTPUT_LIMIT bytes."""
-
-    def __init__(self) -> None:
-        self._decoder = getincrementaldecoder("utf-8")("replace")
-        self._text: list[str] = []
-        self._room = OUTPUT_LIMIT
-        self.dropped = 0
-
-    def add(self, data: bytes) -> None:
-        kept = data[: self._room]
-        self._room -= len(kept)
-        self.dropped += len(data) - len(kept)
-        if kept:
-            self._text.append(self._decoder.decode(kept))
-
-    def text(self) -> str:
-        return "".join(self._text) + self._decoder.decode(b"", final=True)
-
-
-async def run_process(call: Call, body: RunProcess) -> ProcessResult:
-    """Run a command to its end and return its output. A client that hangs up ends the command."""
-    argv = [body.cmd, *body.args]
-    check_env(body.envVars)
-    check_text(*argv, body.stdin or "")
-    for argument in argv:
-        if "\0" in argument:
-            raise InvalidRequest("a command's arguments can't hold a NUL")
-        if len(argument.encode()) > MAX_ARGUMENT:
-            raise InvalidRequest(
-                f"an argument may have at most {MAX_ARGUMENT} bytes",
-                hint="send long text as `stdin`, or upload it as a file",
-            )
-    guest = call.sandbox.guest
-    request = wire.Spawn(
-        argv=argv, env=body.envVars, cwd=resolve(guest, body.cwd), timeout_ms=max(1, round(body.timeout * 1000))
-    )
-    outputs = {wire.STDOUT: Output(), wire.STDERR: Output()}
-    pid = 0
-    async with guest.link.ask(request) as conversation:
-        feeding = asyncio.create_task(feed(conversation, (body.stdin or "").encode()))
-        try:
-            async with asyncio.timeout(body.timeout + WATCHDOG * guest.link.time_scale):
-                while not isinstance(item := await conversation.receive(), wire.Exited):
-                    if isinstance(item, tuple):
-                        outputs.get(item[0], outputs[wire.STDERR]).add(item[1])
-                    elif isinstance(item, wire.Started):
-                        pid = item.pid
-                    else:
-                        raise GuestUnresponsive("the guest answered a command with something else")
-        except TimeoutError:
-            error = GuestUnresponsive("the guest did not end a command at its timeout; the sandbox was destroyed")
-            guest.link.close(error)
-            raise error from None
-        finally:
-            feeding.cancel()
-    names = {"stdout": outputs[wire.STDOUT], "stderr": outputs[wire.STDERR]}
-    dropped = {name: output.dropped for name, output in names.items() if output.dropped}
-    return ProcessResult(
-        processID=str(pid),
-        stdout=names["stdout"].text(),
-        stderr=names["stderr"].text(),
-        exitCode=item.code,
-        timedOut=item.timed_out,
-        signal=item.signal or None,
-        truncated=dropped or None,
-    )
-
-
-async def feed(conversation: Any, data: bytes) -> None:
-    try:
-        await conversation.send(data)
-        conversation.end()
-    except CellvmError:
-        pass  # the caller's `receive` raises it, too
-
-
 # -- cells
 
 
@@ -519,10 +407,17 @@ def wanted_framing(http: Endpoint) -> str | None:
     return next((kind for kind in ("application/x-ndjson", "text/event-stream") if kind in accept), None)
 
 
-async def stream(http: Endpoint, framing: str, events: AsyncIterator[StreamEvent]) -> None:
+class Event(Protocol):
+    """What `stream` sends: a struct whose `seq` is its number, -1 if it has none."""
+
+    @property
+    def seq(self) -> int: ...
+
+
+async def stream(http: Endpoint, framing: str, events: AsyncIterator[Event]) -> None:
     """Send events as they come. If the sandbox ends meanwhile, an error and an end are the last events."""
 
-    async def send(event: StreamEvent) -> None:
+    async def send(event: Event) -> None:
         line = msgspec.json.encode(event)
         number = b"id: %d\n" % event.seq if event.seq >= 0 else b""
         http.write(line + b"\n" if framing == "application/x-ndjson" else number + b"data: " + line + b"\n\n")
@@ -540,10 +435,16 @@ async def stream(http: Endpoint, framing: str, events: AsyncIterator[StreamEvent
     await http.finish()
 
 
-class ExecutionQuery(Struct):
+class Since(Struct):
     """`since`: number of the last event you have, if you ask for a stream."""
 
     since: Annotated[int, Meta(ge=0)] = 0
+
+
+def last_seen(call: Call) -> int:
+    """The number of the last event that a client has, by the header of server-sent events or by its query."""
+    header = call.http.request.headers.get("Last-Event-ID", "")
+    return int(header) if re.fullmatch("[0-9]{1,100}", header) else int(call.query.since)
 
 
 class ExecutionModel(Struct):
@@ -569,8 +470,7 @@ async def get_execution(call: Call) -> None:
     execution = kernel.executions.get(call.path["execution"])
     if execution is None:
         raise NotFound("no such execution was started in this sandbox", hint="it has not run: it is safe to start it")
-    last_event = call.http.request.headers.get("Last-Event-ID", "")
-    events = kernel.events(execution, int(last_event) if re.fullmatch("[0-9]{1,100}", last_event) else call.query.since)
+    events = kernel.events(execution, last_seen(call))
     async with aclosing(events):
         if framing := wanted_framing(call.http):
             await stream(call.http, framing, events)
@@ -917,14 +817,6 @@ async def metrics(call: Call) -> MetricsModel:
 async def sandbox_health(call: Call) -> None:
     """Whether the sandbox answers: 204 if it does, else 502."""
     await call.sandbox.guest.link.call(wire.Ping(), wire.Done, timeout=5)
-
-
-async def envs(call: Call) -> Text:
-    """The variables that a process in the sandbox sees."""
-    result = await run_process(call, RunProcess(cmd="env", args=["-0"], timeout=30))
-    if result.exitCode:
-        raise GuestFailure("failed", f"env: {result.stderr[:500]}")
-    return dict(pair.split("=", 1) for pair in result.stdout.split("\0") if "=" in pair)
 
 
 class TemplateModel(Struct):

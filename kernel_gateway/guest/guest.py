@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kernel_gateway.drivers import DriverError, Vm, VmDriver
 from kernel_gateway.errors import GuestUnresponsive
+from kernel_gateway.guest.commands import Commands
 from kernel_gateway.guest.link import Link
 from kernel_gateway.kernel.kernel import Kernel
 
@@ -21,6 +22,7 @@ class Guest:
     vm: Vm
     link: Link
     kernel: Kernel
+    commands: Commands
     home: str = ""
 
     async def kill(self) -> None:
@@ -54,7 +56,7 @@ class Guests:
             except OSError as error:
                 raise DriverError(f"the machine's agent can't be spoken to: {error}") from error
             undo.callback(link.close)
-            guest = Guest(vm, link, Kernel(link))
+            guest = Guest(vm, link, Kernel(link), Commands(link))
             await self.resume(guest, sandbox_id="pool", hostname="sandbox", env={})
             undo.pop_all()
         return guest

@@ -39,12 +39,12 @@ T = TypeVar("T", bound=Body)
 class Conversation:
     """One stream: a request, and what came back so far."""
 
-    def __init__(self, link: "Link", number: int) -> None:
+    def __init__(self, link: "Link", number: int, window: int) -> None:
+        self.number = number
         self._link = link
-        self._number = number
         self._credit = wire.INITIAL_CREDIT
         self._owed = 0
-        self._granted = wire.INITIAL_CREDIT
+        self._granted = window
         self._events = 0
         self._arrived = asyncio.Event()
         self._may_send = asyncio.Event()
@@ -69,7 +69,7 @@ class Conversation:
         if isinstance(item, tuple):
             self._owed += len(item[1])
             if self._owed >= wire.CHUNK:
-                self._link.write(wire.credit(self._number, self._owed))
+                self._link.write(wire.credit(self.number, self._owed))
                 self._granted += self._owed
                 self._owed = 0
         return item
@@ -90,12 +90,16 @@ class Conversation:
                 continue
             piece = view[: min(self._credit, wire.CHUNK)]
             self._credit -= len(piece)
-            await self._link.write_bulk([wire.header(FrameType.DATA, self._number, len(piece), sub), piece])
+            await self._link.write_bulk([wire.header(FrameType.DATA, self.number, len(piece), sub), piece])
             view = view[len(piece) :]
 
     def end(self, sub: int = wire.STDIN) -> None:
         """Tell the guest that no more DATA follows on this sub-channel."""
-        self._link.write(wire.header(FrameType.END, self._number, 0, sub))
+        self._link.write(wire.header(FrameType.END, self.number, 0, sub))
+
+    def cancel(self) -> None:
+        """Ask the guest to end the work. Its reply still comes."""
+        self._link.write(wire.header(FrameType.CANCEL, self.number, 0))
 
     # -- called by the link
 
@@ -201,8 +205,11 @@ class Link(asyncio.Protocol):
     # -- asking
 
     @asynccontextmanager
-    async def ask(self, request: Body) -> AsyncIterator[Conversation]:
+    async def ask(self, request: Body, window: int = wire.INITIAL_CREDIT) -> AsyncIterator[Conversation]:
         """Open a conversation. Leaving the block before its reply cancels it in the guest.
+
+        Args:
+            window: bytes of DATA that the guest may send before anything was read; at least CHUNK.
 
         Raises:
             SandboxDied: the link is closed.
@@ -221,13 +228,13 @@ class Link(asyncio.Protocol):
             ) from None
         except UnicodeEncodeError:
             raise InvalidRequest("text with a lone surrogate can't be passed on") from None
-        conversation = self._conversations[number] = Conversation(self, number)
+        conversation = self._conversations[number] = Conversation(self, number, window)
         self.write(frame)
         try:
             yield conversation
         finally:
             if conversation.is_open and not self.closed.done():
-                self.write(wire.header(FrameType.CANCEL, number, 0))
+                conversation.cancel()
                 conversation.close(GuestFailure("failed", "cancelled"))
                 # The guest answers a cancelled request, too. Until then only its number is kept.
                 self._cancelled.add(number)

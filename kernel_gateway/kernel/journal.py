@@ -66,7 +66,7 @@ class Gap(NamedTuple):
     """A number of messages, the last of them number `seq`, that are not kept any more.
 
     `parent` is the header of their request. It is the header of the next message's request, because most often the
-    request is the same.
+    request is the same. It is empty if the next message has no such part.
     """
 
     seq: int
@@ -88,11 +88,15 @@ _page = msgspec.msgpack.Decoder(list[Record])
 
 
 class Journal:
-    """Messages of one kernel. `last` is the newest one's number, `end` counts the bytes of all messages ever.
+    """Messages of one kernel, or the output of one command.
+
+    `last` is the newest message's number, `end` counts the bytes of all messages ever, `held_bytes` is the cost of
+    what is in memory.
 
     Args:
         directory: the directory of the file, which is made when memory does not suffice.
-        memory, disk: bytes to keep in each.
+        memory, disk: bytes to keep in each. Without a disk the oldest messages are gone when memory does not suffice.
+        page, high_water: PAGE and HIGH_WATER unless given.
         on_pressure: called with True when the guest must be held, with False when it may go on.
     """
 
@@ -102,6 +106,8 @@ class Journal:
         *,
         memory: int = MEMORY,
         disk: int = DISK,
+        page: int | None = None,
+        high_water: int | None = None,
         on_pressure: Callable[[bool], None] = lambda held: None,
     ) -> None:
         self.last = 0
@@ -110,10 +116,12 @@ class Journal:
         self._directory = directory
         self._memory = memory
         self._disk = disk
+        self._page = page or PAGE
+        self._high_water = high_water or HIGH_WATER
         self._on_pressure = on_pressure
         self._records: dict[int, Record] = {}
         self._first = 1
-        self._held_bytes = 0
+        self.held_bytes = 0
         self._file: BinaryIO | None = None
         self._tail = 0
         self._segments: deque[Segment] = deque()
@@ -133,30 +141,32 @@ class Journal:
         record = Record(self.last, size, self.end, kind, parent, session, ends, parts)
         self._records[record.seq] = record
         cost = record.cost
-        self._held_bytes += cost
+        self.held_bytes += cost
         if kind in ESSENTIAL and cost <= ESSENTIAL_MESSAGE:
             self._essentials.append(record)
             self._essential_bytes += cost
             while self._essential_bytes > ESSENTIAL_MEMORY:
                 self._essential_bytes -= self._essentials.popleft().cost
-        while self._held_bytes > self._memory and len(self._records) > 1:
-            self._spill()
+        while self.held_bytes > self._memory and len(self._records) > 1:
+            self.spill()
         for reader in self._readers:
             reader.wake()
         if self.end > self._press_at:
             self._press()
         return record
 
-    def _spill(self) -> None:
-        """Move the oldest page to disk."""
+    def spill(self) -> None:
+        """Move the oldest page to disk. The newest message stays."""
         page: list[Record] = []
         size = 0
-        while size < PAGE and len(self._records) > 1:
+        while size < self._page and len(self._records) > 1:
             record = self._records.pop(self._first)
             self._first += 1
             size += record.cost
             page.append(record)
-        self._held_bytes -= size
+        self.held_bytes -= size
+        if not self._disk:
+            return
         try:
             self._store(page, msgspec.msgpack.encode(page))
         except OSError as error:  # a full disk may cost old output, which readers are told, but no sandbox
@@ -193,7 +203,7 @@ class Journal:
             records = [record for record in self._load(segment) if record.seq > after]
         else:
             records, size, seq = [], 0, max(after + 1, self._first)
-            while size < PAGE and seq <= self.last:
+            while size < self._page and seq <= self.last:
                 records.append(self._records[seq])
                 size += records[-1].cost
                 seq += 1
@@ -203,7 +213,8 @@ class Journal:
         found: list[Record | Gap] = []
         for record in [*kept, records[0]]:
             if record.seq > after + 1:
-                found.append(Gap(record.seq - 1, record.seq - after - 1, record.parts[PARENT]))
+                parent = record.parts[PARENT] if len(record.parts) > PARENT else b""
+                found.append(Gap(record.seq - 1, record.seq - after - 1, parent))
             found.append(record)
             after = record.seq
         return found + records[1:]
@@ -237,7 +248,7 @@ class Journal:
 
     def _press(self) -> None:
         fastest = max((reader.position for reader in self._readers), default=None)
-        self._press_at = math.inf if fastest is None else fastest + HIGH_WATER
+        self._press_at = math.inf if fastest is None else fastest + self._high_water
         if (self.end > self._press_at) is not self._is_pressed:
             self._is_pressed = self.end > self._press_at
             self._on_pressure(self._is_pressed)

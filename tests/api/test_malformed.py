@@ -35,6 +35,21 @@ VALID: dict[str, dict[str, object]] = {
     "Connect": {"timeout": 60},
     "Refresh": {"duration": 60},
     "RunProcess": {"cmd": "true", "args": ["a"], "envVars": {"A": "b"}, "cwd": "/tmp", "timeout": 5, "stdin": "x"},
+    "StartCommand": {
+        "cmd": "true",
+        "args": ["a"],
+        "envVars": {"A": "b"},
+        "cwd": "/tmp",
+        "timeout": 5,
+        "user": "root",
+        "tag": "x",
+        "pty": {"rows": 24, "cols": 80},
+        "stdin": True,
+        "killOnHangUp": False,
+    },
+    "Input": {"text": "x"},
+    "SendSignal": {"signal": "SIGCONT"},
+    "Size": {"rows": 24, "cols": 80},
     "Execute": {"code": "1", "timeout": 5},
     "InlineFile": {"path": "x", "content": "YQ=="},
     "MakeDir": {"path": "d"},
@@ -85,10 +100,13 @@ def bodies(rng: random.Random, route: Route) -> bytes:
 
 
 async def address(service: Service, box: str) -> dict[str, str]:
-    """Values for the names in routes' paths while `box` runs: its id, its kernel's, a session's."""
+    """Values for the names in routes' paths while `box` runs: its id, its kernel's, a session's, a command's."""
     kernel = json.loads((await service.call("GET", f"/sandboxes/{box}")).body)["kernelID"]
     answer = await service.call("POST", "/api/sessions", {"path": "a.ipynb", "kernel": {"id": kernel}})
-    return {"id": box, "kernel": kernel, "session": json.loads(answer.body)["id"]}
+    await service.call(
+        "POST", f"/sandboxes/{box}/commands", {"cmd": "sleep", "args": ["600"], "tag": "c", "stdin": True}
+    )
+    return {"id": box, "kernel": kernel, "session": json.loads(answer.body)["id"], "command": "c"}
 
 
 @pytest.mark.alone

@@ -490,6 +490,8 @@ FIELDS = {
     "content": "",
     "source": "a",
     "destination": "b",
+    "text": "x",
+    "signal": "SIGTERM",
 }
 
 
@@ -527,7 +529,7 @@ async def test_r28_a_foreign_sandbox_is_like_none(service: Service, route: Route
     """On every route somebody else's sandbox, running or ended, and a random id get the same 404, byte for byte."""
     foreign, ended = await foreign_boxes(service)
     for box in (foreign, ended, "sbx" + "a" * 20, "x"):
-        path = route.path.format(id=box, execution="x")
+        path = route.path.format(id=box, execution="x", command="x")
         assert await every_answer(service, route, path) == NO_SANDBOX
     assert (await service.call("GET", f"/sandboxes/{foreign}", key=service.other_key)).code == 200
 

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 USERS_OF_THE_WIRE = {
     "guest.link",
     "guest.files",
+    "guest.commands",
     "kernel.kernel",
     "sandbox.pool",
     "images.build",
@@ -181,6 +182,13 @@ def test_the_journal_knows_only_messages() -> None:
     """The journal knows nothing of kernels, sandboxes and sockets."""
     assert ours("kernel_gateway.kernel.journal") == {"kernel_gateway.kernel.message"}
     assert outside("kernel_gateway.kernel.journal") == {"msgspec"}
+
+
+def test_commands_know_no_dialect() -> None:
+    """Commands are below whatever speaks of them: they know the link, a journal and outcomes, and no HTTP or kernel."""
+    allowed = {f"kernel_gateway.{name}" for name in ("errors", "outcome", "guest.link", "kernel.journal")}
+    assert ours("kernel_gateway.guest.commands") == {"guest_agent.wire", *allowed}
+    assert outside("kernel_gateway.guest.commands") == set()
 
 
 def test_what_runs_in_jupyterlab_stands_alone() -> None:

@@ -139,7 +139,7 @@ def test_what_is_kept_of_a_message(small: None, make: Make) -> None:
 def test_memory_first_then_a_file_without_a_name(small: None, make: Make, tmp_path: Path) -> None:
     """While memory suffices there is no file. Then there is one that no other process sees."""
     journal = make()
-    while journal._held_bytes < 15_000:
+    while journal.held_bytes < 15_000:
         say(journal, "x" * 500)
     assert open_in(tmp_path) == []
     while journal.last < 30:
@@ -157,7 +157,7 @@ def test_the_file_is_a_ring(small: None, make: Make) -> None:
     for n in range(2000):
         say(journal, str(n) * 50)
         assert file_size(journal) <= 50_000
-        assert journal._held_bytes <= 20_000
+        assert journal.held_bytes <= 20_000
     seqs, missing = check_cover(all_after(journal, 0), 0, 2000)
     assert seqs == list(range(missing + 1, 2001))
     kept = sum(size_of(record) for record in all_after(journal, 0) if isinstance(record, Record))
@@ -280,7 +280,7 @@ def test_a_full_disk(
     assert seqs[:2] == [1, 2]
     assert missing + len(seqs) == 204
     assert seqs[-8:] == list(range(197, 205))
-    assert journal._held_bytes <= 20_000
+    assert journal.held_bytes <= 20_000
     assert "could not be written" in caplog.text
     assert not any(record.exc_info for record in caplog.records)
 
@@ -462,6 +462,20 @@ def test_nobody_reads(make: Make) -> None:
     for _ in range(100):
         say(journal, "x" * 100_000)
     assert held.calls == []
+
+
+def test_without_a_disk(make: Make) -> None:
+    """Without a disk the newest messages are kept in memory, a page is dropped at a time, and there is no file."""
+    journal = make(memory=20_000, disk=0, page=4_000, high_water=500)
+    for n in range(50):
+        journal.append([b"%d" % n], "stdout")
+        assert journal.held_bytes <= 20_000
+    assert file_size(journal) == 0
+    gap, *kept = journal.read(0)
+    assert gap == Gap(32, 32, b"")
+    assert [each.parts for each in kept if isinstance(each, Record)] == [[b"%d" % n] for n in range(32, 36)]
+    journal.spill()
+    assert journal.held_bytes == 14 * (module.OVERHEAD + 2)
 
 
 def test_held_to_the_byte(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -770,7 +784,7 @@ def test_a_long_life(small: None, make: Make) -> None:
             model.start(rng.randrange(4), rng.randrange(len(model.messages) + 2))
         else:
             getattr(model, what)(rng.randrange(4))
-        assert model.journal._held_bytes == sum(each.cost for each in model.journal._records.values())
+        assert model.journal.held_bytes == sum(each.cost for each in model.journal._records.values())
     for number in range(4):
         model.stop(number)
 

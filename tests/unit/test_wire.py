@@ -41,6 +41,7 @@ def values(kind: type[wire.Body]) -> st.SearchStrategy[wire.Body]:
     known[str | None] = st.none() | TEXT
     known[wire.Text] = TEXT
     known[wire.Text | None] = st.none() | TEXT
+    known[tuple[int, int] | None] = st.none() | st.tuples(INT64, INT64)
     if kind is wire.Entry:
         known |= {each.type: ENTRY[each.name] for each in msgspec.structs.fields(kind) if each.name in ENTRY}
     if kind is wire.Entries:
@@ -76,6 +77,9 @@ def test_a_frame_read_by_hand() -> None:
         "env": {"A": "ü"},
         "cwd": "/",
         "timeout_ms": 0,
+        "user": "",
+        "terminal": None,
+        "window": 1 << 20,
     }
     theirs = msgpack.packb({"type": "Exited", "code": 3, "added_later": [1]})
     assert wire.decode(Frame(FrameType.REPLY, 16, 0, theirs)) == wire.Exited(code=3)

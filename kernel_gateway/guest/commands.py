@@ -1,0 +1,390 @@
+"""Commands in a sandbox. A command outlives the request that has started it, and its output is kept for readers.
+
+    start ──▶ Command ──▶ conversation ──▶ agent ──▶ program
+                 │                            │
+              Journal ◀──── output ───────────┘
+               ▲   ▲
+          Reader   Reader: at any place, at any time
+
+The guest is held only while even the fastest reader is behind. With nobody attached the output flows on, and its oldest
+part is dropped at the bounds of the command and of the sandbox. A command has one outcome, which `Command.end` takes
+once, whatever the cause: it exits, is killed, reaches its timeout, could not be started, or its machine ends.
+"""
+
+import asyncio
+import codecs
+import signal as signals
+from collections.abc import AsyncGenerator, Callable, Iterator
+from datetime import UTC, datetime
+
+from guest_agent import wire
+from kernel_gateway.errors import (
+    CellvmError,
+    Conflict,
+    GuestFailure,
+    GuestUnresponsive,
+    NotFound,
+    TooManyRequests,
+)
+from kernel_gateway.guest.link import Conversation, Link
+from kernel_gateway.kernel.journal import Gap, Journal, Record
+from kernel_gateway.outcome import FINISHED, Ending, Outcome
+
+MAX_RUNNING = 128
+KEPT = 128
+"""Number of commands of a sandbox that are over and still known."""
+KEPT_REQUESTS = 16 * 1024 * 1024
+"""Characters of arguments and variables of all commands of a sandbox that are known."""
+COMMAND_OUTPUT = 4 * 1024 * 1024
+SANDBOX_OUTPUT = 16 * 1024 * 1024
+"""Bytes of output that are kept of a command, and of all commands of a sandbox. Each piece counts OVERHEAD more."""
+PIECE = 32 * 1024
+"""Bytes of output in one record of a journal."""
+PAGE = 64 * 1024
+HIGH_WATER = 32 * 1024
+"""Bytes that the fastest reader may be behind. So much of every running command fits into SANDBOX_OUTPUT."""
+WINDOW = wire.CHUNK
+"""Bytes of output that the guest may send ahead of what was kept."""
+STDIN_WAITING = 4 * 1024 * 1024
+"""Bytes of input that wait for a command to read them."""
+WATCHDOG = 5.0
+"""Seconds after its own timeout at which a command's silence means that the guest is broken."""
+
+
+class Command:
+    """One command, from its start to as long as it is known.
+
+    `pid` is 0 until it runs. `begun` is set when it runs or is over. `outcome` is None until it is over; `exited` says
+    how the program ended, if that is known. `terminal` is the present size of its terminal, as rows and columns. Make
+    it with `Commands.start`.
+    """
+
+    def __init__(self, link: Link, request: wire.Spawn, tag: str) -> None:
+        self.request = request
+        self.tag = tag
+        self.pid = 0
+        self.terminal = request.terminal
+        self.started_at = datetime.now(UTC)
+        self.ended_at: datetime | None = None
+        self.outcome: Outcome | None = None
+        self.exited: wire.Exited | None = None
+        self.journal = Journal(
+            memory=COMMAND_OUTPUT, disk=0, page=PAGE, high_water=HIGH_WATER, on_pressure=self._pressure_changed
+        )
+        self._link = link
+        self._conversation: Conversation | None = None
+        self.begun = asyncio.Event()
+        self._may_flow = asyncio.Event()
+        self._may_flow.set()
+        self._is_free = False
+        self._incomplete: dict[str, bytes] = {}
+        self._input = bytearray()
+        self._input_is_open = True
+        self._input_changed = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<Command {self.pid} {self.state} {self.request.argv[0]!r}>"
+
+    @property
+    def state(self) -> str:
+        """running, or how it ended: finished, not_started, unknown."""
+        return "running" if self.outcome is None else self.outcome.ending
+
+    @property
+    def size(self) -> int:
+        """Characters of its arguments and variables."""
+        request = self.request
+        return sum(map(len, request.argv)) + sum(len(name) + len(value) for name, value in request.env.items())
+
+    # -- for whoever knows the command
+
+    async def running(self) -> None:
+        """Return when it runs, or is over already.
+
+        Raises:
+            CellvmError: it could not be started. `outcome` tells whether that is sure.
+        """
+        await self.begun.wait()
+        if self.outcome is not None and self.outcome.error is not None and not self.pid:
+            raise self.outcome.error
+
+    async def output(self, after: int = 0) -> AsyncGenerator[Record | Gap, None]:
+        """Its output after number `after`, first what is kept, then as it comes, until it is over.
+
+        A record's `kind` is stdout, stderr or pty, and its only part are bytes. If the output is UTF-8, no record ends
+        within a character.
+        """
+        with self.journal.reader(after) as reader:
+            while found := await reader.next():
+                for each in found:
+                    yield each
+
+    def write(self, data: bytes) -> None:
+        """Send input. It waits until the program reads it.
+
+        Raises:
+            Conflict: the command is over, or its input is closed.
+            TooManyRequests: too much input waits already; nothing of this one was sent.
+        """
+        self._check_running()
+        if not self._input_is_open:
+            raise Conflict("the command's standard input is closed")
+        if len(self._input) + len(data) > STDIN_WAITING:
+            raise TooManyRequests(
+                f"{len(self._input)} bytes of input wait already, because the command has not read them",
+                hint=f"at most {STDIN_WAITING} bytes may wait",
+            )
+        self._input += data
+        self._input_changed.set()
+
+    def close_stdin(self) -> None:
+        """End its standard input, after what waits. Once it is closed, this does nothing.
+
+        Raises:
+            Conflict: the command is over, or it has a terminal.
+        """
+        self._check_running()
+        if self.terminal is not None:
+            raise Conflict("a terminal's input can't be closed", hint="send Ctrl-D, the character U+0004")
+        self._input_is_open = False
+        self._input_changed.set()
+
+    async def signal(self, name: str) -> None:
+        """Send a signal to its process group.
+
+        Args:
+            name: the signal's name, as SIGTERM.
+
+        Raises:
+            Conflict: the command is over.
+        """
+        if name == "SIGKILL":
+            self.set_free()
+        await self._ask(wire.Signal, signal=signals.Signals[name])
+
+    async def resize(self, rows: int, columns: int) -> None:
+        """Change its terminal's size.
+
+        Raises:
+            Conflict: the command is over, or has no terminal.
+        """
+        if self.terminal is None:
+            raise Conflict("the command has no terminal")
+        await self._ask(wire.Resize, rows=rows, columns=columns)
+        self.terminal = (rows, columns)
+
+    def kill(self) -> None:
+        """Kill its process group, also before it has a pid. What it has printed by then may be left out."""
+        self.set_free()
+        if self._conversation is not None:
+            self._conversation.cancel()
+        else:
+            error = Conflict("the command was cancelled before it was started")
+            self.end(Outcome.failed(Ending.NOT_STARTED, error))
+
+    # -- for its sandbox
+
+    async def run(self, conversation: Conversation, kept: Callable[[], None]) -> None:
+        """Take what the guest says of it, up to its end. Calls `kept` after each piece of output."""
+        self._conversation = conversation
+        feeding = asyncio.create_task(self._feed(conversation))
+        try:
+            while self.outcome is None:
+                await self._may_flow.wait()
+                item = await conversation.receive()
+                if isinstance(item, tuple):
+                    self._keep(*item)
+                    kept()
+                elif isinstance(item, wire.Started) and not self.pid:
+                    self.pid = item.pid
+                    self.begun.set()
+                elif isinstance(item, wire.Exited):
+                    self.end(FINISHED, item)
+                else:
+                    raise GuestUnresponsive("the guest answered a command with something else")
+        finally:
+            feeding.cancel()
+
+    def set_free(self) -> None:
+        """Hold the guest no more for any reader, because the command is to end."""
+        self._is_free = True
+        self._may_flow.set()
+
+    def fail(self, error: CellvmError) -> None:
+        """End it, because it can't be run or its end can't be learnt."""
+        is_refused = isinstance(error, GuestFailure) and not self.pid
+        ending = Ending.NOT_STARTED if is_refused or self._conversation is None else Ending.UNKNOWN
+        self.end(Outcome.failed(ending, error))
+
+    def end(self, outcome: Outcome, exited: wire.Exited | None = None) -> None:
+        """Say how it ended. Nothing else sets its outcome, and only the first call counts."""
+        if self.outcome is not None:
+            return
+        self.outcome, self.exited, self.ended_at = outcome, exited, datetime.now(UTC)
+        for kind, rest in self._incomplete.items():
+            self.journal.append([rest], kind)
+        self.journal.close()
+        self.begun.set()
+
+    def _keep(self, sub: int, data: bytes) -> None:
+        """Keep output in pieces. A character that is not complete waits for its rest."""
+        kind = "pty" if self.request.terminal is not None else "stdout" if sub == wire.STDOUT else "stderr"
+        for at in range(0, len(data), PIECE):
+            piece = self._incomplete.pop(kind, b"") + data[at : at + PIECE]
+            _, size = codecs.utf_8_decode(piece, "replace")
+            if size:
+                self.journal.append([piece[:size]], kind)
+            if size < len(piece):
+                self._incomplete[kind] = piece[size:]
+
+    async def _feed(self, conversation: Conversation) -> None:
+        try:
+            while self._input or self._input_is_open:
+                piece = bytes(self._input[: wire.CHUNK])
+                await conversation.send(piece)
+                del self._input[: len(piece)]
+                if not self._input and self._input_is_open:
+                    self._input_changed.clear()
+                    await self._input_changed.wait()
+            conversation.end()
+        except CellvmError:
+            pass  # `receive` raises it, too
+
+    def _pressure_changed(self, held: bool) -> None:
+        if held and not self._is_free:
+            self._may_flow.clear()
+        else:
+            self._may_flow.set()
+
+    def _check_running(self) -> None:
+        if self.outcome is not None:
+            raise Conflict("the command is over")
+
+    async def _ask(self, kind: type[wire.Signal] | type[wire.Resize], **fields: int) -> None:
+        """Make a request that concerns the running program."""
+        self._check_running()
+        if self._conversation is None:
+            raise Conflict("the command is not started yet")
+        try:
+            await self._link.call(kind(stream=self._conversation.number, **fields), wire.Done)
+        except GuestFailure as error:
+            if error.code != "not_found":
+                raise
+            raise Conflict("the command is over, or not started yet") from None
+
+
+class Commands:
+    """The commands of one sandbox: those that run, and the last ones that are over."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._known: list[Command] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        link.closed.add_done_callback(self._link_closed)
+
+    def __iter__(self) -> Iterator[Command]:
+        """Every command that is known, oldest first."""
+        return iter(self._known)
+
+    def find(self, name: str) -> Command:
+        """The newest command with that pid or tag.
+
+        Raises:
+            NotFound: no command that is known has it.
+        """
+        for command in reversed(self._known):
+            if name and name in (command.tag, str(command.pid or "")):
+                return command
+        raise NotFound("no such command in this sandbox", hint="the newest commands that are over are known, no others")
+
+    def start(
+        self,
+        argv: list[str],
+        *,
+        env: dict[str, str],
+        cwd: str = "~",
+        user: str = "",
+        tag: str = "",
+        timeout: float = 0,
+        terminal: tuple[int, int] | None = None,
+        stdin: bool = False,
+    ) -> Command:
+        """A new command. `Command.running` tells when it runs; its end does not depend on who waits for it.
+
+        Args:
+            env: its variables, which win over the sandbox's.
+            cwd: where it runs; relative paths and `~` begin at the user's home.
+            user: the user that it runs as; empty for the sandbox's own.
+            timeout: seconds after which its process group is killed; 0 for no limit.
+            terminal: rows and columns of a terminal of its own.
+            stdin: whether its standard input stays open for `write`.
+
+        Raises:
+            TooManyRequests: too many commands run in the sandbox.
+        """
+        request = wire.Spawn(
+            argv=argv,
+            env=env,
+            cwd=cwd,
+            timeout_ms=max(1, round(timeout * 1000)) if timeout else 0,
+            user=user,
+            terminal=terminal,
+            window=WINDOW,
+        )
+        command = Command(self._link, request, tag)
+        self._admit(command)
+        if terminal is None and not stdin:
+            command.close_stdin()
+        task = asyncio.create_task(self._run(command, timeout))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return command
+
+    def forget(self, command: Command) -> None:
+        """Drop what is kept of a command that is over."""
+        if command.outcome is not None and command in self._known:
+            self._known.remove(command)
+
+    def _admit(self, command: Command) -> None:
+        running = [each for each in self._known if each.outcome is None]
+        if len(running) >= MAX_RUNNING or sum(each.size for each in [*running, command]) > KEPT_REQUESTS:
+            raise TooManyRequests(
+                f"{len(running)} commands run in this sandbox already",
+                hint=f"wait for some of them, or end them; at most {MAX_RUNNING} run at once",
+            )
+        self._known.append(command)
+        over = [each for each in self._known if each.outcome is not None]
+        size = sum(each.size for each in self._known)
+        while len(over) > KEPT or size > KEPT_REQUESTS:
+            oldest = over.pop(0)
+            size -= oldest.size
+            self._known.remove(oldest)
+
+    async def _run(self, command: Command, timeout: float) -> None:
+        """See a command through: its start, its output, its end."""
+        if command.outcome is not None:  # it was killed before its turn
+            return
+        silence = timeout + WATCHDOG * self._link.time_scale if timeout else None
+        free = asyncio.get_running_loop().call_later(timeout, command.set_free) if timeout else None
+        try:
+            async with asyncio.timeout(silence), self._link.ask(command.request, WINDOW) as conversation:
+                await command.run(conversation, self._keep_within_bounds)
+        except TimeoutError:
+            error = GuestUnresponsive("the guest did not end a command at its timeout; the sandbox was destroyed")
+            self._link.close(error)
+            command.fail(error)
+        except CellvmError as error:
+            command.fail(error)
+        finally:
+            if free is not None:
+                free.cancel()
+
+    def _keep_within_bounds(self) -> None:
+        """Drop output of the command that has most of it, oldest first, while that of all is over SANDBOX_OUTPUT."""
+        journals = [command.journal for command in self._known]
+        while sum(journal.held_bytes for journal in journals) > SANDBOX_OUTPUT:
+            max(journals, key=lambda journal: journal.held_bytes).spill()
+
+    def _link_closed(self, closed: asyncio.Future[Exception]) -> None:
+        for command in self._known:
+            command.set_free()
