@@ -315,7 +315,7 @@ class Kernel:
 
         Nothing is done to a kernel that is starting, because nobody's code runs in it.
         """
-        if self._connection is None or self._cells is None or not self._pid:
+        if self._connection is None or self._cells is None:
             return
         if self._aiming is not None:
             self._aiming.cancel()
@@ -338,9 +338,10 @@ class Kernel:
             self._signal()
 
     def _signal(self) -> None:
-        """Send SIGINT to the kernel and its children."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._pid, signal.SIGINT)
+        """Send SIGINT to the kernel and its children. Id 0, after the kernel has ended, would be our own group."""
+        if self._pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._pid, signal.SIGINT)
 
     def _exited(self, pid: int, status: int) -> None:
         """Say why a kernel has ended and start another, unless somebody waits for its end or its start."""
