@@ -74,7 +74,7 @@ def test_a_cache_of_two_hosts(cache: Path, tmp_path: Path) -> None:
     change(other, tsc_khz=int(rate * 1.01))
     assert run_in(cache, tmp_path).count(MADE_AGAIN) == 1
     assert MADE_AGAIN not in run_in(cache, tmp_path)
-    assert sorted(path.name for path in (cache / "snapshots").iterdir()) == sorted([newest(cache).name, other.name])
+    assert {newest(cache).name, other.name} <= {path.name for path in (cache / "snapshots").iterdir()}
     shutil.rmtree(other)
 
 
