@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
-from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 
 from kernel_gateway import kvm
 from kernel_gateway.api.app import application
+from kernel_gateway.api.door import Door
 from kernel_gateway.api.socket import GOING_DOWN
 from kernel_gateway.drivers import DriverError, VmDriver
 from kernel_gateway.drivers.jail import Jail
@@ -287,7 +287,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 max_connections=settings.max_connections,
                 domain=settings.domain,
             )
-            http = HTTPServer(
+            http = Door(
                 app,
                 max_body_size=1 << 50,  # each route has its own limit; uploads have the sandbox's disk
                 max_header_size=MAX_HEADER,
@@ -295,6 +295,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 chunk_size=CHUNK,
                 ssl_options=tls_context(settings),
             )
+            http.most = min(Door.most, most * 3 // 4)  # the rest is for machines
             http.add_sockets(sockets)
             sandboxes.start()
             rest = asyncio.create_task(make_rest(settings, templates, preparation))

@@ -29,6 +29,10 @@ SMALL = 2048
 FLOOD_WINDOW, FLOOD_READS, FLOOD_PAUSE = 0.02, 40, 0.004
 """More than FLOOD_READS small reads in FLOOD_WINDOW seconds are a flood. Reading then pauses for FLOOD_PAUSE seconds at
 a time."""
+TURN = 0.001
+"""Seconds for which one link may handle frames before everybody else has a turn. The rest of its frames waits."""
+EVENTS, EVENTS_INTERVAL = 100, 10.0
+"""Number of events that a guest may send unasked in so many seconds. A kernel that ends again and again makes few."""
 WRITE_BUFFER = 1024 * 1024
 WRITE_DEADLINE = 10.0
 """Seconds the guest may leave our bytes unread, times the driver's time scale."""
@@ -110,7 +114,7 @@ class Conversation:
                 raise wire.FrameError("DATA beyond the credit granted")
             self._add_data(frame.flags & 0xFF, frame.payload)
         elif frame.type is FrameType.CREDIT:
-            self._credit += int.from_bytes(frame.payload, "big")
+            self._credit = with_credit(self._credit, frame)
             self._may_send.set()
             return
         elif frame.type is FrameType.EVENT:
@@ -142,6 +146,18 @@ class Conversation:
     @property
     def is_open(self) -> bool:
         return self._end is None
+
+
+def with_credit(credit: int, frame: Frame) -> int:
+    """Credit after the guest has granted more.
+
+    Raises:
+        FrameError: the grant is nothing, or more than what was sent since the start.
+    """
+    granted = int.from_bytes(frame.payload, "big")
+    if granted == 0 or credit + granted > wire.INITIAL_CREDIT:
+        raise wire.FrameError(f"credit of {granted} bytes, with {credit} unused")
+    return credit + granted
 
 
 class Link(asyncio.Protocol):
@@ -176,6 +192,8 @@ class Link(asyncio.Protocol):
         self._writable = asyncio.Event()
         self._writable.set()
         self._strikes = 0
+        self._is_behind = False
+        self._event_times: deque[float] = deque()
         self._flood_since = 0.0
         self._small_reads = 0
         self._deadline: asyncio.TimerHandle | None = None
@@ -381,11 +399,26 @@ class Link(asyncio.Protocol):
         if len(data) < SMALL:
             self._small_read()
         self._decoder.receive_data(data)
+        self._handle_frames()
+
+    def _handle_frames(self) -> None:
+        """Handle what has come, for a turn. If frames are left, nothing more is read before they have had theirs."""
+        until = self._loop.time() + TURN
         try:
             for frame in self._decoder.frames():
+                if self.closed.done():
+                    return
                 self._receive(frame)
+                if self._loop.time() > until:
+                    self._is_behind = True
+                    self._pause_reading()
+                    self._loop.call_soon(self._handle_frames)
+                    return
         except wire.FrameError as error:
             self.close(GuestUnresponsive(f"the guest broke the protocol: {error}"))
+        if self._is_behind:
+            self._is_behind = False
+            self._read_on()
 
     def _small_read(self) -> None:
         """Gather some milliseconds of a flood of small reads in one, because a read costs mostly the waking up."""
@@ -393,22 +426,35 @@ class Link(asyncio.Protocol):
         if now - self._flood_since > FLOOD_WINDOW:
             self._flood_since, self._small_reads = now, 0
         self._small_reads += 1
-        if self._small_reads > FLOOD_READS and self._transport is not None and not self._transport.is_closing():
-            self._transport.pause_reading()
+        if self._small_reads > FLOOD_READS:
+            self._pause_reading()
             self._loop.call_later(FLOOD_PAUSE, self._read_on)
             self._flood_since, self._small_reads = now, FLOOD_READS
 
-    def _read_on(self) -> None:
+    def _pause_reading(self) -> None:
         if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def _read_on(self) -> None:
+        if self._transport is not None and not self._transport.is_closing() and not self._is_behind:
             self._transport.resume_reading()
 
     def _receive(self, frame: Frame) -> None:
         if frame.stream in self._joiners:
             self._kernel_frame(frame)
         elif frame.stream == wire.EVENTS and frame.type is FrameType.EVENT:
-            self.on_event(wire.decode(frame))
+            self._event_received(wire.decode(frame))
         else:
             self._conversation_frame(frame)
+
+    def _event_received(self, event: Body) -> None:
+        now = self._loop.time()
+        while self._event_times and now - self._event_times[0] > EVENTS_INTERVAL:
+            self._event_times.popleft()
+        self._event_times.append(now)
+        if len(self._event_times) > EVENTS:
+            raise wire.FrameError(f"over {EVENTS} events in {EVENTS_INTERVAL:g} s")
+        self.on_event(event)
 
     def _conversation_frame(self, frame: Frame) -> None:
         conversation = self._conversations.get(frame.stream)
@@ -425,7 +471,7 @@ class Link(asyncio.Protocol):
 
     def _kernel_frame(self, frame: Frame) -> None:
         if frame.type is FrameType.CREDIT:
-            self._kernel_credit[frame.stream] += int.from_bytes(frame.payload, "big")
+            self._kernel_credit[frame.stream] = with_credit(self._kernel_credit[frame.stream], frame)
             self._kernel_may_send.set()
         elif frame.type is FrameType.DATA:
             self._kernel_granted[frame.stream] -= len(frame.payload)

@@ -234,7 +234,7 @@ class Kernel:
         session: str | None = None
         if parts[CHANNEL] == b"iopub":
             if head.msg_type == "status":
-                self._status_received(parent, message.content(parts[CONTENT]).get("execution_state"), pending)
+                self._status_received(parent, message.execution_state(parts[CONTENT]), pending)
             if parent.msg_type not in UNTRACKED:
                 self.last_activity = time.time()
         else:
@@ -255,7 +255,7 @@ class Kernel:
         if self._is_ending and head.msg_type == "shutdown_reply" and pending and pending.is_replied:
             self.on_shutdown()
 
-    def _status_received(self, parent: message.Header, state: object, pending: Pending | None) -> None:
+    def _status_received(self, parent: message.Header, state: str, pending: Pending | None) -> None:
         if state == "busy":
             if len(self._busy) < MAX_PENDING and parent.msg_type not in UNTRACKED:
                 self._busy[parent.msg_id] = parent.msg_type

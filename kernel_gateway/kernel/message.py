@@ -17,8 +17,10 @@ SENT_BY_KERNEL = frozenset({b"shell", b"iopub", b"stdin", b"control"})
 SENT_BY_CLIENT = frozenset({b"shell", b"stdin", b"control"})
 VERSION = "5.4"
 OURS = b'{"cellvm":{'
+MAX_HEADER = 64 * 1024
 MAX_FIELD = 256
-"""Characters of an id or a type. A header with longer ones reads as empty, because nobody may make us keep them."""
+"""Bytes of a header, and characters of an id or a type. A header with more reads as empty, because nobody may make us
+decode or keep it."""
 
 
 class Header(msgspec.Struct, gc=False):
@@ -36,19 +38,36 @@ class Stream(msgspec.Struct, gc=False):
     text: str
 
 
+class Status(msgspec.Struct, gc=False):
+    """The content of a `status` message. Other fields are skipped, however large they are."""
+
+    execution_state: str = ""
+
+
 _header = msgspec.json.Decoder(Header)
+_status = msgspec.json.Decoder(Status)
 _stream = msgspec.json.Decoder(Stream)
 _encoder = msgspec.json.Encoder()
 
 
 def header(part: bytes | memoryview) -> Header:
     """Read a header or parent header. A malformed one reads as empty, because the guest is not trusted."""
+    if len(part) > MAX_HEADER:
+        return Header()
     try:
         found = _header.decode(part)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return Header()
     is_short = max(len(found.msg_id), len(found.msg_type), len(found.session)) <= MAX_FIELD
     return found if is_short else Header()
+
+
+def execution_state(part: bytes | memoryview) -> str:
+    """The state that the content of a `status` message tells; empty if it is malformed."""
+    try:
+        return _status.decode(part).execution_state
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return ""
 
 
 def content(part: bytes | memoryview) -> dict[str, Any]:

@@ -55,6 +55,17 @@ async def call(
     )
 
 
+async def test_strangers_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server listens through its door: a head that does not end is cut off."""
+    monkeypatch.setattr("kernel_gateway.api.door.HEAD", 0.1)
+    monkeypatch.setattr("kernel_gateway.api.door.TICK", 0.05)
+    async with running(settings(tmp_path, pool_size=0), lambda text: None) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+        writer.write(b"GET / HT")
+        assert await asyncio.wait_for(reader.read(), 10) == b""
+        writer.close()
+
+
 async def test_a_relative_data_directory(
     tmp_path: Path, client: AsyncHTTPClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
