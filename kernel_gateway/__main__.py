@@ -28,6 +28,7 @@ from kernel_gateway.images.image import BuildError
 from kernel_gateway.kernel.events import CellError
 from kernel_gateway.kernel.notebook import Notebook, NotebookError, tags
 from kernel_gateway.kvm import Verdict
+from kernel_gateway.logs import Escaped
 from kernel_gateway.network.slots import choose, host_addresses
 from kernel_gateway.sandbox.store import Store, new_key
 from kernel_gateway.server import Server, builder, load_templates, opened_driver, running
@@ -414,9 +415,9 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
     try:
         settings = Settings.load(vars(options), os.environ)
-        logging.basicConfig(
-            level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
-        )
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(Escaped())
+        logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
         logging.getLogger("asyncio").setLevel("WARNING")
         match options.command:
             case "serve":

@@ -18,7 +18,7 @@ from pathlib import Path
 from tornado.netutil import bind_sockets
 
 from kernel_gateway import kvm
-from kernel_gateway.api.app import application
+from kernel_gateway.api.app import application, watch_keys
 from kernel_gateway.api.door import Door
 from kernel_gateway.api.socket import GOING_DOWN
 from kernel_gateway.drivers import DriverError, VmDriver
@@ -33,7 +33,7 @@ from kernel_gateway.images.preparation import Preparation, Prepare
 from kernel_gateway.images.templates import Template, Templates, rootfs_dir
 from kernel_gateway.network.slots import Slots, choose
 from kernel_gateway.sandbox.pool import Pool
-from kernel_gateway.sandbox.sandboxes import Sandboxes
+from kernel_gateway.sandbox.sandboxes import Sandboxes, supervised
 from kernel_gateway.sandbox.store import Store, new_key
 from kernel_gateway.settings import Settings, SettingsError
 
@@ -300,6 +300,8 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
             sandboxes.start()
             rest = asyncio.create_task(make_rest(settings, templates, preparation))
             last.push_async_callback(cancelled, rest)
+            keys = asyncio.create_task(supervised("the watch over keys", lambda: watch_keys(app)))
+            last.push_async_callback(cancelled, keys)
             host, port = sockets[0].getsockname()[:2]
             try:
                 scheme = "https" if settings.tls_cert else "http"

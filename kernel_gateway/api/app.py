@@ -15,7 +15,7 @@ from kernel_gateway.api.base import Endpoint, Missing, Route
 from kernel_gateway.api.channels import Channels
 from kernel_gateway.api.openapi import document, serve_document
 from kernel_gateway.api.ports import Preview
-from kernel_gateway.api.socket import Socket, Sockets
+from kernel_gateway.api.socket import NOT_ALLOWED, Socket, Sockets
 from kernel_gateway.api.stream import AgentStream
 from kernel_gateway.kernel.events import Cell
 from kernel_gateway.ports import Place, place_of_host, place_of_path
@@ -23,6 +23,9 @@ from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
 
 log = logging.getLogger(__name__)
+
+KEYS_TICK = 0.5
+"""Seconds between looks at the keys."""
 
 LARGE_MESSAGES = 4
 """WebSocket messages of the largest size that the server holds for one owner at once."""
@@ -220,6 +223,23 @@ def application(
         reading=asyncio.Lock(),  # held while a piece of a service's answer is read
         log_function=log_request,
     )
+
+
+async def watch_keys(app: Application) -> None:
+    """Cut off whoever uses a key that has been removed, also by another process. Sandboxes live on to their end."""
+    settings = app.settings
+    owners = settings["store"].owners()
+    while True:
+        await asyncio.sleep(KEYS_TICK)
+        before, owners = owners, settings["store"].owners()
+        for owner in before - owners:
+            log.info("the key of owner %s was removed: its connections are closed", owner)
+            settings["sockets"].close(NOT_ALLOWED, "the key was removed", owner)
+            for request in list(settings["requests"]):
+                if isinstance(request, Endpoint) and request.owner == owner:
+                    request.cut()
+            for sandbox in settings["sandboxes"].list(owner):
+                sandbox.cut_owner()
 
 
 def log_request(handler: Endpoint) -> None:

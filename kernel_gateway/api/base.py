@@ -246,6 +246,7 @@ class Endpoint(Handler):
     def initialize(self, sandboxes: Sandboxes, store: Store, routes: dict[str, Route]) -> None:  # type: ignore[override]
         super().initialize(sandboxes, store)
         self._routes = routes
+        self.owner = ""
         self._body = bytearray()
         self._chunks: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=4)
         self._task: asyncio.Task[None] | None = None
@@ -266,7 +267,7 @@ class Endpoint(Handler):
                 raise MethodNotAllowed(f"{self.request.path} offers {', '.join(sorted(self._routes))}")
             self._route = route
             names = [str(argument) for argument in self.path_args]
-            owner = "" if route.public else self.authenticate()
+            owner = self.owner = "" if route.public else self.authenticate()
             self.call = Call(
                 self._sandboxes,
                 self._store,
@@ -330,6 +331,10 @@ class Endpoint(Handler):
         """The body of an upload, as it arrives."""
         while (chunk := await self._chunks.get()) is not None:
             yield chunk
+
+    def cut(self) -> None:
+        """End the request by closing its connection."""
+        self._connection.stream.close()
 
     def on_finish(self) -> None:
         self.application.settings["requests"].discard(self)

@@ -585,7 +585,7 @@ def file_entry(entry: wire.Entry) -> FileEntry:
 async def download(call: Call) -> None:
     """A file's bytes, or with `Range` a part of them."""
     files, http, path = Files(call.sandbox.guest), call.http, call.query.path
-    span = re.fullmatch(r"bytes=(\d*)-(\d*)", http.request.headers.get("Range", ""))
+    span = re.fullmatch("bytes=([0-9]{0,100})-([0-9]{0,100})", http.request.headers.get("Range", ""))
     offset, length = 0, -1
     if span and any(span.groups()):
         size = (await files.stat(path)).size

@@ -105,11 +105,12 @@ class Sockets:
         socket.held = size
         return size <= SMALL or self._held[owner] <= self._most_bytes
 
-    def close(self, code: int, reason: str) -> None:
-        """Begin to close every connection."""
-        for mine in self._open.values():
-            for each in mine:
-                each.close(code, reason)
+    def close(self, code: int, reason: str, owner: str | None = None) -> None:
+        """Begin to close every connection, or those of one owner."""
+        for name, mine in self._open.items():
+            if owner in (None, name):
+                for each in mine:
+                    each.close(code, reason)
 
 
 class Frames(WebSocketProtocol13):

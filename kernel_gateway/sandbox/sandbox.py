@@ -158,6 +158,12 @@ class Sandbox:
             self.open_ports.clear()
         self._cut_visitors()
 
+    def cut_owner(self) -> None:
+        """End the owner's own connections to ports."""
+        for task, port in self.port_users.items():
+            if port is None:
+                task.cancel()
+
     def _cut_visitors(self) -> None:
         for task, port in self.port_users.items():
             if port is not None and not self.is_open(port):

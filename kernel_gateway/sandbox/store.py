@@ -62,7 +62,11 @@ def _hash(key: str) -> bytes:
 
 
 class Store:
-    """The database. `trouble` says why ends can't be written at present; it is empty if they can."""
+    """The database. `trouble` says why ends can't be written at present; it is empty if they can.
+
+    Keys are looked up in memory, because a stranger may offer very many. They are read again when another process has
+    changed the database.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -75,6 +79,8 @@ class Store:
         self._unwritten: dict[str, Entry] = {}
         self._flushing: asyncio.Task[None] | None = None
         self.trouble = ""
+        self._owners: dict[bytes, str] = {}
+        self._version = -1
 
     @staticmethod
     def _connect(path: Path) -> sqlite3.Connection:
@@ -104,18 +110,30 @@ class Store:
             return known
         owner = secrets.token_hex(8)
         self._db.execute("INSERT INTO keys VALUES (?, ?, ?, ?)", (_hash(key), owner, name, time.time()))
+        self._version = -1
         return owner
 
     def owner_of(self, key: str) -> str | None:
         """The owner of a key. The look-up is by hash, so its time tells nothing about the stored keys."""
-        row = self._db.execute("SELECT owner FROM keys WHERE hash = ?", (_hash(key),)).fetchone()
-        return row[0] if row else None
+        return self._keys().get(_hash(key))
+
+    def owners(self) -> set[str]:
+        """The owners that have a key."""
+        return set(self._keys().values())
+
+    def _keys(self) -> dict[bytes, str]:
+        (version,) = self._db.execute("PRAGMA data_version").fetchone()  # another connection's commit changes it
+        if version != self._version:
+            self._owners = dict(self._db.execute("SELECT hash, owner FROM keys").fetchall())
+            self._version = version
+        return self._owners
 
     def list_keys(self) -> list[tuple[str, str, float]]:
         """Owner id, name and time of creation of every key."""
         return self._db.execute("SELECT owner, name, created FROM keys ORDER BY created").fetchall()
 
     def remove_key(self, owner: str) -> bool:
+        self._version = -1
         return self._db.execute("DELETE FROM keys WHERE owner = ?", (owner,)).rowcount > 0
 
     # -- sandboxes

@@ -6,13 +6,17 @@ import logging
 import subprocess
 import time
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tornado.httpclient import AsyncHTTPClient, HTTPResponse
+from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPResponse
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
 
 from kernel_gateway.__main__ import main
+from kernel_gateway.sandbox.store import Store
 from kernel_gateway.server import Server, builder, running
 from kernel_gateway.settings import Settings, SettingsError
 from tests.fakes import error_of, eventually
@@ -64,6 +68,41 @@ async def test_strangers_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyP
         writer.write(b"GET / HT")
         assert await asyncio.wait_for(reader.read(), 10) == b""
         writer.close()
+
+
+async def drained(socket: ClientConnection) -> None:
+    """Read a WebSocket until it raises."""
+    while True:
+        await socket.recv()
+
+
+async def test_a_removed_key_is_cut_off(tmp_path: Path, client: AsyncHTTPClient) -> None:
+    """When another process removes a key, its WebSockets and requests end, and those of other keys go on."""
+    async with running(settings(tmp_path, pool_size=0), lambda text: None) as server:
+        answers = []
+        with closing(Store(tmp_path / "data" / "cellvm.db")) as store:
+            owner = store.add_key("sk-sb-removed", "removed")
+            for key, pause in (("sk-sb-removed", 60), (KEY, 5)):
+                body = {"templateID": "code_interpreter"}
+                box = json.loads((await call(client, server, "POST", "/sandboxes", body, key)).body)["sandboxID"]
+                path = f"/sandboxes/{box}"
+                cell = {"code": f"import time; time.sleep({pause}); 6 * 7"}
+                running_cell = asyncio.create_task(call(client, server, "POST", f"{path}/execute", cell, key))
+                uri = f"{server.url.replace('http', 'ws')}{path}/stream"
+                answers.append((running_cell, await connect(uri, additional_headers={"X-API-Key": key})))
+            await asyncio.sleep(0.5)
+            assert store.remove_key(owner)
+        (cut, socket), (kept, other) = answers
+        with pytest.raises(ConnectionClosed) as closed:
+            await asyncio.wait_for(drained(socket), 10)
+        assert closed.value.rcvd is not None
+        assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1008, "the key was removed")
+        with pytest.raises(HTTPClientError):
+            (await cut).rethrow()
+        assert json.loads((await kept).body)["results"][0]["data"] == {"text/plain": "42"}
+        await other.close()
+        assert (await call(client, server, "GET", "/sandboxes", key="sk-sb-removed")).code == 401
+        assert len(server.sandboxes) == 2
 
 
 async def test_a_relative_data_directory(

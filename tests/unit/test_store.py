@@ -48,6 +48,20 @@ def test_keys(store: Store) -> None:
     assert store.owner_of(other) is not None
 
 
+def test_keys_of_another_process(store: Store) -> None:
+    """A key that another process adds or removes is known, or not, at once."""
+    other = Store(store.path)
+    try:
+        owner = other.add_key("mine", "theirs")
+        assert store.owner_of("mine") == owner
+        assert store.owners() == {owner}
+        assert other.remove_key(owner)
+        assert store.owner_of("mine") is None
+        assert store.owners() == set()
+    finally:
+        other.close()
+
+
 def test_keys_have_the_form_that_clients_accept() -> None:
     """`e2b_` and 40 hex digits, never twice the same."""
     keys = {new_key() for _ in range(100)}
