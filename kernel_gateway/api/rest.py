@@ -890,5 +890,5 @@ async def health(call: Call) -> Health:
         sandboxes=len(sandboxes),
         maxSandboxes=sandboxes.maximum,
         pool=[PoolModel(pool.template_id, pool.ready, pool.size) for pool in sandboxes.pools.values()],
-        trouble=call.store.trouble or None,
+        trouble=sandboxes.trouble or None,
     )

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import re
+import shutil
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -38,6 +39,8 @@ TICK = 0.25
 """Seconds between looks at the lifetimes. A sandbox ends at most this long after its deadline."""
 PAUSE = 1.0
 """Seconds after which a task that must live is started again."""
+FLOOR_SHARE, FLOOR = 0.05, 2 * 1024**3
+"""The part of the disk, and the bytes at most, that must be free for another sandbox. The rest is for those that run."""
 FLUSH_LIMIT = 5.0
 """Seconds that a server which goes down waits for the database to take the ends of its sandboxes."""
 
@@ -66,7 +69,7 @@ class Sandboxes:
     """The collection. `maximum` counts machines of sandboxes, from the create until the machine is gone, however the
     sandbox fares meanwhile. The pool is not counted. `per_owner` of them may be one owner's.
 
-    `journals` is the directory for kernels' output that memory does not hold. `network` is None if machines have no
+    `journals` is the directory for kernels' output that memory does not hold, on the disk that sandboxes use. `network` is None if machines have no
     network card, `preparation` is None if every template is ready from the start.
     """
 
@@ -105,6 +108,20 @@ class Sandboxes:
 
     def __len__(self) -> int:
         return len(self._sandboxes)
+
+    @property
+    def trouble(self) -> str:
+        """What is amiss with the server; empty if nothing is."""
+        return self._store.trouble or self._lack_of_space()
+
+    def _lack_of_space(self) -> str:
+        if self._journals is None:
+            return ""
+        disk = shutil.disk_usage(self._journals)
+        floor = min(int(disk.total * FLOOR_SHARE), FLOOR)
+        if disk.free >= floor:
+            return ""
+        return f"the server's disk has {disk.free >> 20} MiB free, and {floor >> 20} MiB are kept for running sandboxes"
 
     def start(self) -> None:
         """Begin to fill pools and to watch lifetimes."""
@@ -153,6 +170,8 @@ class Sandboxes:
             raise TooManyRequests(f"your key may have {self.per_owner} sandboxes at once", hint="delete one")
         if len(self._places) >= self.maximum:
             raise HostFull(f"all {self.maximum} sandboxes of this server are in use", hint="delete one, or wait")
+        if lack := self._lack_of_space():
+            raise HostFull(lack, hint="the operator must free some space")
         sandbox_id = new_id()
         sandbox = Sandbox(
             sandbox_id,

@@ -105,6 +105,23 @@ async def test_a_removed_key_is_cut_off(tmp_path: Path, client: AsyncHTTPClient)
         assert len(server.sandboxes) == 2
 
 
+async def test_a_disk_at_its_floor(tmp_path: Path, client: AsyncHTTPClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While too little space is free no sandbox is created, health says why, and running sandboxes go on."""
+    async with running(settings(tmp_path, pool_size=0), lambda text: None) as server:
+        body = {"templateID": "code_interpreter"}
+        box = json.loads((await call(client, server, "POST", "/sandboxes", body)).body)["sandboxID"]
+        assert json.loads((await call(client, server, "GET", "/health")).body)["trouble"] is None
+        monkeypatch.setattr("kernel_gateway.sandbox.sandboxes.FLOOR_SHARE", 1.0)
+        monkeypatch.setattr("kernel_gateway.sandbox.sandboxes.FLOOR", 1 << 60)
+        answer = await call(client, server, "POST", "/sandboxes", body)
+        assert (answer.code, error_of(answer)["error"]) == (503, "host_full")
+        assert "MiB free" in error_of(answer)["message"]
+        assert "MiB free" in json.loads((await call(client, server, "GET", "/health")).body)["trouble"]
+        answer = await call(client, server, "POST", f"/sandboxes/{box}/execute", {"code": "6 * 7"})
+        assert json.loads(answer.body)["results"][0]["data"] == {"text/plain": "42"}
+        assert len(server.sandboxes) == 1
+
+
 async def test_a_relative_data_directory(
     tmp_path: Path, client: AsyncHTTPClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
