@@ -40,7 +40,7 @@ TICK = 0.25
 PAUSE = 1.0
 """Seconds after which a task that must live is started again."""
 FLOOR_SHARE, FLOOR = 0.05, 2 * 1024**3
-"""The part of the disk, and the bytes at most, that must be free for another sandbox. The rest is for those that run."""
+"""The part of the disk, and the bytes at most, that must be free for another sandbox. They are for those that run."""
 FLUSH_LIMIT = 5.0
 """Seconds that a server which goes down waits for the database to take the ends of its sandboxes."""
 
@@ -69,8 +69,8 @@ class Sandboxes:
     """The collection. `maximum` counts machines of sandboxes, from the create until the machine is gone, however the
     sandbox fares meanwhile. The pool is not counted. `per_owner` of them may be one owner's.
 
-    `journals` is the directory for kernels' output that memory does not hold, on the disk that sandboxes use. `network` is None if machines have no
-    network card, `preparation` is None if every template is ready from the start.
+    `journals` is the directory for kernels' output that memory does not hold. It is on the disk that sandboxes use.
+    `network` is None if machines have no network card, `preparation` is None if every template is ready from the start.
     """
 
     def __init__(
