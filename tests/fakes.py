@@ -851,7 +851,7 @@ class FakeDriver:
     def alive(self) -> list[FakeVm]:
         return [vm for vm in self.machines if vm.is_alive]
 
-    async def start(self, template_id: str) -> FakeVm:
+    async def start(self, source: str) -> FakeVm:
         script = self.script
         await asyncio.sleep(script.start_delay)
         if script.start_error is not None:
