@@ -772,6 +772,33 @@ async def test_a_new_epoch_ends_commands_and_tells_of_a_dead_kernel(tmp_path: Pa
     await vm.kill()
 
 
+async def test_a_new_epoch_uses_numbers_again(tmp_path: Path) -> None:
+    """A command of a new link is reached by its number, though an ended link's command had the same one."""
+    vm = await Unisolated(tmp_path).start("base")
+    sock = vm.open()
+    spare = sock.dup()
+    link = await Link.open(sock)
+    home = (await link.resume(sandbox_id="s", hostname="h", env={})).home
+    request = wire.Spawn(argv=["sleep", "60"], env={}, cwd=home)
+    async with link.ask(request) as conversation:
+        assert isinstance(await conversation.receive(), wire.Started)
+        await link.quiesce()
+        link.close()
+    again = await Link.open(spare)
+    continuing = asyncio.create_task(again.cont())
+    await asyncio.sleep(0)  # both requests come with the Hello, before the old command has ended
+    async with again.ask(request) as other:
+        assert other.number == conversation.number
+        await continuing
+        assert isinstance(await other.receive(), wire.Started)
+        await eventually(lambda: len(Path(f"/proc/{vm.pid}/task/{vm.pid}/children").read_text().split()) == 2)
+        signalled = wire.Signal(stream=other.number, signal=signal.SIGTERM)
+        assert await again.call(signalled, wire.Done) == wire.Done()
+        assert await other.reply() == wire.Exited(code=143, signal=15)
+    again.close()
+    await vm.kill()
+
+
 async def test_killing_the_agent_leaves_no_process(real: Guest) -> None:
     """The kernel and its parent go with the agent."""
     pid = int(await value(real, "import os; os.getpid()"))
