@@ -170,6 +170,7 @@ class Channel:
         self._bulk_size = 0
         self._current: deque[memoryview] = deque()
         self._writing = False
+        self._epoch = -1
         self._is_quiescing = False
         self._is_quiet = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -278,7 +279,8 @@ class Channel:
 
     def _receive_request(self, number: int, body: Body) -> None:
         if isinstance(body, wire.Hello):
-            self._begin_epoch(body.epoch)
+            if body.epoch != self._epoch:
+                self._begin_epoch(body.epoch)
         elif isinstance(body, wire.Quiesce):
             self._is_quiescing = True
             self._write()
@@ -292,6 +294,7 @@ class Channel:
 
     def _begin_epoch(self, epoch: int) -> None:
         """Drop all that is of the epoch before. Only the frame that is being written is finished."""
+        self._epoch = epoch
         for stream in self.streams.values():
             if stream.number >= wire.FIRST_STREAM:
                 stream.drop()

@@ -21,7 +21,8 @@ payload bytes: INITIAL_CREDIT at the start, and more by CREDIT frames of the rea
 and nobody's memory grows.
 
 An *epoch* is the time of one link. The gateway begins it with Hello, and the agent's first frame of it is Welcome with
-the same number. With Hello the agent forgets all conversations, credit and waiting frames of the epoch before. The
+the same number. Until Welcome comes, a Hello precedes every request, because a guest that boots drops what comes too
+early. With the first Hello the agent forgets all conversations, credit and waiting frames of the epoch before. The
 gateway drops frames that come before Welcome, because they are of an older epoch.
 
 A link comes to *rest* by Quiesce. The gateway sends nothing after it. The agent sends what waits, then Quiesced, and
@@ -182,7 +183,7 @@ class Body(msgspec.Struct, tag=True, kw_only=True):
 
 
 class Hello(Body):
-    """Begin an epoch. It is a link's first frame, on LINK. `epoch` is a random number of 63 bits."""
+    """Begin an epoch, unless it has begun already. It comes on LINK. `epoch` is a random number of 63 bits."""
 
     epoch: int
 

@@ -145,7 +145,7 @@ class FakeGuest:
         self._sock = sock
         self.epoch = 0
         self._sending = asyncio.Lock()
-        self._awake = asyncio.Event()
+        self._awake = asyncio.Event()  # not set: the link is at rest
         self._awake.set()
         self._reads = asyncio.Event()
         self._reads.set()
@@ -176,6 +176,10 @@ class FakeGuest:
     def cut(self) -> None:
         """End the byte stream, though the machine lives on."""
         self._sock.shutdown(socket.SHUT_RDWR)
+
+    @property
+    def is_at_rest(self) -> bool:
+        return not self._awake.is_set()
 
     # -- the agent
 
@@ -225,6 +229,8 @@ class FakeGuest:
         if handler := self.script.handlers.get(type(body)):
             await handler(Stream(self, wire.LINK), body)
         elif isinstance(body, wire.Hello):
+            if body.epoch == self.epoch:
+                return
             self.epoch = body.epoch
             self._awake.set()
             await cancel(*self._tasks.values())

@@ -222,7 +222,7 @@ class Link(asyncio.Protocol):
         on_kernel_message: Callable[[list[bytes]], None] = lambda parts: None,
         on_event: Callable[[Body], None] = lambda body: None,
     ) -> "Link":
-        """Take over a connected socket, and begin an epoch. The socket is closed with the link, or if this fails."""
+        """Take over a connected socket. It is closed with the link, or if this fails. Requests begin the epoch."""
         try:
             _, link = await asyncio.get_running_loop().create_connection(
                 lambda: cls(time_scale, on_kernel_message, on_event), sock=sock
@@ -259,7 +259,7 @@ class Link(asyncio.Protocol):
         except UnicodeEncodeError:
             raise InvalidRequest("text with a lone surrogate can't be passed on") from None
         conversation = self._conversations[number] = Conversation(self, number, window)
-        self.write(frame)
+        self._write_request(frame)
         try:
             yield conversation
         finally:
@@ -346,7 +346,7 @@ class Link(asyncio.Protocol):
         """
         self._raise_if_closed()
         if self._awake.is_set():
-            self.write(wire.encode(FrameType.REQUEST, wire.LINK, wire.Quiesce()))
+            self._write_request(wire.encode(FrameType.REQUEST, wire.LINK, wire.Quiesce()))
             self._awake.clear()
             for limit in self._limits:
                 if (until := limit.when()) is not None and not limit.expired():
@@ -432,6 +432,12 @@ class Link(asyncio.Protocol):
         elif self._transport is not None and not self.closed.done():
             self._transport.write(frame)
 
+    def _write_request(self, frame: bytes) -> None:
+        """Queue a request. Until the epoch has begun, a Hello precedes it, because the one before may be lost."""
+        if not self._has_begun:
+            self.write(wire.encode(FrameType.REQUEST, wire.LINK, wire.Hello(epoch=self._epoch)))
+        self.write(frame)
+
     async def write_bulk(self, frame: list[bytes | memoryview]) -> None:
         """Queue a large frame when the guest has read most of what came before."""
         while not (self._writable.is_set() and self._awake.is_set()):
@@ -479,7 +485,6 @@ class Link(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         transport.set_write_buffer_limits(high=WRITE_BUFFER)
-        self.write(wire.encode(FrameType.REQUEST, wire.LINK, wire.Hello(epoch=self._epoch)))
 
     def data_received(self, data: bytes) -> None:
         if len(data) < SMALL:

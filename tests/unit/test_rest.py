@@ -111,9 +111,7 @@ class Ends:
 
     async def open(self) -> Link:
         """A new link over the same bytes."""
-        link = await Link.open(self.ours.dup(), on_kernel_message=self.output.append)
-        await link.call(wire.Ping(), wire.Done)
-        return link
+        return await Link.open(self.ours.dup(), on_kernel_message=self.output.append)
 
     def check_rest(self, link: Link) -> None:
         """No byte is on its way in either direction, and none waits for the rest of its frame."""
@@ -193,6 +191,7 @@ def test_everything_goes_on_after_a_rest(sizes: list[int], messages: list[int], 
     async def run() -> None:
         async with ends() as both:
             link, agent = await both.open(), both.agent
+            await link.call(wire.Ping(), wire.Done)
             sent = [kernel_message(*each) for each in enumerate(messages)]
             agent.output.extend(sent)
             working = flood(link, sizes, sent)
@@ -220,13 +219,16 @@ def test_everything_goes_on_after_a_rest(sizes: list[int], messages: list[int], 
     sizes=st.lists(SIZES, min_size=1, max_size=3),
     messages=st.lists(st.integers(0, 600_000), max_size=5),
     moment=TURNS,
+    is_held=st.booleans(),
 )
-def test_a_new_epoch_begins_clean(sizes: list[int], messages: list[int], moment: int) -> None:
+def test_a_new_epoch_begins_clean(sizes: list[int], messages: list[int], moment: int, is_held: bool) -> None:
     """A new link after a rest meets nothing of the old one. Only the kernel's messages go on, each whole and once."""
 
     async def run() -> None:
         async with ends() as both:
             link, agent = await both.open(), both.agent
+            await link.call(wire.Ping(), wire.Done)
+            link.hold_kernel(is_held)
             sent = [kernel_message(*each) for each in enumerate(messages)]
             agent.output.extend(sent)
             working = flood(link, sizes, sent)
@@ -235,14 +237,22 @@ def test_a_new_epoch_begins_clean(sizes: list[int], messages: list[int], moment:
             await link.quiesce()
             link.close()
             ended = await working
-            again = await both.open()
-            await again.cont()
             assert all(end is None or isinstance(end, bytes | SandboxDied) for end in ended)
-            await eventually(lambda: sorted(agent.channel.streams) == [wire.EVENTS, wire.KERNEL, wire.KERNEL_CONTROL])
-            whole = [content(size) for size in sizes]
+            late = [kernel_message(*each) for each in enumerate(messages, len(messages))]
+            agent.output.extend(late)  # what happens in the machine before it stops
+            agent.pump()
+            for number, stream in agent.channel.streams.items():
+                if number >= wire.FIRST_STREAM:
+                    stream.end()
+                    stream.reply(wire.Done())
             before = len(agent.input)
+            again = await both.open()
+            continuing = asyncio.create_task(again.cont())
+            whole = [content(size) for size in sizes]
             assert await flood(again, sizes, sent) == [*whole, *whole, None]
-            await eventually(lambda: both.output == sent and agent.input[before:] == sent)
+            await continuing
+            await eventually(lambda: both.output == [*sent, *late] and agent.input[before:] == sent)
+            assert sorted(agent.channel.streams) == [wire.EVENTS, wire.KERNEL, wire.KERNEL_CONTROL]
             assert (again._strikes, again.closed.done()) == (0, False)
             again.close()
 
@@ -278,9 +288,12 @@ class Peer:
         await asyncio.get_running_loop().sock_sendall(self._sock, b"".join(frames))
 
     async def welcome(self) -> None:
-        hello = await self.next()
-        assert (hello.type, hello.stream) == (FrameType.REQUEST, wire.LINK)
-        await self.send(reply(wire.LINK, wire.Welcome(epoch=wire.decode(hello).epoch)))
+        """Begin the link's epoch with a request, and answer both."""
+        asking = asyncio.create_task(self.link.call(wire.Ping(), wire.Done))
+        hello, ping = await self.next(), await self.next()
+        assert (hello.type, hello.stream, ping.stream) == (FrameType.REQUEST, wire.LINK, wire.FIRST_STREAM)
+        await self.send(reply(wire.LINK, wire.Welcome(epoch=wire.decode(hello).epoch)), reply(ping.stream, wire.Done()))
+        await asking
 
     async def rest(self) -> None:
         """Bring the link to rest."""
@@ -359,6 +372,33 @@ def test_frames_of_an_older_epoch_are_dropped(stale: list[bytes], cuts: list[flo
             assert set(link._kernel_credit.values()) == {wire.INITIAL_CREDIT}
 
     asyncio.run(run())
+
+
+async def test_a_hello_that_is_lost() -> None:
+    """A guest that boots drops what comes too early. The next request brings a Hello of the same epoch."""
+    async with peer(time_scale=0.01) as agent:
+        link = agent.link
+        with pytest.raises(GuestUnresponsive, match="no answer"):
+            await link.call(wire.Ping(), wire.Done)
+        lost, _, _ = [await agent.next() for _ in range(3)]  # Hello, Ping, CANCEL
+        asking = asyncio.create_task(link.call(wire.Ping(), wire.Done, 1000))
+        again, ping = await agent.next(), await agent.next()
+        assert (again, ping.stream) == (lost, 17)
+        await agent.send(reply(wire.LINK, wire.Welcome(epoch=wire.decode(again).epoch)), reply(17, wire.Done()))
+        assert await asking == wire.Done()
+        asking = asyncio.create_task(link.call(wire.Ping(), wire.Done, 1000))
+        assert (await agent.next()).stream == 18
+        await agent.send(reply(18, wire.Done()))
+        await asking
+
+
+async def test_a_hello_that_comes_twice() -> None:
+    """Requests that are sent before Welcome bring a Hello each, and none of them is dropped for that."""
+    async with ends() as both:
+        link = await Link.open(both.ours.dup())
+        found = await asyncio.gather(*(upload(link, content(100_000)) for _ in range(5)))
+        assert found == [content(100_000)] * 5
+        link.close()
 
 
 async def test_a_guest_that_does_not_come_to_rest_is_given_up() -> None:
@@ -447,7 +487,7 @@ async def test_a_link_at_rest_sends_nothing() -> None:
         link = agent.link
         large = [b"shell", b"{}", b"{}", b"{}", bytes(wire.CHUNK)]
         async with link.ask(wire.Write(path="f")) as writing, link.ask(wire.Read(path="f")) as reading:
-            await agent.send(own_frame(FrameType.DATA, 17, bytes(wire.CHUNK)))
+            await agent.send(own_frame(FrameType.DATA, 18, bytes(wire.CHUNK)))
             await agent.rest()
             await reading.receive()  # this owes a CREDIT
             sending = asyncio.create_task(writing.send(b"data"))
@@ -462,11 +502,11 @@ async def test_a_link_at_rest_sends_nothing() -> None:
         continuing = asyncio.create_task(link.cont())
         found = [await agent.next() for _ in range(8)]
         assert [(frame.type.name, frame.stream) for frame in found[:3]] == [
-            ("CREDIT", 17), ("CANCEL", 17), ("CANCEL", 16),
+            ("CREDIT", 18), ("CANCEL", 18), ("CANCEL", 17),
         ]  # fmt: skip
         assert isinstance(wire.decode(found[3]), wire.Continue)
         assert {(frame.type.name, frame.stream) for frame in found[4:]} == {
-            ("DATA", wire.KERNEL), ("DATA", 16), ("REQUEST", 19),
+            ("DATA", wire.KERNEL), ("DATA", 17), ("REQUEST", 20),
         }  # fmt: skip
         await asyncio.gather(sending, message)
         link.close()
@@ -489,7 +529,7 @@ async def test_limits_stand_still_in_a_rest() -> None:
         assert left[1] == 10
         await agent.end_rest()
         assert all(limit.when() is not None for limit in link._limits)
-        await agent.send(reply(16, wire.Done()), reply(18, wire.Done()))
+        await agent.send(reply(17, wire.Done()), reply(19, wire.Done()))
         assert [await before, await within] == [wire.Done(), wire.Done()]
 
 
