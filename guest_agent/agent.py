@@ -51,7 +51,9 @@ class Agent:
         self._env = self._base_env
         self._cpu_before = (0.0, 0.0)
         self._programs = process.Programs(home, uid)
-        self.channel = Channel(fd, self.dispatch, lambda frame: self._kernel.data_received(frame))
+        self.channel = Channel(
+            fd, self.dispatch, lambda frame: self._kernel.data_received(frame), lambda: self._kernel.epoch_begun()
+        )
         self._kernel = Kernel(self.channel, runtime / "kernel", uid)
         self._kernel.env = self._env
         self._files = Files(uid)
@@ -83,6 +85,8 @@ class Agent:
                 stream.reply(wire.Done())
             case wire.Resume():
                 stream.reply(await self._resume(body))
+            case wire.Continue():
+                stream.reply(self._continue(body))
             case wire.Warm():
                 await self._warm(body)
                 stream.reply(wire.Done())
@@ -93,23 +97,38 @@ class Agent:
                 stream.reply(wire.Done())
 
     async def _resume(self, request: wire.Resume) -> wire.Resumed:
-        drift = 0
         self._env = self._kernel.env = {**self._base_env, **request.env}
         if not self._kernel.is_running:  # with driver `unisolated` no template has started it
             await self._kernel.start()
-        if self._uid is not None:
-            with resume.as_root(self._uid):
-                resume.add_entropy(request.entropy)
+        self._add_entropy(request.entropy)
         # The kernel reseeds from that entropy. The rest is done meanwhile, on the other processor.
         resuming = asyncio.create_task(self._kernel.resume())
         await asyncio.sleep(0)
+        drift = self._step_clock(request.wall_ns)
         if self._uid is not None:
             with resume.as_root(self._uid):
-                drift = resume.step_clock(request.wall_ns)
                 resume.identify(request.hostname, self._runtime)
         await resuming
+        return self._resumed(request.nonce, drift)
+
+    def _continue(self, request: wire.Continue) -> wire.Resumed:
+        self._add_entropy(request.entropy)
+        return self._resumed(request.nonce, self._step_clock(request.wall_ns))
+
+    def _add_entropy(self, entropy: bytes) -> None:
+        if self._uid is not None:
+            with resume.as_root(self._uid):
+                resume.add_entropy(entropy)
+
+    def _step_clock(self, wall_ns: int) -> int:
+        if self._uid is None:
+            return 0
+        with resume.as_root(self._uid):
+            return resume.step_clock(wall_ns)
+
+    def _resumed(self, nonce: bytes, drift: int) -> wire.Resumed:
         return wire.Resumed(
-            nonce=request.nonce,
+            nonce=nonce,
             generation=wire.GENERATION,
             drift_ns=drift,
             sample=os.getrandom(16),

@@ -113,23 +113,30 @@ class Lane:
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
-        self._pending: Iterator[list[bytes | memoryview]] | None = None
+        self._message: list[bytes | memoryview] = []
+        self._pieces: Iterator[list[bytes | memoryview]] = iter(())
         self._next: list[bytes | memoryview] | None = None
 
     def put(self, channel: str, parts: list[bytes]) -> None:
         if sum(len(part) for part in parts) > wire.MAX_MESSAGE - 1024 * 1024:
             parts = shortened(parts)
-        self._pending = wire.chunk(self.stream.number, wire.pack_parts([channel.encode(), *parts]))
-        self._next = next(self._pending)
+        self._message = wire.pack_parts([channel.encode(), *parts])
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin to send the message. In a new epoch it begins again, because that epoch's gateway has none of it."""
+        self._pieces = wire.chunk(self.stream.number, self._message)
+        self._next = next(self._pieces, None)
 
     def flush(self) -> bool:
         """Send as much as credit allows, and return whether the lane is free for another message."""
-        while self._pending is not None and self._next is not None:
+        while self._next is not None:
             if self.stream.room <= 0:
                 return False
             self.stream.credit -= sum(len(b) for b in self._next[1:])
             self.stream.channel.send_bulk(self._next)
-            self._next = next(self._pending, None)
+            self._next = next(self._pieces, None)
+        self._message = []
         return True
 
 
@@ -178,6 +185,7 @@ class Kernel:
         self._control = Lane(channel.kernel_control)
         channel.kernel.on_credit = channel.kernel_control.on_credit = self._pump
         self._joiners = {wire.KERNEL: wire.MessageJoiner(), wire.KERNEL_CONTROL: wire.MessageJoiner()}
+        self._said = KernelStatus(state="idle")
 
     # -- the nursery
 
@@ -373,9 +381,18 @@ class Kernel:
                 self._say("idle", "restarted")
 
     def _say(self, state: str, reason: str = "", exit_code: int = 0, number: int = 0) -> None:
-        self._channel.events.event(KernelStatus(state=state, reason=reason, exit_code=exit_code, signal=number))
+        self._said = KernelStatus(state=state, reason=reason, exit_code=exit_code, signal=number)
+        self._channel.events.event(self._said)
 
     # -- messages
+
+    def epoch_begun(self) -> None:
+        """Begin anew with a gateway that knows nothing. It takes a kernel for idle that it is not told of."""
+        self._joiners = {wire.KERNEL: wire.MessageJoiner(), wire.KERNEL_CONTROL: wire.MessageJoiner()}
+        for lane in (self._bulk, self._control):
+            lane.begin()
+        if self._said.state != "idle":
+            self._channel.events.event(self._said)
 
     def data_received(self, frame: wire.Frame) -> None:
         """Take a piece of a message from the gateway."""

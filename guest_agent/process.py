@@ -166,7 +166,8 @@ class Programs:
                 output.close()
             if program.terminal is not None:
                 os.close(program.terminal)
-            del self._running[stream.number]
+            if self._running.get(stream.number) is program:  # a new epoch may have given the number to another
+                del self._running[stream.number]
         code = process.wait()
         number = -code if code < 0 else 0
         stream.reply(

@@ -13,12 +13,21 @@ all big-endian. The length is checked against the limit of its type before anyth
 
 A conversation is a *stream*. The gateway opens one with a REQUEST (a typed body) under a number it never uses
 again. The agent answers with one REPLY or FAILURE. Before that, both may send DATA and END on its sub-channels.
-Numbers below FIRST_STREAM are fixed: kernel messages travel on KERNEL (bulk) and KERNEL_CONTROL (priority), and
-EVENTS carries the agent's messages that nobody asked for.
+Numbers below FIRST_STREAM are fixed: kernel messages travel on KERNEL (bulk) and KERNEL_CONTROL (priority), EVENTS
+carries the agent's messages that nobody asked for, and LINK carries the requests about the link itself.
 
 Bulk data flows with credit. A side may send DATA on a stream only while it holds credit for it. Credit is counted in
 payload bytes: INITIAL_CREDIT at the start, and more by CREDIT frames of the reader. So a slow reader stops the writer,
 and nobody's memory grows.
+
+An *epoch* is the time of one link. The gateway begins it with Hello, and the agent's first frame of it is Welcome with
+the same number. Until Welcome comes, a Hello precedes every request, because a guest that boots drops what comes too
+early. With the first Hello the agent forgets all conversations, credit and waiting frames of the epoch before. The
+gateway drops frames that come before Welcome, because they are of an older epoch.
+
+A link comes to *rest* by Quiesce. The gateway sends nothing after it. The agent sends what waits, then Quiesced, and
+nothing after that. Now no byte is under way, and the machine may be stopped and saved. A Resume or a Continue ends the
+rest of the same link, and everything goes on. A Hello ends it for a new link.
 
 Kernel messages are opaque. `pack_parts` joins the parts of one Jupyter message. They cross as DATA frames of CHUNK
 bytes with MORE set; the last frame has no MORE and may be shorter. The host never sees the signing key and signs
@@ -56,6 +65,7 @@ MAX_TEXT = 4096
 EVENTS = 0
 KERNEL = 1
 KERNEL_CONTROL = 2
+LINK = 3
 FIRST_STREAM = 16
 
 MORE = 0x0100
@@ -142,6 +152,11 @@ class Decoder:
         finally:
             del buffer[:offset]
 
+    @property
+    def is_between_frames(self) -> bool:
+        """Whether no part of a frame waits for the rest of it."""
+        return not self._buffer
+
     def _check(self, generation: int, kind: int, length: int) -> FrameType:
         type_, limit = _KINDS.get(kind, (None, 0))
         if generation != GENERATION:
@@ -167,6 +182,26 @@ class Body(msgspec.Struct, tag=True, kw_only=True):
     """Base of every typed body: a msgpack map whose `type` names the class."""
 
 
+class Hello(Body):
+    """Begin an epoch, unless it has begun already. It comes on LINK. `epoch` is a random number of 63 bits."""
+
+    epoch: int
+
+
+class Welcome(Body):
+    """The agent's first frame of an epoch, on LINK."""
+
+    epoch: int
+
+
+class Quiesce(Body):
+    """Bring the link to rest. It comes on LINK."""
+
+
+class Quiesced(Body):
+    """The agent's last frame before the rest, on LINK."""
+
+
 class Resume(Body):
     """Make a restored machine a sandbox of its own. The agent acknowledges this before any user byte passes.
 
@@ -179,6 +214,17 @@ class Resume(Body):
     sandbox_id: str
     hostname: str
     env: dict[str, str]
+
+
+class Continue(Body):
+    """Let a machine that was stopped go on as the sandbox that it is. Environment, names and random state stay.
+
+    `entropy` and `wall_ns` are those of Resume, and so is the acknowledgement.
+    """
+
+    nonce: bytes
+    entropy: bytes
+    wall_ns: int
 
 
 class Resumed(Body):
@@ -408,9 +454,9 @@ FAILURES = frozenset(
 
 Request = (
     Resume | Warm | Flush | Ping | Spawn | Stat | ListDir | Read | Write | MakeDir | Move | Delete | GetMetrics
-    | Interrupt | Restart | Connect | Signal | Resize
+    | Interrupt | Restart | Connect | Signal | Resize | Hello | Quiesce | Continue
 )  # fmt: skip
-Reply = Resumed | Done | Exited | Entry | Entries | Metrics
+Reply = Resumed | Done | Exited | Entry | Entries | Metrics | Welcome | Quiesced
 Event = Started | Entry | KernelStatus | Connected
 
 _encoder = msgspec.msgpack.Encoder()

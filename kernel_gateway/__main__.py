@@ -122,7 +122,7 @@ async def serve(settings: Settings) -> None:
         loop.add_signal_handler(number, stop)
     async with AsyncExitStack() as stack:
         with steps() as step:
-            if settings.isolation != "unisolated":
+            if settings.boots_machines:
                 await install_packages(settings.qemu, step)
             server = await stack.enter_async_context(running(settings, step))
         started = True
@@ -148,8 +148,8 @@ def greet(server: Server) -> None:
 
 async def build(settings: Settings) -> None:
     """Build every template, so that `serve` only verifies."""
-    if settings.isolation == "unisolated":
-        console.print("the driver `unisolated` has nothing to build")
+    if not settings.boots_machines:
+        console.print(f"--isolation {settings.isolation} has nothing to build")
         return
     with steps() as step:
         await install_packages(settings.qemu, step)
@@ -199,7 +199,7 @@ async def fresh_guest(settings: Settings, template_id: str) -> AsyncIterator[Gue
         raise SettingsError(f"no template {template_id!r}")
     async with AsyncExitStack() as stack:
         with steps() as step:
-            if settings.isolation != "unisolated":
+            if settings.boots_machines:
                 await install_packages(settings.qemu, step)
             opened = await stack.enter_async_context(opened_driver(settings, template, step))
             await opened.prepare(template, step)

@@ -120,7 +120,7 @@ async def opened_driver(settings: Settings, first: Template, progress: Progress)
     """
     disks = settings.data_path.absolute() / "disks"
     disks.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if settings.isolation == "unisolated":
+    if not settings.boots_machines:
         log.warning("ISOLATION IS OFF: code in a sandbox can do whatever this server can. For development only.")
         if len(os.fsencode(disks)) > Unisolated.LONGEST_PATH:
             raise SettingsError(
@@ -326,7 +326,7 @@ async def make_rest(settings: Settings, templates: Templates, preparation: Prepa
     """What a server does after it is ready: make its other templates, then delete what is old in the cache."""
     await preparation.make_all(template for template in templates if template is not templates.default)
     log.info("the other templates have had their turn")
-    if settings.cache_days and settings.isolation != "unisolated":
+    if settings.cache_days and settings.boots_machines:
         try:
             cache = Cache(settings.cache_path)
             async with cache.building(log.info):

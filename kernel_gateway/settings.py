@@ -95,6 +95,11 @@ class Settings:
     log_level: str = setting("info", "debug, info, warning or error.", choices=("debug", "info", "warning", "error"))
 
     @property
+    def boots_machines(self) -> bool:
+        """Whether sandboxes are virtual machines, which need programs, images and a cache."""
+        return self.isolation != "unisolated"
+
+    @property
     def data_path(self) -> Path:
         return Path(self.data_dir or _xdg("XDG_DATA_HOME", ".local/share"))
 

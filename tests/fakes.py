@@ -81,19 +81,20 @@ class Stream:
     def __init__(self, guest: "FakeGuest", number: int) -> None:
         self.guest = guest
         self.number = number
+        self.epoch = guest.epoch
         self.credit = wire.INITIAL_CREDIT
         self.changed = asyncio.Event()
         self.incoming: asyncio.Queue[bytes | None] = asyncio.Queue()
 
     async def reply(self, body: Body) -> None:
-        await self.guest.send(wire.encode(FrameType.REPLY, self.number, body))
+        await self.send(wire.encode(FrameType.REPLY, self.number, body))
 
     async def event(self, body: Body) -> None:
-        await self.guest.send(wire.encode(FrameType.EVENT, self.number, body))
+        await self.send(wire.encode(FrameType.EVENT, self.number, body))
 
     async def fail(self, code: str, message: str) -> None:
         body = wire.Failure(code=code, message=message)
-        await self.guest.send(wire.encode(FrameType.FAILURE, self.number, body))
+        await self.send(wire.encode(FrameType.FAILURE, self.number, body))
 
     async def data(self, data: bytes, sub: int = 0) -> None:
         """Send DATA, waiting for credit like an honest agent."""
@@ -102,7 +103,7 @@ class Stream:
             await self.wait_for_credit()
             piece = view[: min(self.credit, wire.CHUNK)]
             self.credit -= len(piece)
-            await self.guest.send(wire.header(FrameType.DATA, self.number, len(piece), sub) + piece)
+            await self.send(wire.header(FrameType.DATA, self.number, len(piece), sub) + piece)
             view = view[len(piece) :]
 
     async def wait_for_credit(self) -> None:
@@ -111,13 +112,22 @@ class Stream:
             await self.changed.wait()
 
     async def end(self, sub: int = 0) -> None:
-        await self.guest.send(wire.header(FrameType.END, self.number, 0, sub))
+        await self.send(wire.header(FrameType.END, self.number, 0, sub))
 
     async def received(self) -> bytes | None:
         data = await self.incoming.get()
         if data:
-            await self.guest.send(wire.credit(self.number, len(data)))
+            await self.send(wire.credit(self.number, len(data)))
         return data
+
+    async def send(self, frame: bytes) -> None:
+        """Send a frame unless the stream's epoch is over."""
+        await self.guest.send(frame, self.epoch)
+
+    def begin_epoch(self) -> None:
+        """Begin a kernel's stream anew."""
+        self.epoch, self.credit = self.guest.epoch, wire.INITIAL_CREDIT
+        self.changed.set()
 
 
 class FakeGuest:
@@ -133,7 +143,10 @@ class FakeGuest:
         self._pids = count(4711)
         self.bytes_read = 0
         self._sock = sock
+        self.epoch = 0
         self._sending = asyncio.Lock()
+        self._awake = asyncio.Event()  # not set: the link is at rest
+        self._awake.set()
         self._reads = asyncio.Event()
         self._reads.set()
         self._streams: dict[int, Stream] = {}
@@ -149,13 +162,24 @@ class FakeGuest:
     def go_on(self) -> None:
         self._reads.set()
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: bytes, epoch: int | None = None) -> None:
+        """Send when the link is not at rest, and only if the epoch goes on."""
         async with self._sending:
-            await asyncio.get_running_loop().sock_sendall(self._sock, data)
+            await self._awake.wait()
+            if epoch in (None, self.epoch):
+                await self.send_now(data)
+
+    async def send_now(self, data: bytes) -> None:
+        """Send, even from a link at rest."""
+        await asyncio.get_running_loop().sock_sendall(self._sock, data)
 
     def cut(self) -> None:
         """End the byte stream, though the machine lives on."""
         self._sock.shutdown(socket.SHUT_RDWR)
+
+    @property
+    def is_at_rest(self) -> bool:
+        return not self._awake.is_set()
 
     # -- the agent
 
@@ -181,10 +205,14 @@ class FakeGuest:
             await cancel(*self._tasks.values())
 
     async def _receive(self, frame: wire.Frame) -> None:
-        if frame.type is FrameType.REQUEST:
+        if frame.stream == wire.LINK:
+            await self._link_received(wire.decode(frame))
+        elif frame.type is FrameType.REQUEST:
             stream = self._streams[frame.stream] = Stream(self, frame.stream)
             body = wire.decode(frame)
             self.requests.append(body)
+            if isinstance(body, wire.Resume | wire.Continue):
+                self._awake.set()
             self._tasks[frame.stream] = asyncio.create_task(self._answer(stream, body))
         elif frame.stream in (wire.KERNEL, wire.KERNEL_CONTROL):
             await self.kernel.frame_received(frame)
@@ -196,6 +224,22 @@ class FakeGuest:
                 known.changed.set()
             elif frame.type in (FrameType.DATA, FrameType.END):
                 known.incoming.put_nowait(frame.payload or None)
+
+    async def _link_received(self, body: wire.Hello | wire.Quiesce) -> None:
+        if handler := self.script.handlers.get(type(body)):
+            await handler(Stream(self, wire.LINK), body)
+        elif isinstance(body, wire.Hello):
+            if body.epoch == self.epoch:
+                return
+            self.epoch = body.epoch
+            self._awake.set()
+            await cancel(*self._tasks.values())
+            self.kernel.begin_epoch()
+            await self.send(wire.encode(FrameType.REPLY, wire.LINK, wire.Welcome(epoch=body.epoch)))
+        else:
+            async with self._sending:
+                await self.send_now(wire.encode(FrameType.REPLY, wire.LINK, wire.Quiesced()))
+                self._awake.clear()
 
     async def _answer(self, stream: Stream, body: Body) -> None:
         try:
@@ -227,6 +271,13 @@ class FakeGuest:
         )
         if reply is not None:
             await stream.reply(reply)
+
+    async def _do_continue(self, stream: Stream, body: wire.Continue) -> None:
+        await stream.reply(
+            wire.Resumed(
+                nonce=body.nonce, generation=wire.GENERATION, drift_ns=0, sample=self.script.sample(), home=HOME
+            )
+        )
 
     async def _do_getmetrics(self, stream: Stream, body: wire.GetMetrics) -> None:
         await stream.reply(
@@ -525,12 +576,26 @@ class FakeKernel:
         """Send one kernel message, within credit."""
         parts = [channel.encode(), self.header(kind), bytes(parent), b"{}", json.dumps(content).encode()]
         number = wire.KERNEL_CONTROL if channel == "control" else wire.KERNEL
-        stream = self._streams[number]
         async with self._sending[number]:
-            for frame in wire.chunk(number, wire.pack_parts([*parts, *(buffers or [])])):
-                await stream.wait_for_credit()
-                stream.credit -= sum(len(buffer) for buffer in frame[1:])
-                await self._guest.send(b"".join(frame))
+            while not await self._send_whole(self._streams[number], wire.pack_parts([*parts, *(buffers or [])])):
+                pass
+
+    async def _send_whole(self, stream: Stream, message: list[bytes | memoryview]) -> bool:
+        """Send a message in one epoch, or return False."""
+        epoch = stream.epoch
+        for frame in wire.chunk(stream.number, message):
+            await stream.wait_for_credit()
+            if stream.epoch != epoch:
+                return False
+            stream.credit -= sum(len(buffer) for buffer in frame[1:])
+            await self._guest.send(b"".join(frame), epoch)
+        return stream.epoch == epoch
+
+    def begin_epoch(self) -> None:
+        """Forget pieces of messages. A message that was being sent is sent again."""
+        for stream in self._streams.values():
+            stream.begin_epoch()
+        self._joiners = {number: wire.MessageJoiner() for number in self._streams}
 
     def header(self, kind: str) -> bytes:
         """The header of a new message."""
@@ -792,7 +857,7 @@ class FakeDriver:
     def alive(self) -> list[FakeVm]:
         return [vm for vm in self.machines if vm.is_alive]
 
-    async def start(self, template_id: str) -> FakeVm:
+    async def start(self, source: str) -> FakeVm:
         script = self.script
         await asyncio.sleep(script.start_delay)
         if script.start_error is not None:

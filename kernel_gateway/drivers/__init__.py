@@ -6,6 +6,7 @@ and differences are data in Capabilities.
 
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 GUEST_MAC = "02:63:76:00:00:02"
@@ -95,11 +96,40 @@ class VmDriver(Protocol):
     @property
     def capabilities(self) -> Capabilities: ...
 
-    async def start(self, template_id: str) -> Vm:
+    async def start(self, source: str) -> Vm:
         """A new machine, whose agent runs and waits for the resume handshake.
+
+        Args:
+            source: the id of a template.
 
         Raises:
             DriverError: the machine could not be started; nothing is left behind.
+        """
+
+
+class Suspends(VmDriver, Protocol):
+    """A driver that can save a machine to files, and start machines from them as from a template."""
+
+    async def save(self, vm: Vm, directory: Path) -> None:
+        """Stop a machine, and write its memory, devices and disk to an empty directory. The machine has then ended.
+
+        The caller has brought the machine's link to rest, because bytes that are under way are not saved.
+
+        Raises:
+            DriverError: the files could not be written. They are of no use, and the machine has ended all the same.
+        """
+
+    async def start(self, source: str | Path) -> Vm:
+        """A new machine. From a directory it goes on where `save` has stopped it, with a network card of its own.
+
+        A directory may be started from many times. The caller says what the machine is, by `Link.cont` or
+        `Link.resume`, before any other request.
+
+        Args:
+            source: the id of a template, or a directory that `save` has written.
+
+        Raises:
+            DriverError: the machine could not be started, or the files are damaged; nothing is left behind.
         """
 
 

@@ -258,13 +258,13 @@ class Qemu:
         """From now on `start` knows this template."""
         self._templates[template_id] = (snapshot, image, machine)
 
-    async def start(self, template_id: str) -> QemuVm:
+    async def start(self, source: str) -> QemuVm:
         """Restore a machine from its template's snapshot and let it run.
 
         Raises:
             DriverError: it could not be started; nothing is left behind.
         """
-        snapshot, image, machine = self._templates[template_id]
+        snapshot, image, machine = self._templates[source]
         with ExitStack() as opened, _told_as_driver_error():
             disk = os.open(self._disk_dir, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
             opened.callback(os.close, disk)

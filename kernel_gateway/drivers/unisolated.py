@@ -69,8 +69,8 @@ class Unisolated:
         self._directory = directory
         self._argv = argv or [sys.executable, "-m", "guest_agent"]
 
-    async def start(self, template_id: str) -> UnisolatedVm:
-        """A new agent. The template matters only to drivers that have images."""
+    async def start(self, source: str) -> UnisolatedVm:
+        """A new agent. The source matters only to drivers that have images."""
         directory = Path(tempfile.mkdtemp(prefix="agent-", dir=self._directory))
         home = directory / "home"
         home.mkdir()

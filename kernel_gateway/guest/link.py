@@ -4,11 +4,16 @@ The guest is hostile. The decoder checks every number and length. Ids are ours. 
 counted, and after STRIKES of them the link is closed. The guest gets credit only as consumers read, so a flood fills
 its buffers, not ours. Writing waits while the guest does not read. A guest that reads nothing for WRITE_DEADLINE
 seconds is given up.
+
+A link at rest (`quiesce`) sends nothing, so that its machine may be stopped and saved. Requests and DATA wait with
+their senders. Only END, CREDIT and CANCEL are kept here. They are few, because a conversation has at most one END for
+each sub-channel, one CANCEL, and CREDIT for what it had received before.
 """
 
 import asyncio
 import itertools
 import os
+import secrets
 import socket
 import time
 from collections import deque
@@ -191,6 +196,13 @@ class Link(asyncio.Protocol):
         self._kernel_sending = {number: asyncio.Lock() for number in self._joiners}
         self._writable = asyncio.Event()
         self._writable.set()
+        self._epoch = secrets.randbits(63)
+        self._has_begun = False
+        self._awake = asyncio.Event()
+        self._awake.set()
+        self._quiet = asyncio.Event()
+        self._held = bytearray()
+        self._limits: dict[asyncio.Timeout, float] = {}
         self._strikes = 0
         self._is_behind = False
         self._event_times: deque[float] = deque()
@@ -210,7 +222,7 @@ class Link(asyncio.Protocol):
         on_kernel_message: Callable[[list[bytes]], None] = lambda parts: None,
         on_event: Callable[[Body], None] = lambda body: None,
     ) -> "Link":
-        """Take over a connected socket. It is closed with the link, or if this fails."""
+        """Take over a connected socket. It is closed with the link, or if this fails. Requests begin the epoch."""
         try:
             _, link = await asyncio.get_running_loop().create_connection(
                 lambda: cls(time_scale, on_kernel_message, on_event), sock=sock
@@ -234,8 +246,8 @@ class Link(asyncio.Protocol):
             TooLarge: the request does not fit into a frame.
             InvalidRequest: it has text that can't be UTF-8 (JSON allows lone surrogates).
         """
-        if self.closed.done():
-            raise self.closed.result()
+        await self._awake.wait()
+        self._raise_if_closed()
         number = next(self._numbers)
         try:
             frame = wire.encode(FrameType.REQUEST, number, request)
@@ -247,7 +259,7 @@ class Link(asyncio.Protocol):
         except UnicodeEncodeError:
             raise InvalidRequest("text with a lone surrogate can't be passed on") from None
         conversation = self._conversations[number] = Conversation(self, number, window)
-        self.write(frame)
+        self._write_request(frame)
         try:
             yield conversation
         finally:
@@ -264,7 +276,7 @@ class Link(asyncio.Protocol):
         """Ask and await the reply.
 
         Args:
-            timeout: seconds to wait, times the driver's time scale.
+            timeout: seconds to wait, times the driver's time scale. The time of a rest does not count.
 
         Raises:
             GuestFailure: the guest refused the request.
@@ -272,7 +284,7 @@ class Link(asyncio.Protocol):
             SandboxDied: the link broke.
         """
         try:
-            async with asyncio.timeout(timeout * self.time_scale), self.ask(request) as conversation:
+            async with self._within(timeout), self.ask(request) as conversation:
                 reply = await conversation.reply()
         except TimeoutError:
             raise GuestUnresponsive(f"no answer to {type(request).__name__} in time") from None
@@ -285,25 +297,94 @@ class Link(asyncio.Protocol):
     ) -> wire.Resumed:
         """Do the resume handshake (fresh entropy, the host's clock, an identity), and return its acknowledgement.
 
+        It makes the machine another sandbox. It ends a rest.
+
         Raises:
             GuestUnresponsive, GuestFailure, SandboxDied: the handshake failed; the machine must not be used.
         """
-        nonce = os.urandom(16)
-        resumed = await self.call(
-            wire.Resume(
-                nonce=nonce,
-                entropy=os.urandom(64),
-                wall_ns=time.time_ns(),
-                sandbox_id=sandbox_id,
-                hostname=hostname,
-                env=env,
-            ),
-            wire.Resumed,
-            timeout,
+        fresh = wire.Resume(
+            nonce=os.urandom(16),
+            entropy=os.urandom(64),
+            wall_ns=time.time_ns(),
+            sandbox_id=sandbox_id,
+            hostname=hostname,
+            env=env,
         )
-        if resumed.nonce != nonce or resumed.generation != wire.GENERATION or len(resumed.sample) != 16:
+        return await self._acknowledged(fresh, timeout)
+
+    async def cont(self, timeout: float = 10.0) -> wire.Resumed:
+        """Let a machine that was stopped go on as the sandbox that it is, with fresh entropy and the host's clock.
+
+        It ends a rest: all conversations of this link go on. In a new link, only the kernel and its cells go on.
+
+        Raises:
+            GuestUnresponsive, GuestFailure, SandboxDied: the handshake failed; the machine must not be used.
+        """
+        fresh = wire.Continue(nonce=os.urandom(16), entropy=os.urandom(64), wall_ns=time.time_ns())
+        return await self._acknowledged(fresh, timeout)
+
+    async def _acknowledged(self, request: wire.Resume | wire.Continue, timeout: float) -> wire.Resumed:
+        self._end_rest()
+        resumed = await self.call(request, wire.Resumed, timeout)
+        if resumed.nonce != request.nonce or resumed.generation != wire.GENERATION or len(resumed.sample) != 16:
             raise GuestUnresponsive("the guest acknowledged the resume handshake with wrong values")
         return resumed
+
+    # -- rest
+
+    async def quiesce(self, timeout: float = 10.0) -> None:
+        """Bring both directions to rest. Afterwards no byte is under way, and the machine may be stopped and saved.
+
+        `resume` or `cont` ends the rest. A cancelled quiesce closes the link, because the guest may be at rest or not.
+
+        Args:
+            timeout: seconds that the guest has to send what waits, times the driver's time scale.
+
+        Raises:
+            GuestUnresponsive: the guest does not come to rest; the link is closed.
+            SandboxDied: the link is closed.
+        """
+        self._raise_if_closed()
+        if self._awake.is_set():
+            self._write_request(wire.encode(FrameType.REQUEST, wire.LINK, wire.Quiesce()))
+            self._awake.clear()
+            for limit in self._limits:
+                if (until := limit.when()) is not None and not limit.expired():
+                    self._limits[limit] = until - self._loop.time()
+                    limit.reschedule(None)
+        try:
+            async with asyncio.timeout(timeout * self.time_scale):
+                await self._quiet.wait()
+        except TimeoutError:
+            self.close(GuestUnresponsive("the guest does not come to rest"))
+        except asyncio.CancelledError:
+            self.close(GuestUnresponsive("the guest was left on its way to rest"))
+            raise
+        self._raise_if_closed()
+
+    def _end_rest(self) -> None:
+        if self._awake.is_set():
+            return
+        self._quiet.clear()
+        self._awake.set()
+        self.write(bytes(self._held))
+        self._held.clear()
+        for limit, left in self._limits.items():
+            if not limit.expired():
+                limit.reschedule(self._loop.time() + left)
+
+    @asynccontextmanager
+    async def _within(self, seconds: float) -> AsyncIterator[None]:
+        """A limit for what waits for the guest, in seconds times the driver's time scale. It stands still in a rest."""
+        seconds *= self.time_scale
+        async with asyncio.timeout(seconds if self._awake.is_set() else None) as limit:
+            self._limits[limit] = seconds
+            try:
+                yield
+            finally:
+                del self._limits[limit]
+
+    # -- kernel messages
 
     def send_at_once(self, parts: list[bytes]) -> bool:
         """Send a kernel message if it is small and nothing is in its way. Return False if `send_kernel_message` must.
@@ -313,7 +394,7 @@ class Link(asyncio.Protocol):
         number = wire.KERNEL_CONTROL if parts[0] == b"control" else wire.KERNEL
         buffers = wire.pack_parts(parts)
         size = sum(map(len, buffers))
-        is_free = self._writable.is_set() and not self._kernel_sending[number].locked()
+        is_free = self._awake.is_set() and self._writable.is_set() and not self._kernel_sending[number].locked()
         if not is_free or size > wire.CHUNK or self._kernel_credit[number] <= 0 or self.closed.done():
             return False
         self._kernel_credit[number] -= size
@@ -333,7 +414,7 @@ class Link(asyncio.Protocol):
     async def _kernel_credit_for(self, number: int) -> None:
         """Wait until the agent grants credit. An agent that grants none is given up, whatever its kernel does."""
         try:
-            async with asyncio.timeout(WRITE_DEADLINE * self.time_scale):
+            async with self._within(WRITE_DEADLINE):
                 while self._kernel_credit[number] <= 0:
                     self._raise_if_closed()
                     self._kernel_may_send.clear()
@@ -346,12 +427,22 @@ class Link(asyncio.Protocol):
 
     def write(self, frame: bytes) -> None:
         """Queue a small frame."""
-        if self._transport is not None and not self.closed.done():
+        if not self._awake.is_set():
+            self._held += frame
+        elif self._transport is not None and not self.closed.done():
             self._transport.write(frame)
+
+    def _write_request(self, frame: bytes) -> None:
+        """Queue a request. Until the epoch has begun, a Hello precedes it, because the one before may be lost."""
+        if not self._has_begun:
+            self.write(wire.encode(FrameType.REQUEST, wire.LINK, wire.Hello(epoch=self._epoch)))
+        self.write(frame)
 
     async def write_bulk(self, frame: list[bytes | memoryview]) -> None:
         """Queue a large frame when the guest has read most of what came before."""
-        await self._writable.wait()
+        while not (self._writable.is_set() and self._awake.is_set()):
+            await self._writable.wait()
+            await self._awake.wait()
         self._raise_if_closed()
         assert self._transport is not None
         self._transport.writelines(frame)
@@ -385,8 +476,8 @@ class Link(asyncio.Protocol):
             self._transport.abort()
         for conversation in self._conversations.values():
             conversation.close(self.closed.result())
-        self._writable.set()
-        self._kernel_may_send.set()
+        for event in (self._writable, self._kernel_may_send, self._awake, self._quiet):
+            event.set()
 
     # -- asyncio.Protocol
 
@@ -414,6 +505,8 @@ class Link(asyncio.Protocol):
                     self._pause_reading()
                     self._loop.call_soon(self._handle_frames)
                     return
+            if self._quiet.is_set() and not self._decoder.is_between_frames:
+                raise wire.FrameError("bytes after Quiesced")
         except wire.FrameError as error:
             self.close(GuestUnresponsive(f"the guest broke the protocol: {error}"))
         if self._is_behind:
@@ -440,7 +533,13 @@ class Link(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _receive(self, frame: Frame) -> None:
-        if frame.stream in self._joiners:
+        if frame.stream == wire.LINK:
+            self._link_frame(frame)
+        elif not self._has_begun:
+            pass  # it is of an older epoch
+        elif self._quiet.is_set():
+            raise wire.FrameError("a frame after Quiesced")
+        elif frame.stream in self._joiners:
             self._kernel_frame(frame)
         elif frame.stream == wire.EVENTS and frame.type is FrameType.EVENT:
             self._event_received(wire.decode(frame))
@@ -455,6 +554,15 @@ class Link(asyncio.Protocol):
         if len(self._event_times) > EVENTS:
             raise wire.FrameError(f"over {EVENTS} events in {EVENTS_INTERVAL:g} s")
         self.on_event(event)
+
+    def _link_frame(self, frame: Frame) -> None:
+        body = wire.decode(frame) if frame.type is FrameType.REPLY else None
+        if not self._has_begun:  # another Welcome is of an older epoch
+            self._has_begun = body == wire.Welcome(epoch=self._epoch)
+        elif isinstance(body, wire.Quiesced) and not self._awake.is_set() and not self._quiet.is_set():
+            self._quiet.set()
+        else:
+            raise wire.FrameError("a frame that does not fit the link's state")
 
     def _conversation_frame(self, frame: Frame) -> None:
         conversation = self._conversations.get(frame.stream)

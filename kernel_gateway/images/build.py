@@ -290,6 +290,7 @@ class Builder:
                     await vm.progressing(link.call(warm, wire.Done, timeout=math.inf), WARM_CPU)
                     await link.call(wire.Flush(), wire.Done)
                     step("save the snapshot")
+                    await link.quiesce()
                     await driver.save(vm, state)
             except (CellvmError, DriverError) as error:
                 raise BuildError(_what_was_seen(template, error, vm)) from error

@@ -225,7 +225,7 @@ class Sandboxes:
         if policy.restricts and self.capabilities.network == "host":
             raise Unavailable(
                 "this server can't restrict what sandboxes reach: they are not isolated and use the host's own network",
-                hint="run it without --isolation unisolated",
+                hint="run it with another --isolation",
             )
 
     async def _enforce(self, guest: Guest, policy: Policy) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import random
+import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -25,7 +26,8 @@ from kernel_gateway.guest.link import Link
 from kernel_gateway.kernel import message
 from kernel_gateway.kernel.events import Cell, Collector
 from kernel_gateway.kernel.journal import Record
-from tests.fakes import FakeDriver, eventually
+from kernel_gateway.kernel.kernel import Kernel
+from tests.fakes import PIECE, FakeDriver, FakeVm, eventually
 
 REAL = "unisolated"
 
@@ -553,6 +555,87 @@ async def test_many_conversations_at_once(guest: Guest) -> None:
     assert await cell == "2"
 
 
+# -- rests and epochs
+
+
+async def test_work_goes_on_after_a_rest(guest: Guest) -> None:
+    """A cell, a command, an upload and a download are under way in a rest, and end as if there had been none."""
+    content = random.Random(2).randbytes(5_000_000)
+    await write(guest, f"{guest.home}/big", content)
+    started = guest.kernel.journal.last
+    execution = guest.kernel.run("print('begun')\nimport time\ntime.sleep(0.5)\nprint('done')")
+    command = asyncio.create_task(spawn(guest, "sh", "-c", "echo begun; sleep 1"))
+    echoed = asyncio.create_task(spawn(guest, "cat", stdin=content))
+    reading = asyncio.create_task(read(guest, f"{guest.home}/big"))
+    writing = asyncio.create_task(write(guest, f"{guest.home}/new", content))
+    await eventually(lambda: execution.is_started)
+    for _ in range(3):
+        await guest.link.quiesce()
+        asked = asyncio.create_task(guest.link.call(wire.Ping(), wire.Done))
+        await asyncio.sleep(0.05)
+        assert not asked.done()
+        resumed = await guest.link.cont()
+        assert resumed.home in guest.home
+        assert await asked == wire.Done()
+    assert await command == (wire.Exited(code=0), b"begun\n", b"")
+    assert await echoed == (wire.Exited(code=0), content, b"")
+    assert await reading == content
+    assert (await writing).size == len(content)
+    assert await read(guest, f"{guest.home}/new") == content
+    found = await records_of(guest, execution.id, started)
+    said = [message.content(each.parts[4])["text"] for each in found if each.kind == "stream"]
+    assert "".join(said) == "begun\ndone\n"
+
+
+async def test_the_rest_of_a_flood(guest: Guest) -> None:
+    """Output of a command that nobody reads, and of a cell, waits in the guest and comes whole after the rest."""
+    code = "flood(4)" if isinstance(guest.vm, FakeVm) else "print('flood! ' * 600000)"
+    cell = asyncio.create_task(execute(guest, code))
+    program = ("flood", "4") if isinstance(guest.vm, FakeVm) else ("seq", "600000")
+    async with guest.link.ask(wire.Spawn(argv=list(program), env={}, cwd=guest.home)) as conversation:
+        assert isinstance(await conversation.receive(), wire.Started)
+        await guest.link.quiesce()
+        await guest.link.cont()
+        size = 0
+        while isinstance(item := await conversation.receive(), tuple):
+            size += len(item[1])
+    assert item == wire.Exited(code=0)
+    assert size == (4 * 16 * len(PIECE) if isinstance(guest.vm, FakeVm) else 4_088_895)
+    assert (await cell).error is None
+
+
+async def test_a_new_epoch(driver: VmDriver) -> None:
+    """A new link ends the commands of the old one. Environment, files, variables and the running cell stay."""
+    vm = await driver.start("base")
+    sock = vm.open()
+    spare = sock.dup()
+    link = await Link.open(sock)
+    home = (await link.resume(sandbox_id="s", hostname="h", env={"MINE": "1"})).home
+    old = Guest(vm, link, Kernel(link), home)
+    await execute(old, "x = 41")
+    await write(old, f"{home}/kept", b"1")
+    running = asyncio.create_task(spawn(old, "sh", "-c", "echo begun; sleep 60"))
+    old.kernel.run("import time; time.sleep(0.5)\nx = x + 1")
+    async with link.ask(wire.Write(path=f"{home}/half")) as writing:
+        await writing.send(bytes(2_000_000))
+        await link.quiesce()
+        link.close()
+    with pytest.raises(SandboxDied):
+        await running
+    link = await Link.open(spare)
+    assert (await link.cont()).home == home
+    new = Guest(vm, link, Kernel(link), home)
+    assert await value(new, "x") == "42"
+    assert b"MINE=1\0" in (await spawn(new, "env", "-0"))[1]
+    assert await read(new, f"{home}/kept") == b"1"
+    assert await refused(new, wire.Stat(path=f"{home}/half")) == "not_found"
+    assert link._strikes == 0
+    await link.quiesce()
+    await link.resume(sandbox_id="another", hostname="h", env={})
+    assert b"MINE" not in (await spawn(new, "env", "-0"))[1]
+    await new.kill()
+
+
 # -- the real agent alone
 
 
@@ -645,6 +728,75 @@ async def test_a_move_to_another_file_system(real: Guest) -> None:
         await real.link.call(wire.Move(source=str(tree.parent / "new"), destination=str(moved / "script")), wire.Entry)
         assert (moved / "script").read_text() == "new"
         assert len(os.listdir(moved)) == 3
+
+
+async def test_random_state_stays_with_its_sandbox(real: Guest) -> None:
+    """What user code has seeded, and the kernel's session, outlive a rest. Becoming another sandbox renews them."""
+    draw = "random.getstate()[1][:5]"
+    await execute(real, "import random; random.seed(1)")
+    before, session = await value(real, draw), await value(real, "get_ipython().kernel.session.session")
+    await real.link.quiesce()
+    await real.link.cont()
+    assert await value(real, draw) == before
+    assert await value(real, "get_ipython().kernel.session.session") == session
+    await real.link.quiesce()
+    await real.link.resume(sandbox_id="another", hostname="h", env={})
+    assert await value(real, draw) != before
+    assert await value(real, "get_ipython().kernel.session.session") != session
+
+
+async def test_a_new_epoch_ends_commands_and_tells_of_a_dead_kernel(tmp_path: Path) -> None:
+    """The processes of an old link's commands are killed, and a new link hears that the kernel is dead."""
+    vm = await Unisolated(tmp_path).start("base")
+    sock = vm.open()
+    spare = sock.dup()
+    told: list[wire.Body] = []
+    link = await Link.open(sock, on_event=told.append)
+    guest = Guest(vm, link, Kernel(link), (await link.resume(sandbox_id="s", hostname="h", env={})).home)
+    link.on_event = told.append
+    async with link.ask(wire.Spawn(argv=["sleep", "60"], env={}, cwd=guest.home)) as conversation:
+        started = await conversation.receive()
+        assert isinstance(started, wire.Started)
+        nursery = Path(f"/proc/{vm.pid}/task/{vm.pid}/children").read_text().split()[0]
+        os.kill(int(nursery), signal.SIGKILL)
+        await eventually(lambda: bool(told))
+        assert is_running(started.pid)
+        await link.quiesce()
+        link.close()
+    again: list[wire.Body] = []
+    link = await Link.open(spare, on_event=again.append)
+    await link.cont()
+    await eventually(lambda: not is_running(started.pid))
+    assert [each.state for each in again if isinstance(each, wire.KernelStatus)] == ["dead"]
+    link.close()
+    await vm.kill()
+
+
+async def test_a_new_epoch_uses_numbers_again(tmp_path: Path) -> None:
+    """A command of a new link is reached by its number, though an ended link's command had the same one."""
+    vm = await Unisolated(tmp_path).start("base")
+    sock = vm.open()
+    spare = sock.dup()
+    link = await Link.open(sock)
+    home = (await link.resume(sandbox_id="s", hostname="h", env={})).home
+    request = wire.Spawn(argv=["sleep", "60"], env={}, cwd=home)
+    async with link.ask(request) as conversation:
+        assert isinstance(await conversation.receive(), wire.Started)
+        await link.quiesce()
+        link.close()
+    again = await Link.open(spare)
+    continuing = asyncio.create_task(again.cont())
+    await asyncio.sleep(0)  # both requests come with the Hello, before the old command has ended
+    async with again.ask(request) as other:
+        assert other.number == conversation.number
+        await continuing
+        assert isinstance(await other.receive(), wire.Started)
+        await eventually(lambda: len(Path(f"/proc/{vm.pid}/task/{vm.pid}/children").read_text().split()) == 2)
+        signalled = wire.Signal(stream=other.number, signal=signal.SIGTERM)
+        assert await again.call(signalled, wire.Done) == wire.Done()
+        assert await other.reply() == wire.Exited(code=143, signal=15)
+    again.close()
+    await vm.kill()
 
 
 async def test_killing_the_agent_leaves_no_process(real: Guest) -> None:

@@ -120,6 +120,7 @@ class Bench(FakeDriver):
     async def save(self, vm: Machine, state: int) -> None:
         if self.save_error is not None:
             raise self.save_error
+        assert vm.guest.is_at_rest
         os.write(state, b"state")
         self.saved += 1
 

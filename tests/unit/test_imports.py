@@ -149,6 +149,15 @@ def test_drivers_know_nothing_above_them(name: str) -> None:
     assert all(each.startswith(allowed) for each in ours(name)), ours(name)
 
 
+def test_only_the_composition_chooses_drivers() -> None:
+    """Sandboxes, guests and kernels know the protocols. Only the host's tools and the composition know a driver."""
+    protocols = {"kernel_gateway.drivers"}
+    above = set(MODULES) - set(below("kernel_gateway.drivers"))
+    found = {name: {each for each in ours(name) if each.startswith("kernel_gateway.drivers")} for name in above}
+    host_tools = {"kernel_gateway.host", "kernel_gateway.kvm", "kernel_gateway.images.build"}
+    assert {name for name, used in found.items() if used - protocols} == {*host_tools, "kernel_gateway.server"}
+
+
 @pytest.mark.parametrize("name", below("kernel_gateway.api"))
 def test_the_api_knows_no_driver(name: str) -> None:
     """The HTTP layer imports no driver of machines."""
