@@ -456,6 +456,8 @@ class Kernel:
                 async with asyncio.timeout(None if end is None else max(end - time.monotonic(), 0)):
                     await execution.changed.wait()
             except TimeoutError:
+                if execution.outcome is not None:
+                    break  # it ended in the same turn
                 if deadline is not None:
                     self._end_request(execution.id, timed_out(execution.timeout, state_kept=False), Ending.UNKNOWN)
                     # The next cell waits for the next kernel. The reply to this one does not.
