@@ -256,8 +256,10 @@ class Kernel:
             self.on_shutdown()
 
     def _status_received(self, parent: message.Header, state: object, pending: Pending | None) -> None:
+        # The kernel before may be heard after its end. What it said it had begun is over, and no `idle` follows.
+        is_over = self._state in WAITING or (pending is None and parent.msg_type.endswith("_request"))
         if state == "busy":
-            if len(self._busy) < MAX_PENDING and parent.msg_type not in UNTRACKED:
+            if len(self._busy) < MAX_PENDING and parent.msg_type not in UNTRACKED and not is_over:
                 self._busy[parent.msg_id] = parent.msg_type
         elif state == "idle":
             self._busy.pop(parent.msg_id, None)

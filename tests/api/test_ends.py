@@ -246,6 +246,19 @@ async def test_a_cell_that_stops_at_its_timeout_has_finished(real: Service, sand
     assert (cell["error"]["code"], cell["error"]["stateKept"], cell["outcome"]) == ("exec_timeout", True, "finished")
 
 
+async def test_a_cell_that_has_just_been_sent_when_its_kernel_is_replaced(real: Service, sandbox: str) -> None:
+    """The old kernel's last words about it do not make the next kernel seem busy, however they fall."""
+    kernel = kernel_of(real, sandbox)
+    for number in range(20):
+        running = asyncio.create_task(real.execute(sandbox, "import time; time.sleep(60)"))
+        await eventually(lambda: kernel.pending)
+        await asyncio.sleep(number * 0.001)
+        await kernel.restart()
+        assert (await running)["outcome"] == "unknown"
+        await real.execute(sandbox, "1")
+        await eventually(lambda: kernel.state == "idle")
+
+
 # -- interrupts
 
 
