@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -555,6 +555,9 @@ async def test_random_programs(tmp_path: Path) -> None:
             suppress_health_check=list(HealthCheck),
         )
         @given(PROGRAM)
+        @example([Step(0.0, "cell", which=2), Step(0.01, "interrupt"), Step(0.01, "interrupt")])
+        @example([Step(0.0, "cell", which=2), Step(0.01, "restart")])
+        @example([Step(0.0, "session", patience=0.05), Step(0.2, "delete")])
         def play(program: list[Step]) -> None:
             asyncio.run_coroutine_threadsafe(world.play(program), loop).result()
 
