@@ -557,6 +557,7 @@ async def test_random_programs(tmp_path: Path) -> None:
         @given(PROGRAM)
         @example([Step(0.0, "cell", which=2), Step(0.01, "interrupt"), Step(0.01, "interrupt")])
         @example([Step(0.0, "cell", which=2), Step(0.01, "restart")])
+        @example([*[Step(0.01, "cell", which=2)] * 3, Step(0.1, "delete"), Step(0.2, "cell")])
         @example([Step(0.0, "session", patience=0.05), Step(0.2, "delete")])
         @example([Step(0.0, "session"), Step(0.01, "session")])
         def play(program: list[Step]) -> None:
