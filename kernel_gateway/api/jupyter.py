@@ -22,6 +22,7 @@ from kernel_gateway.kernel import layout
 from kernel_gateway.kernel.journal import Gap
 from kernel_gateway.sandbox.lifecycle import Event
 from kernel_gateway.sandbox.sandbox import Sandbox, kernel_id, sandbox_id
+from kernel_gateway.sandbox.sandboxes import to_its_end
 
 DEAD_FOR = 3600
 """Seconds that a kernel which died stays listed as dead."""
@@ -412,7 +413,7 @@ async def start_session(call: Call, body: SessionBody) -> SessionModel:
                 f"{MAX_MAKING} sessions of your key are being made, which is all there may be at once"
             )
         making = sessions.making[body.path] = asyncio.create_task(make_session(call, sessions, body.path, body))
-    return session_model(*await asyncio.shield(making))
+    return session_model(*await to_its_end(making))
 
 
 async def make_session(call: Call, sessions: Sessions, path: str, body: SessionBody) -> tuple[Session, Sandbox]:

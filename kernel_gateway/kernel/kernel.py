@@ -14,7 +14,7 @@ from guest_agent import wire
 from kernel_gateway.errors import CellvmError, Conflict, GuestFailure, SandboxDied
 from kernel_gateway.guest.link import Link
 from kernel_gateway.kernel import message
-from kernel_gateway.kernel.events import CellError, Events, StreamEvent
+from kernel_gateway.kernel.events import CellError, Events, StreamEvent, cell_error
 from kernel_gateway.kernel.executions import Execution, Executions
 from kernel_gateway.kernel.journal import Gap, Journal
 from kernel_gateway.kernel.message import CHANNEL, CONTENT, HEADER, PARENT
@@ -45,7 +45,10 @@ SHOWN_AS = {State.CLOSED: "dead"}
 
 
 class Pending(msgspec.Struct):
-    """A request that is not over: its session, channel and header, and which parts of its end have come."""
+    """A request that is not over: its session, channel and header, and which parts of its end have come.
+
+    `failure` is the content of its reply if that says that it failed. `is_told` is whether an error was published.
+    """
 
     session: str
     channel: str
@@ -53,6 +56,8 @@ class Pending(msgspec.Struct):
     kind: str
     is_replied: bool = False
     is_idle: bool = False
+    failure: dict[str, Any] | None = None
+    is_told: bool = False
 
 
 class ClientSession(msgspec.Struct):
@@ -241,12 +246,18 @@ class Kernel:
             session = pending.session if pending else parent.session
             if pending and head.msg_type.endswith("_reply"):
                 pending.is_replied = True
+                content = message.content(parts[CONTENT])
+                pending.failure = content if content.get("status") == "error" else None
         execution = self.executions.get(parent.msg_id)
         if execution is not None:
             execution.start()
             if head.msg_type == "error" and execution.timed_out:
                 parts[CONTENT] = error_content(execution.timed_out)
+            if head.msg_type == "error" and pending is not None:
+                pending.is_told = True
         ends = pending is not None and pending.is_replied and pending.is_idle
+        if ends and execution is not None:
+            self._publish_failure(execution)
         record = self.journal.append(parts, head.msg_type, parent.msg_id, session, ends)
         if ends:
             self._forget(parent.msg_id)
@@ -256,8 +267,10 @@ class Kernel:
             self.on_shutdown()
 
     def _status_received(self, parent: message.Header, state: str, pending: Pending | None) -> None:
+        # The kernel before may be heard after its end. What it said it had begun is over, and no `idle` follows.
+        is_over = self._state in WAITING or (pending is None and parent.msg_type.endswith("_request"))
         if state == "busy":
-            if len(self._busy) < MAX_PENDING and parent.msg_type not in UNTRACKED:
+            if len(self._busy) < MAX_PENDING and parent.msg_type not in UNTRACKED and not is_over:
                 self._busy[parent.msg_id] = parent.msg_type
         elif state == "idle":
             self._busy.pop(parent.msg_id, None)
@@ -269,6 +282,18 @@ class Kernel:
     def _publish(self, kind: str, fields: dict[str, Any], cause: dict[str, Any]) -> None:
         parts = message.new("iopub", kind, fields, session=self._kernel_session, metadata={"cellvm": cause})
         self.journal.append(parts, kind)
+
+    def _publish_failure(self, execution: Execution) -> None:
+        """Publish the error that a failed cell's reply tells, if the kernel has published none.
+
+        IPython only prints some: an exception group, a magic that does not exist, an interrupt that a second one met.
+        """
+        pending = self._pending[execution.id]
+        if pending.failure is not None and not pending.is_told:
+            error = execution.timed_out or cell_error(pending.failure)
+            fields = msgspec.json.decode(error_content(error))
+            parts = message.new("iopub", "error", fields, session=self._kernel_session, parent=pending.header)
+            self.journal.append(parts, "error", execution.id)
 
     def _end_request(self, msg_id: str, error: CellError, ending: Ending, failure: CellvmError | None = None) -> None:
         """Answer a request in the kernel's place, and give its execution the outcome, if it is one of ours.

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from kernel_gateway.drivers import DriverError
 from kernel_gateway.errors import (
@@ -45,6 +45,9 @@ FLUSH_LIMIT = 5.0
 """Seconds that a server which goes down waits for the database to take the ends of its sandboxes."""
 
 
+T = TypeVar("T")
+
+
 class Network(Protocol):
     """The common part of all sandboxes' networks: their mechanism, and the addresses that none of them reaches."""
 
@@ -53,6 +56,13 @@ class Network(Protocol):
 
     @property
     def floor(self) -> Floor: ...
+
+
+async def to_its_end(task: asyncio.Task[T]) -> T:
+    """The result of a task that goes on even if nobody waits for it any more."""
+    # asyncio would complain of an exception that nobody has looked at.
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return await asyncio.shield(task)
 
 
 async def supervised(name: str, work: Callable[[], Awaitable[None]]) -> None:
@@ -258,7 +268,7 @@ class Sandboxes:
         replacing = asyncio.create_task(self._replace_policy(sandbox, policy, ports_open))
         self._replacing.add(replacing)
         replacing.add_done_callback(self._replacing.discard)
-        await asyncio.shield(replacing)
+        await to_its_end(replacing)
 
     async def _replace_policy(self, sandbox: Sandbox, policy: Policy, ports_open: bool | None) -> None:
         async with sandbox.applying:

@@ -19,6 +19,7 @@ import pytest
 from tornado.httpclient import HTTPResponse
 
 from kernel_gateway.drivers.unisolated import Unisolated
+from kernel_gateway.kernel import message
 from kernel_gateway.kernel.executions import WAITING_CODE
 from kernel_gateway.sandbox.lifecycle import Event
 from tests.api.clients import agent
@@ -246,6 +247,24 @@ async def test_a_cell_that_stops_at_its_timeout_has_finished(real: Service, sand
     assert (cell["error"]["code"], cell["error"]["stateKept"], cell["outcome"]) == ("exec_timeout", True, "finished")
 
 
+async def test_the_last_words_of_a_kernel(service: Service, box: str) -> None:
+    """The old kernel's word that it has begun a cell does not make the next kernel busy, whenever it arrives."""
+    kernel = kernel_of(service, box)
+    running = asyncio.create_task(service.execute(box, "time.sleep(60)"))
+    await eventually(lambda: kernel.state == "busy")
+    (name,) = kernel.pending
+    header = json.dumps({"msg_id": name, "msg_type": "execute_request", "session": "s"}).encode()
+    late = message.new("iopub", "status", {"execution_state": "busy"}, session="s", parent=header)
+    restarting = asyncio.create_task(kernel.restart())
+    await asyncio.sleep(0)
+    assert kernel.state == "starting"
+    kernel._message_received(late.copy())
+    await restarting
+    kernel._message_received(late.copy())
+    assert kernel.state == "idle"
+    assert (await running)["outcome"] == "unknown"
+
+
 # -- interrupts
 
 
@@ -302,6 +321,36 @@ async def test_an_interrupt_of_an_idle_kernel_is_spent(real: Service, sandbox: s
     for _ in range(5):
         await interrupt(real, sandbox)
     assert (await real.execute(sandbox, "import time; time.sleep(0.7); 1"))["error"] is None
+
+
+async def test_a_second_interrupt_hides_nothing(real: Service, sandbox: str) -> None:
+    """A cell that two interrupts have stopped has an error, however close they are to each other."""
+    for number in range(20):
+        running = asyncio.create_task(real.execute(sandbox, SLEEP))
+        await eventually(lambda: kernel_of(real, sandbox).state == "busy")
+        await interrupt(real, sandbox)
+        await asyncio.sleep(number * 0.001)
+        await interrupt(real, sandbox)
+        assert (await running)["error"]["name"] == "KeyboardInterrupt"
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        ("raise ExceptionGroup('x', [ValueError(1)])", "ExceptionGroup"),
+        ("%nosuch", "UsageError"),
+        ("1/0", "ZeroDivisionError"),
+    ],
+)
+async def test_every_failed_cell_has_an_error(real: Service, sandbox: str, code: str, name: str) -> None:
+    """A cell whose reply says that it failed has one error, although IPython only prints some of them."""
+    cell = await real.execute(sandbox, code)
+    assert (cell["error"]["name"], cell["outcome"]) == (name, "finished")
+    answer = await real.call(
+        "POST", f"/sandboxes/{sandbox}/execute", {"code": code}, headers={"Accept": "application/x-ndjson"}
+    )
+    errors = [event["error"]["name"] for event in lines(answer) if event["type"] == "error"]
+    assert errors == [name]
 
 
 # -- exit() means the end of the cell

@@ -1,0 +1,568 @@
+"""Random programs of overlapping operations, checked against a small model. The kernels are real.
+
+A program is a list of steps. Each step waits for a moment, then does one thing with a sandbox while the steps before it
+are still under way, and some of the clients hang up. Cells and commands note their start and their end in the ledger, a
+file outside of the sandboxes, so that the test knows what has happened independently of what the server tells of it.
+"""
+
+import asyncio
+import gc
+import json
+import math
+import os
+import signal
+import time
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from kernel_gateway.drivers.unisolated import Unisolated, UnisolatedVm
+from kernel_gateway.kernel.executions import Execution
+from kernel_gateway.kernel.kernel import Kernel
+from kernel_gateway.sandbox.sandbox import Sandbox, kernel_id
+from tests.api.clients import agent, raw
+from tests.fakes import Service, eventually, serving
+
+SHORT = 40
+PROGRAMS = int(os.environ.get("MODEL_PROGRAMS", SHORT))
+"""The number of programs. The short run plays the same ones every time, a run of another length new ones."""
+PLACES = 2
+PATIENCE = 20.0
+"""Seconds within which everything comes to rest."""
+SLEEPS = (0.0, 0.1, 0.3)
+"""Seconds that a cell or command sleeps."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """After `pause` seconds somebody does `what`, and hangs up `patience` seconds later if it is not over.
+
+    `box` chooses one of the sandboxes that are known then. `which` chooses how long a cell sleeps, an execution's id, a
+    file or a session.
+    """
+
+    pause: float
+    what: str
+    box: int = 0
+    which: int = 0
+    patience: float | None = None
+
+
+CELLS = "cell lines keyed watched exit overdue stubborn"
+BESIDE = "restart interrupt attach command upload download list"
+
+
+def steps(what: str) -> st.SearchStrategy[Step]:
+    return st.builds(
+        Step,
+        st.sampled_from([0.0, 0.0, 0.01, 0.03, 0.1, 0.2]),
+        st.sampled_from(what.split()),
+        st.integers(0, 1),
+        st.integers(0, 2),
+        st.sampled_from([None, None, None, 0.0, 0.01, 0.05, 0.2]),
+    )
+
+
+WORK = "cell lines keyed watched attach command"
+PROGRAM = st.one_of(
+    st.lists(steps(f"{CELLS} {BESIDE} restart restart cell keyed watched"), min_size=2, max_size=9),
+    st.lists(steps(f"{CELLS} {BESIDE} restart restart cell keyed watched"), min_size=2, max_size=9),
+    st.lists(steps(f"{WORK} {WORK} delete expire die"), min_size=2, max_size=9),
+    st.lists(steps(f"{WORK} create create delete delete session session expire die"), min_size=2, max_size=7),
+)
+
+
+@dataclass
+class Work:
+    """A cell or a command. `told` is what its clients heard: an ending, and an error's code or name."""
+
+    name: str
+    box: str
+    what: str
+    began: float = field(default_factory=time.monotonic)
+    ended: float = math.inf
+    asked: int = 0
+    told: list[tuple[str, str | None]] = field(default_factory=list)
+
+
+@dataclass
+class Cause:
+    """Something that may end work of its sandbox, or stop it. `until` is when it was over, if somebody has heard."""
+
+    what: str
+    box: str
+    began: float = field(default_factory=time.monotonic)
+    until: float = math.inf
+
+
+class Counted(Unisolated):
+    """The driver, which knows its machines."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._machines: list[UnisolatedVm] = []
+
+    @property
+    def alive(self) -> list[UnisolatedVm]:
+        self._machines = [vm for vm in self._machines if not vm._ended.done()]
+        return self._machines
+
+    async def start(self, template_id: str) -> UnisolatedVm:
+        vm = await super().start(template_id)
+        self._machines.append(vm)
+        return vm
+
+
+def processes_in(directory: Path) -> list[str]:
+    """Processes that work in a directory below this one, or did so until it was deleted."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.readlink(f"/proc/{pid}/cwd").startswith(f"{directory}/"):
+                found.append(pid)
+        except (FileNotFoundError, PermissionError, ProcessLookupError):
+            pass  # it has ended, or it is somebody else's
+    return found
+
+
+def objects() -> Counter[str]:
+    """What is kept in memory of sandboxes and their work."""
+    gc.collect()
+    return Counter(type(each).__name__ for each in gc.get_objects() if isinstance(each, Sandbox | Kernel | Execution))
+
+
+class World:
+    """The service that all programs run against, and one sandbox that they share as long as it lives."""
+
+    def __init__(self, service: Service, driver: Counted, directory: Path) -> None:
+        self.service = service
+        self.driver = driver
+        self.directory = directory
+        self.ledger = directory / "ledger"
+        self.shared: str | None = None
+        self.played = 0
+        self.endings: Counter[str] = Counter()
+        self._tasks = len(asyncio.all_tasks())
+        self._objects = objects()
+
+    async def play(self, program: list[Step]) -> None:
+        """Run a program and check it. After a failure the next one begins with new sandboxes."""
+        self.played += 1
+        if self.shared is None:
+            self.shared = await self.service.create()
+        run = Run(self, self.shared)
+        try:
+            await run.play(program)
+            await self.leave({self.shared})
+            run.check()
+            if self.service.sandboxes.find(self.shared) is None:
+                await self.empty()
+        except BaseException as error:
+            error.add_note(f"@example({program})\n{run.story()}")
+            self.shared = None
+            await self.leave(set())
+            self._objects = objects()  # what the failure refers to stays in memory
+            raise
+        self.endings.update(ending for work in run.works.values() for ending, _ in work.told)
+
+    async def leave(self, kept: set[str]) -> None:
+        """Delete all sandboxes but these, and see that their places and machines have gone."""
+        sandboxes = self.service.sandboxes
+        for each in sandboxes.list(self.service.owner):
+            if each.id not in kept:
+                await sandboxes.kill(each)
+        left = kept & {each.id for each in sandboxes.list(self.service.owner)}
+        await eventually(lambda: {each.id for each in sandboxes._places} == left, PATIENCE)
+        assert len(self.driver.alive) == len(left)
+
+    async def empty(self) -> None:
+        """Delete all sandboxes, and see that nothing is left of them."""
+        self.shared = None
+        await self.leave(set())
+        await eventually(lambda: not processes_in(self.directory), PATIENCE)
+        await eventually(lambda: len(asyncio.all_tasks()) <= self._tasks + 1, PATIENCE)  # this one, too
+        assert objects() == self._objects
+
+
+class Run:
+    """One program under way: what was asked, what was told, and what may have come in between."""
+
+    def __init__(self, world: World, shared: str) -> None:
+        self.world = world
+        self.service = world.service
+        self.boxes = [shared]
+        self.works: dict[str, Work] = {}
+        self.causes: list[Cause] = []
+        self.uploads: dict[str, set[bytes]] = defaultdict(set)
+        self.sessions: dict[str, set[str]] = defaultdict(set)
+        self.count = 0
+
+    async def play(self, program: list[Step]) -> None:
+        """Take all steps, wait until everybody has an answer and every kernel rests, and look at what is kept."""
+        tasks = []
+        for step in program:
+            await asyncio.sleep(step.pause)
+            tasks.append(asyncio.create_task(self.take(step)))
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for box in self.boxes:
+            await eventually(lambda box=box: self.rests(box), PATIENCE)
+        for work in list(self.works.values()):
+            if work.what in ("keyed", "watched"):
+                await self.look_at(work)
+        paths = [each["path"] for each in json.loads((await self.ask("GET", "/api/sessions"))[1])]
+        assert len(paths) == len(set(paths)), "a path has two sessions"
+
+    def rests(self, box: str) -> bool:
+        """Whether the sandbox has ended, or has a healthy kernel that does nothing, and nobody is connected to it."""
+        sandbox = self.service.sandboxes.find(box)
+        if sandbox is None:
+            return True
+        kernel = sandbox.kernel
+        assert kernel is not None
+        return (
+            kernel.state == "idle"
+            and not kernel.pending
+            and not kernel._pending_bytes
+            and not kernel._tasks
+            and not kernel.connections
+            and not any(kernel.executions.unfinished())
+        )
+
+    async def take(self, step: Step) -> None:
+        """Take one step, with a client that may hang up."""
+        box = self.boxes[step.box % len(self.boxes)]
+        doing = asyncio.create_task(ACTIONS[step.what](self, box, step))
+        try:
+            await asyncio.wait({doing}, timeout=step.patience)
+            if doing.done():
+                doing.result()
+        finally:
+            doing.cancel()
+            await asyncio.gather(doing, return_exceptions=True)
+        assert len(self.world.driver.alive) <= len(self.service.sandboxes._places) <= PLACES
+
+    async def ask(
+        self, method: str, path: str, body: Any = None, *headers: str, data: bytes = b""
+    ) -> tuple[int, bytes]:
+        """One request on a connection of its own, which is closed if the task is cancelled. The answer ends with it."""
+        data = data if body is None else json.dumps(body).encode()
+        lines = (f"{method} {path} HTTP/1.0", f"Authorization: Bearer {self.service.key}", *headers)
+        return await raw(self.service, "\n".join([*lines, f"Content-Length: {len(data)}"]), data)
+
+    # -- work
+
+    def work(self, box: str, what: str, key: int | None = None) -> Work:
+        """The work that is asked for: new work, or the execution of that key."""
+        self.count += 1
+        name = f"{self.world.played}.{self.count}" if key is None else f"{self.world.played}.{box}.{key}"
+        work = self.works.setdefault(name, Work(name, box, what))
+        work.asked += 1
+        work.ended = math.inf
+        return work
+
+    def hear(self, work: Work, ending: str, error: str | None = None) -> None:
+        work.told.append((ending, error))
+        if len(work.told) == work.asked:
+            work.ended = time.monotonic()
+
+    def cell(self, work: Work, which: int) -> dict[str, Any]:
+        """A cell's fields."""
+        note = f"with open({str(self.world.ledger)!r}, 'a') as ledger: ledger.write('{{}} {work.name}\\n')\n"
+        body, timeout = {
+            "exit": ("import os; os._exit(3)", 60),
+            "overdue": ("import time; time.sleep(2)", 0.15),
+            "stubborn": ("import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)", 0.15),
+        }.get(work.what, (f"import time; time.sleep({SLEEPS[which]})", 60))
+        return {"code": note.format("start") + body + "\n" + note.format("end"), "timeout": timeout}
+
+    async def execute(self, box: str, step: Step) -> None:
+        """A cell over REST: collected, as lines, or under a key, which attaches to the cell of that key."""
+        key = step.which if step.what == "keyed" else None
+        work = self.work(box, step.what, key)
+        headers = [f"Idempotency-Key: {work.name}"] if key is not None else []
+        headers += ["Accept: application/x-ndjson"] if step.what == "lines" else []
+        causes = [] if step.what not in ("exit", "stubborn") else [Cause("restart", box)]
+        self.causes += causes
+        self.heard(work, *await self.ask("POST", f"/sandboxes/{box}/execute", self.cell(work, step.which), *headers))
+        for cause in causes:
+            cause.until = time.monotonic()
+
+    def heard(self, work: Work, status: int, body: bytes) -> None:
+        """Take note of an answer, which is a cell, its events, or an error."""
+        events = [json.loads(line) for line in body.splitlines()]
+        if status == 404:
+            self.hear(work, "refused")
+        elif status != 200:
+            assert (status, events[0]["error"]) == (502, "sandbox_died"), events
+            self.hear(work, events[0]["outcome"], "sandbox_died")
+        elif "type" not in events[0]:
+            assert len(events) == 1
+            self.hear(work, events[0]["outcome"], code_of(events[0]["error"]))
+        else:
+            self.hear_events(work, events)
+
+    def hear_events(self, work: Work, events: list[dict[str, Any]]) -> None:
+        kinds = Counter(event["type"] for event in events)
+        assert kinds["end"] == 1, events
+        assert kinds["error"] <= 1, events
+        assert events[-1]["type"] == "end", events
+        error = next((event["error"] for event in events if event["type"] == "error"), None)
+        self.hear(work, events[-1]["outcome"], code_of(error))
+
+    async def attach(self, box: str, step: Step) -> None:
+        """The events of the execution of a key, if it is known yet."""
+        work = self.works.get(f"{self.world.played}.{box}.{step.which}")
+        if work is not None:
+            path = f"/sandboxes/{box}/executions/{work.name}"
+            status, body = await self.ask("GET", path, None, "Accept: application/x-ndjson")
+            if status != 404:  # it has not come yet, or the sandbox has ended
+                work.asked += 1
+                self.heard(work, status, body)
+
+    async def look_at(self, work: Work) -> None:
+        """See that an execution is known as what it was told to be, as long as its sandbox lives."""
+        status, body = await self.ask("GET", f"/sandboxes/{work.box}/executions/{work.name}")
+        if status == 404:
+            if self.service.sandboxes.find(work.box) is not None:
+                assert {ending for ending, _ in work.told} <= {"refused"}, "an execution was forgotten"
+                assert work.name not in self.world.ledger.read_text(), "an execution that nobody knows has run"
+            return
+        told = json.loads(body)
+        assert (status, told["retrySafe"]) == (200, told["status"] != "unknown"), told
+        assert told["status"] == told["result"]["outcome"], told
+        work.told.append((told["status"], code_of(told["result"]["error"])))
+
+    async def watch(self, box: str, step: Step) -> None:
+        """A cell over the agents' stream, which tells the end of every cell that it has taken before it closes."""
+        work = self.work(box, step.what)
+        try:
+            async with agent(self.service, box) as client:
+                await client.send("execute", id=work.name, **self.cell(work, step.which))
+                events: list[dict[str, Any]] = []
+                while not events or events[-1]["type"] not in ("end", "refused"):
+                    events += [event for event in [await client.receive()] if event.get("id") == work.name]
+        except (ConnectionClosed, InvalidStatus):
+            self.hear(work, "refused")
+            return
+        if events[-1]["type"] == "refused":
+            assert events[-1]["error"]["code"] == "sandbox_died", events
+            self.hear(work, "not_started", "sandbox_died")
+        else:
+            self.hear_events(work, events)
+
+    async def command(self, box: str, step: Step) -> None:
+        work = self.work(box, step.what)
+        note = f"echo {{}} {work.name} >> {self.world.ledger}"
+        script = f"{note.format('start')}; sleep {SLEEPS[step.which]}; {note.format('end')}"
+        body = {"cmd": "sh", "args": ["-c", script]}
+        status, answer = await self.ask("POST", f"/sandboxes/{box}/processes", body)
+        if status == 200:
+            assert json.loads(answer)["exitCode"] == 0, answer
+            self.hear(work, "finished")
+        else:
+            self.heard(work, status, answer)
+
+    # -- what may come in between
+
+    async def control(self, box: str, step: Step) -> None:
+        """A restart or an interrupt."""
+        cause = Cause(step.what, box)
+        self.causes.append(cause)
+        status, body = await self.ask("POST", f"/api/kernels/{kernel_id(box)}/{step.what}")
+        cause.until = time.monotonic()
+        assert status in (200, 204) or self.has_ended(box, status, body), (status, body)
+
+    def has_ended(self, box: str, status: int, body: bytes) -> bool:
+        """Whether an answer tells of the end of a sandbox that somebody has ended."""
+        told = (status, json.loads(body)["error"]) in ((404, "not_found"), (502, "sandbox_died"))
+        return told and any(each.box == box and each.what == "end" for each in self.causes)
+
+    async def create(self, box: str, step: Step) -> None:
+        status, body = await self.ask("POST", "/sandboxes", {"templateID": "code_interpreter"})
+        if status == 201:
+            self.boxes.append(json.loads(body)["sandboxID"])
+        else:
+            self.refused(status, body)
+
+    def refused(self, status: int, body: bytes) -> None:
+        """No sandbox was made, because there was no place, or because somebody ended it."""
+        assert (status, json.loads(body)["error"]) in ((503, "host_full"), (409, "conflict")), body
+        assert status == 503 or any(each.what == "end" for each in self.causes), body
+
+    async def session(self, box: str, step: Step) -> None:
+        path = f"{self.world.played}.{step.which}"
+        status, body = await self.ask("POST", "/api/sessions", {"path": path})
+        if status != 201:
+            self.refused(status, body)
+            return
+        self.sessions[path].add(json.loads(body)["id"])
+
+    async def delete(self, box: str, step: Step) -> None:
+        """Delete one of the sandboxes that are listed, or end the one that has its turn."""
+        listed = [each["sandboxID"] for each in json.loads((await self.ask("GET", "/sandboxes"))[1])]
+        chosen = listed[step.which % len(listed)] if listed else box
+        self.causes.append(Cause("end", chosen))
+        status, _ = await self.ask("DELETE", f"/sandboxes/{chosen}")
+        assert status in (204, 404)
+        assert status == 404 or chosen not in {each.id for each in self.service.sandboxes._places}
+
+    async def expire(self, box: str, step: Step) -> None:
+        self.causes.append(Cause("end", box))
+        if (sandbox := self.service.sandboxes.find(box)) is not None:
+            sandbox.set_timeout(0)
+            await sandbox.gone()
+
+    async def die(self, box: str, step: Step) -> None:
+        self.causes.append(Cause("end", box))
+        if (sandbox := self.service.sandboxes.find(box)) is not None:
+            vm = sandbox.guest.vm
+            if vm in self.world.driver.alive:
+                os.kill(vm.pid, signal.SIGKILL)
+            await sandbox.gone()
+
+    # -- the rest
+
+    async def list_boxes(self, box: str, step: Step) -> None:
+        status, body = await self.ask("GET", "/sandboxes")
+        listed = [each["sandboxID"] for each in json.loads(body)]
+        assert status == 200
+        assert len(listed) == len(set(listed)) <= PLACES
+
+    async def upload(self, box: str, step: Step) -> None:
+        """A file, which is stored as a whole or not at all."""
+        self.count += 1
+        path, content = f"file.{self.world.played}.{step.which}", f"{self.count}.".encode() * 10_000
+        self.uploads[f"{box}/{path}"].add(content)
+        part = f'--x\r\nContent-Disposition: form-data; name="file"; filename="{path}"\r\n\r\n'.encode()
+        data = part + content + b"\r\n--x--\r\n"
+        kind = "Content-Type: multipart/form-data; boundary=x"
+        status, body = await self.ask("POST", f"/sandboxes/{box}/files", None, kind, data=data)
+        assert status == 200 or self.has_ended(box, status, body), (status, body)
+
+    async def download(self, box: str, step: Step) -> None:
+        path = f"file.{self.world.played}.{step.which}"
+        status, body = await self.ask("GET", f"/sandboxes/{box}/files?path={path}")
+        if status == 200:
+            assert body in self.uploads[f"{box}/{path}"], "a file is none of those that were uploaded"
+        else:
+            assert status == 404 or self.has_ended(box, status, body), (status, body)
+
+    # -- the model
+
+    def check(self) -> None:
+        """Compare what everybody was told with the ledger, and with what came in between."""
+        ledger: dict[str, list[str]] = defaultdict(list)
+        running: dict[str, str] = {}
+        for line in self.world.ledger.read_text().splitlines():
+            word, name = line.split()
+            ledger[name].append(word)
+            work = self.works.get(name)
+            if work is not None and work.what != "command":
+                if word == "end":
+                    assert running.get(work.box) == name, "two cells of one kernel ran at the same time"
+                running[work.box] = name
+        for work in self.works.values():
+            self.check_work(work, ledger[work.name])
+        if not any(each.what == "end" for each in self.causes):
+            assert all(len(names) == 1 for names in self.sessions.values()), "a path got two sessions"
+
+    def check_work(self, work: Work, noted: list[str]) -> None:
+        assert noted in ([], ["start"], ["start", "end"]), f"{work.name} ran twice"
+        told = {each for each in work.told if each[0] != "refused"}
+        assert len(told) <= 1, f"{work.name} has several outcomes"
+        if not told and len(work.told) == work.asked:
+            assert self.had(work, "end"), f"{work.name} was refused for no reason"
+            assert noted == [], f"{work.name} was refused, and ran"
+        for ending, error in told:
+            match ending, error:
+                case "finished", None:
+                    assert noted == ["start", "end"], f"{work.name} has not finished"
+                case "finished", "KeyboardInterrupt":
+                    assert self.had(work, "interrupt"), f"{work.name} was interrupted by nobody"
+                case "finished" | "unknown", "exec_timeout":
+                    assert work.what in ("overdue", "stubborn"), f"{work.name} had time left"
+                case "unknown", "kernel_restarted":
+                    assert self.had(work, "restart"), f"{work.name} lost its kernel for no reason"
+                case "unknown", "sandbox_died":
+                    assert self.had(work, "end"), f"{work.name} lost its sandbox for no reason"
+                case "not_started", "sandbox_died":
+                    assert self.had(work, "end"), f"{work.name} lost its sandbox for no reason"
+                    assert noted == [], f"{work.name} has started"
+                case _:
+                    pytest.fail(f"{work.name} got an unforeseen end: {ending}, {error}")
+
+    def had(self, work: Work, what: str) -> bool:
+        """Whether such a thing happened to its sandbox while the work was under way."""
+        return any(
+            each.box == work.box and each.what == what and each.began <= work.ended and each.until >= work.began
+            for each in self.causes
+        )
+
+    def story(self) -> str:
+        """What happened, for the reader of a failure."""
+        begin = min([each.began for each in (*self.works.values(), *self.causes)], default=0)
+        lines = [(each.began, f"{each.what} {each.name} of {each.box}: {each.told}") for each in self.works.values()]
+        lines += [(each.began, f"{each.what} of {each.box} until {each.until - begin:.3f}") for each in self.causes]
+        ledger = [line for line in self.world.ledger.read_text().splitlines() if line.split()[1] in self.works]
+        return "\n".join([*(f"{began - begin:.3f} {line}" for began, line in sorted(lines)), f"ledger: {ledger}"])
+
+
+def code_of(error: dict[str, Any] | None) -> str | None:
+    return None if error is None else error.get("code") or error["name"]
+
+
+ACTIONS: dict[str, Callable[[Run, str, Step], Awaitable[None]]] = {
+    **dict.fromkeys("cell lines keyed exit overdue stubborn".split(), Run.execute),
+    **dict.fromkeys("restart interrupt".split(), Run.control),
+    "watched": Run.watch,
+    "command": Run.command,
+    "attach": Run.attach,
+    "list": Run.list_boxes,
+    "upload": Run.upload,
+    "download": Run.download,
+    "create": Run.create,
+    "delete": Run.delete,
+    "expire": Run.expire,
+    "die": Run.die,
+    "session": Run.session,
+}
+
+
+@pytest.mark.timeout(600 + 10 * PROGRAMS)
+async def test_random_programs(tmp_path: Path) -> None:
+    """Whatever overlaps, work ends once and truly, and places, processes, tasks and memory come back."""
+    driver = Counted(tmp_path)
+    (tmp_path / "ledger").touch()
+    async with serving(tmp_path, driver, max_sandboxes=PLACES) as service:
+        world = World(service, driver, tmp_path)
+        loop = asyncio.get_running_loop()
+
+        @settings(
+            max_examples=PROGRAMS,
+            derandomize=PROGRAMS == SHORT,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(PROGRAM)
+        @example([Step(0.0, "cell", which=2), Step(0.01, "interrupt"), Step(0.01, "interrupt")])
+        @example([Step(0.0, "cell", which=2), Step(0.01, "restart")])
+        @example([*[Step(0.01, "cell", which=2)] * 3, Step(0.1, "delete"), Step(0.2, "cell")])
+        @example([Step(0.0, "session", patience=0.05), Step(0.2, "delete")])
+        @example([Step(0.0, "session"), Step(0.01, "session")])
+        def play(program: list[Step]) -> None:
+            asyncio.run_coroutine_threadsafe(world.play(program), loop).result()
+
+        await loop.run_in_executor(None, play)  # in a thread, because hypothesis calls it without `await`
+        await world.empty()
+        assert {"finished", "unknown", "not_started", "refused"} <= set(world.endings)
