@@ -246,8 +246,9 @@ class Kernel:
             session = pending.session if pending else parent.session
             if pending and head.msg_type.endswith("_reply"):
                 pending.is_replied = True
-                content = message.content(parts[CONTENT])
-                pending.failure = content if content.get("status") == "error" else None
+                if parent.msg_id in self.executions:
+                    content = message.content(parts[CONTENT])
+                    pending.failure = content if content.get("status") == "error" else None
         execution = self.executions.get(parent.msg_id)
         if execution is not None:
             execution.start()
