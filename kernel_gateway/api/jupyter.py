@@ -120,11 +120,14 @@ async def spec_file(call: Call) -> None:
 
 ANY_PYTHON = "python3"
 """The kernel's name in notebooks from other servers. Here it means the default template."""
+ALIASES = {"python": ANY_PYTHON}
+"""Names of old clients. jupyter_client maps them in the same way."""
 
 
 def named(call: Call, name: str | None) -> Template:
     """The template of that name, or the default one without a name."""
     templates = call.sandboxes.templates
+    name = ALIASES.get(name or "", name)
     template = templates.default if name in (None, "", ANY_PYTHON) else templates.find(name)
     if template is None:
         raise NotFound(f"no such kernel spec: {name!r:.100}")
@@ -163,7 +166,7 @@ def model(sandbox: Sandbox) -> KernelModel:
     kernel = sandbox.kernel
     return KernelModel(
         id=sandbox.kernel_id,
-        name=sandbox.template.id,
+        name=sandbox.kernel_name,
         last_activity=jupyter_time(kernel.last_activity if kernel else sandbox.started_at.timestamp()),
         execution_state=kernel.state if kernel else "starting",
         connections=kernel.connections if kernel else 0,
@@ -216,7 +219,7 @@ async def new_kernel(call: Call, name: str | None, env: dict[str, str]) -> Sandb
     check_env(env)
     settings = call.http.application.settings
     idle = settings["kernel_idle_timeout"]
-    return await call.sandboxes.create(
+    sandbox = await call.sandboxes.create(
         call.owner,
         named(call, name),
         timeout=idle,
@@ -225,6 +228,9 @@ async def new_kernel(call: Call, name: str | None, env: dict[str, str]) -> Sandb
         idle_timeout=idle,
         longest_life=settings["kernel_max_life"],
     )
+    if ALIASES.get(name or "", name) == ANY_PYTHON:
+        sandbox.kernel_name = ANY_PYTHON  # Lab writes the name into notebooks, which should open elsewhere, too
+    return sandbox
 
 
 async def get_kernel(call: Call) -> KernelModel:
@@ -308,12 +314,19 @@ SessionText = Annotated[str, Meta(max_length=4096)]
 
 
 class SessionBody(Struct):
-    """A new session, or the changes to one."""
+    """A new session, or the changes to one. Old clients send the path in `notebook`."""
 
     path: SessionText | None = None
     name: SessionText | None = None
     type: SessionText | None = None
     kernel: KernelRef | None = None
+    notebook: "OldNotebook | None" = None
+
+
+class OldNotebook(Struct):
+    """The path, as old clients send it."""
+
+    path: SessionText | None = None
 
 
 class NotebookRef(Struct):
@@ -399,21 +412,26 @@ async def start_session(call: Call, body: SessionBody) -> SessionModel:
 
     It is made to its end, even if the client has gone, because others may wait for it and the client may ask again.
     """
-    if not body.path:
+    path = path_of(body)
+    if not path:
         raise InvalidRequest("a session needs a `path`")
-    check_text(body.path, body.name or "", body.type or "")
+    check_text(path, body.name or "", body.type or "")
     sessions = sessions_of(call)
     for session, sandbox in sessions.live(call):
-        if session.path == body.path:
+        if session.path == path:
             return session_model(session, sandbox)
-    making = sessions.making.get(body.path)
+    making = sessions.making.get(path)
     if making is None:
         if len(sessions.making) >= MAX_MAKING:
             raise TooManyRequests(
                 f"{MAX_MAKING} sessions of your key are being made, which is all there may be at once"
             )
-        making = sessions.making[body.path] = asyncio.create_task(make_session(call, sessions, body.path, body))
+        making = sessions.making[path] = asyncio.create_task(make_session(call, sessions, path, body))
     return session_model(*await to_its_end(making))
+
+
+def path_of(body: SessionBody) -> str:
+    return body.path or (body.notebook and body.notebook.path) or ""
 
 
 async def make_session(call: Call, sessions: Sessions, path: str, body: SessionBody) -> tuple[Session, Sandbox]:
@@ -440,14 +458,21 @@ async def get_session(call: Call) -> SessionModel:
 
 
 async def change_session(call: Call, body: SessionBody) -> SessionModel:
-    """Rename or move a session, or give it another kernel."""
-    session, sandbox = sessions_of(call).get(call)
-    check_text(body.path or "", body.name or "", body.type or "")
+    """Rename or move a session, or give it another kernel.
+
+    The kernel before ends if a Jupyter client has made it and no other session has it.
+    """
+    sessions = sessions_of(call)
+    session, sandbox = sessions.get(call)
+    check_text(path_of(body), body.name or "", body.type or "")
     if body.kernel is not None and (body.kernel.id or body.kernel.name):
-        sandbox = await kernel_for(call, body.kernel)
+        before, sandbox = sandbox, await kernel_for(call, body.kernel)
         session.sandbox = sandbox.id
+        is_used = any(each.sandbox == before.id for each, _ in sessions.live(call))
+        if before.idle_timeout is not None and not is_used:
+            await call.sandboxes.kill(before)
     session.path, session.name, session.type = (
-        body.path or session.path,
+        path_of(body) or session.path,
         session.name if body.name is None else body.name,
         body.type or session.type,
     )

@@ -115,6 +115,7 @@ class Sandbox:
         self.port_users: dict[asyncio.Task[None], int | None] = {}  # a visitor's port; None for the owner
         self.started_at = datetime.now(UTC)
         self.idle_timeout = idle_timeout
+        self.kernel_name = template.id  # the name by which a Jupyter client has asked for it
         self.state = State.CREATING
         self._on_ended = ended
         self._on_gone = gone

@@ -19,6 +19,7 @@ from websockets.exceptions import InvalidStatus
 from kernel_gateway.api import jupyter
 from kernel_gateway.drivers import DriverError
 from kernel_gateway.drivers.unisolated import Unisolated
+from kernel_gateway.sandbox.sandbox import kernel_id
 from kernel_gateway.server import running
 from kernel_gateway.settings import Settings
 from tests.api.clients import address, agent, channels, opening, raw
@@ -116,7 +117,9 @@ async def test_an_unknown_name(service: Service) -> None:
 async def test_the_name_that_notebooks_have(service: Service) -> None:
     """`python3` means the default template."""
     answer = await service.call("POST", "/api/kernels", {"name": "python3"})
-    assert (answer.code, json.loads(answer.body)["name"]) == (201, "code_interpreter")
+    assert (answer.code, json.loads(answer.body)["name"]) == (201, "python3")
+    box = json.loads((await service.call("GET", f"/sandboxes/{json.loads(answer.body)['sandbox_id']}")).body)
+    assert box["templateID"] == "code_interpreter"
 
 
 async def test_from_start_to_end(service: Service) -> None:
@@ -293,7 +296,7 @@ async def test_sessions(service: Service) -> None:
     assert await get(service, "/api/sessions", key=service.other_key) == []
     assert (await service.call("DELETE", path)).code == 204
     assert (await service.call("GET", path)).code == 404
-    assert [model["id"] for model in await get(service, "/api/kernels")] == [session["kernel"]["id"]]
+    assert await get(service, "/api/kernels") == []  # the first kernel has ended with the change
     await service.call("POST", "/api/sessions", {"path": "c", "kernel": {"id": session["kernel"]["id"]}})
     await service.call("DELETE", f"/api/kernels/{session['kernel']['id']}")
     assert await get(service, "/api/sessions") == []
@@ -526,3 +529,48 @@ async def test_tls(tmp_path: Path) -> None:
             assert (await client.run("6 * 7")).value == "42"
         with pytest.raises((OSError, IndexError)):  # a connection with plain HTTP is closed without an answer
             await raw(service, "GET /api HTTP/1.1")
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [("python3", "python3"), ("python", "python3"), ("base", "base"), ("ci-v1", "code_interpreter"),
+     (None, "code_interpreter")],
+)  # fmt: skip
+async def test_a_kernel_keeps_its_name(service: Service, asked: str | None, told: str) -> None:
+    """A kernel that was asked for as `python3` says so, because clients write the name into notebooks."""
+    kernel = json.loads((await service.call("POST", "/api/kernels", {"name": asked})).body)
+    assert kernel["name"] == told
+    assert json.loads((await service.call("GET", f"/api/kernels/{kernel['id']}")).body)["name"] == told
+    session = {"path": "x.ipynb", "kernel": {"id": kernel["id"]}}
+    assert json.loads((await service.call("POST", "/api/sessions", session)).body)["kernel"]["name"] == told
+
+
+async def test_a_session_of_an_old_client(service: Service) -> None:
+    """Old clients send the path in `notebook`."""
+    body = {"notebook": {"path": "old.ipynb"}, "kernel": {"name": "python"}}
+    answer = await service.call("POST", "/api/sessions", body)
+    assert (answer.code, json.loads(answer.body)["path"]) == (201, "old.ipynb")
+    answer = await service.call("POST", "/api/sessions", {"notebook": {}})
+    assert (answer.code, error_of(answer)["error"]) == (400, "invalid_request")
+
+
+async def test_the_kernel_before_ends_with_its_last_session(service: Service) -> None:
+    """A session that gets another kernel ends the one before, unless another session or REST has that one."""
+
+    async def session(path: str, **kernel: str) -> Any:
+        answer = await service.call("POST", "/api/sessions", {"path": path, "kernel": kernel})
+        return json.loads(answer.body)
+
+    first = await session("a")
+    second = await session("b", id=first["kernel"]["id"])
+    for each, left in ((first, 2), (second, 2)):
+        answer = await service.call("PATCH", f"/api/sessions/{each['id']}", {"kernel": {"name": "base"}})
+        assert json.loads(answer.body)["kernel"]["name"] == "base"
+        assert len(service.sandboxes) == left
+    box = await service.create()
+    third = await session("c", id=kernel_id(box))
+    answer = await service.call("PATCH", f"/api/sessions/{third['id']}", {"kernel": {"id": first["kernel"]["id"]}})
+    assert (answer.code, error_of(answer)["error"]) == (404, "not_found")
+    answer = await service.call("PATCH", f"/api/sessions/{third['id']}", {"kernel": {"name": "base"}})
+    assert answer.code == 200
+    assert service.sandboxes.find(box) is not None
