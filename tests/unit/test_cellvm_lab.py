@@ -169,8 +169,11 @@ async def listen() -> AsyncIterator[Callable[[list[Any]], str]]:
 
 
 @pytest.fixture
-def gateway(listen: Callable[[list[Any]], str], client: Callable[..., GatewayClient]) -> Gateway:
-    """A gateway that this process uses, and asks again without a pause."""
+async def gateway(listen: Callable[[list[Any]], str], client: Callable[..., GatewayClient]) -> Gateway:
+    """A gateway that this process uses, and asks again without a pause.
+
+    The fixture is a coroutine, because a server that is started outside of the tests' loop may get another loop.
+    """
     gateway = Gateway()
     routes = [
         (r"/api/kernels/[^/]+/channels", Channels),
@@ -189,7 +192,7 @@ def relaying() -> list[asyncio.Task[None]]:
 
 
 @pytest.fixture
-def browser(
+async def browser(
     gateway: Gateway, listen: Callable[[list[Any]], str], relaying: list[asyncio.Task[None]]
 ) -> Callable[[str], websockets.connect]:
     """Connects a session with the kernel, through a GatewayConnection."""
