@@ -378,22 +378,23 @@ async def test_exit_ends_the_cell_alone(real: Service, lasting: str, leave: str)
 # -- bounds
 
 
-async def test_waiting_code_is_bounded(real: Service, lasting: str) -> None:
+async def test_waiting_code_is_bounded(real: Service, sandbox: str) -> None:
     """More waiting code than a kernel may have is refused with 429, and the cells before it run."""
-    running = await started(real, lasting)
+    running = await started(real, sandbox)
     piece = "#" + "x" * (3 * 1024 * 1024)
     waiting = [
-        asyncio.create_task(real.call("POST", f"/sandboxes/{lasting}/execute", {"code": piece + f"\n{number}"}))
+        asyncio.create_task(real.call("POST", f"/sandboxes/{sandbox}/execute", {"code": piece + f"\n{number}"}))
         for number in range(8)
     ]
     done, pending = await asyncio.wait(waiting, timeout=5)
     refused = [error_of(each.result()) for each in done]
     assert {(each["code"], each["error"]) for each in refused} == {(429, "too_many_requests")}
     assert len(pending) == WAITING_CODE // len(piece)
-    await interrupt(real, lasting)
+    await interrupt(real, sandbox)
     assert json.loads((await running).body)["error"]["name"] == "KeyboardInterrupt"
     for each in pending:
         assert json.loads((await each).body)["outcome"] == "finished"
+    await delete(real, sandbox)  # its journal has a file now
 
 
 async def test_code_of_hung_up_clients_is_not_kept(real: Service, lasting: str) -> None:
