@@ -22,10 +22,6 @@ async def run(options: argparse.Namespace) -> None:
         fd = os.open(VIRTIO_PORT, os.O_RDWR | os.O_CLOEXEC)
         path = "/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         limits.protect_agent()
-        # A shell has started the agent in the background, so these two are ignored. Every program would inherit that,
-        # and Ctrl-C would have no effect.
-        for number in (signal.SIGINT, signal.SIGQUIT):
-            signal.signal(number, signal.SIG_DFL)
         resume.act_as(user.pw_uid)
         agent = Agent(fd, user.pw_dir, runtime, user.pw_uid, path)
     else:
@@ -41,7 +37,12 @@ def main() -> None:
     parser.add_argument("--fd", type=int, help="an inherited socket to the gateway (driver `unisolated`)")
     parser.add_argument("--home", help="with --fd: the sandbox's working directory")
     parser.add_argument("--runtime", help="with --fd: a directory for the agent's own files")
-    asyncio.run(run(parser.parse_args()))
+    options = parser.parse_args()
+    # These two are ignored if a shell has started the agent, or its server, in the background. Every program would
+    # inherit that, and Ctrl-C would have no effect.
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    asyncio.run(run(options))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from guest_agent import wire
 from kernel_gateway.api.channels import Channels
-from kernel_gateway.drivers.unisolated import Unisolated
 from tests.api.clients import TIMEOUT, V1, Client, address, agent, channels, opening, raw, read
 from tests.fakes import Service, error_of, eventually, serving
 
@@ -31,14 +30,6 @@ async def new_kernel(service: Service, **body: Any) -> str:
     answer = await service.call("POST", "/api/kernels", body)
     assert answer.code == 201, answer.body
     return str(json.loads(answer.body)["id"])
-
-
-@pytest.fixture(scope="module")
-async def real(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
-    """A service over real agents and kernels."""
-    directory = tmp_path_factory.mktemp("agents")
-    async with serving(directory, Unisolated(directory)) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

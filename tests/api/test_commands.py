@@ -13,31 +13,16 @@ from typing import Any
 import pytest
 
 from guest_agent import wire
-from kernel_gateway.drivers.unisolated import Unisolated
 from kernel_gateway.errors import Conflict, SandboxDied
 from kernel_gateway.guest import commands as module
 from kernel_gateway.guest.commands import Command, Commands
 from kernel_gateway.kernel.journal import Gap, Record
 from kernel_gateway.sandbox.lifecycle import Event
 from tests.api.clients import TIMEOUT
-from tests.fakes import Service, Stream, error_of, eventually, serving
+from tests.fakes import Service, Stream, error_of, eventually
 
 MIB = 1024 * 1024
 NDJSON = "application/x-ndjson"
-
-
-@pytest.fixture(scope="module")
-async def real(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
-    """A service over real agents."""
-    directory = tmp_path_factory.mktemp("agents")
-    async with serving(directory, Unisolated(directory)) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-async def real_box(real: Service) -> str:
-    """One sandbox for all tests that leave it alive."""
-    return await real.create()
 
 
 class Follower:

@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 from tornado.httpclient import HTTPResponse
 
-from kernel_gateway.drivers.unisolated import Unisolated
 from kernel_gateway.kernel import message
 from kernel_gateway.kernel.executions import WAITING_CODE
 from kernel_gateway.sandbox.lifecycle import Event
@@ -26,20 +25,6 @@ from tests.api.clients import agent
 from tests.fakes import FakeDriver, Service, error_of, eventually, resident, serving
 
 SLEEP = "import time; print('begun', flush=True); time.sleep(60)"
-
-
-@pytest.fixture(scope="module")
-async def real(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
-    """A service whose sandboxes are real agents and kernels without isolation."""
-    directory = tmp_path_factory.mktemp("agents")
-    async with serving(directory, Unisolated(directory)) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-async def lasting(real: Service) -> str:
-    """A sandbox for the tests that leave it alive, because a start costs a second."""
-    return await real.create()
 
 
 @pytest.fixture
@@ -184,34 +169,34 @@ async def restart(service: Service, box: str) -> HTTPResponse:
     return await service.call("POST", f"/api/kernels/{name}/restart", {})
 
 
-async def test_two_restarts_and_a_cell(real: Service, lasting: str) -> None:
+async def test_two_restarts_and_a_cell(real: Service, real_box: str) -> None:
     """Overlapping restarts join, and cells that are sent at any moment beside them run once each."""
-    await real.execute(lasting, "kept = 1")
+    await real.execute(real_box, "kept = 1")
     for pause in (0.0, 0.02, 0.1):
-        first = asyncio.create_task(restart(real, lasting))
+        first = asyncio.create_task(restart(real, real_box))
         await asyncio.sleep(pause)
-        second = asyncio.create_task(restart(real, lasting))
-        cells = [asyncio.create_task(real.execute(lasting, f"{number} * 2")) for number in range(3)]
+        second = asyncio.create_task(restart(real, real_box))
+        cells = [asyncio.create_task(real.execute(real_box, f"{number} * 2")) for number in range(3)]
         assert [(await each).code for each in (first, second)] == [200, 200]
         assert [(await each)["results"][0]["data"]["text/plain"] for each in cells] == ["0", "2", "4"]
-    assert (await real.execute(lasting, "kept"))["error"]["name"] == "NameError"
+    assert (await real.execute(real_box, "kept"))["error"]["name"] == "NameError"
 
 
-async def test_a_restart_outlives_its_client(real: Service, lasting: str) -> None:
+async def test_a_restart_outlives_its_client(real: Service, real_box: str) -> None:
     """A client that hangs up leaves the restart and the next cells as they are."""
     for _ in range(3):
-        asking = asyncio.create_task(restart(real, lasting))
-        await eventually(lambda: kernel_of(real, lasting).state == "starting")
+        asking = asyncio.create_task(restart(real, real_box))
+        await eventually(lambda: kernel_of(real, real_box).state == "starting")
         asking.cancel()
-        answer = await real.execute(lasting, "6 * 7", timeout=20)
+        answer = await real.execute(real_box, "6 * 7", timeout=20)
         assert (answer["results"][0]["data"]["text/plain"], answer["error"]) == ("42", None)
 
 
-async def test_a_restart_ends_the_running_cell_only(real: Service, lasting: str) -> None:
+async def test_a_restart_ends_the_running_cell_only(real: Service, real_box: str) -> None:
     """The running cell ends with an unknown outcome, the waiting one runs in the next kernel."""
-    running = await started(real, lasting)
-    waiting = asyncio.create_task(real.execute(lasting, "6 * 7"))
-    assert (await restart(real, lasting)).code == 200
+    running = await started(real, real_box)
+    waiting = asyncio.create_task(real.execute(real_box, "6 * 7"))
+    assert (await restart(real, real_box)).code == 200
     cell = json.loads((await running).body)
     assert (cell["error"]["code"], cell["outcome"]) == ("kernel_restarted", "unknown")
     after = await waiting
@@ -229,29 +214,29 @@ async def test_the_end_of_a_sandbox_during_a_restart(real: Service, sandbox: str
     assert error_of(await waiting)["outcome"] == "not_started"
 
 
-async def test_a_kernel_that_ends_by_itself(real: Service, lasting: str) -> None:
+async def test_a_kernel_that_ends_by_itself(real: Service, real_box: str) -> None:
     """The cell in it ends with an unknown outcome, and cells that are sent meanwhile run in the next kernel."""
-    cells = await sent(real, lasting, "import os; os._exit(3)", "1 + 1", "2 + 2")
+    cells = await sent(real, real_box, "import os; os._exit(3)", "1 + 1", "2 + 2")
     first, *others = [await each for each in cells]
     assert (first["error"]["code"], first["outcome"]) == ("kernel_restarted", "unknown")
     assert [each["results"][0]["data"]["text/plain"] for each in others] == ["2", "4"]
-    answer = await real.call("GET", f"/api/kernels/{real.sandboxes.get(real.owner, lasting).kernel_id}")
+    answer = await real.call("GET", f"/api/kernels/{real.sandboxes.get(real.owner, real_box).kernel_id}")
     assert json.loads(answer.body)["execution_state"] == "idle"
 
 
-async def test_a_cell_that_does_not_stop(real: Service, lasting: str) -> None:
+async def test_a_cell_that_does_not_stop(real: Service, real_box: str) -> None:
     """Its kernel is replaced, it ends with an unknown outcome, and the next cell runs in the next kernel."""
     code = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
-    stuck = asyncio.create_task(real.execute(lasting, code, timeout=0.5))
-    after = asyncio.create_task(real.execute(lasting, "6 * 7"))
+    stuck = asyncio.create_task(real.execute(real_box, code, timeout=0.5))
+    after = asyncio.create_task(real.execute(real_box, "6 * 7"))
     cell = await stuck
     assert (cell["error"]["code"], cell["error"]["stateKept"], cell["outcome"]) == ("exec_timeout", False, "unknown")
     assert (await after)["results"][0]["data"]["text/plain"] == "42"
 
 
-async def test_a_cell_that_stops_at_its_timeout_has_finished(real: Service, lasting: str) -> None:
+async def test_a_cell_that_stops_at_its_timeout_has_finished(real: Service, real_box: str) -> None:
     """A cell that was interrupted at its timeout has finished, because its end is known."""
-    cell = await real.execute(lasting, SLEEP, timeout=0.5)
+    cell = await real.execute(real_box, SLEEP, timeout=0.5)
     assert (cell["error"]["code"], cell["error"]["stateKept"], cell["outcome"]) == ("exec_timeout", True, "finished")
 
 
@@ -282,36 +267,36 @@ async def interrupt(service: Service, box: str) -> None:
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.03, 0.06, 0.1, 0.15, 0.2])
-async def test_interrupts_during_a_restart(real: Service, lasting: str, pause: float) -> None:
+async def test_interrupts_during_a_restart(real: Service, real_box: str, pause: float) -> None:
     """A kernel that is starting survives any number of interrupts, and the restart succeeds."""
-    before = kernel_of(real, lasting).journal.last
-    asking = asyncio.create_task(restart(real, lasting))
+    before = kernel_of(real, real_box).journal.last
+    asking = asyncio.create_task(restart(real, real_box))
     await asyncio.sleep(pause)
     for _ in range(7):
-        await interrupt(real, lasting)
+        await interrupt(real, real_box)
     assert (await asking).code == 200
-    assert (await real.execute(lasting, "6 * 7"))["results"][0]["data"]["text/plain"] == "42"
-    statuses = [each for each in records(real, lasting, before) if each.kind == "status"]
+    assert (await real.execute(real_box, "6 * 7"))["results"][0]["data"]["text/plain"] == "42"
+    statuses = [each for each in records(real, real_box, before) if each.kind == "status"]
     assert "dead" not in [json.loads(each.parts[4])["execution_state"] for each in statuses]
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.01, 0.05, 0.2])
-async def test_an_interrupt_right_after_run(real: Service, lasting: str, pause: float) -> None:
+async def test_an_interrupt_right_after_run(real: Service, real_box: str, pause: float) -> None:
     """An interrupt stops the cell that was sent before it, even if the kernel has not begun it."""
-    running = asyncio.create_task(real.execute(lasting, SLEEP))
-    await eventually(lambda: kernel_of(real, lasting).pending)
+    running = asyncio.create_task(real.execute(real_box, SLEEP))
+    await eventually(lambda: kernel_of(real, real_box).pending)
     await asyncio.sleep(pause)
-    await interrupt(real, lasting)
+    await interrupt(real, real_box)
     cell = await running
     assert (cell["error"]["name"], cell["outcome"]) == ("KeyboardInterrupt", "finished")
 
 
-async def test_an_interrupt_reaches_no_other_cell(real: Service, lasting: str) -> None:
+async def test_an_interrupt_reaches_no_other_cell(real: Service, real_box: str) -> None:
     """However interrupts fall between short cells, each hits the cell of its moment or none, and all cells answer."""
-    cells = [asyncio.create_task(real.execute(lasting, f"sum(range(2000)) + {number}")) for number in range(100)]
+    cells = [asyncio.create_task(real.execute(real_box, f"sum(range(2000)) + {number}")) for number in range(100)]
     for _ in range(30):
-        await interrupt(real, lasting)
-    marked = asyncio.create_task(real.execute(lasting, "import time; time.sleep(0.3); 'mine'"))
+        await interrupt(real, real_box)
+    marked = asyncio.create_task(real.execute(real_box, "import time; time.sleep(0.3); 'mine'"))
     answers = [await each for each in cells]
     assert {answer["outcome"] for answer in answers} == {"finished"}
     for number, answer in enumerate(answers):
@@ -324,22 +309,22 @@ async def test_an_interrupt_reaches_no_other_cell(real: Service, lasting: str) -
     assert (await marked)["error"] is None
 
 
-async def test_an_interrupt_of_an_idle_kernel_is_spent(real: Service, lasting: str) -> None:
+async def test_an_interrupt_of_an_idle_kernel_is_spent(real: Service, real_box: str) -> None:
     """An interrupt that finds nothing to stop stops nothing later."""
-    await real.execute(lasting, "1")
+    await real.execute(real_box, "1")
     for _ in range(5):
-        await interrupt(real, lasting)
-    assert (await real.execute(lasting, "import time; time.sleep(0.7); 1"))["error"] is None
+        await interrupt(real, real_box)
+    assert (await real.execute(real_box, "import time; time.sleep(0.7); 1"))["error"] is None
 
 
-async def test_a_second_interrupt_hides_nothing(real: Service, lasting: str) -> None:
+async def test_a_second_interrupt_hides_nothing(real: Service, real_box: str) -> None:
     """A cell that two interrupts have stopped has an error, however close they are to each other."""
     for number in range(20):
-        running = asyncio.create_task(real.execute(lasting, SLEEP))
-        await eventually(lambda: kernel_of(real, lasting).state == "busy")
-        await interrupt(real, lasting)
+        running = asyncio.create_task(real.execute(real_box, SLEEP))
+        await eventually(lambda: kernel_of(real, real_box).state == "busy")
+        await interrupt(real, real_box)
         await asyncio.sleep(number * 0.001)
-        await interrupt(real, lasting)
+        await interrupt(real, real_box)
         assert (await running)["error"]["name"] == "KeyboardInterrupt"
 
 
@@ -351,12 +336,12 @@ async def test_a_second_interrupt_hides_nothing(real: Service, lasting: str) -> 
         ("1/0", "ZeroDivisionError"),
     ],
 )
-async def test_every_failed_cell_has_an_error(real: Service, lasting: str, code: str, name: str) -> None:
+async def test_every_failed_cell_has_an_error(real: Service, real_box: str, code: str, name: str) -> None:
     """A cell whose reply says that it failed has one error, although IPython only prints some of them."""
-    cell = await real.execute(lasting, code)
+    cell = await real.execute(real_box, code)
     assert (cell["error"]["name"], cell["outcome"]) == (name, "finished")
     answer = await real.call(
-        "POST", f"/sandboxes/{lasting}/execute", {"code": code}, headers={"Accept": "application/x-ndjson"}
+        "POST", f"/sandboxes/{real_box}/execute", {"code": code}, headers={"Accept": "application/x-ndjson"}
     )
     errors = [event["error"]["name"] for event in lines(answer) if event["type"] == "error"]
     assert errors == [name]
@@ -366,13 +351,13 @@ async def test_every_failed_cell_has_an_error(real: Service, lasting: str, code:
 
 
 @pytest.mark.parametrize("leave", ["exit()", "quit()", "exit", "get_ipython().ask_exit()", "import sys; sys.exit()"])
-async def test_exit_ends_the_cell_alone(real: Service, lasting: str, leave: str) -> None:
+async def test_exit_ends_the_cell_alone(real: Service, real_box: str, leave: str) -> None:
     """`exit()` ends its cell as `sys.exit()` does. Variables stay, and later cells run."""
-    _, left, after = [await each for each in await sent(real, lasting, "kept = 1", leave, "kept")]
+    _, left, after = [await each for each in await sent(real, real_box, "kept = 1", leave, "kept")]
     assert (left["error"]["name"], left["outcome"]) == ("SystemExit", "finished")
     assert "To exit" not in left["stderr"]
     assert after["results"][0]["data"]["text/plain"] == "1"
-    assert (await real.execute(lasting, "kept"))["results"][0]["data"]["text/plain"] == "1"
+    assert (await real.execute(real_box, "kept"))["results"][0]["data"]["text/plain"] == "1"
 
 
 # -- bounds
@@ -397,27 +382,27 @@ async def test_waiting_code_is_bounded(real: Service, sandbox: str) -> None:
     await delete(real, sandbox)  # its journal has a file now
 
 
-async def test_code_of_hung_up_clients_is_not_kept(real: Service, lasting: str) -> None:
+async def test_code_of_hung_up_clients_is_not_kept(real: Service, real_box: str) -> None:
     """A cell whose client hangs up while it waits never runs, and its code does not count any more."""
-    running = await started(real, lasting)
-    kernel = kernel_of(real, lasting)
+    running = await started(real, real_box)
+    kernel = kernel_of(real, real_box)
     body = json.dumps({"code": "ran = 1 #" + "x" * (3 * 1024 * 1024)}).encode()
-    head = f"POST /sandboxes/{lasting}/execute HTTP/1.1\r\nAuthorization: Bearer {real.key}\r\nHost: x\r\n"
+    head = f"POST /sandboxes/{real_box}/execute HTTP/1.1\r\nAuthorization: Bearer {real.key}\r\nHost: x\r\n"
     for _ in range(2 * WAITING_CODE // len(body)):
         _, writer = await asyncio.open_connection("127.0.0.1", real.port)
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         await eventually(lambda: len(list(kernel.executions.unfinished())) == 2)
         writer.close()
         await eventually(lambda: len(list(kernel.executions.unfinished())) == 1)
-    await interrupt(real, lasting)
+    await interrupt(real, real_box)
     assert json.loads((await running).body)["error"]["name"] == "KeyboardInterrupt"
-    assert (await real.execute(lasting, "ran"))["error"]["name"] == "NameError"
+    assert (await real.execute(real_box, "ran"))["error"]["name"] == "NameError"
 
 
-async def test_a_generator_that_is_closed_early_keeps_its_cell_from_running(real: Service, lasting: str) -> None:
+async def test_a_generator_that_is_closed_early_keeps_its_cell_from_running(real: Service, real_box: str) -> None:
     """A cell whose caller leaves before its turn ends at once as not started, and never runs."""
-    running = await started(real, lasting)
-    kernel = kernel_of(real, lasting)
+    running = await started(real, real_box)
+    kernel = kernel_of(real, real_box)
     async with aclosing(kernel.execute("ran = 1")) as events:
         reading = asyncio.create_task(anext(events))
         await eventually(lambda: len(list(kernel.executions.unfinished())) == 2)
@@ -425,9 +410,9 @@ async def test_a_generator_that_is_closed_early_keeps_its_cell_from_running(real
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
     assert (waiting.state, waiting.code) == ("not_started", "")
-    await interrupt(real, lasting)
+    await interrupt(real, real_box)
     await running
-    assert (await real.execute(lasting, "ran"))["error"]["name"] == "NameError"
+    assert (await real.execute(real_box, "ran"))["error"]["name"] == "NameError"
 
 
 async def test_headers_of_requests_are_bounded(service: Service, box: str) -> None:

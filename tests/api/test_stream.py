@@ -2,30 +2,14 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from tornado.httpclient import HTTPResponse
 
 from guest_agent import wire
-from kernel_gateway.drivers.unisolated import Unisolated
 from tests.api.clients import TIMEOUT, agent, channels
-from tests.fakes import Service, error_of, eventually, serving
-
-
-@pytest.fixture(scope="module")
-async def real(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
-    """A service over real agents and kernels."""
-    directory = tmp_path_factory.mktemp("agents")
-    async with serving(directory, Unisolated(directory)) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-async def real_box(real: Service) -> str:
-    """One sandbox with a real kernel for all tests that leave it alive."""
-    return await real.create()
+from tests.fakes import Service, error_of, eventually
 
 
 def kinds(events: list[dict[str, Any]]) -> list[str]:

@@ -22,10 +22,11 @@ def data(stream: int, payload: bytes) -> bytes:
 
 @asynccontextmanager
 async def linked() -> AsyncIterator[tuple[Link, socket.socket]]:
-    """A link and the socket of its peer."""
+    """A link and the socket of its peer, which has begun the link's epoch."""
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     link = await Link.open(ours)
+    theirs.send(wire.encode(FrameType.REPLY, wire.LINK, wire.Welcome(epoch=link._epoch)))
     try:
         yield link, theirs
     finally:
