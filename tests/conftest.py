@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import hypothesis
@@ -45,7 +46,8 @@ def children() -> set[int]:
     """Child processes of this process, zombies included."""
     found = set()
     for task in os.listdir("/proc/self/task"):
-        found |= {int(pid) for pid in Path(f"/proc/self/task/{task}/children").read_text().split()}
+        with suppress(FileNotFoundError):  # the thread has ended since
+            found |= {int(pid) for pid in Path(f"/proc/self/task/{task}/children").read_text().split()}
     return found
 
 
