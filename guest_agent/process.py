@@ -340,6 +340,10 @@ async def _feed(stream: Stream, program: Program) -> None:
                     await _ready(loop.add_writer, loop.remove_writer, pipe)
                 except OSError:  # nobody reads any more
                     return
+        if stream.cancelled.is_set():
+            await (
+                loop.create_future()
+            )  # until it is killed, because a program may take the end of its input for success
     finally:
         os.close(pipe)
 
