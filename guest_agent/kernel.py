@@ -245,9 +245,13 @@ class Kernel:
         self._disconnect()
         self._count += 1
         directory = self._runtime / f"{self._count}"
-        directory.mkdir(mode=0o700, parents=True)
-        connection = Connection(directory)
-        cells = Cells.create(directory / "cells")
+        try:
+            directory.mkdir(mode=0o700, parents=True)
+            cells = Cells.create(directory / "cells")
+            connection = Connection(directory)
+        except OSError as error:  # as when /run is full
+            shutil.rmtree(directory, ignore_errors=True)
+            raise AgentError("kernel_unavailable", f"the kernel could not be started: {error}") from error
         joined: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = self._loop.create_future()
         server = await asyncio.start_unix_server(lambda *ends: joined.set_result(ends), directory / "resume")
         self._oom_kills = oom_kills()
@@ -293,6 +297,8 @@ class Kernel:
     def _disconnect(self) -> None:
         if self._aiming is not None:
             self._aiming.cancel()
+            self._aiming = None
+        self._cells = None  # its page in /run is free for the next kernel then, even if /run is full
         if self._connection is not None:
             for sock in self._connection.sockets.values():
                 self._loop.remove_reader(int(sock.fd))
