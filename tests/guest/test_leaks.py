@@ -115,6 +115,7 @@ def in_memory(box: Sandbox, word: str) -> int:
     return int(result["stdout"])
 
 
+@pytest.mark.timeout(900)  # two minutes alone, and several beside other machines
 def test_a22_a_canary_is_in_no_later_sandbox(server: Server) -> None:
     """A22: no later sandbox has anything of a sandbox's files, blocks, memory, variables, names or kernel log."""
     word = secrets.token_hex(8)
