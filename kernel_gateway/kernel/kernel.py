@@ -127,9 +127,7 @@ class Kernel:
         if following is None:
             return False
         if lost is not None:
-            for msg_id in list(self._pending):
-                self._end_request(msg_id, lost, Ending.UNKNOWN)
-            self._busy.clear()
+            self._lose(lost)
         self._state = following
         self.reason = "" if following is State.IDLE else reason
         if self._overdue is not None:
@@ -153,8 +151,7 @@ class Kernel:
         is_gone = event.state in ("restarting", "dead")
         if is_gone and self._is_ending:  # the kernel has gone, and its reply has not come
             lost = CellError("KernelShutDown", "the kernel was shut down", code="kernel_restarted", stateKept=False)
-            for msg_id in list(self._pending):
-                self._end_request(msg_id, lost, Ending.UNKNOWN)
+            self._lose(lost)
             self.on_shutdown()
         elif self._state is State.STARTING:
             pass  # it is about the kernel before, or the answer to our request says the same
@@ -220,8 +217,7 @@ class Kernel:
         reason = str(error)
         failure = error if isinstance(error, CellvmError) else SandboxDied(reason)
         lost = CellError(type(failure).__name__, reason, code=failure.code, stateKept=False)
-        for msg_id in list(self._pending):
-            self._end_request(msg_id, lost, Ending.UNKNOWN, failure)
+        self._lose(lost, failure)
         for execution in self.executions.unfinished():
             self._end_unsent(execution, failure)
         self._apply(Event.CLOSED, reason)
@@ -326,6 +322,12 @@ class Kernel:
             execution.end(Outcome.failed(ending, failure), before)
         elif execution is not None:
             execution.end(Outcome(ending), self.journal.last)
+
+    def _lose(self, error: CellError, failure: CellvmError | None = None) -> None:
+        """End every request that was under way, because its kernel is gone."""
+        for msg_id in list(self._pending):
+            self._end_request(msg_id, error, Ending.UNKNOWN, failure)
+        self._busy.clear()
 
     def _end_unsent(self, execution: Execution, failure: CellvmError) -> None:
         """End an execution that the kernel has not got."""
