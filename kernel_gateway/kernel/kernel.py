@@ -28,6 +28,8 @@ START_LIMIT = 120
 INTERRUPT_GRACE = 0.75
 """Seconds a cell gets to end after an interrupt before its kernel is killed, so that the reply comes within a second.
 An emulated machine gets twice as long, because a loop in it may need most of a second to notice."""
+REPLY_GRACE = 5.0
+"""Seconds in which the reply must follow the error of an interrupted cell, because the error shows that it stopped."""
 MAX_SESSIONS = 1000
 """Number of client sessions whose place in the journal is remembered."""
 MAX_PENDING = 10_000
@@ -475,6 +477,7 @@ class Kernel:
     async def _watch(self, execution: Execution) -> None:
         deadline: float | None = None
         may_interrupt = True
+        has_stopped = False
         while execution.outcome is None:
             end = deadline
             if end is None and execution.timeout is not None:
@@ -486,7 +489,10 @@ class Kernel:
             except TimeoutError:
                 if execution.outcome is not None:
                     break  # it ended in the same turn
-                if deadline is not None:
+                if deadline is not None and self._pending[execution.id].is_told and not has_stopped:
+                    has_stopped = True
+                    deadline += REPLY_GRACE
+                elif deadline is not None:
                     self._end_request(execution.id, timed_out(execution.timeout, state_kept=False), Ending.UNKNOWN)
                     # The next cell waits for the next kernel. The reply to this one does not.
                     self._restart("replaced, as it did not stop when a cell's time was over")

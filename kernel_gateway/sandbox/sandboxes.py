@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -25,7 +26,7 @@ from kernel_gateway.guest.guest import Guest, Guests
 from kernel_gateway.images.preparation import Preparation
 from kernel_gateway.images.templates import Template, Templates
 from kernel_gateway.network.policy import Floor, Policy, Refusal
-from kernel_gateway.sandbox.lifecycle import Event, State
+from kernel_gateway.sandbox.lifecycle import ENDED, Event, State
 from kernel_gateway.sandbox.pool import Pool
 from kernel_gateway.sandbox.sandbox import Sandbox, filter_of, new_id
 from kernel_gateway.sandbox.store import Store
@@ -41,6 +42,8 @@ PAUSE = 1.0
 """Seconds after which a task that must live is started again."""
 FLOOR_SHARE, FLOOR = 0.05, 2 * 1024**3
 """The part of the disk, and the bytes at most, that must be free for another sandbox. They are for those that run."""
+ROOM_LIMIT = 5.0
+"""Seconds that a create waits for a machine that is ending, if all places are taken."""
 FLUSH_LIMIT = 5.0
 """Seconds that a server which goes down waits for the database to take the ends of its sandboxes."""
 
@@ -108,6 +111,7 @@ class Sandboxes:
         self._journals = journals
         self._sandboxes: dict[str, Sandbox] = {}
         self._places: set[Sandbox] = set()
+        self._place_is_free = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._replacing: set[asyncio.Task[None]] = set()
         self.is_draining = False
@@ -174,12 +178,9 @@ class Sandboxes:
         self._check_enforceable(policy)
         if self._preparation is not None:
             await self._preparation.require(template)
+        await self._room_for(owner)
         if self.is_draining:
             raise Draining("the server is going down")
-        if sum(each.owner == owner for each in self._places) >= self.per_owner < self.maximum:
-            raise TooManyRequests(f"your key may have {self.per_owner} sandboxes at once", hint="delete one")
-        if len(self._places) >= self.maximum:
-            raise HostFull(f"all {self.maximum} sandboxes of this server are in use", hint="delete one, or wait")
         if lack := self._lack_of_space():
             raise HostFull(lack, hint="the operator must free some space")
         sandbox_id = new_id()
@@ -194,7 +195,7 @@ class Sandboxes:
             idle_timeout=idle_timeout,
             longest_life=longest_life,
             ended=self._ended,
-            gone=self._places.discard,
+            gone=self._gone,
         )
         self._sandboxes[sandbox_id] = sandbox
         self._places.add(sandbox)
@@ -211,6 +212,28 @@ class Sandboxes:
         sandbox.set_timeout(timeout)
         sandbox.started(guest)
         return sandbox
+
+    async def _room_for(self, owner: str) -> None:
+        """Return when the owner may have one more sandbox. Machines that are just ending are waited for.
+
+        Raises:
+            TooManyRequests: the owner has `per_owner` already.
+            HostFull: there are `maximum` already.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ROOM_LIMIT):
+                while self._lack_of_places(owner) and any(each.state in ENDED for each in self._places):
+                    self._place_is_free.clear()
+                    await self._place_is_free.wait()
+        if lack := self._lack_of_places(owner):
+            raise lack
+
+    def _lack_of_places(self, owner: str) -> CellvmError | None:
+        if sum(each.owner == owner for each in self._places) >= self.per_owner < self.maximum:
+            return TooManyRequests(f"your key may have {self.per_owner} sandboxes at once", hint="delete one")
+        if len(self._places) >= self.maximum:
+            return HostFull(f"all {self.maximum} sandboxes of this server are in use", hint="delete one, or wait")
+        return None
 
     async def _start_guest(self, sandbox: Sandbox) -> Guest:
         """A guest from the pool, or else from a restore. If a machine fails the handshake, another is tried."""
@@ -333,6 +356,10 @@ class Sandboxes:
     def _ended(self, sandbox: Sandbox, reason: str) -> None:
         self._store.sandbox_ended(sandbox.id, sandbox.owner, sandbox.template.id, reason)
         del self._sandboxes[sandbox.id]
+
+    def _gone(self, sandbox: Sandbox) -> None:
+        self._places.discard(sandbox)
+        self._place_is_free.set()
 
     async def _expire(self) -> None:
         while True:

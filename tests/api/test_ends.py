@@ -240,6 +240,26 @@ async def test_a_cell_that_stops_at_its_timeout_has_finished(real: Service, real
     assert (cell["error"]["code"], cell["error"]["stateKept"], cell["outcome"]) == ("exec_timeout", True, "finished")
 
 
+async def test_a_reply_that_comes_late_after_its_error(real: Service, real_box: str) -> None:
+    """A cell whose error has been told has stopped. Its reply may take longer than the grace of a cell that runs on."""
+    code = """
+import time
+def slow(result):
+    get_ipython().events.unregister("post_run_cell", slow)
+    time.sleep(1.5)
+get_ipython().events.register("post_run_cell", slow)
+kept = 7
+time.sleep(60)
+"""
+    headers = {"Accept": "application/x-ndjson"}
+    answer = await real.call("POST", f"/sandboxes/{real_box}/execute", {"code": code, "timeout": 0.5}, headers=headers)
+    events = [json.loads(line) for line in answer.body.splitlines()]
+    errors = [each["error"] for each in events if each["type"] == "error"]
+    assert [(each["code"], each["stateKept"]) for each in errors] == [("exec_timeout", True)]
+    assert events[-1]["outcome"] == "finished"
+    assert (await real.execute(real_box, "kept"))["results"][0]["data"]["text/plain"] == "7"
+
+
 async def test_the_last_words_of_a_kernel(service: Service, box: str) -> None:
     """The old kernel's word that it has begun a cell does not make the next kernel busy, whenever it arrives."""
     kernel = kernel_of(service, box)
@@ -433,7 +453,10 @@ async def test_headers_of_requests_are_bounded(service: Service, box: str) -> No
 
 
 async def test_a_place_is_free_when_its_machine_is_gone(tmp_path: Path) -> None:
-    """Sandboxes that are deleted while they are being created keep their places until their machines have ended."""
+    """Sandboxes that are deleted while they are being created keep their places until their machines have ended.
+
+    A create that finds no other place waits for them.
+    """
     driver = FakeDriver()
     driver.script.start_delay = 0.5
     async with serving(tmp_path, driver, max_sandboxes=2) as service:
@@ -442,12 +465,36 @@ async def test_a_place_is_free_when_its_machine_is_gone(tmp_path: Path) -> None:
         boxes = service.sandboxes.list(service.owner)
         deleting = [asyncio.create_task(service.call("DELETE", f"/sandboxes/{each.id}")) for each in boxes]
         await eventually(lambda: len(service.sandboxes) == 0)
-        refused = await service.call("POST", "/sandboxes", {"templateID": "base"})
-        assert error_of(refused)["error"] == "host_full"
+        third = asyncio.create_task(service.call("POST", "/sandboxes", {"templateID": "base"}))
         assert [(await each).code for each in creating] == [409, 409]
         assert [(await each).code for each in deleting] == [204, 204]
         assert driver.alive == []
-        await service.create()
+        assert (await third).code == 201
+
+
+async def test_a_place_whose_machine_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A create waits a bounded time for it, and is refused then. The place is free as soon as the machine has ended."""
+    monkeypatch.setattr("kernel_gateway.sandbox.sandboxes.ROOM_LIMIT", 0.2)
+    driver = FakeDriver()
+    async with serving(tmp_path, driver, max_sandboxes=1) as service:
+        box = await service.create()
+        held = asyncio.Event()
+        vm = driver.machines[0]
+        kill = vm.kill
+
+        async def stuck() -> None:
+            await held.wait()
+            await kill()
+
+        monkeypatch.setattr(vm, "kill", stuck)
+        deleting = asyncio.create_task(service.call("DELETE", f"/sandboxes/{box}"))
+        await eventually(lambda: len(service.sandboxes) == 0)
+        refused = await service.call("POST", "/sandboxes", {"templateID": "base"})
+        assert error_of(refused)["error"] == "host_full"
+        waiting = asyncio.create_task(service.call("POST", "/sandboxes", {"templateID": "base"}))
+        held.set()
+        assert (await waiting).code == 201
+        assert (await deleting).code == 204
 
 
 async def test_a_key_may_have_so_many_sandboxes(tmp_path: Path) -> None:
