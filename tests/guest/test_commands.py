@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from tests.api.test_commands import SPEAKER
 from tests.guest.client import Sandbox
 
 
@@ -80,14 +81,26 @@ def test_users(box: Sandbox) -> None:
 
 
 def test_terminals(box: Sandbox) -> None:
-    """A command gets a terminal of its own: its size, its owner and /dev/tty are right."""
-    with bash(box) as shell:
-        assert "30 100" in shell.type("stty size\r", r"\d+ \d+\r\n.*> $")
-        body = {"rows": 50, "cols": 120}
-        assert box.request("PUT", f"/commands/{shell.pid}/size", json=body).status_code == 204
-        assert "50 120" in shell.type("stty size\r", r"\d+ \d+\r\n.*> $")
-        assert "\ruser 620\r\n" in shell.type("stat -c '%U %a' $(tty)\r", r"\r\w+ \d+\r\n.*> $")
-        shell.type("echo through > /dev/tty\r", r"through\r\n.*> $")
+    """Each user gets a terminal of its own with job control: its size, Ctrl-C, Ctrl-Z, /dev/tty and sudo work."""
+    box.run("tee", "speaker.py", stdin=SPEAKER)
+    for user in ("user", "root"):
+        with bash(box, user=user) as shell:
+            assert "30 100" in shell.type("stty size\r", r"\d+ \d+\r\n.*> $")
+            body = {"rows": 50, "cols": 120}
+            assert box.request("PUT", f"/commands/{shell.pid}/size", json=body).status_code == 204
+            assert "50 120" in shell.type("stty size\r", r"\d+ \d+\r\n.*> $")
+            assert f"\r{user} 620\r\n" in shell.type("stat -c '%U %a' $(tty)\r", r"\r\w+ \d+\r\n.*> $")
+            shell.type("echo through > /dev/tty\r", r"through\r\n.*> $")
+            shell.type("python ~user/speaker.py\r", r"begun\r\n")
+            shell.type("\x03", r"\^C.*KeyboardInterrupt.*> $")
+            shell.type("python ~user/speaker.py\r", r"begun\r\n")
+            shell.type("\x1a", r"Stopped.*> $")
+            shell.type("fg\r", r"resumed\r\n")
+            shell.type("again\r", r"again\r\ngot again\r\n")
+            shell.type("\x1a", r"Stopped.*> $")
+            shell.type("fg\r", r"resumed\r\n")
+            shell.type("\x1c", r"Quit.*> $")
+            assert "root" in shell.type("sudo id -un\r", r"\rroot\r\n.*> $")
 
 
 def test_100_at_once(box: Sandbox) -> None:
