@@ -240,7 +240,7 @@ async def test_a_timeout(guest: Guest) -> None:
     """At its timeout a program is killed. Its output until then is there."""
     begun = time.monotonic()
     end, out, _ = await spawn(guest, "sh", "-c", "echo begun; sleep 30", timeout_ms=300)
-    assert 0.3 <= time.monotonic() - begun < 1.3
+    assert 0.3 <= time.monotonic() - begun < 0.3 + guest.link.time_scale
     assert (end.code, end.timed_out, out) == (124, True, b"begun\n")
 
 
@@ -386,7 +386,7 @@ async def test_interrupt(guest: Guest) -> None:
     await execute(guest, "y = 5")
     begun = time.monotonic()
     cell = await execute(guest, "import time; time.sleep(60)", timeout=0.3)
-    assert 0.3 <= time.monotonic() - begun < 1.3
+    assert 0.3 <= time.monotonic() - begun < 0.3 + guest.link.time_scale
     assert cell.error is not None
     assert (cell.error.code, cell.error.stateKept) == ("exec_timeout", True)
     assert await value(guest, "y") == "5"
