@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -25,7 +26,7 @@ from kernel_gateway.guest.guest import Guest, Guests
 from kernel_gateway.host import examine, install_packages, missing_packages
 from kernel_gateway.images.cache import Busy, Cache, in_thread
 from kernel_gateway.images.image import BuildError
-from kernel_gateway.kernel.events import CellError
+from kernel_gateway.kernel.events import CellError, values
 from kernel_gateway.kernel.notebook import Notebook, NotebookError, tags
 from kernel_gateway.kvm import Verdict
 from kernel_gateway.logs import Escaped
@@ -238,13 +239,14 @@ async def run_file(settings: Settings, file: Path, get: list[str], template_id: 
                 failed = 1
                 show_error(event.error)
             elif event.data is not None:
-                if "image/png" in event.data:
+                shown = {mime: msgspec.json.decode(value) for mime, value in values(event.data).items()}
+                if "image/png" in shown:
                     figures += 1
                     picture = Path(f"{file.stem}-{figures}.png")
-                    picture.write_bytes(base64.b64decode(event.data["image/png"]))
+                    picture.write_bytes(base64.b64decode(shown["image/png"]))
                     console.print(f"saved {picture}")
                 else:
-                    print(event.data.get("text/plain", ""))
+                    print(shown.get("text/plain", ""))
         await fetch(guest, get)
     return failed
 

@@ -34,8 +34,8 @@ from kernel_gateway.errors import (
 from kernel_gateway.guest.files import LISTING_SIZE, MAX_ENTRIES, Files, Writing
 from kernel_gateway.images.templates import Template
 from kernel_gateway.kernel import message
-from kernel_gateway.kernel.events import Cell, CellError, Collector, Events, StreamEvent
-from kernel_gateway.kernel.journal import Gap
+from kernel_gateway.kernel.events import Cell, CellError, Collector, Events, Input, StreamEvent
+from kernel_gateway.kernel.journal import Gap, Journal
 from kernel_gateway.kernel.notebook import session_notebook
 from kernel_gateway.network.policy import MAX_ENTRY, Floor, Policy, parse_policy
 from kernel_gateway.outcome import Ending
@@ -489,32 +489,46 @@ class ExportQuery(Struct):
     format: Literal["ipynb"] = "ipynb"
 
 
+EXPORT_LIMIT = 32 * 1024 * 1024
+"""Bytes of messages that an export takes from the journal. Of a longer session, outputs are left out and counted."""
+exporting = asyncio.Semaphore(1)
+"""Exports wait for each other, because each takes a few times its messages' bytes."""
+
+
 async def export(call: Call) -> None:
     """The session so far as a notebook, with outputs. Cells whose messages are not kept any more are left out."""
     journal = call.sandbox.guest.kernel.journal
+    async with exporting:
+        cells = await session(journal)
+        content = await asyncio.to_thread(session_notebook, cells)
+    call.http.set_header("Content-Type", "application/x-ipynb+json")
+    call.http.set_header("Content-Disposition", f'attachment; filename="{call.sandbox.id}.ipynb"')
+    await call.http.finish(content)
+
+
+async def session(journal: Journal) -> list[tuple[str, int | None, list[StreamEvent]]]:
+    """The cells that a journal knows: code, execution count and events."""
     translate = Events()
     cells: dict[str, tuple[str, list[StreamEvent]]] = {}
-    after = 0
+    after, room = 0, EXPORT_LIMIT
     while records := journal.read(after):
         after = records[-1].seq
         for record in records:
-            if isinstance(record, Gap):
+            size = 0 if isinstance(record, Gap) else sum(map(len, record.parts))
+            if isinstance(record, Gap) or size > room:
                 if cells:
-                    cells[next(reversed(cells))][1].append(StreamEvent("gap", messages=record.messages))
+                    missing = record.messages if isinstance(record, Gap) else 1
+                    cells[next(reversed(cells))][1].append(StreamEvent("gap", seq=record.seq, messages=missing))
                 continue
             if record.kind == "execute_input":
-                code = str(message.content(record.parts[message.CONTENT]).get("code", ""))
-                cells[record.parent] = (code, [])
+                cells[record.parent] = (message.read(record.parts[message.CONTENT], Input).code, [])
             if record.parent in cells:
+                room -= size
                 cells[record.parent][1].extend(
                     translate.receive(record.seq, record.kind, record.parent, record.ends, record.parts)
                 )
         await asyncio.sleep(0)  # let other work run between the pages
-    http = call.http
-    http.set_header("Content-Type", "application/x-ipynb+json")
-    http.set_header("Content-Disposition", f'attachment; filename="{call.sandbox.id}.ipynb"')
-    found = [(code, next((e.executionCount for e in events), None), events) for code, events in cells.values()]
-    await http.finish(await asyncio.to_thread(session_notebook, found))
+    return [(code, next((e.executionCount for e in events), None), events) for code, events in cells.values()]
 
 
 # -- files

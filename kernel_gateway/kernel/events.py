@@ -6,7 +6,7 @@ journal marks the later one. A collected cell keeps up to `text_limit` character
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated
 
 import msgspec
 
@@ -15,6 +15,8 @@ from kernel_gateway.outcome import Ending
 
 TEXT_LIMIT = 8 * 1024 * 1024
 RESULT_LIMIT = 64 * 1024 * 1024
+JsonObject = Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": "object"})]
+"""An object as JSON text."""
 
 
 class CellError(msgspec.Struct, frozen=True):
@@ -30,12 +32,13 @@ class CellError(msgspec.Struct, frozen=True):
 class Result(msgspec.Struct, frozen=True):
     """One rich output. `type` is "result" for the cell's value, "display" for what it displayed.
 
-    `data` is a MIME bundle: text as text, images base64 encoded, JSON as JSON.
+    `data` is a MIME bundle: text as text, images base64 encoded, JSON as JSON. It stays the JSON text that the kernel
+    has sent, because nobody here needs its values. `values` reads it.
     """
 
     type: str
-    data: dict[str, Any]
-    metadata: dict[str, Any] = {}
+    data: JsonObject
+    metadata: JsonObject = msgspec.field(default_factory=lambda: message.EMPTY)
 
 
 class Truncated(msgspec.Struct):
@@ -69,8 +72,8 @@ class StreamEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     seq: int = -1
     id: str = ""
     text: str | None = None
-    data: dict[str, Any] | None = None
-    metadata: dict[str, Any] | None = None
+    data: JsonObject | None = None
+    metadata: JsonObject | None = None
     displayId: str | None = None
     error: CellError | None = None
     executionCount: int | None = None
@@ -96,7 +99,7 @@ class Events:
         events = []
         if len(self._counts) > 1000:
             self._counts.pop(next(iter(self._counts)))
-        made = self._event(kind, execution, message.content(parts[message.CONTENT]), parts) if kind in SHOWN else None
+        made = self._event(kind, execution, parts[message.CONTENT], parts[message.METADATA])
         if made is not None:
             events.append(msgspec.structs.replace(made, seq=seq, id=execution))
         if ends:
@@ -105,10 +108,11 @@ class Events:
             events.append(StreamEvent("end", seq=seq, id=execution, executionCount=count, outcome=outcome))
         return events
 
-    def _event(self, kind: str, execution: str, content: dict[str, Any], parts: Sequence[bytes]) -> StreamEvent | None:
+    def _event(self, kind: str, execution: str, content: bytes, metadata: bytes) -> StreamEvent | None:
         match kind:
-            case "stream" if content.get("name") in ("stdout", "stderr"):
-                return StreamEvent(content["name"], text=str(content.get("text", "")))
+            case "stream":
+                stream = message.read(content, message.Stream)
+                return StreamEvent(stream.name, text=stream.text) if stream.name in ("stdout", "stderr") else None
             case "execute_result":
                 return rich("result", content)
             case "display_data":
@@ -116,73 +120,124 @@ class Events:
             case "update_display_data":
                 return rich("update", content)
             case "clear_output":
-                return StreamEvent("clear", wait=bool(content.get("wait")))
+                return StreamEvent("clear", wait=message.read(content, Clear).wait)
             case "error":
                 return StreamEvent("error", error=cell_error(content))
             case "execute_input":
-                self._counts[execution] = number(content.get("execution_count"))
+                self._counts[execution] = message.read(content, Input).execution_count
                 return StreamEvent("started", executionCount=self._counts[execution])
             case "execute_reply":
-                self._counts[execution] = number(content.get("execution_count")) or self._counts.get(execution)
-                if content.get("status") == "aborted":
+                reply = message.read(content, message.Reply)
+                self._counts[execution] = reply.execution_count or self._counts.get(execution)
+                if reply.status == "aborted":
                     return StreamEvent("error", error=CellError("Aborted", "an earlier cell failed", code="aborted"))
             case "input_request":
-                return StreamEvent(
-                    "input_request", prompt=str(content.get("prompt", "")), password=bool(content.get("password"))
-                )
-            case "status" if content.get("execution_state") not in ("busy", "idle") or not execution:
-                cause = message.content(parts[message.METADATA]).get("cellvm", {})
-                cause = cause if isinstance(cause, dict) else {}
-                return StreamEvent(
-                    "status",
-                    state=str(content.get("execution_state", "")),
-                    reason=cause.get("reason") and str(cause["reason"]),
-                    exitCode=number(cause.get("exitCode")),
-                    signal=number(cause.get("signal")),
-                )
+                asked = message.read(content, Prompt)
+                return StreamEvent("input_request", prompt=asked.prompt, password=asked.password)
+            case "status":
+                state = message.read(content, message.Status).execution_state
+                if state not in ("busy", "idle") or not execution:
+                    cause = message.read(metadata, Told).cellvm
+                    return StreamEvent(
+                        "status",
+                        state=state,
+                        reason=cause.reason or None,
+                        exitCode=cause.exitCode,
+                        signal=cause.signal,
+                    )
         return None
 
 
-SHOWN = frozenset(
-    "stream execute_result display_data update_display_data clear_output error execute_input execute_reply "
-    "input_request status".split()
-)
-"""Kinds of messages that can become an event. The others need not be parsed."""
+class Input(msgspec.Struct):
+    """The content of `execute_input`."""
+
+    code: str = ""
+    execution_count: int | None = None
+
+
+class Clear(msgspec.Struct):
+    """The content of `clear_output`."""
+
+    wait: bool = False
+
+
+class Prompt(msgspec.Struct):
+    """The content of `input_request`."""
+
+    prompt: str = ""
+    password: bool = False
+
+
+class Transient(msgspec.Struct):
+    """What a rich output says of itself that is not kept in notebooks."""
+
+    display_id: str | None = None
+
+
+class Rich(msgspec.Struct):
+    """The content of a result or a display."""
+
+    data: msgspec.Raw = msgspec.Raw(b"")
+    metadata: msgspec.Raw = message.EMPTY
+    transient: Transient | None = None
+    execution_count: int | None = None
+
+
+class Failure(msgspec.Struct):
+    """The content of `error`, and of a reply that tells one."""
+
+    ename: str = ""
+    evalue: str = ""
+    traceback: list[str] = []
+    code: str | None = None
+    stateKept: bool | None = None
+
+
+class Cause(msgspec.Struct, frozen=True):
+    """What the gateway tells in a message's metadata."""
+
+    reason: str = ""
+    exitCode: int | None = None
+    signal: int | None = None
+    outcome: str = ""
+
+
+class Told(msgspec.Struct):
+    """The metadata of a message, as far as the gateway wrote it."""
+
+    cellvm: Cause = Cause()
 
 
 def ending(metadata: bytes) -> Ending:
     """How a request ended, from the metadata of its last message. The gateway tells it where the kernel could not."""
-    ours = message.content(metadata).get("cellvm") if message.OURS in metadata else None
-    told = ours.get("outcome") if isinstance(ours, dict) else None
+    told = message.read(metadata, Told).cellvm.outcome if message.OURS in metadata else ""
     return Ending(told) if told in list(Ending) else Ending.FINISHED
 
 
-def rich(kind: str, content: dict[str, Any]) -> StreamEvent | None:
-    data, metadata, transient = (content.get(name) for name in ("data", "metadata", "transient"))
-    if not isinstance(data, dict):
+def rich(kind: str, part: bytes) -> StreamEvent | None:
+    content = message.read(part, Rich)
+    data = message.json_object(content.data)
+    if data is None:
         return None
     return StreamEvent(
         kind,
         data=data,
-        metadata=metadata if isinstance(metadata, dict) else {},
-        displayId=str(transient["display_id"]) if isinstance(transient, dict) and "display_id" in transient else None,
-        executionCount=number(content.get("execution_count")),
+        metadata=message.json_object(content.metadata) or message.EMPTY,
+        displayId=content.transient.display_id if content.transient else None,
+        executionCount=content.execution_count,
     )
 
 
-def number(value: Any) -> int | None:
-    return value if type(value) is int else None
+def values(data: msgspec.Raw | None) -> dict[str, msgspec.Raw]:
+    """The values of a MIME bundle by their types, each still as JSON text."""
+    found: dict[str, msgspec.Raw] = msgspec.json.decode(data, type=dict[str, msgspec.Raw]) if data else {}
+    return found
 
 
-def cell_error(content: dict[str, Any]) -> CellError:
-    traceback, code, kept = (content.get(name) for name in ("traceback", "code", "stateKept"))
-    return CellError(
-        name=str(content.get("ename", "")),
-        value=str(content.get("evalue", "")),
-        traceback=[str(line) for line in traceback] if isinstance(traceback, list) else [],
-        code=code if isinstance(code, str) else None,
-        stateKept=kept if isinstance(kept, bool) else None,
-    )
+def cell_error(content: bytes) -> CellError:
+    """The error that a message tells."""
+    told = message.read(content, Failure)
+    return CellError(told.ename, told.evalue, told.traceback, told.code, told.stateKept)
 
 
 class Collector:
@@ -218,14 +273,15 @@ class Collector:
 
     def _add_result(self, event: StreamEvent) -> None:
         """Keep a result, in place of the one that it updates."""
-        size = sum(len(value) if isinstance(value, str) else 1000 for value in (event.data or {}).values())
+        data, metadata = event.data or message.EMPTY, event.metadata or message.EMPTY
+        size = len(memoryview(data)) + len(memoryview(metadata))
         index = self._shown.get(event.displayId or "") if event.type == "update" else None
         freed = 0 if index is None else self._sizes[index]
         if size > self._result_room + freed:
             self._dropped.results += 1
             return
         self._result_room += freed - size
-        result = Result("result" if event.type == "result" else "display", event.data or {}, event.metadata or {})
+        result = Result("result" if event.type == "result" else "display", data, metadata)
         if index is not None:
             self._cell.results[index], self._sizes[index] = result, size
             return

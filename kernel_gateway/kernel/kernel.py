@@ -58,7 +58,7 @@ class Pending(msgspec.Struct):
     kind: str
     is_replied: bool = False
     is_idle: bool = False
-    failure: dict[str, Any] | None = None
+    failure: CellError | None = None
     is_told: bool = False
 
 
@@ -237,7 +237,7 @@ class Kernel:
         session: str | None = None
         if parts[CHANNEL] == b"iopub":
             if head.msg_type == "status":
-                self._status_received(parent, message.execution_state(parts[CONTENT]), pending)
+                self._status_received(parent, message.read(parts[CONTENT], message.Status).execution_state, pending)
             if parent.msg_type not in UNTRACKED:
                 self.last_activity = time.time()
         else:
@@ -245,8 +245,8 @@ class Kernel:
             if pending and head.msg_type.endswith("_reply"):
                 pending.is_replied = True
                 if parent.msg_id in self.executions:
-                    content = message.content(parts[CONTENT])
-                    pending.failure = content if content.get("status") == "error" else None
+                    failed = message.read(parts[CONTENT], message.Reply).status == "error"
+                    pending.failure = cell_error(parts[CONTENT]) if failed else None
         execution = self.executions.get(parent.msg_id)
         if execution is not None:
             execution.start()
@@ -289,7 +289,7 @@ class Kernel:
         """
         pending = self._pending[execution.id]
         if pending.failure is not None and not pending.is_told:
-            error = execution.timed_out or cell_error(pending.failure)
+            error = execution.timed_out or pending.failure
             fields = msgspec.json.decode(error_content(error))
             parts = message.new("iopub", "error", fields, session=self._kernel_session, parent=pending.header)
             self.journal.append(parts, "error", execution.id)
@@ -365,7 +365,7 @@ class Kernel:
             if head.msg_id not in self._pending:
                 self._remember(head.msg_id, Pending(session, parts[CHANNEL].decode(), parts[HEADER], head.msg_type))
             if head.msg_type == "shutdown_request":
-                self._is_ending = not message.content(parts[CONTENT]).get("restart")
+                self._is_ending = not message.read(parts[CONTENT], message.Reply).restart
             if self._state is State.DEAD:
                 reason = f"the kernel is dead ({self.reason}); restart it"
                 error = CellError("DeadKernel", reason, code="kernel_restarted")

@@ -160,9 +160,9 @@ def journal_entry(seq: int, parts: list[bytes]) -> dict[str, Any]:
     return {
         "seq": seq,
         "channel": parts[CHANNEL].decode("ascii", "replace"),
-        "header": message.content(parts[HEADER]),
-        "parent_header": message.content(parts[PARENT]),
-        "metadata": message.content(parts[METADATA]),
-        "content": message.content(parts[CONTENT]),
+        "header": message.json_object(parts[HEADER]) or message.EMPTY,
+        "parent_header": message.json_object(parts[PARENT]) or message.EMPTY,
+        "metadata": message.json_object(parts[METADATA]) or message.EMPTY,
+        "content": message.json_object(parts[CONTENT]) or message.EMPTY,
         "buffers": parts[CONTENT + 1 :],  # bytes: msgspec writes them as base64
     }

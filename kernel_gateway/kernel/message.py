@@ -7,7 +7,8 @@ import json
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -34,19 +35,27 @@ class Header(msgspec.Struct, gc=False):
 class Stream(msgspec.Struct, gc=False):
     """The content of a `stream` message."""
 
-    name: str
-    text: str
+    name: str = ""
+    text: str = ""
 
 
 class Status(msgspec.Struct, gc=False):
-    """The content of a `status` message. Other fields are skipped, however large they are."""
+    """The content of a `status` message."""
 
     execution_state: str = ""
 
 
+class Reply(msgspec.Struct, gc=False):
+    """The content of a reply. `restart` is told by a `shutdown_request`, too."""
+
+    status: str = ""
+    execution_count: int | None = None
+    restart: bool = False
+
+
+EMPTY = msgspec.Raw(b"{}")
+S = TypeVar("S", bound=msgspec.Struct)
 _header = msgspec.json.Decoder(Header)
-_status = msgspec.json.Decoder(Status)
-_stream = msgspec.json.Decoder(Stream)
 _encoder = msgspec.json.Encoder()
 
 
@@ -62,31 +71,44 @@ def header(part: bytes | memoryview) -> Header:
     return found if is_short else Header()
 
 
-def execution_state(part: bytes | memoryview) -> str:
-    """The state that the content of a `status` message tells; empty if it is malformed."""
-    try:
-        return _status.decode(part).execution_state
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return ""
+_decoder = cache(msgspec.json.Decoder)
 
 
-def content(part: bytes | memoryview) -> dict[str, Any]:
-    """Read a content part. Anything but an object reads as empty."""
+def read(part: bytes | memoryview, kind: type[S]) -> S:
+    """Read the fields of a content or metadata part that `kind` has. A malformed part reads as `kind()`.
+
+    Other fields are skipped without being built, however large they are, because JSON as Python objects takes up to
+    twenty times its bytes.
+    """
     try:
-        found = msgspec.json.decode(part)
+        found: S = _decoder(kind).decode(part)
     except (msgspec.MsgspecError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return kind()
+    return found
+
+
+class Object(msgspec.Struct):
+    """Any JSON object."""
+
+
+_object = msgspec.json.Decoder(Object)
+
+
+def json_object(part: bytes | memoryview | msgspec.Raw) -> msgspec.Raw | None:
+    """A JSON object as the text that it is, to be put into an answer unread; None if it is malformed or no object."""
+    try:
+        str(part, "utf-8")
+        _object.decode(part)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+    return part if isinstance(part, msgspec.Raw) else msgspec.Raw(part)
 
 
 def joined(contents: Sequence[bytes]) -> bytes | None:
     """The contents of several `stream` messages as one; None if they are not all of the same stream."""
-    try:
-        pieces = [_stream.decode(part) for part in contents]
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return None
+    pieces = [read(part, Stream) for part in contents]
     name = pieces[0].name
-    if any(piece.name != name for piece in pieces):
+    if not name or any(piece.name != name for piece in pieces):
         return None
     return _encoder.encode(Stream(name, "".join(piece.text for piece in pieces)))
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import msgspec
 
-from kernel_gateway.kernel.events import CellError, StreamEvent
+from kernel_gateway.kernel.events import CellError, StreamEvent, values
+from kernel_gateway.kernel.message import EMPTY
 
 MAX_CELL = 128 * 1024 * 1024
 """Bytes that one cell's outputs may take, because a runaway `print` must not fill the host's memory."""
@@ -67,7 +68,7 @@ class Outputs:
                 item: Json = {"output_type": "display_data"}
                 if event.type == "result":
                     item = {"output_type": "execute_result", "execution_count": count(event) or self.execution_count}
-                item |= {"data": bundle(event), "metadata": event.metadata or {}}
+                item |= {"data": bundle(event), "metadata": event.metadata or EMPTY}
                 if self._append(item) and event.displayId is not None:
                     self._displays.setdefault(event.displayId, []).append(item)
             case "error" if event.error is not None:
@@ -82,12 +83,12 @@ class Outputs:
     def update(self, event: StreamEvent) -> None:
         """Replace the data of the displays with the event's id, if there are any here."""
         for item in self._displays.get(event.displayId or "", ()):
-            new = {"data": bundle(event), "metadata": event.metadata or {}}
+            new = {"data": bundle(event), "metadata": event.metadata or EMPTY}
             if self._fits(size(new) - size({name: item[name] for name in new})):
                 item.update(new)
 
     def written(self) -> list[Json]:
-        """The outputs so far, in nbformat's shape."""
+        """The outputs so far, in nbformat's shape. Data and metadata are still JSON text."""
         items = [
             {**item, "text": "".join(item["text"])} if item["output_type"] == "stream" else item for item in self._items
         ]
@@ -129,7 +130,7 @@ class Notebook:
     """A notebook whose code cells get new outputs. `cells` are its code cells that are not tagged `skip-execution`."""
 
     def __init__(self, node: Json) -> None:
-        self._node = node
+        self.node = node
         self.cells: list[Json] = [
             cell for cell in node["cells"] if cell["cell_type"] == "code" and "skip-execution" not in tags(cell)
         ]
@@ -180,12 +181,12 @@ class Notebook:
         """The notebook as a file's content."""
         nbformat = library()
         for cell, outputs in zip(self.cells, self.outputs, strict=True):
-            cell["outputs"], cell["execution_count"] = outputs.written(), outputs.execution_count
-        node = nbformat.from_dict(self._node)
+            cell["outputs"] = msgspec.json.decode(msgspec.json.encode(outputs.written()))
+            cell["execution_count"] = outputs.execution_count
+        node = nbformat.from_dict(self.node)
         nbformat.validate(node)
         text: str = nbformat.v4.writes(node, ensure_ascii=False)
-        # JSON may have lone surrogates and UTF-8 may not, so they are written as escapes.
-        return (text + "\n").encode("utf-8", "backslashreplace")
+        return (text + "\n").encode()
 
     def write(self, path: Path) -> None:
         """Write a file, or replace it as a whole, because a full disk must not cost the notebook that was there."""
@@ -217,7 +218,10 @@ def library() -> Any:
 
 
 def session_notebook(cells: Iterable[tuple[str, int | None, Sequence[StreamEvent]]]) -> bytes:
-    """A session as a notebook: for each cell its code, its execution count and all its events."""
+    """A session as a notebook: for each cell its code, its execution count and all its events.
+
+    nbformat is not used, because it would make Python objects of all data, and they take up to twenty times the bytes.
+    """
     given = list(cells)
     book = Notebook(
         {
@@ -234,9 +238,12 @@ def session_notebook(cells: Iterable[tuple[str, int | None, Sequence[StreamEvent
     in_order = sorted(((n, event) for n, cell in enumerate(given) for event in cell[2]), key=lambda pair: pair[1].seq)
     for number, event in in_order:
         book.add(number, event)
-    for outputs, (_, execution_count, _) in zip(book.outputs, given, strict=True):
-        outputs.execution_count = execution_count if execution_count is not None else outputs.execution_count
-    return book.to_bytes()
+    for cell, outputs, (_, execution_count, _) in zip(book.cells, book.outputs, given, strict=True):
+        cell["outputs"] = outputs.written()
+        cell["execution_count"] = execution_count if execution_count is not None else outputs.execution_count
+    # A cell has a line. The data is not indented, because the blanks before deeply nested data could be any number.
+    cells_json = b",\n".join(msgspec.json.encode(cell) for cell in book.node.pop("cells"))
+    return b'{"cells": [\n' + cells_json + b"\n]," + msgspec.json.encode(book.node)[1:] + b"\n"
 
 
 def tags(cell: Json) -> list[str]:
@@ -250,12 +257,16 @@ def count(event: StreamEvent) -> int | None:
     return value if value is not None and not isinstance(value, bool) and value >= 0 else None
 
 
-def bundle(event: StreamEvent) -> Json:
+def bundle(event: StreamEvent) -> dict[str, msgspec.Raw]:
     """The event's MIME bundle as the format wants it. Data whose type is not JSON is text."""
     return {
-        mime: value if isinstance(value, str) or JSON_TYPE.fullmatch(mime) else msgspec.json.encode(value).decode()
-        for mime, value in (event.data or {}).items()
+        mime: value if bytes(value).startswith(b'"') or JSON_TYPE.fullmatch(mime) else as_text(value)
+        for mime, value in values(event.data).items()
     }
+
+
+def as_text(value: msgspec.Raw) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(str(value, "utf-8")))
 
 
 def size(content: Json | str) -> int:

@@ -8,6 +8,7 @@ import pytest
 from tornado.httpclient import HTTPResponse
 
 from guest_agent import wire
+from kernel_gateway.api import rest
 from kernel_gateway.kernel import message
 from tests.fakes import Service, error_of, eventually, resident
 
@@ -405,3 +406,16 @@ async def test_a_cell_among_very_many_requests(service: Service, box: str, monke
             await sending
     assert (await running)["results"][0]["data"] == {"text/plain": "7"}
     assert (await service.execute(box, "8"))["results"][0]["data"] == {"text/plain": "8"}
+
+
+async def test_an_export_has_a_limit(service: Service, box: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs beyond it are counted and left out. The cells after them are there, and several may ask at once."""
+    monkeypatch.setattr(rest, "EXPORT_LIMIT", 100_000)
+    await service.execute(box, 'print("x" * 200_000)')
+    await service.execute(box, "6 * 7")
+    answers = await asyncio.gather(*(service.call("GET", f"/sandboxes/{box}/export") for _ in range(4)))
+    assert {answer.code for answer in answers} == {200}
+    first, second = (cell["outputs"] for cell in json.loads(answers[0].body)["cells"])
+    assert "messages of output are missing" in first[-1]["text"]
+    assert sum(len(output.get("text", "")) for output in first) < 100_000
+    assert second[0]["data"]["text/plain"] == "42"
