@@ -164,6 +164,7 @@ async def build(settings: Settings) -> None:
 async def doctor(settings: Settings) -> int:
     """Tell what this host offers; the exit status is 1 when a server can't run."""
     found: Verdict | str = "packages are missing"
+    template = load_templates(settings).default
     if why := kvm.refused():
         found = Verdict(False, why)
     elif not missing_packages(settings.qemu):
@@ -173,7 +174,6 @@ async def doctor(settings: Settings) -> int:
         with steps() as step, closing(building.cache):
             try:
                 async with building.cache.building(step, waits=False) as tell:
-                    template = load_templates(settings).default
                     found = await kvm.verdict(building, template, disks, tell, anew=True)
             except (BuildError, Busy) as error:
                 found = str(error)
@@ -183,7 +183,7 @@ async def doctor(settings: Settings) -> int:
         own = await host_addresses()
     except DriverError:  # no `ip`: then there is no network either, as is said below
         own = frozenset()
-    for finding in examine(settings, found, await choose(settings.network), own):
+    for finding in examine(settings, template.disk_mb, found, await choose(settings.network), own):
         failed = failed or finding.level == "fail"
         told = escape(finding.what + (f" — {finding.meaning}" if finding.meaning else ""))  # a guest's console is in it
         print_line = f"{marks[finding.level]}  {told}"

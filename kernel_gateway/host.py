@@ -80,11 +80,12 @@ class Finding:
 
 
 def examine(
-    settings: Settings, kvm: Verdict | str, network: tuple[str, str], own: frozenset[IPv4Address]
+    settings: Settings, disk_mb: int, kvm: Verdict | str, network: tuple[str, str], own: frozenset[IPv4Address]
 ) -> Iterator[Finding]:
     """Look at everything a server needs.
 
     Args:
+        disk_mb: MiB that a sandbox's disk may take.
         kvm: what became of the real guest on KVM, or why it was not tried.
         network: the mechanism that sandboxes' networks would have, and what did not work (`network.slots.choose`).
         own: the host's own addresses.
@@ -101,6 +102,7 @@ def examine(
     yield from _jail(settings)
     yield from _network(settings, *network, own)
     yield from _space(settings)
+    yield promised(settings, disk_mb)
     yield _cache(settings)
     memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(memory["MemAvailable"].split()[0]) // 1024
@@ -244,6 +246,17 @@ def _space(settings: Settings) -> Iterator[Finding]:
         os.close(os.open(path, os.O_TMPFILE | os.O_RDWR))
     except OSError as error:
         yield Finding("fail", f"no nameless files in {path}: {error.strerror}", "choose another --data-dir")
+
+
+def promised(settings: Settings, disk_mb: int) -> Finding:
+    """What all sandboxes together may ask of the disk, beside what it has."""
+    path = next(each for each in (settings.data_path, *settings.data_path.parents) if each.exists())
+    free, most = shutil.disk_usage(path).free, settings.max_sandboxes * disk_mb << 20
+    level = "ok" if most <= free else "warn"
+    meaning = (
+        "" if level == "ok" else "on a full disk the greatest user is ended; lower --max-sandboxes to exclude that"
+    )
+    return Finding(level, f"{settings.max_sandboxes} sandboxes may fill {most >> 30} GiB of disk", meaning)
 
 
 def _port(settings: Settings) -> Finding:

@@ -785,6 +785,7 @@ class FakeVm:
 
     def __init__(self, script: Script, nic: FakeSlot | None = None) -> None:
         self.nic = nic
+        self.disk_bytes = 0
         self.is_stopped = False
         self._ours, theirs = socket.socketpair()
         self._is_open = False
@@ -971,6 +972,7 @@ async def serving(
     pool_size: int = 0,
     store: str = "cellvm.db",
     network: FakeNetwork | None = None,
+    journals: Path | None = None,
     **options: Any,
 ) -> AsyncIterator[Service]:
     """A service for the time of the block. Nothing is left of it afterwards. `options` are the application's."""
@@ -979,7 +981,14 @@ async def serving(
     guests = Guests(driver)
     pools = {"code_interpreter": Pool(guests, "code_interpreter", pool_size)} if pool_size else {}
     sandboxes = Sandboxes(
-        Templates(TEMPLATES), guests, pools, db, maximum=max_sandboxes, per_owner=per_owner, network=network
+        Templates(TEMPLATES),
+        guests,
+        pools,
+        db,
+        maximum=max_sandboxes,
+        per_owner=per_owner,
+        network=network,
+        journals=journals,
     )
     http = HTTPServer(application(sandboxes, db, **options), max_body_size=1 << 50, max_header_size=64 * 1024)
     sock, port = bind_unused_port()

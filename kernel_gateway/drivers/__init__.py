@@ -80,6 +80,14 @@ class Networked(Protocol):
 
 
 @runtime_checkable
+class TakesDisk(Protocol):
+    """A machine whose disk takes space of the host as it is written to."""
+
+    @property
+    def disk_bytes(self) -> int: ...
+
+
+@runtime_checkable
 class Stops(Protocol):
     """A machine that can stand still without using a processor."""
 

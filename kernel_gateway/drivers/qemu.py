@@ -64,10 +64,12 @@ class QemuVm:
         console: socket.socket,
         nic: Nic | None,
         cell: Cell,
+        disk: int,
     ) -> None:
         self.nic = nic
         self.cell = cell
         self._process = process
+        self._disk = disk
         self._channel: socket.socket | None = channel
         self._console = console
         self._console_text = bytearray()
@@ -88,6 +90,10 @@ class QemuVm:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def disk_bytes(self) -> int:
+        return 0 if self._ended.done() else os.fstat(self._disk).st_blocks * 512
 
     @property
     def console_text(self) -> str:
@@ -175,6 +181,7 @@ class QemuVm:
         self._console_readable()
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
+        os.close(self._disk)
         self._loop.remove_reader(self._console)
         self._console.close()
         # Only who listens on a descriptor may close it: its number may be somebody else's socket a moment later.
@@ -350,4 +357,4 @@ class Qemu:
                 start_new_session=True,  # Ctrl-C is for the server, which lets requests finish
             )
             undo.pop_all()
-        return QemuVm(process, channel, qmp, console, nic, cell)
+        return QemuVm(process, channel, qmp, console, nic, cell, os.dup(disk))

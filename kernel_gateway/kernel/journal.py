@@ -155,6 +155,11 @@ class Journal:
             self._press()
         return record
 
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the file."""
+        return 0 if self._file is None else os.fstat(self._file.fileno()).st_size
+
     def spill(self) -> None:
         """Move the oldest page to disk. The newest message stays."""
         page: list[Record] = []

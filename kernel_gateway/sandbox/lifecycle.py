@@ -1,6 +1,6 @@
 """The life of a sandbox: one table, one function that reads it. Pure.
 
-    CREATING ──started──▶ RUNNING ──kill, timeout, died, server_stopped──▶ STOPPING ──gone──▶ STOPPED
+    CREATING ──started──▶ RUNNING ──kill, timeout, died, disk_full, server_stopped──▶ STOPPING ──gone──▶ STOPPED
         ├────kill, died, server_stopped──▶ STOPPING
         └────start_failed──▶ STOPPED
 
@@ -30,6 +30,7 @@ class Event(StrEnum):
     KILL = "kill"
     EXPIRED = "timeout"
     DIED = "died"
+    DISK_FULL = "disk_full"
     SERVER_STOPPED = "server_stopped"
     GONE = "gone"
 
@@ -48,6 +49,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
     State.RUNNING: {
         Event.KILL: State.STOPPING,
         Event.EXPIRED: State.STOPPING,
+        Event.DISK_FULL: State.STOPPING,
         Event.DIED: State.STOPPING,
         Event.SERVER_STOPPED: State.STOPPING,
     },

@@ -12,7 +12,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Protocol, runtime_checkable
 
-from kernel_gateway.drivers import Networked, Vm
+from kernel_gateway.drivers import Networked, TakesDisk, Vm
 from kernel_gateway.errors import Conflict, SandboxDied
 from kernel_gateway.guest.guest import Guest
 from kernel_gateway.images.templates import Template
@@ -183,6 +183,14 @@ class Sandbox:
     def is_in_use(self) -> bool:
         """Whether somebody is connected to its kernel, or the kernel works."""
         return self.kernel is not None and (self.kernel.connections > 0 or self.kernel.state == "busy")
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the host's disk that it takes: its own disk, and the kernel's output that memory does not hold."""
+        if self._guest is None:
+            return 0
+        vm = self._guest.vm
+        return self._guest.kernel.journal.disk_bytes + (vm.disk_bytes if isinstance(vm, TakesDisk) else 0)
 
     @property
     def ends_at(self) -> datetime:

@@ -44,6 +44,8 @@ FLOOR_SHARE, FLOOR = 0.05, 2 * 1024**3
 """The part of the disk, and the bytes at most, that must be free for another sandbox. They are for those that run."""
 ROOM_LIMIT = 5.0
 """Seconds that a create waits for a machine that is ending, if all places are taken."""
+WORTH_ENDING = 256 * 1024**2
+"""Bytes of disk. Nobody's sandbox is ended for less, because that would hardly help the others."""
 FLUSH_LIMIT = 5.0
 """Seconds that a server which goes down waits for the database to take the ends of its sandboxes."""
 
@@ -129,13 +131,32 @@ class Sandboxes:
         return self._store.trouble or self._lack_of_space()
 
     def _lack_of_space(self) -> str:
+        free, floor = self._space()
+        if free >= floor:
+            return ""
+        return f"the server's disk has {free >> 20} MiB free, and {floor >> 20} MiB are kept for running sandboxes"
+
+    def _space(self) -> tuple[int, int]:
+        """Free bytes of the disk, and how many should be free."""
         if self._journals is None:
-            return ""
+            return 0, 0
         disk = shutil.disk_usage(self._journals)
-        floor = min(int(disk.total * FLOOR_SHARE), FLOOR)
-        if disk.free >= floor:
-            return ""
-        return f"the server's disk has {disk.free >> 20} MiB free, and {floor >> 20} MiB are kept for running sandboxes"
+        return disk.free, min(int(disk.total * FLOOR_SHARE), FLOOR)
+
+    def _make_room(self) -> None:
+        """End the sandbox that takes most of the disk if less than half the floor is free.
+
+        A full disk would damage the files of all sandboxes. One is ended at a time, because its space comes back only
+        when its machine is gone.
+        """
+        free, floor = self._space()
+        if free >= floor // 2 or any(each.state in ENDED for each in self._places):
+            return
+        greatest = max(self._places, key=lambda each: each.disk_bytes, default=None)
+        if greatest is not None and greatest.state is State.RUNNING and greatest.disk_bytes >= WORTH_ENDING:
+            log.error("sandbox %s is ended, because the disk is full and it takes %d MiB of it",
+                      greatest.id, greatest.disk_bytes >> 20)  # fmt: skip
+            greatest.apply(Event.DISK_FULL)
 
     def start(self) -> None:
         """Begin to fill pools and to watch lifetimes."""
@@ -365,6 +386,7 @@ class Sandboxes:
         while True:
             await asyncio.sleep(TICK)
             self._check_deadlines()
+            self._make_room()
 
     def _check_deadlines(self) -> None:
         for sandbox in list(self._sandboxes.values()):

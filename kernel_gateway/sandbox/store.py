@@ -8,6 +8,7 @@ moment. Reads and keys are small statements, far below a millisecond in WAL mode
 import asyncio
 import hashlib
 import logging
+import os
 import secrets
 import sqlite3
 import time
@@ -39,6 +40,8 @@ CREATE_LIMIT = 10.0
 RETRY = (1.0, 30.0)
 """First and longest pause, in seconds, after ends could not be written."""
 LISTED = 100
+RESERVE = 8 * 1024 * 1024
+"""Bytes of disk that are kept for the ends of sandboxes, because a full disk is when many of them end."""
 
 
 class Entry(NamedTuple):
@@ -76,6 +79,7 @@ class Store:
         self._db.executescript(SCHEMA)
         self._writing_db = self._connect(path)
         self._thread = ThreadPoolExecutor(1, "store")
+        self._reserve = path.with_name("reserve")
         self._unwritten: dict[str, Entry] = {}
         self._flushing: asyncio.Task[None] | None = None
         self.trouble = ""
@@ -147,7 +151,7 @@ class Store:
         entry = Entry(sandbox_id, owner, template, time.time())
         try:
             async with asyncio.timeout(CREATE_LIMIT):
-                await asyncio.get_running_loop().run_in_executor(self._thread, self._write, [entry])
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._write_first, entry)
         except (sqlite3.Error, TimeoutError) as error:
             raise HostFull(f"the server's database can't be written: {str(error) or 'it is locked'}") from error
 
@@ -221,8 +225,29 @@ class Store:
                 log.warning("the database can be written again")
             self.trouble, pause = "", RETRY[0]
 
+    def _write_first(self, entry: Entry) -> None:
+        """Write a new entry, and see to the reserve. This runs in the thread."""
+        self._insert([entry])
+        if not self._reserve.exists():
+            try:
+                with self._reserve.open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, RESERVE)
+            except OSError as error:
+                log.warning("there is no space for the database's reserve: %s", error)
+                self._reserve.unlink(missing_ok=True)
+
     def _write(self, entries: Iterable[Entry]) -> None:
-        """Write entries, each in place of an older one of the same sandbox. This runs in the thread."""
+        """Write entries, with the space of the reserve if there is no other. This runs in the thread."""
+        try:
+            self._insert(entries)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_FULL or not self._reserve.exists():
+                raise
+            self._reserve.unlink()
+            self._insert(entries)
+
+    def _insert(self, entries: Iterable[Entry]) -> None:
+        """Insert entries, each in place of an older one of the same sandbox."""
         self._writing_db.executemany(
             "INSERT INTO sandboxes VALUES (?, ?, ?, ?, ?, ?)"
             " ON CONFLICT (id) DO UPDATE SET ended = excluded.ended, reason = excluded.reason",

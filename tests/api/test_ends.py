@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -495,6 +496,35 @@ async def test_a_place_whose_machine_does_not_end(tmp_path: Path, monkeypatch: p
         held.set()
         assert (await waiting).code == 201
         assert (await deleting).code == 204
+
+
+async def test_a_full_disk_costs_its_greatest_user_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below half the floor one sandbox is ended and its owner is told why. Those that take little are never ended."""
+    driver = FakeDriver()
+    mib, total = 1 << 20, 10_000 << 20  # so the floor is 500 MiB
+
+    def disk_usage(_: Path) -> SimpleNamespace:
+        return SimpleNamespace(total=total, free=others_leave - sum(vm.disk_bytes for vm in driver.alive))
+
+    monkeypatch.setattr("kernel_gateway.sandbox.sandboxes.shutil.disk_usage", disk_usage)
+    async with serving(tmp_path, driver, journals=tmp_path) as service:
+        others_leave = 2_000 * mib
+        boxes = [await service.create() for _ in range(3)]
+        for vm, size in zip(driver.machines, (300, 900, 550), strict=True):
+            vm.disk_bytes = size * mib
+        await asyncio.sleep(1)
+        assert len(driver.alive) == 3, "half the floor is free"
+        refused = await service.call("POST", "/sandboxes", {"templateID": "base"})
+        assert error_of(refused)["error"] == "host_full"
+        driver.machines[0].disk_bytes += 10 * mib
+        await eventually(lambda: len(driver.alive) == 2)
+        gone = await service.call("GET", f"/sandboxes/{boxes[1]}")
+        assert (gone.code, "disk_full" in error_of(gone)["hint"]) == (404, True)
+        await service.create()
+        others_leave = 0
+        await eventually(lambda: len(driver.alive) == 1)
+        await asyncio.sleep(1)
+        assert len(driver.alive) == 1, "ending one that takes nothing would not help"
 
 
 async def test_a_key_may_have_so_many_sandboxes(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kernel_gateway import host
-from kernel_gateway.host import Finding, _network
+from kernel_gateway.host import Finding, _network, promised
 from kernel_gateway.settings import Settings
 
 
@@ -61,3 +61,12 @@ def test_more_sandboxes_than_the_host_can_count_connections_of(monkeypatch: pyte
     assert not [each for each in found(max_sandboxes=20) if "connections" in each.what]
     (finding,) = [each for each in found(max_sandboxes=40) if "connections" in each.what]
     assert "nf_conntrack_max=200000" in finding.meaning
+
+
+def test_what_is_promised_is_told(tmp_path: Path) -> None:
+    """Doctor adds up the disks of all sandboxes, and warns if the host has less."""
+    settings = Settings(data_dir=str(tmp_path / "not" / "yet"), max_sandboxes=4)
+    assert promised(settings, 1) == Finding("ok", "4 sandboxes may fill 0 GiB of disk", "")
+    much = promised(settings, 1 << 30)
+    assert (much.level, much.what) == ("warn", "4 sandboxes may fill 4194304 GiB of disk")
+    assert "--max-sandboxes" in much.meaning

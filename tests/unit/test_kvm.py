@@ -288,7 +288,7 @@ async def test_doctor_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.Monke
 
     told: list[Verdict | str] = []
 
-    def examine(settings: Settings, kvm: Verdict | str, *_: object) -> list[Finding]:
+    def examine(settings: Settings, disk_mb: int, kvm: Verdict | str, *_: object) -> list[Finding]:
         told.append(kvm)
         return [kvm_finding(kvm)]
 

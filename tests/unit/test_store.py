@@ -2,14 +2,14 @@
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
 import pytest
 
 from kernel_gateway.errors import HostFull
-from kernel_gateway.sandbox.store import Store, new_key
+from kernel_gateway.sandbox.store import RESERVE, Entry, Store, new_key
 from tests.fakes import eventually
 
 
@@ -136,6 +136,31 @@ def locked(store: Store) -> Iterator[None]:
         db.execute("BEGIN IMMEDIATE")
         yield
         db.execute("ROLLBACK")
+
+
+async def test_the_reserve(tmp_path: Path) -> None:
+    """On a full disk ends are written with the space that is kept for them. A later create keeps some again."""
+    store = Store(tmp_path / "db")
+    await store.sandbox_created("sbx0", "me", "base")
+    reserve = tmp_path / "reserve"
+    assert reserve.stat().st_blocks * 512 >= RESERVE
+    insert, tried = store._insert, []
+
+    def insert_if_there_is_space(entries: Iterable[Entry]) -> None:
+        tried.append(reserve.exists())
+        if reserve.exists():
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+        insert(entries)
+
+    store._insert = insert_if_there_is_space  # type: ignore[method-assign]
+    store.sandbox_ended("sbx0", "me", "base", "timeout")
+    await store.flush(10)
+    assert (tried, store.trouble, rows(store)) == ([True, False], "", [("sbx0", "timeout")])
+    await store.sandbox_created("sbx1", "me", "base")
+    assert reserve.exists()
+    store.close()
 
 
 @contextmanager
