@@ -200,8 +200,6 @@ class Sandboxes:
         if self._preparation is not None:
             await self._preparation.require(template)
         await self._room_for(owner)
-        if self.is_draining:
-            raise Draining("the server is going down")
         if lack := self._lack_of_space():
             raise HostFull(lack, hint="the operator must free some space")
         sandbox_id = new_id()
@@ -238,18 +236,21 @@ class Sandboxes:
         """Return when the owner may have one more sandbox. Machines that are just ending are waited for.
 
         Raises:
+            Draining: the server is going down.
             TooManyRequests: the owner has `per_owner` already.
             HostFull: there are `maximum` already.
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(ROOM_LIMIT):
-                while self._lack_of_places(owner) and any(each.state in ENDED for each in self._places):
+                while self._refusal(owner) and any(each.state in ENDED for each in self._places):
                     self._place_is_free.clear()
                     await self._place_is_free.wait()
-        if lack := self._lack_of_places(owner):
-            raise lack
+        if refusal := self._refusal(owner):
+            raise refusal
 
-    def _lack_of_places(self, owner: str) -> CellvmError | None:
+    def _refusal(self, owner: str) -> CellvmError | None:
+        if self.is_draining:
+            return Draining("the server is going down")
         if sum(each.owner == owner for each in self._places) >= self.per_owner < self.maximum:
             return TooManyRequests(f"your key may have {self.per_owner} sandboxes at once", hint="delete one")
         if len(self._places) >= self.maximum:

@@ -229,6 +229,8 @@ class Run:
         sandbox = self.service.sandboxes.find(box)
         if sandbox is None:
             return True
+        if sandbox.deadline <= time.monotonic() or sandbox.guest.vm not in self.world.driver.alive:
+            return False  # its end comes in a moment
         kernel = sandbox.kernel
         assert kernel is not None
         return (

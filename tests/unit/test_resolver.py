@@ -363,7 +363,7 @@ async def test_what_was_given_is_remembered_for_a_while() -> None:
 
 async def test_the_next_resolver_is_asked() -> None:
     """The next one is asked when one is silent, fails or answers rubbish. If none answers, the query fails in time."""
-    limits = Limits(attempt=0.2, total=0.5)
+    limits = Limits(attempt=0.5, total=1.25)
     good = answering(f"a.example. 60 A {PUBLIC}")
     for bad in (silent, answering(rcode=dns.rcode.SERVFAIL), answering(rcode=dns.rcode.REFUSED), lambda _: b"\0" * 12):
         async with World([Upstream(bad), Upstream(good)], limits=limits).run() as world:
