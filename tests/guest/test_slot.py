@@ -41,6 +41,7 @@ class Guest:
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
         self._port = random.randrange(20_000, 60_000)
+        self._places: dict[int, tuple[int, int]] = {}  # numbers of the next byte each way, by our port
         self.last = b""
 
     def send(self, payload: bytes, kind: int = 0x0800) -> None:
@@ -73,16 +74,22 @@ class Guest:
         return ports, ack
 
     async def goes_on(self, target: str, ports: tuple[int, int], ack: int) -> bool:
-        """Send data on an open connection. Tells whether the answer is data, and not a reset."""
+        """Send data on an open connection. Tells whether the answer is data, and not a reset.
+
+        An answer that was sent before, and is sent again because nobody acknowledged it, does not count.
+        """
         newest, self._port = self._port, ports[0]
-        self.segment(target, ports, 1, ack, 0x18, b"hi\r\n")
+        sent, expected = self._places.get(ports[0], (1, ack))
+        self.segment(target, ports, sent, expected, 0x18, b"hi\r\n")
         try:
             async with asyncio.timeout(5):
                 while True:
                     await self._answer("tcp")
-                    of_it = struct.unpack(">H", self.last[22:24])[0] == ports[0]
-                    if of_it and (self.last[33] & 0x04 or self.last[40:]):
-                        return not self.last[33] & 0x04
+                    port, seq = struct.unpack(">HI", self.last[22:28])
+                    is_reset, data = self.last[33] & 0x04, self.last[40:]
+                    if port == ports[0] and (is_reset or (data and seq == expected)):
+                        self._places[port] = sent + 4, expected + len(data)
+                        return not is_reset
         finally:
             self._port = newest
 
