@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable
 from http import HTTPStatus
 from http.client import responses
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 from tornado.http1connection import HTTP1Connection
@@ -24,7 +24,7 @@ from tornado.httputil import HTTPHeaders, HTTPMessageDelegate, HTTPServerRequest
 from tornado.iostream import IOStream, StreamClosedError
 
 from guest_agent import wire
-from kernel_gateway.api.base import DROPPED_BODY, STATUS, Call, ErrorBody, key_of
+from kernel_gateway.api.base import DROPPED_BODY, STATUS, Call, ErrorBody, Requests, key_of
 from kernel_gateway.errors import (
     CellvmError,
     Conflict,
@@ -148,7 +148,7 @@ class Preview(HTTPMessageDelegate):
         self,
         sandboxes: Sandboxes,
         store: Store,
-        requests: set[Any],
+        requests: Requests,
         reading: asyncio.Lock,
         request: HTTPServerRequest,
         place: Place,
