@@ -323,9 +323,13 @@ async def break_link(service: Service, box: str, client: socket.socket) -> None:
 
 
 async def interrupt_and_read(service: Service, box: str, client: socket.socket) -> None:
-    await kernel_of(service, box).interrupt()
-    for command in service.sandboxes.get(service.owner, box).guest.commands:
-        command.kill()
+    guest = service.sandboxes.get(service.owner, box).guest
+    async with asyncio.timeout(TIMEOUT):
+        while list(guest.kernel.executions.unfinished()) or any(each.outcome is None for each in guest.commands):
+            await guest.kernel.interrupt()
+            for command in guest.commands:
+                command.kill()
+            await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize("end", [hang_up, delete, die, break_link, interrupt_and_read])
@@ -360,6 +364,8 @@ async def test_nothing_stays_held(service: Service, box: str, work: str, end: Wa
             client.close()
         else:
             await eventually(lambda: held(service) > 50_000)
+        cells = {"cell": 1, "waiting": 2}.get(work, 0)
+        await eventually(lambda: len(kernel_of(service, box).executions) == cells)
         await end(service, box, client)
         if end is interrupt_and_read and work in ("cell", "waiting", "command", "input"):
             await eventually(lambda: held(service) < 110_000)
