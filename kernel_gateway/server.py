@@ -9,7 +9,7 @@ import shutil
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sized
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -26,6 +26,7 @@ from kernel_gateway.drivers.jail import Jail
 from kernel_gateway.drivers.qemu import Qemu
 from kernel_gateway.drivers.unisolated import Unisolated
 from kernel_gateway.guest.guest import Guests
+from kernel_gateway.held import Held
 from kernel_gateway.images.build import Builder, qemu_version
 from kernel_gateway.images.cache import Cache, in_thread
 from kernel_gateway.images.image import Progress, content_hash
@@ -273,6 +274,8 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 maximum=settings.max_sandboxes,
                 per_owner=settings.max_sandboxes_per_key or settings.max_sandboxes,
                 journals=journals,
+                held=Held(settings.max_held_mb << 20, settings.max_held_total_mb << 20),
+                creates_per_minute=settings.max_creates_per_minute,
                 network=opened.network,
                 preparation=preparation,
             )
@@ -285,6 +288,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 kernel_idle_timeout=settings.kernel_idle_timeout,
                 kernel_max_life=settings.kernel_max_life or None,
                 max_connections=settings.max_connections,
+                max_requests=settings.max_requests,
                 domain=settings.domain,
             )
             http = Door(
@@ -378,7 +382,7 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-async def drain(requests: set[object], timeout: float) -> None:
+async def drain(requests: Sized, timeout: float) -> None:
     """Let requests that are being answered finish, within `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while requests and time.monotonic() < deadline:

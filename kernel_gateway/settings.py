@@ -49,6 +49,18 @@ class Settings:
     max_sandboxes_per_key: int = setting(
         0, "Sandboxes that one key may have at once; beyond, creates answer 429. 0: all there are.", low=0, high=10000
     )
+    max_creates_per_minute: int = setting(
+        600, "Sandboxes that one key may create within a minute; beyond, creates answer 429.", low=1, high=1000000
+    )
+    max_requests: int = setting(
+        1000, "Requests of one key that are answered at once; beyond, they answer 429.", low=1, high=100000
+    )
+    max_held_mb: int = setting(
+        64, "MiB that may wait in the server for one key; beyond, requests answer 429.", low=1, high=100000
+    )
+    max_held_total_mb: int = setting(
+        1024, "MiB that may wait in the server for all keys; beyond, requests answer 503.", low=1, high=1000000
+    )
     isolation: str = setting(
         "auto", "auto, qemu-kvm, qemu-tcg, or unisolated (no boundary at all).", choices=ISOLATIONS
     )

@@ -11,7 +11,7 @@ from tornado.httputil import HTTPServerRequest
 from tornado.web import Application
 
 from kernel_gateway.api import commands, jupyter, ports, rest
-from kernel_gateway.api.base import Endpoint, Missing, Route
+from kernel_gateway.api.base import Endpoint, Missing, Requests, Route
 from kernel_gateway.api.channels import Channels
 from kernel_gateway.api.openapi import document, serve_document
 from kernel_gateway.api.ports import Preview
@@ -27,9 +27,6 @@ log = logging.getLogger(__name__)
 KEYS_TICK = 0.5
 """Seconds between looks at the keys."""
 
-LARGE_MESSAGES = 4
-"""WebSocket messages of the largest size that the server holds for one owner at once."""
-
 BOX = "/sandboxes/{id}"
 COMMAND = f"{BOX}/commands/{{command}}"
 FS = f"{BOX}/filesystem"
@@ -39,6 +36,7 @@ SESSION = "/api/sessions/{session}"
 ROUTES = [
     Route("GET", "/health", rest.health, answer=rest.Health, public=True),
     Route("GET", "/openapi.json", serve_document, answer=dict, public=True),
+    Route("GET", "/limits", rest.limits, answer=rest.LimitsModel),
     Route("GET", "/templates", rest.list_templates, answer=list[rest.TemplateModel]),
     Route("GET", "/templates/aliases/{template}", rest.get_template, answer=rest.TemplateModel, errors=(404,)),
     Route("GET", "/templates/{template}", rest.get_template, answer=rest.TemplateModel, errors=(404,)),
@@ -184,6 +182,7 @@ def application(
     kernel_idle_timeout: int = 3600,
     kernel_max_life: int | None = None,
     max_connections: int = 256,
+    max_requests: int = 1000,
     domain: str = "localhost",
 ) -> Application:
     """The Tornado application over a collection of sandboxes and a store of keys.
@@ -195,6 +194,7 @@ def application(
         kernel_idle_timeout: seconds that a Jupyter client's kernel lives on unused.
         kernel_max_life: seconds after which such a kernel ends, whatever it does; None for never.
         max_connections: WebSockets that one owner may have open at once.
+        max_requests: requests that are answered at once for one owner.
         domain: services in sandboxes are reached as `{port}-{id}.{domain}`; it may include the server's port.
     """
     shared = {"sandboxes": sandboxes, "store": store}
@@ -217,9 +217,9 @@ def application(
         kernel_idle_timeout=kernel_idle_timeout,
         kernel_max_life=kernel_max_life,
         sessions=defaultdict(jupyter.Sessions),  # by owner
-        sockets=Sockets(max_connections, LARGE_MESSAGES * max_message),
+        sockets=Sockets(max_connections, sandboxes.held),
         openapi=document(ROUTES),
-        requests=set(),  # requests that are being answered
+        requests=Requests(max_requests),
         reading=asyncio.Lock(),  # held while a piece of a service's answer is read
         log_function=log_request,
     )
@@ -235,7 +235,7 @@ async def watch_keys(app: Application) -> None:
         for owner in before - owners:
             log.info("the key of owner %s was removed: its connections are closed", owner)
             settings["sockets"].close(NOT_ALLOWED, "the key was removed", owner)
-            for request in list(settings["requests"]):
+            for request in settings["requests"]:
                 if isinstance(request, Endpoint) and request.owner == owner:
                     request.cut()
             for sandbox in settings["sandboxes"].list(owner):
