@@ -30,7 +30,7 @@ from kernel_gateway.kernel.events import CellError, values
 from kernel_gateway.kernel.notebook import Notebook, NotebookError, tags
 from kernel_gateway.kvm import Verdict
 from kernel_gateway.logs import Escaped
-from kernel_gateway.network.slots import choose, host_addresses
+from kernel_gateway.network.slots import choose, found_floor
 from kernel_gateway.sandbox.store import Store, new_key
 from kernel_gateway.server import Server, builder, load_templates, opened_driver, running
 from kernel_gateway.settings import Settings, SettingsError
@@ -180,10 +180,10 @@ async def doctor(settings: Settings) -> int:
     failed = False
     marks = {"ok": "[green]ok[/]  ", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
     try:
-        own = await host_addresses()
+        floor = await found_floor(settings.floor)
     except DriverError:  # no `ip`: then there is no network either, as is said below
-        own = frozenset()
-    for finding in examine(settings, template.disk_mb, found, await choose(settings.network), own):
+        floor = settings.floor
+    for finding in examine(settings, template.disk_mb, found, await choose(settings.network), floor):
         failed = failed or finding.level == "fail"
         told = escape(finding.what + (f" — {finding.meaning}" if finding.meaning else ""))  # a guest's console is in it
         print_line = f"{marks[finding.level]}  {told}"

@@ -80,7 +80,7 @@ class Finding:
 
 
 def examine(
-    settings: Settings, disk_mb: int, kvm: Verdict | str, network: tuple[str, str], own: frozenset[IPv4Address]
+    settings: Settings, disk_mb: int, kvm: Verdict | str, network: tuple[str, str], floor: Floor
 ) -> Iterator[Finding]:
     """Look at everything a server needs.
 
@@ -88,7 +88,7 @@ def examine(
         disk_mb: MiB that a sandbox's disk may take.
         kvm: what became of the real guest on KVM, or why it was not tried.
         network: the mechanism that sandboxes' networks would have, and what did not work (`network.slots.choose`).
-        own: the host's own addresses.
+        floor: what no sandbox reaches, with the host's own addresses and networks (`network.slots.found_floor`).
     """
     missing = missing_packages(settings.qemu)
     if missing:
@@ -100,7 +100,7 @@ def examine(
         yield Finding("ok", f"QEMU {qemu_version(settings.qemu)} and the build tools are there", "")
     yield kvm_finding(kvm)
     yield from _jail(settings)
-    yield from _network(settings, *network, own)
+    yield from _network(settings, *network, floor)
     yield from _space(settings)
     yield promised(settings, disk_mb)
     yield _cache(settings)
@@ -173,20 +173,20 @@ def _jail(settings: Settings) -> Iterator[Finding]:
         yield Finding("ok", what, "each machine's memory, processors and threads are limited")
 
 
-def _network(settings: Settings, mechanism: str, why: str, own: frozenset[IPv4Address]) -> Iterator[Finding]:
+def _network(settings: Settings, mechanism: str, why: str, floor: Floor) -> Iterator[Finding]:
     if mechanism == "off":
         level = "ok" if settings.network == "off" else "warn"
         yield Finding(level, "sandboxes have no network", why)
         return
     meaning = "public addresses only, through a filter for each" + (f"; {why}" if why else "")
     yield Finding("ok", f"internet for sandboxes by {mechanism}", meaning)
-    floor = Floor(settings.egress_exceptions, own)
+    yield _floor(settings, floor)
     for name in sorted(installs_from(settings)):
         refused = [address for address in addresses_of(name) if floor.refuses(address)]
         if not refused:
             continue
         what = f"here {name} is {refused[0]}, which no sandbox reaches"
-        if own.intersection(refused):
+        if floor.host.intersection(refused):
             yield Finding("warn", what, "pip or apt in sandboxes fail: it is this host itself, which stays closed")
         else:
             allow = ",".join(f"{address}/32" for address in refused)
@@ -199,6 +199,18 @@ def _network(settings: Settings, mechanism: str, why: str, own: frozenset[IPv4Ad
             f"when it is full nobody on this host connects any more: sysctl net.netfilter.nf_conntrack_max="
             f"{2 * settings.max_sandboxes * CONNECTIONS}, or a smaller --max-sandboxes",
         )
+
+
+def _floor(settings: Settings, floor: Floor) -> Finding:
+    """What no sandbox reaches of this host's surroundings, besides what is private everywhere."""
+    public = sorted(address for address in floor.host if address.is_global)
+    listed = ", ".join(map(str, (*public, *floor.near))) or "private and special addresses"
+    what = f"no sandbox reaches {listed}"
+    if public:
+        return Finding("ok", what, "the host's public addresses, its networks, and --egress-deny")
+    is_local = settings.host in ("127.0.0.1", "::1", "localhost")
+    meaning = "this host has no public address; if others reach it by one (NAT, a cloud), name it by --public-address"
+    return Finding("ok" if is_local else "warn", what, meaning)
 
 
 def connections_of_host() -> int | None:

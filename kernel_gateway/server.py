@@ -160,11 +160,11 @@ async def opened_network(settings: Settings) -> AsyncIterator[Slots | None]:
     Raises:
         SettingsError: the mechanism that was asked for by name does not work here.
     """
-    exceptions = settings.egress_exceptions
+    floor = settings.floor
     mechanism, why = await choose(settings.network)
     slots = None
     if mechanism != "off":
-        slots = Slots(mechanism, exceptions, resolvers=settings.resolvers, proxy=settings.proxy)
+        slots = Slots(mechanism, floor, resolvers=settings.resolvers, proxy=settings.proxy)
         try:
             await slots.start()
         except (DriverError, OSError) as error:
@@ -176,8 +176,10 @@ async def opened_network(settings: Settings) -> AsyncIterator[Slots | None]:
             log.warning("SANDBOXES HAVE NO NETWORK, for its filter can't be installed: %s", why)
         yield None
         return
-    if exceptions:
-        log.warning("EXCEPTIONS TO THE EGRESS FILTER: every sandbox may reach %s", ", ".join(map(str, exceptions)))
+    if floor.exceptions:
+        log.warning(
+            "EXCEPTIONS TO THE EGRESS FILTER: every sandbox may reach %s", ", ".join(map(str, floor.exceptions))
+        )
     try:
         yield slots
     finally:

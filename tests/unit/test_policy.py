@@ -271,6 +271,17 @@ def test_the_operators_exceptions_can_be_allowed() -> None:
     assert parse(["8.8.8.8/31"], floor=floor)
 
 
+def test_the_hosts_networks_are_refused_but_for_exceptions() -> None:
+    """A network near the host is as closed as a private one. An exception opens a part of it, but not the host."""
+    floor = Floor(
+        (IPv4Network("45.67.89.0/29"),), frozenset({IPv4Address("45.67.89.1")}), (IPv4Network("45.67.89.0/24"),)
+    )
+    refused = [address for address in ("45.67.88.255", "45.67.89.1", "45.67.89.2", "45.67.89.9", "45.67.90.0")
+               if floor.refuses(IPv4Address(address))]  # fmt: skip
+    assert refused == ["45.67.89.1", "45.67.89.9"]
+    assert "can't be allowed" in refusal(["45.67.89.128/25"], floor=floor)
+
+
 SMALL = st.builds(
     lambda border, offset, length: IPv4Network(((int(border) + offset) % 2**32, length), strict=False),
     st.sampled_from([block[end] for block in DENIED for end in (0, -1)]),
@@ -280,12 +291,23 @@ SMALL = st.builds(
 """Blocks of up to 16 addresses at the floor's borders."""
 
 
-@given(SMALL, st.lists(SMALL, max_size=4), st.lists(st.integers(-20, 20), max_size=16))
-def test_refuses_all_is_each(block: IPv4Network, exceptions: list[IPv4Network], host: list[int]) -> None:
+@given(
+    SMALL,
+    st.lists(SMALL, max_size=4),
+    st.lists(st.integers(-20, 20), max_size=16),
+    st.lists(st.tuples(st.integers(-20, 20), st.integers(28, 32)), max_size=3),
+)
+def test_refuses_all_is_each(
+    block: IPv4Network, exceptions: list[IPv4Network], host: list[int], networks: list[tuple[int, int]]
+) -> None:
     """A block is refused if each of its addresses is."""
-    near = frozenset(IPv4Address((int(block[0]) + offset) % 2**32) for offset in host)
-    for ours in (near, frozenset(block)):
-        floor = Floor(exceptions=tuple(exceptions), host=ours)
+
+    def beside(offset: int) -> IPv4Address:
+        return IPv4Address((int(block[0]) + offset) % 2**32)
+
+    near = tuple(IPv4Network((int(beside(offset)), length), strict=False) for offset, length in networks)
+    for ours in (frozenset(map(beside, host)), frozenset(block)):
+        floor = Floor(exceptions=tuple(exceptions), host=ours, near=near)
         assert floor.refuses_all(block) is all(floor.refuses(address) for address in block)
 
 
