@@ -181,7 +181,14 @@ def _network(settings: Settings, mechanism: str, why: str, floor: Floor) -> Iter
     meaning = "public addresses only, through a filter for each" + (f"; {why}" if why else "")
     yield Finding("ok", f"internet for sandboxes by {mechanism}", meaning)
     yield _floor(settings, floor)
+    if floor.zones:
+        what = f"no sandbox looks up names below {', '.join(floor.zones)}"
+        yield Finding("ok", what, "these zones are this host's own by /etc/resolv.conf, or by --local-zones")
     for name in sorted(installs_from(settings)):
+        if floor.refuses_name(name):
+            meaning = "pip or apt in sandboxes fail; --local-zones names other zones, or an index by its address"
+            yield Finding("warn", f"no sandbox looks up {name}, because it is a local name", meaning)
+            continue
         refused = [address for address in addresses_of(name) if floor.refuses(address)]
         if not refused:
             continue

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kernel_gateway.network.policy import Floor, without_itself
+from kernel_gateway.network.policy import Floor, parse_zone, without_itself
 
 ISOLATIONS = ("auto", "qemu-kvm", "qemu-tcg", "unisolated")
 GUEST_PROXY = "http://198.19.0.1:3128"
@@ -70,6 +70,9 @@ class Settings:
         "", "Addresses under which others reach this host (NAT), separated by commas; no sandbox may. Default: none."
     )
     dns: str = setting("", "Resolvers that sandboxes' names are looked up with. Default: those of /etc/resolv.conf.")
+    local_zones: str = setting(
+        "", "Zones that sandboxes never look up, separated by commas. Default: search domains of /etc/resolv.conf."
+    )
     upstream_proxy: str = setting("", "HTTP proxy that sandboxes' web traffic goes through, as http://host:port.")
     pip_index: str = setting("", "Package index for pip in sandboxes, as a URL. Default: pip's own.")
     domain: str = setting("localhost", "Services in sandboxes are reached as PORT-SANDBOX.DOMAIN.")
@@ -138,13 +141,17 @@ class Settings:
         """The operator's part of what no sandbox reaches. The host's addresses and networks are added to it.
 
         Raises:
-            SettingsError: an entry is no IPv4 block or no IPv4 address.
+            SettingsError: an entry is no IPv4 block, no IPv4 address, or no zone.
         """
         try:
             public = frozenset(map(IPv4Address, _listed(self.public_address)))
         except ValueError as error:
             raise SettingsError(f"--public-address takes IPv4 addresses as 8.8.4.4: {error}") from None
-        return Floor(self.egress_exceptions, public, tuple(_blocks("--egress-deny", self.egress_deny)))
+        try:
+            zones = tuple(map(parse_zone, _listed(self.local_zones)))
+        except ValueError as error:
+            raise SettingsError(f"--local-zones takes names as corp.example.com: {error}") from None
+        return Floor(self.egress_exceptions, public, tuple(_blocks("--egress-deny", self.egress_deny)), zones)
 
     @property
     def resolvers(self) -> list[tuple[str, int]]:

@@ -43,6 +43,9 @@ DENIED = tuple(
     )
 )
 """Blocks that no sandbox reaches: IANA's special-purpose registry, and addresses that clouds have made special."""
+LOCAL = ("localhost", "local", "internal", "lan", "home", "home.arpa", "corp", "intranet", "private")
+"""Zones that mean something only near the host: multicast DNS, the clouds' metadata, and what companies and routers
+call their own networks. None of them is delegated on the internet."""
 ITSELF = (IPv4Network("0.0.0.0/8"), IPv4Network("127.0.0.0/8"))
 """Blocks in DENIED by which every host reaches itself. Nobody can make exceptions to them."""
 
@@ -63,12 +66,13 @@ class Floor:
 
     `exceptions` are the operator's blocks, taken out of `blocks`; they hold nothing of ITSELF. `host` has the host's
     own addresses, which are refused in any case. `near` has the blocks that are refused besides DENIED: the networks
-    that the host is in, and those that the operator denies.
+    that the host is in, and those that the operator denies. `zones` are local besides LOCAL.
     """
 
     exceptions: tuple[IPv4Network, ...] = ()
     host: frozenset[IPv4Address] = frozenset()
     near: tuple[IPv4Network, ...] = ()
+    zones: tuple[str, ...] = ()
 
     @property
     def blocks(self) -> list[IPv4Network]:
@@ -82,6 +86,14 @@ class Floor:
         is_blocked = any(address in block for block in (*DENIED, *self.near))
         return is_blocked and not any(address in block for block in self.exceptions)
 
+    def refuses_name(self, name: str) -> bool:
+        """Whether a name is local. Such a name is never looked up and never given to a proxy.
+
+        Single labels are local, because a company's resolver completes them. Other internal names are looked up like
+        any name, and then their addresses are judged.
+        """
+        return "." not in name or any(name == zone or name.endswith(f".{zone}") for zone in (*LOCAL, *self.zones))
+
     def refuses_all(self, block: IPv4Network) -> bool:
         """Whether no sandbox may reach anything in a block."""
         # Counting is enough, because these are disjoint, and if two blocks overlap, one holds the other.
@@ -90,6 +102,18 @@ class Floor:
             return False
         excepted = [min(each, block, key=_size) for each in self.exceptions if each.overlaps(block)]
         return all(sum(address in each for address in self.host) == _size(each) for each in excepted)
+
+
+def parse_zone(text: str) -> str:
+    """A zone's name in lower case, without dots at its ends.
+
+    Raises:
+        ValueError: the text is no such name.
+    """
+    name = text.strip(".").lower()
+    if not _NAME.fullmatch(name) or name.startswith("*") or len(name) > MAX_NAME:
+        raise ValueError(f"{text!r} is no name of a zone")
+    return name
 
 
 def _size(block: IPv4Network) -> int:

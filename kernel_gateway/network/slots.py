@@ -26,7 +26,7 @@ from typing import Any
 from kernel_gateway.drivers import DriverError
 from kernel_gateway.network import rules
 from kernel_gateway.network.gate import Gate
-from kernel_gateway.network.policy import DENIED, Floor
+from kernel_gateway.network.policy import DENIED, Floor, parse_zone
 from kernel_gateway.network.resolver import Resolver
 from kernel_gateway.network.slot import Slot, command
 
@@ -42,6 +42,7 @@ UPLINK_TIMEOUT = 10.0
 TABLE = "cellvm_"
 """Beginning of the name of a server's table on the host; the server's process id follows."""
 FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
+RESOLV_CONF = Path("/etc/resolv.conf")
 OURS = Path("/run/cellvm")
 """Directory of files, one for each network namespace, that say that a server of ours switched forwarding on."""
 PROGRAMS = {
@@ -106,7 +107,7 @@ async def tables() -> list[str]:
 
 
 async def found_floor(base: Floor) -> Floor:
-    """The operator's floor, and with it what this host adds: its own addresses, its networks, and its routers.
+    """The operator's floor, and with it what this host adds: its own addresses, its networks, its routers, its zones.
 
     Links to slots are left out, because they come and go, and DENIED has them.
 
@@ -117,7 +118,8 @@ async def found_floor(base: Floor) -> Floor:
     own = {IPv4Address(entry["local"]) for link in links for entry in link["addr_info"]}
     own = {address for address in own if not address.is_loopback and address not in rules.LINKS}
     networks = connected(json.loads(await command(["ip", "-json", "-4", "route"], "")))
-    return replace(base, host=base.host | own, near=tuple(collapse_addresses((*base.near, *networks))))
+    near = tuple(collapse_addresses((*base.near, *networks)))
+    return replace(base, host=base.host | own, near=near, zones=base.zones or search_domains())
 
 
 def connected(routes: list[dict[str, Any]]) -> list[IPv4Network]:
@@ -152,9 +154,21 @@ def forget_connections(source: IPv4Address, mask: str = "255.255.255.255") -> No
 
 def system_resolvers() -> list[tuple[str, int]]:
     """The resolvers that the host itself asks; none if they can't be found."""
+    return [(words[1], 53) for words in _resolv_conf() if words[0] == "nameserver" and words[1:]]
+
+
+def search_domains() -> tuple[str, ...]:
+    """The zones in which the host itself completes names: those of its own network."""
+    found = []
+    for text in (word for words in _resolv_conf() if words[0] in ("search", "domain") for word in words[1:]):
+        with contextlib.suppress(ValueError):  # a dot alone means that names are not completed
+            found.append(parse_zone(text))
+    return tuple(dict.fromkeys(found))
+
+
+def _resolv_conf() -> list[list[str]]:
     with contextlib.suppress(OSError):
-        lines = [line.split() for line in Path("/etc/resolv.conf").read_text().splitlines()]
-        return [(words[1], 53) for words in lines if words[:1] == ["nameserver"] and words[1:]]
+        return [line.split() for line in RESOLV_CONF.read_text().splitlines() if line.split()]
     return []
 
 

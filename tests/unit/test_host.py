@@ -54,6 +54,13 @@ def test_what_is_closed_round_the_host_is_told() -> None:
         assert (finding.level, "--public-address" in finding.meaning) == (level, True)
 
 
+def test_local_zones_are_told() -> None:
+    """Doctor names the zones that no sandbox looks up, and warns if packages come from one of them."""
+    floor = Floor(zones=("example.net",))
+    told = list(_network(Settings(pip_index="https://index.example.net/simple"), "netns", "", floor))
+    assert [each.level for each in told if "example.net" in each.what] == ["ok", "warn"]
+
+
 def test_no_network_is_said() -> None:
     """A network that can't work is a warning with its reason. A network that was switched off is fine."""
     (finding,) = _network(Settings(), "off", "netns: no nft", OWN)

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kernel_gateway.errors import InvalidRequest
-from kernel_gateway.network.policy import DENIED, MAX_ENTRIES, MAX_ENTRY, MAX_NAME, Floor, Policy, parse_policy
+from kernel_gateway.network.policy import DENIED, LOCAL, MAX_ENTRIES, MAX_ENTRY, MAX_NAME, Floor, Policy, parse_policy
 from kernel_gateway.network.rules import REASONS
 
 ADDRESSES = st.integers(0, 2**32 - 1).map(IPv4Address)
@@ -232,6 +232,7 @@ def test_the_floor_is_documented() -> None:
     parts = {part.partition("\n")[0]: part for part in text.split("\n## ")}
     blocks = re.findall(r"`(\d+\.\d+\.\d+\.\d+(?:/\d+)?)`", parts["What no sandbox reaches"])
     assert {IPv4Network(block) for block in blocks} == set(DENIED)
+    assert all(f"`{zone}`" in text for zone in LOCAL)
     rows = re.findall(r"^\| `(\w+)` \|", parts["What was refused"], re.MULTILINE)
     assert set(rows) - {"reason"} == set(REASONS.values())
 
@@ -269,6 +270,18 @@ def test_the_operators_exceptions_can_be_allowed() -> None:
     for entry in ("10.20.0.1", "10.21.0.0/16", "8.8.8.8"):
         assert "can't be allowed" in refusal([entry], floor=floor)
     assert parse(["8.8.8.8/31"], floor=floor)
+
+
+def test_local_names_are_known() -> None:
+    """Single labels, localhost, multicast DNS, the clouds' metadata, what networks call themselves, and the operator's
+    zones are local. Names that look alike are not."""
+    floor = Floor(zones=("corp.example.com",))
+    local = ["db", "localhost", "a.localhost", "printer.local", "metadata.google.internal", "nas.lan", "a.home.arpa"]
+    assert all(map(floor.refuses_name, [*local, "corp.example.com", "db.corp.example.com"]))
+    assert not any(
+        map(floor.refuses_name, ["example.com", "local.example", "internal.example.com", "notlocal.co", "lan.example"])
+    )
+    assert not floor.refuses_name("notcorp.example.com")
 
 
 def test_the_hosts_networks_are_refused_but_for_exceptions() -> None:

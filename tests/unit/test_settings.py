@@ -80,7 +80,9 @@ def test_settings_of_the_network_are_read_strictly() -> None:
     floor = load(EGRESS_DENY="45.67.89.0/24,8.8.8.8", PUBLIC_ADDRESS="93.184.215.99, 8.8.4.4").floor
     assert floor.near == (IPv4Network("45.67.89.0/24"), IPv4Network("8.8.8.8/32"))
     assert floor.host == {IPv4Address("93.184.215.99"), IPv4Address("8.8.4.4")}
+    assert load(LOCAL_ZONES=".Corp.example.com., ads").floor.zones == ("corp.example.com", "ads")
     for name, text in (
+        ("local-zones", "*.example.com"),
         ("egress-deny", "45.67.89.1/24"),
         ("egress-deny", "example.com"),
         ("public-address", "8.8.4.0/24"),

@@ -1,11 +1,13 @@
-"""What a host's routes say of the networks that it is in."""
+"""What a host's routes and its resolv.conf say of its own network."""
 
 from ipaddress import IPv4Network
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kernel_gateway.network.slots import connected
+from kernel_gateway.network import slots
+from kernel_gateway.network.slots import connected, search_domains, system_resolvers
 
 
 @pytest.mark.parametrize(
@@ -28,3 +30,13 @@ def test_networks_near_the_host(route: dict[str, Any], blocks: list[str]) -> Non
     """Connected networks and routers are near, also as parts of a default route over several lines. The way to
     everything else is not."""
     assert connected([route]) == [IPv4Network(block) for block in blocks]
+
+
+def test_zones_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search domains of resolv.conf are the host's own zones."""
+    file = tmp_path / "resolv.conf"
+    monkeypatch.setattr(slots, "RESOLV_CONF", file)
+    assert (search_domains(), system_resolvers()) == ((), [])
+    file.write_text("# search no.example\ndomain corp.example.\n\nnameserver 9.9.9.9\nsearch Corp.Example ads . b@d\n")
+    assert search_domains() == ("corp.example", "ads")
+    assert system_resolvers() == [("9.9.9.9", 53)]
