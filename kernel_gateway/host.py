@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -14,8 +15,8 @@ from urllib.parse import urlsplit
 from kernel_gateway.drivers.cgroup import CONTROLLERS
 from kernel_gateway.drivers.jail import JailError, check_users, claims_directory, found_groups, tried, working_view
 from kernel_gateway.images.build import qemu_version
-from kernel_gateway.images.cache import Cache
-from kernel_gateway.images.image import BuildError, Progress, run
+from kernel_gateway.images.cache import DAY, ENTRY, Cache
+from kernel_gateway.images.image import BuildError, Progress, built_at, run
 from kernel_gateway.kvm import Verdict
 from kernel_gateway.network.policy import Floor
 from kernel_gateway.network.rules import MAX_HOST_CONNECTIONS as CONNECTIONS
@@ -36,6 +37,10 @@ PROGRAMS = {
 """Programs that building and running need, and the Debian package of each."""
 NEEDED_DISK = 6 * 1024**3
 """Free bytes in the cache directory that a first build needs."""
+
+
+OLD = 30
+"""Days after which an image is told to be old."""
 
 
 def missing_packages(qemu: str) -> list[str]:
@@ -104,6 +109,7 @@ def examine(
     yield from _space(settings)
     yield promised(settings, disk_mb)
     yield _cache(settings)
+    yield from _images(settings)
     memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(memory["MemAvailable"].split()[0]) // 1024
     level = "ok" if available > 4096 else "warn"
@@ -130,6 +136,24 @@ def _cache(settings: Settings) -> Finding:
         return Finding("ok", f"no cache yet at {settings.cache_path}", "the first start builds it")
     size = sum(entry.size for entry in Cache(settings.cache_path).entries())
     return Finding("ok", f"{size / 2**30:.1f} GiB in the cache {settings.cache_path}", "`cellvm cache list` shows what")
+
+
+def _images(settings: Settings) -> Iterator[Finding]:
+    """How old the images are that servers would use. Debian's security updates of later days are not in them."""
+    images = settings.cache_path / "images"
+    newest: dict[str, Path] = {}
+    for path in sorted(images.iterdir() if images.is_dir() else (), key=lambda path: (len(path.name), path.name)):
+        if ENTRY.fullmatch(path.name):
+            newest[path.name[-16:]] = path
+    for path in newest.values():
+        try:
+            days = (time.time() - built_at(path)) / DAY
+        except (OSError, ValueError) as error:
+            yield Finding("warn", f"{path}: {error}", "the next start builds it again")
+            continue
+        meaning = "`cellvm build --refresh` takes Debian's security updates since; then start the server again"
+        old = days > OLD
+        yield Finding("warn" if old else "ok", f"the image {path.name} is {days:.0f} days old", meaning if old else "")
 
 
 def _jail(settings: Settings) -> Iterator[Finding]:

@@ -32,6 +32,7 @@ from kernel_gateway.images.image import Progress, content_hash
 from kernel_gateway.images.preparation import Preparation, Prepare
 from kernel_gateway.images.templates import Template, Templates, rootfs_dir
 from kernel_gateway.network.slots import Slots, choose
+from kernel_gateway.private import private
 from kernel_gateway.sandbox.pool import Pool
 from kernel_gateway.sandbox.sandboxes import Sandboxes, supervised
 from kernel_gateway.sandbox.store import Store, new_key
@@ -61,8 +62,10 @@ def load_templates(settings: Settings) -> Templates:
 
     Raises:
         SettingsError: there is no such template, or a file is malformed.
+        PermissionError: others may write to the directory.
     """
-    directory = Path(settings.template_dir) if settings.template_dir else rootfs_dir() / "templates"
+    # Whoever writes a template runs code in every machine of it. CellVM's own are as safe as its code.
+    directory = private(Path(settings.template_dir)) if settings.template_dir else rootfs_dir() / "templates"
     only = [name.strip() for name in settings.templates.split(",") if name.strip()] or None
     try:
         return Templates.load(directory, only)
@@ -118,8 +121,8 @@ async def opened_driver(settings: Settings, first: Template, progress: Progress)
         SettingsError: the isolation or a setting of the network can't be had here.
         BuildError: the image that KVM is tried with could not be built.
     """
-    disks = settings.data_path.absolute() / "disks"
-    disks.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private(settings.data_path)
+    disks = private(settings.data_path.absolute() / "disks")
     if not settings.boots_machines:
         log.warning("ISOLATION IS OFF: code in a sandbox can do whatever this server can. For development only.")
         if len(os.fsencode(disks)) > Unisolated.LONGEST_PATH:
@@ -216,8 +219,9 @@ def claim(data: Path) -> int:
 
     Raises:
         SettingsError: another server has it.
+        PermissionError: others may write to it.
     """
-    data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private(data)
     lock = os.open(data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -265,8 +269,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
             guests = Guests(driver, settings.guest_env)
             first = templates.default
             pools = {first.id: Pool(guests, first.id, settings.pool_size)} if settings.pool_size else {}
-            journals = settings.data_path / "journals"
-            journals.mkdir(exist_ok=True, mode=0o700)
+            journals = private(settings.data_path / "journals")
             sandboxes = Sandboxes(
                 templates,
                 guests,

@@ -1,5 +1,6 @@
 """The findings of `cellvm doctor` about the network."""
 
+import time
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from kernel_gateway import host
-from kernel_gateway.host import Finding, _network, promised
+from kernel_gateway.host import Finding, _images, _network, promised
 from kernel_gateway.network.policy import Floor
 from kernel_gateway.settings import Settings
 
@@ -59,6 +60,16 @@ def test_local_zones_are_told() -> None:
     floor = Floor(zones=("example.net",))
     told = list(_network(Settings(pip_index="https://index.example.net/simple"), "netns", "", floor))
     assert [each.level for each in told if "example.net" in each.what] == ["ok", "warn"]
+
+
+def test_the_age_of_images_is_told(tmp_path: Path) -> None:
+    """Doctor tells how old the newest image of each recipe is, and warns of one that lacks a month of updates."""
+    names = ("0123456789abcdef", "20250101000000-0123456789abcdef", "20240101000000-fedcba9876543210")
+    for name in (*names, time.strftime("%Y%m%d%H%M%S-fedcba9876543210", time.gmtime())):
+        (tmp_path / "images" / name).mkdir(parents=True)
+    old, young = _images(Settings(cache_dir=str(tmp_path)))
+    assert (old.level, "--refresh" in old.meaning, names[1] in old.what) == ("warn", True, True)
+    assert (young.level, "is 0 days old" in young.what) == ("ok", True)
 
 
 def test_no_network_is_said() -> None:
