@@ -33,6 +33,7 @@ from kernel_gateway.images.image import Progress, content_hash
 from kernel_gateway.images.preparation import Preparation, Prepare
 from kernel_gateway.images.templates import Template, Templates, rootfs_dir
 from kernel_gateway.network.slots import Slots, choose
+from kernel_gateway.private import private
 from kernel_gateway.sandbox.pool import Pool
 from kernel_gateway.sandbox.sandboxes import Sandboxes, supervised
 from kernel_gateway.sandbox.store import Store, new_key
@@ -62,8 +63,10 @@ def load_templates(settings: Settings) -> Templates:
 
     Raises:
         SettingsError: there is no such template, or a file is malformed.
+        PermissionError: others may write to the directory.
     """
-    directory = Path(settings.template_dir) if settings.template_dir else rootfs_dir() / "templates"
+    # Whoever writes a template runs code in every machine of it. CellVM's own are as safe as its code.
+    directory = private(Path(settings.template_dir)) if settings.template_dir else rootfs_dir() / "templates"
     only = [name.strip() for name in settings.templates.split(",") if name.strip()] or None
     try:
         return Templates.load(directory, only)
@@ -119,8 +122,8 @@ async def opened_driver(settings: Settings, first: Template, progress: Progress)
         SettingsError: the isolation or a setting of the network can't be had here.
         BuildError: the image that KVM is tried with could not be built.
     """
-    disks = settings.data_path.absolute() / "disks"
-    disks.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private(settings.data_path)
+    disks = private(settings.data_path.absolute() / "disks")
     if not settings.boots_machines:
         log.warning("ISOLATION IS OFF: code in a sandbox can do whatever this server can. For development only.")
         if len(os.fsencode(disks)) > Unisolated.LONGEST_PATH:
@@ -161,11 +164,11 @@ async def opened_network(settings: Settings) -> AsyncIterator[Slots | None]:
     Raises:
         SettingsError: the mechanism that was asked for by name does not work here.
     """
-    exceptions = settings.egress_exceptions
+    floor = settings.floor
     mechanism, why = await choose(settings.network)
     slots = None
     if mechanism != "off":
-        slots = Slots(mechanism, exceptions, resolvers=settings.resolvers, proxy=settings.proxy)
+        slots = Slots(mechanism, floor, resolvers=settings.resolvers, proxy=settings.proxy)
         try:
             await slots.start()
         except (DriverError, OSError) as error:
@@ -177,8 +180,10 @@ async def opened_network(settings: Settings) -> AsyncIterator[Slots | None]:
             log.warning("SANDBOXES HAVE NO NETWORK, for its filter can't be installed: %s", why)
         yield None
         return
-    if exceptions:
-        log.warning("EXCEPTIONS TO THE EGRESS FILTER: every sandbox may reach %s", ", ".join(map(str, exceptions)))
+    if floor.exceptions:
+        log.warning(
+            "EXCEPTIONS TO THE EGRESS FILTER: every sandbox may reach %s", ", ".join(map(str, floor.exceptions))
+        )
     try:
         yield slots
     finally:
@@ -215,8 +220,9 @@ def claim(data: Path) -> int:
 
     Raises:
         SettingsError: another server has it.
+        PermissionError: others may write to it.
     """
-    data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private(data)
     lock = os.open(data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -264,8 +270,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
             guests = Guests(driver, settings.guest_env)
             first = templates.default
             pools = {first.id: Pool(guests, first.id, settings.pool_size)} if settings.pool_size else {}
-            journals = settings.data_path / "journals"
-            journals.mkdir(exist_ok=True, mode=0o700)
+            journals = private(settings.data_path / "journals")
             sandboxes = Sandboxes(
                 templates,
                 guests,

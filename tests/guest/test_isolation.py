@@ -58,7 +58,7 @@ def machines(server: Server) -> set[int]:
 
 
 def test_process_has_no_power(box: Sandbox, machines: set[int]) -> None:
-    """Every thread of a QEMU runs without capabilities, can't gain any, and under seccomp."""
+    """Every thread of a QEMU runs without capabilities, can't gain any, and under two filters, ours and QEMU's."""
     for pid in machines:
         threads = list(Path(f"/proc/{pid}/task").iterdir())
         assert len(threads) > 1
@@ -66,6 +66,7 @@ def test_process_has_no_power(box: Sandbox, machines: set[int]) -> None:
             found = status(thread / "status")
             assert {int(found[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {0}
             assert (found["NoNewPrivs"], found["Seccomp"]) == ("1", "2")
+            assert int(found["Seccomp_filters"]) >= 2
 
 
 @as_root
