@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import base64
+import ctypes
 import logging
 import math
 import os
@@ -107,6 +108,11 @@ def plain_steps() -> Iterator[Callable[[str], None]]:
             waiting.cancel()
 
 
+M_MMAP_THRESHOLD = -3
+LARGE_BUFFER = 1024 * 1024
+"""Bytes from which on a buffer has memory of its own, which the system gets back when the buffer is freed."""
+
+
 async def serve(settings: Settings) -> None:
     """Run a server until SIGTERM or Ctrl-C; the second one does not wait."""
     loop = asyncio.get_running_loop()
@@ -124,6 +130,8 @@ async def serve(settings: Settings) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
+    # Otherwise glibc raises the threshold with each large buffer, and keeps what was freed between small ones.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BUFFER)
     async with AsyncExitStack() as stack:
         with steps() as step:
             if settings.boots_machines:

@@ -33,6 +33,7 @@ from kernel_gateway.errors import (
     Unavailable,
 )
 from kernel_gateway.guest.files import LISTING_SIZE, MAX_ENTRIES, Files, Writing
+from kernel_gateway.held import Holding
 from kernel_gateway.images.templates import Template
 from kernel_gateway.kernel import message
 from kernel_gateway.kernel.events import Cell, CellError, Collector, Events, Input, StreamEvent
@@ -492,7 +493,7 @@ class ExportQuery(Struct):
     format: Literal["ipynb"] = "ipynb"
 
 
-EXPORT_LIMIT = 32 * 1024 * 1024
+EXPORT_LIMIT = 16 * 1024 * 1024
 """Bytes of messages that an export takes from the journal. Of a longer session, outputs are left out and counted."""
 exporting = asyncio.Semaphore(1)
 """Exports wait for each other, because each takes a few times its messages' bytes."""
@@ -502,14 +503,15 @@ async def export(call: Call) -> None:
     """The session so far as a notebook, with outputs. Cells whose messages are not kept any more are left out."""
     journal = call.sandbox.guest.kernel.journal
     async with exporting:
-        cells = await session(journal)
+        holding = call.http.hold("exports")
+        cells = await session(journal, holding)
         content = await asyncio.to_thread(session_notebook, cells)
     call.http.set_header("Content-Type", "application/x-ipynb+json")
     call.http.set_header("Content-Disposition", f'attachment; filename="{call.sandbox.id}.ipynb"')
     await call.http.finish(content)
 
 
-async def session(journal: Journal) -> list[tuple[str, int | None, list[StreamEvent]]]:
+async def session(journal: Journal, holding: Holding) -> list[tuple[str, int | None, list[StreamEvent]]]:
     """The cells that a journal knows: code, execution count and events."""
     translate = Events()
     cells: dict[str, tuple[str, list[StreamEvent]]] = {}
@@ -530,6 +532,7 @@ async def session(journal: Journal) -> list[tuple[str, int | None, list[StreamEv
                 cells[record.parent][1].extend(
                     translate.receive(record.seq, record.kind, record.parent, record.ends, record.parts)
                 )
+        holding.resize(3 * (EXPORT_LIMIT - room))  # the messages, the outputs, the answer
         await asyncio.sleep(0)  # let other work run between the pages
     return [(code, next((e.executionCount for e in events), None), events) for code, events in cells.values()]
 
