@@ -1,10 +1,11 @@
 """HTTP between a client and a service inside a sandbox. Pure: values in, values out.
 
-The service is hostile, and so is the page it shows. Three things must hold:
+The service is hostile, and so is the page it shows. Four things must hold:
 
 - No key of ours reaches the service, wherever a client has put one (`without_keys`).
-- The service's answer is read by h11 and written anew. Headers about the connection, about the gateway's origin or
-  about other previews are dropped (`answer_headers`).
+- The service's answer is read by h11 and written anew. By path only headers that are known to be harmless pass. At
+  both kinds of address, headers are dropped that a proxy in front would obey (`answer_headers`).
+- What a proxy in front adds to a request, to prove who the client is, never reaches the service (`forwarded`).
 - Neither the service nor the client decides where one request ends and the next begins. Each request has its own
   connection, and a request whose length can be read in two ways is refused (`framing`).
 
@@ -40,21 +41,58 @@ HOP_BY_HOP = frozenset(
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding"
     " upgrade http2-settings".split()
 )
-NOT_FORWARDED = HOP_BY_HOP | frozenset("host content-length expect forwarded x-real-ip origin referer".split())
+NOT_FORWARDED = HOP_BY_HOP | frozenset("host content-length expect origin referer".split())
 """Headers of a request that concern only the client and us, or that are written anew."""
+
+
+def names(text: str) -> re.Pattern[str]:
+    """What matches these names of headers, in small letters. A name may end in `*`, for all that begin like it."""
+    return re.compile("|".join(re.escape(name).replace(r"\*", ".*") for name in text.lower().replace(",", " ").split()))
+
+
+NONE = names("")
+FROM_PROXIES = names(
+    "via forwarded x-forwarded-* x-real-ip true-client-ip client-ip x-client-ip x-cluster-client-ip fastly-* cf-* cdn-*"
+    " x-original-* x-rewrite-url x-envoy-* remote-* x-remote-* x-auth-request-* x-authentik-* x-authenticated-*"
+    " x-webauth-* x-vouch-* x-pomerium-* x-amzn-oidc-* x-amzn-mtls-* x-goog-* x-ms-client-principal* x-ms-token-*"
+    " tailscale-* client-cert* x-client-cert* x-ssl-* ssl-* x-arr-*"
+)
+"""Headers in which a proxy tells a server who the client is, or proves it. The service must get neither from a proxy in
+front, which would hand over a credential, nor from a client, who may say anything."""
+LOGINS = frozenset("basic digest negotiate ntlm".split())
+"""Schemes of `Authorization` that a browser repeats at every address of a host. They are meant for what is in front."""
+COOKIES_OF_PROXIES = names(
+    "cf_authorization cf_appsession _oauth2_proxy* gcp_iaap* awselbauthsessioncookie* appserviceauthsession* _vouch*"
+    " vouchcookie* _pomerium* authelia_session authentik_*"
+)
+"""Cookies of what stands in front. A browser sends them to all hosts below a domain."""
+OBEYED_BY_PROXIES = names(
+    "server via x-accel-* x-sendfile* x-lighttpd-* x-litespeed-* x-reproxy-* x-envoy-* x-cache* x-varnish* x-original-*"
+    " surrogate-* cdn-* *cdn-cache-control cf-* edge-* fastly-* akamai-* x-akamai-*"
+)
+"""Headers of an answer that proxies and caches in front obey. nginx answers `X-Accel-Redirect` with a file of its own.
+`Server` is among them because nobody should take the service's word for what stands here."""
 NOT_ANSWERED = HOP_BY_HOP | {"clear-site-data"}
 """Headers of an answer that are dropped. `Clear-Site-Data: "cookies"` reaches beyond the host it comes from."""
-NOT_OF_OUR_ORIGIN = frozenset(
-    "set-cookie set-cookie2 service-worker-allowed strict-transport-security alt-svc nel report-to reporting-endpoints"
-    " www-authenticate accept-ch set-login use-as-dictionary x-content-type-options referrer-policy".split()
+ANSWERED_BY_PATH = names(
+    "content-* cache-control pragma expires age date etag last-modified vary accept-ranges allow location link"
+    " retry-after access-control-* sec-websocket-* cross-origin-resource-policy ratelimit* mcp-* x-*"
 )
-"""Headers of an answer by path that are dropped, because a browser would take them for the gateway's own."""
+"""All headers of an answer that pass by path. A browser would take others for the gateway's own, and every year brings
+new ones of that kind."""
 SANDBOXED = "sandbox allow-scripts allow-forms allow-popups allow-modals allow-downloads"
 PAGE_SAFETY: Headers = [
     ("Content-Security-Policy", SANDBOXED),
     ("X-Content-Type-Options", "nosniff"),
     ("Referrer-Policy", "no-referrer"),
 ]
+DOWNLOAD_SAFETY: Headers = [
+    ("Content-Type", "application/octet-stream"),
+    ("Content-Disposition", "attachment"),
+    ("Content-Security-Policy", "sandbox"),
+    *PAGE_SAFETY[1:],
+]
+"""Headers of an answer to an address with a key in it. No browser may show it, because a page could read the key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,11 +252,41 @@ class Client:
         return f"http://{self.host.lower()}", f"https://{self.host.lower()}"
 
 
-class Exchange:
-    """One request and its answer, as bytes towards the service and from it."""
+def forwarded(headers: Headers, place: Place, stripped: re.Pattern[str]) -> Headers:
+    """The headers of a request that go on to the service as they are, perhaps with fewer cookies."""
+    dropped = NOT_FORWARDED | _named_by_connection(headers)
+    kept: Headers = []
+    for name, value in headers:
+        lower = name.lower()
+        # Many servers take `_` for `-`, so one could not tell what such a name means there.
+        if lower in dropped or "_" in lower or FROM_PROXIES.fullmatch(lower) or stripped.fullmatch(lower):
+            continue
+        if lower == "authorization" and value.split(" ")[0].lower() in LOGINS:
+            continue
+        if lower == "cookie":
+            value = "" if place.is_by_path else _without_cookies_of_proxies(value)
+            if not value:
+                continue
+        kept.append((name, value))
+    return kept
 
-    def __init__(self, place: Place) -> None:
+
+def _without_cookies_of_proxies(cookies: str) -> str:
+    pieces = [piece.strip() for piece in cookies.split(";")]
+    return "; ".join(
+        piece for piece in pieces if piece and not COOKIES_OF_PROXIES.fullmatch(piece.partition("=")[0].strip().lower())
+    )
+
+
+class Exchange:
+    """One request and its answer, as bytes towards the service and from it.
+
+    `stripped` matches headers, in small letters, that the operator keeps from services.
+    """
+
+    def __init__(self, place: Place, stripped: re.Pattern[str] = NONE) -> None:
         self._place = place
+        self._stripped = stripped
         self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_LIMIT)
         self._skipped = 0
         self.is_over = False
@@ -235,13 +303,7 @@ class Exchange:
         Raises:
             InvalidRequest: the head has something in it that HTTP does not allow.
         """
-        named = _named_by_connection(headers)
-        kept = [
-            (name, value)
-            for name, value in headers
-            if (lower := name.lower()) not in NOT_FORWARDED | named and not lower.startswith("x-forwarded-")
-            and not (lower == "cookie" and self._place.is_by_path)
-        ]  # fmt: skip
+        kept = forwarded(headers, self._place, self._stripped)
         sent: Headers = [("Host", f"localhost:{self._place.number}"), *kept, *self._whence(headers, client)]
         sent += [("Connection", "Upgrade"), ("Upgrade", upgrade)] if upgrade else [("Connection", "close")]
         if length is None:
@@ -267,7 +329,8 @@ class Exchange:
         for name, value in headers:
             if name.lower() == "origin":
                 # The service knows itself as localhost, so its own pages must come from there.
-                is_own = value.lower() in client.origins or (value == "null" and self._place.is_by_path)
+                # `null` stays as it is, because sandboxed pages of any site have it, too.
+                is_own = value.lower() in client.origins
                 told.append(("Origin", self._service if is_own else value))
             elif name.lower() == "referer":
                 # Addresses of other pages are dropped, because one of the gateway's own may have a key in it.
@@ -352,32 +415,50 @@ def _named_by_connection(headers: Headers) -> set[str]:
     return {word.strip().lower() for value in values for word in value.split(",")}
 
 
-def answer_headers(answer: Answer, place: Place, *, is_download: bool) -> Headers:
-    """The headers that go on to the client. `is_download`: no browser may show it as a page."""
+def answer_headers(answer: Answer, place: Place, *, is_private: bool, is_download: bool) -> Headers:
+    """The headers that go on to the client.
+
+    Args:
+        is_private: the client has shown a key, so no cache in front may keep the answer for others.
+        is_download: no browser may show it as a page.
+    """
     dropped = NOT_ANSWERED | _named_by_connection(answer.headers)
     if any(name.lower() == "transfer-encoding" for name, _ in answer.headers) or answer.status == HTTPStatus.NO_CONTENT:
         dropped = dropped | {"content-length"}
-    if place.is_by_path:
-        dropped = dropped | NOT_OF_OUR_ORIGIN
+    if place.is_by_path or is_download:
+        dropped = dropped | {name.lower() for name, _ in PAGE_SAFETY[1:]}
+    if is_private:
+        dropped = dropped | {"cache-control"}
     if is_download:
-        dropped = dropped | {"content-disposition", "referrer-policy"}
+        dropped = dropped | {"content-disposition", "content-type", "content-security-policy"}
     kept: Headers = []
     for name, value in answer.headers:
         lower = name.lower()
-        if lower in dropped:
+        if lower in dropped or OBEYED_BY_PROXIES.fullmatch(lower):
+            continue
+        if place.is_by_path and not ANSWERED_BY_PATH.fullmatch(lower):
             continue
         if lower in ("location", "content-location"):
             value = relocated(value, place)
         elif lower == "set-cookie":
             value = _without_domain(value)
         kept.append((name, value))
-    if place.is_by_path:
-        kept += PAGE_SAFETY
+    if is_private:
+        kept.append(("Cache-Control", _private(answer.headers)))
     if is_download:
-        kept.append(("Content-Disposition", "attachment"))
-        if not place.is_by_path:
-            kept.append(("Referrer-Policy", "no-referrer"))
+        kept += DOWNLOAD_SAFETY
+    elif place.is_by_path:
+        kept += PAGE_SAFETY
     return kept
+
+
+def _private(headers: Headers) -> str:
+    """The service's `Cache-Control`, for nobody but the client."""
+    values = [value for name, value in headers if name.lower() == "cache-control"]
+    words = [word.strip() for value in values for word in value.split(",")]
+    shared = ("public", "private", "s-maxage", "proxy-revalidate")
+    kept = [word for word in words if word and word.partition("=")[0].strip().lower() not in shared]
+    return ", ".join(["private", *kept])
 
 
 def relocated(location: str, place: Place) -> str:

@@ -32,6 +32,7 @@ from kernel_gateway.images.image import Progress, content_hash
 from kernel_gateway.images.preparation import Preparation, Prepare
 from kernel_gateway.images.templates import Template, Templates, rootfs_dir
 from kernel_gateway.network.slots import Slots, choose
+from kernel_gateway.ports import names
 from kernel_gateway.sandbox.pool import Pool
 from kernel_gateway.sandbox.sandboxes import Sandboxes, supervised
 from kernel_gateway.sandbox.store import Store, new_key
@@ -286,6 +287,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 kernel_max_life=settings.kernel_max_life or None,
                 max_connections=settings.max_connections,
                 domain=settings.domain,
+                stripped=names(settings.strip_headers),
             )
             http = Door(
                 app,

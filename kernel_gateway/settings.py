@@ -67,6 +67,9 @@ class Settings:
     upstream_proxy: str = setting("", "HTTP proxy that sandboxes' web traffic goes through, as http://host:port.")
     pip_index: str = setting("", "Package index for pip in sandboxes, as a URL. Default: pip's own.")
     domain: str = setting("localhost", "Services in sandboxes are reached as PORT-SANDBOX.DOMAIN.")
+    strip_headers: str = setting(
+        "", "Headers that services in sandboxes do not get, separated by commas; X-Corp-* means all that begin so."
+    )
     allow_insecure_emulation: bool = setting(
         False, "Listen beyond this machine though sandboxes are emulated (TCG): QEMU calls that no security boundary."
     )

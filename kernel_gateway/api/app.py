@@ -18,7 +18,7 @@ from kernel_gateway.api.ports import Preview
 from kernel_gateway.api.socket import NOT_ALLOWED, Socket, Sockets
 from kernel_gateway.api.stream import AgentStream
 from kernel_gateway.kernel.events import Cell
-from kernel_gateway.ports import Place, place_of_host, place_of_path
+from kernel_gateway.ports import NONE, Place, place_of_host, place_of_path
 from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
 
@@ -171,7 +171,8 @@ class Gateway(Application):
     def _preview(self, request: HTTPServerRequest, place: Place, rest: str, **options: bool) -> Preview:
         settings = self.settings
         sandboxes, store, requests, reading = (settings[key] for key in ("sandboxes", "store", "requests", "reading"))
-        return Preview(sandboxes, store, requests, reading, request, place, rest, **options)
+        stripped = settings["stripped"]
+        return Preview(sandboxes, store, requests, reading, request, place, rest, stripped=stripped, **options)
 
 
 def application(
@@ -185,6 +186,7 @@ def application(
     kernel_max_life: int | None = None,
     max_connections: int = 256,
     domain: str = "localhost",
+    stripped: re.Pattern[str] = NONE,
 ) -> Application:
     """The Tornado application over a collection of sandboxes and a store of keys.
 
@@ -196,6 +198,7 @@ def application(
         kernel_max_life: seconds after which such a kernel ends, whatever it does; None for never.
         max_connections: WebSockets that one owner may have open at once.
         domain: services in sandboxes are reached as `{port}-{id}.{domain}`; it may include the server's port.
+        stripped: matches headers, in small letters, that services in sandboxes do not get.
     """
     shared = {"sandboxes": sandboxes, "store": store}
     by_path: dict[str, dict[str, Route]] = {}
@@ -213,6 +216,7 @@ def application(
         base_url=base_url,
         domain=domain,
         domain_name=domain.partition(":")[0].strip(".").lower(),
+        stripped=stripped,
         max_message=max_message,
         kernel_idle_timeout=kernel_idle_timeout,
         kernel_max_life=kernel_max_life,

@@ -41,6 +41,7 @@ from kernel_gateway.ports import (
     Carried,
     Client,
     Exchange,
+    Headers,
     Place,
     answer_headers,
     framing,
@@ -141,6 +142,7 @@ class Preview(HTTPMessageDelegate):
     Args:
         reading: a lock that is held while a piece of any service's answer is read.
         rest: the address after the port, without the query, still encoded.
+        stripped: matches headers, in small letters, that no service gets.
         key_in_path: the address begins with `/t/KEY`.
     """
 
@@ -154,6 +156,7 @@ class Preview(HTTPMessageDelegate):
         place: Place,
         rest: str,
         *,
+        stripped: re.Pattern[str],
         key_in_path: bool = False,
     ) -> None:
         assert isinstance(request.connection, HTTP1Connection)
@@ -165,6 +168,7 @@ class Preview(HTTPMessageDelegate):
         self._connection = request.connection
         self._place = place
         self._rest = rest
+        self._stripped = stripped
         self._key_in_path = key_in_path
         self._sandbox: Sandbox | None = None
         self._is_visitor = False
@@ -337,7 +341,7 @@ class Preview(HTTPMessageDelegate):
         request = self._request
         named = re.search(r"\bupgrade\b", request.headers.get("Connection", ""), re.IGNORECASE)
         upgrade = request.headers.get("Upgrade", "") if named and length == 0 else ""
-        exchange = Exchange(self._place)
+        exchange = Exchange(self._place, self._stripped)
         target = self._rest + (f"?{carried.query}" if carried.query else "")
         head = exchange.request(request.method or "", target, carried.headers, length, upgrade, client_of(request))
         if upgrade:
@@ -353,7 +357,7 @@ class Preview(HTTPMessageDelegate):
             await self._switch(conversation, answer, exchange.rest)
             return
         is_download = carried.in_address and not upgrade
-        await self._write_head(answer.status, answer_headers(answer, self._place, is_download=is_download))
+        await self._write_head(answer.status, self._headers(answer, is_download=is_download))
         self._is_begun.set()
         while not exchange.is_over:
             if data := await self._in_turn(lambda: self._body(exchange)):
@@ -361,6 +365,9 @@ class Preview(HTTPMessageDelegate):
             elif not exchange.is_over:
                 exchange.receive_data(await self._receive(conversation))
         self._is_answered = True
+
+    def _headers(self, answer: Answer, *, is_download: bool) -> Headers:
+        return answer_headers(answer, self._place, is_private=not self._is_visitor, is_download=is_download)
 
     async def _send(self, data: bytes) -> None:
         """Send to the service as it reads; after STALL_TIMEOUT cut the client. `_receive` raises other errors."""
@@ -491,7 +498,7 @@ class Preview(HTTPMessageDelegate):
 
     async def _switch(self, conversation: Conversation, answer: Answer, first: bytes) -> None:
         """Copy bytes both ways until one side closes."""
-        headers = answer_headers(answer, self._place, is_download=False)
+        headers = self._headers(answer, is_download=False)
         headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
         upgrade = next((value for name, value in answer.headers if name.lower() == "upgrade"), "")
         await self._write_head(answer.status, [*headers, ("Connection", "Upgrade"), ("Upgrade", upgrade)])
