@@ -24,6 +24,7 @@ from urllib.parse import unquote, unquote_plus, urlsplit
 import h11
 
 from kernel_gateway.errors import GuestFailure, InvalidRequest
+from kernel_gateway.sandbox.key import Key
 
 HEAD_LIMIT = 32 * 1024
 """Largest head of an answer, in bytes."""
@@ -35,7 +36,7 @@ KEY_CANDIDATES = 64
 """Words of an Authorization header that are looked at."""
 
 Headers = list[tuple[str, str]]
-OwnerOf = Callable[[str], str | None]
+FindKey = Callable[[str], Key | None]
 
 HOP_BY_HOP = frozenset(
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding"
@@ -144,18 +145,18 @@ def place_of_path(path: str, before: str) -> Place | None:
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """A request's headers and query without our keys, and the owners of the keys that were there.
+    """A request's headers and query without our keys, and the keys that were there.
 
     `in_address`: a key was in the query, and the page could read it there.
     """
 
     headers: Headers
     query: str
-    owners: frozenset[str]
+    keys: frozenset[Key]
     in_address: bool
 
 
-def without_keys(headers: Iterable[tuple[str, str]], query: str, owner_of: OwnerOf) -> Carried:
+def without_keys(headers: Iterable[tuple[str, str]], query: str, find_key: FindKey) -> Carried:
     """Take our keys out. A value that is no key of ours is for the service and stays, byte for byte.
 
     Raises:
@@ -165,16 +166,16 @@ def without_keys(headers: Iterable[tuple[str, str]], query: str, owner_of: Owner
     for name in ("authorization", "x-api-key"):
         if sum(given.lower() == name for given, _ in headers) > 1:
             raise InvalidRequest(f"a request has one {name} header, not more")
-    owners: set[str] = set()
+    keys: set[Key] = set()
     kept: Headers = []
     for name, value in headers:
         words = _words(value) if name.lower() == "authorization" else {value} if name.lower() == "x-api-key" else set()
-        found = {owner for word in words if (owner := owner_of(word))}
-        owners |= found
+        found = {key for word in words if (key := find_key(word))}
+        keys |= found
         if not found:
             kept.append((name, value))
-    cleaned, in_query = _query_without_keys(query, owner_of)
-    return Carried(kept, cleaned, frozenset(owners | in_query), bool(in_query))
+    cleaned, in_query = _query_without_keys(query, find_key)
+    return Carried(kept, cleaned, frozenset(keys | in_query), bool(in_query))
 
 
 def _words(value: str) -> set[str]:
@@ -189,27 +190,27 @@ def _words(value: str) -> set[str]:
     return found - {""}
 
 
-def _query_without_keys(query: str, owner_of: OwnerOf) -> tuple[str, set[str]]:
-    owners: set[str] = set()
+def _query_without_keys(query: str, find_key: FindKey) -> tuple[str, set[Key]]:
+    keys: set[Key] = set()
     kept = []
     for piece in query.split("&"):
         name, _, value = piece.partition("=")
-        owner = owner_of(unquote_plus(value)) if value and unquote_plus(name) == "token" else None
-        if owner is None:
+        key = find_key(unquote_plus(value)) if value and unquote_plus(name) == "token" else None
+        if key is None:
             kept.append(piece)
         else:
-            owners.add(owner)
-    return "&".join(kept), owners
+            keys.add(key)
+    return "&".join(kept), keys
 
 
-def refuse_key_in_path(path: str, owner_of: OwnerOf) -> None:
+def refuse_key_in_path(path: str, find_key: FindKey) -> None:
     """Refuse a key in a path, because the page could read its own address.
 
     Raises:
         InvalidRequest: a key of ours is in the path.
     """
     found = re.match("/+t/([^/]+)", path, re.IGNORECASE)
-    if found is not None and owner_of(unquote(found[1])):
+    if found is not None and find_key(unquote(found[1])):
         raise InvalidRequest(
             "a port's address may not have a key in its path: the page could read it",
             hint="send the key as `Authorization: Bearer <key>` or `X-API-Key: <key>`, or open the port",

@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import re
 import resource
 import shutil
 import socket
@@ -35,7 +36,7 @@ from kernel_gateway.network.slots import Slots, choose
 from kernel_gateway.ports import names
 from kernel_gateway.sandbox.pool import Pool
 from kernel_gateway.sandbox.sandboxes import Sandboxes, supervised
-from kernel_gateway.sandbox.store import Store, new_key
+from kernel_gateway.sandbox.store import KEY_LENGTH, Store, new_key
 from kernel_gateway.settings import Settings, SettingsError
 
 log = logging.getLogger(__name__)
@@ -234,6 +235,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
         SettingsError: a setting can't be used here (port taken, data directory in use, unknown template).
         BuildError: a template could not be built.
     """
+    check_key(settings.api_key)
     templates = load_templates(settings)
     # A sandbox has some twenty descriptors here, and as many as its clients and its gate have connections.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -257,7 +259,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
             await preparation.make(templates.default, progress)
             made = None  # only now: a key that was made before a failed start would never be shown
             if settings.api_key:
-                store.add_key(settings.api_key, "CELLVM_API_KEY")
+                store.lend_key(settings.api_key)
             elif not store.list_keys():
                 made = new_key()
                 store.add_key(made, "first start")
@@ -342,6 +344,20 @@ async def cancelled(task: asyncio.Task[None]) -> None:
     """Cancel a task and wait for its end."""
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+def check_key(key: str) -> None:
+    """Refuse a key that could be guessed, or that no client could send. No key at all is right.
+
+    Raises:
+        SettingsError: it is one.
+    """
+    shortest, longest = KEY_LENGTH
+    if key and not re.fullmatch(f"[!-~]{{{shortest},{longest}}}", key):
+        raise SettingsError(
+            f"CELLVM_API_KEY must have {shortest} to {longest} characters (ASCII, no blanks), because a short key can "
+            "be guessed. Make one with `openssl rand -hex 20`, or unset it and use a key of `cellvm keys add`"
+        )
 
 
 def check_bind(settings: Settings, sockets: list[socket.socket], driver: VmDriver) -> None:

@@ -19,6 +19,7 @@ from kernel_gateway.api.socket import NOT_ALLOWED, Socket, Sockets
 from kernel_gateway.api.stream import AgentStream
 from kernel_gateway.kernel.events import Cell
 from kernel_gateway.ports import NONE, Place, place_of_host, place_of_path
+from kernel_gateway.sandbox.lifecycle import Event
 from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
 
@@ -220,7 +221,7 @@ def application(
         max_message=max_message,
         kernel_idle_timeout=kernel_idle_timeout,
         kernel_max_life=kernel_max_life,
-        sessions=defaultdict(jupyter.Sessions),  # by owner
+        sessions=defaultdict(jupyter.Sessions),  # by key
         sockets=Sockets(max_connections, LARGE_MESSAGES * max_message),
         openapi=document(ROUTES),
         requests=set(),  # requests that are being answered
@@ -230,20 +231,28 @@ def application(
 
 
 async def watch_keys(app: Application) -> None:
-    """Cut off whoever uses a key that has been removed, also by another process. Sandboxes live on to their end."""
+    """Cut off whoever uses a key that has been removed, also by another process.
+
+    Its sandboxes live on to their end, unless the store says that they have ended with the key.
+    """
     settings = app.settings
-    owners = settings["store"].owners()
+    store: Store = settings["store"]
+    keys = set(store.list_keys())
     while True:
         await asyncio.sleep(KEYS_TICK)
-        before, owners = owners, settings["store"].owners()
-        for owner in before - owners:
-            log.info("the key of owner %s was removed: its connections are closed", owner)
-            settings["sockets"].close(NOT_ALLOWED, "the key was removed", owner)
+        before, keys = keys, set(store.list_keys())
+        for key in before - keys:
+            log.info("key %s of owner %s was removed: its connections are closed", key.id, key.owner)
+            settings["sockets"].close(NOT_ALLOWED, "the key was removed", key.id)
             for request in list(settings["requests"]):
-                if isinstance(request, Endpoint) and request.owner == owner:
+                if isinstance(request, Endpoint) and request.key.id == key.id:
                     request.cut()
-            for sandbox in settings["sandboxes"].list(owner):
-                sandbox.cut_owner()
+            for making in settings["sessions"].pop(key.id, jupyter.Sessions()).making.values():
+                making.cancel()
+            for sandbox in settings["sandboxes"].list(key.owner):
+                sandbox.cut_key(key.id)
+                if store.end_of(sandbox.id, key.owner):
+                    sandbox.apply(Event.KILL)
 
 
 def log_request(handler: Endpoint) -> None:

@@ -20,6 +20,8 @@ from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
 from kernel_gateway.errors import CellvmError, InvalidRequest, NotFound, TooLarge, Unauthorized
+from kernel_gateway.sandbox.access import Access
+from kernel_gateway.sandbox.key import Key
 from kernel_gateway.sandbox.sandbox import Sandbox
 from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
@@ -33,10 +35,14 @@ DROPPED_BODY = 4 * 1024 * 1024 * 1024
 JSON_BODY_TIMEOUT = 60.0
 """Seconds a client may take to send a JSON body."""
 
+NOBODY = Key("", "", "", 0.0)
+"""The key of a request that needs none."""
+
 STATUS: dict[str, int] = {
     "invalid_request": 400,
     "too_large": 413,
     "unauthorized": 401,
+    "forbidden": 403,
     "not_found": 404,
     "conflict": 409,
     "too_many_requests": 429,
@@ -91,19 +97,25 @@ class RangeNotSatisfiable(CellvmError):
 
 @dataclass(slots=True)
 class Call:
-    """One authenticated request, as operations see it. `http` is for operations that send their answer themselves."""
+    """One authenticated request, as operations see it. `http` is for operations that send their answer themselves.
+
+    `mine` is what the request's key may see and create.
+    """
 
     sandboxes: Sandboxes
-    store: Store
-    owner: str
+    mine: Access
     path: dict[str, str]
     query: Any
     http: "Endpoint"
 
     @property
     def sandbox(self) -> Sandbox:
-        """The sandbox that the path names, if it is this owner's."""
-        return self.sandboxes.get(self.owner, self.path["id"])
+        """The sandbox that the path names, if the key may see it."""
+        return self.mine.get(self.path["id"])
+
+    @property
+    def owner(self) -> str:
+        return self.mine.key.owner
 
 
 Operation = Callable[..., Awaitable[Any]]
@@ -169,21 +181,21 @@ class Handler(RequestHandler):
         self._sandboxes = sandboxes
         self._store = store
 
-    def authenticate(self) -> str:
-        """The owner of the request's key.
+    def authenticate(self) -> Access:
+        """What the request's key may see and create.
 
         Raises:
             Unauthorized: the request has no key, or one that is not known.
         """
         key = key_of(self.request)
-        owner = self._store.owner_of(key) if key else None
-        if owner is None:
+        known = self._store.find_key(key) if key else None
+        if known is None:
             self.set_header("WWW-Authenticate", "Bearer")
             raise Unauthorized(
                 "the key is not known" if key else "a key is required",
                 hint="send `Authorization: Bearer <key>`; `cellvm keys` makes one",
             )
-        return owner
+        return Access(self._sandboxes, self._store, known)
 
     def query(self, kind: Any) -> Any:
         """The query parameters as a type.
@@ -246,7 +258,7 @@ class Endpoint(Handler):
     def initialize(self, sandboxes: Sandboxes, store: Store, routes: dict[str, Route]) -> None:  # type: ignore[override]
         super().initialize(sandboxes, store)
         self._routes = routes
-        self.owner = ""
+        self.key = NOBODY
         self._body = bytearray()
         self._chunks: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=4)
         self._task: asyncio.Task[None] | None = None
@@ -267,11 +279,13 @@ class Endpoint(Handler):
                 raise MethodNotAllowed(f"{self.request.path} offers {', '.join(sorted(self._routes))}")
             self._route = route
             names = [str(argument) for argument in self.path_args]
-            owner = self.owner = "" if route.public else self.authenticate()
+            mine = Access(self._sandboxes, self._store, NOBODY) if route.public else self.authenticate()
+            self.key = mine.key
+            if route.method != "GET":
+                mine.key.scope.check_change()
             self.call = Call(
                 self._sandboxes,
-                self._store,
-                owner,
+                mine,
                 dict(zip(route.names, names, strict=True)),
                 None if route.query is None else self.query(route.query),
                 self,

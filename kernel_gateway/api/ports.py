@@ -29,10 +29,12 @@ from kernel_gateway.errors import (
     CellvmError,
     Conflict,
     Draining,
+    Forbidden,
     GuestFailure,
     GuestUnresponsive,
     HostFull,
     InvalidRequest,
+    NotFound,
     Unauthorized,
 )
 from kernel_gateway.guest.link import Conversation
@@ -48,6 +50,8 @@ from kernel_gateway.ports import (
     refuse_key_in_path,
     without_keys,
 )
+from kernel_gateway.sandbox.access import Access
+from kernel_gateway.sandbox.key import Key
 from kernel_gateway.sandbox.sandbox import Sandbox
 from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
@@ -171,7 +175,7 @@ class Preview(HTTPMessageDelegate):
         self._stripped = stripped
         self._key_in_path = key_in_path
         self._sandbox: Sandbox | None = None
-        self._is_visitor = False
+        self._key: Key | None = None  # None for a visitor
         self._exchange: Exchange | None = None
         self._conversation: Conversation | None = None
         self._task: asyncio.Task[None] | None = None
@@ -270,8 +274,8 @@ class Preview(HTTPMessageDelegate):
             return
         if not self._rest.startswith("/") or self._request.method == "CONNECT":
             raise InvalidRequest("a request to a port has a path, as in GET /…; the port is no proxy")
-        refuse_key_in_path(self._rest, self._store.owner_of)
-        carried = without_keys(headers, self._request.query, self._store.owner_of)
+        refuse_key_in_path(self._rest, self._store.find_key)
+        carried = without_keys(headers, self._request.query, self._store.find_key)
         sandbox = self._sandbox = self._find(carried)
         if self._sandboxes.is_draining:
             raise Draining("the server is going down")
@@ -279,7 +283,7 @@ class Preview(HTTPMessageDelegate):
         if len(sandbox.port_users) >= (MAX_VISITORS if self._is_visitor else MAX_CONNECTIONS):
             raise HostFull("there are too many connections to ports of this sandbox", hint="close some, or wait")
         assert self._task is not None
-        sandbox.port_users[self._task] = port if self._is_visitor else None
+        sandbox.port_users[self._task] = port if self._key is None else self._key.id
         try:
             async with link.ask(wire.Connect(port=port)) as conversation:
                 await self._connect(conversation, CONNECT_TIMEOUT * link.time_scale)
@@ -295,18 +299,28 @@ class Preview(HTTPMessageDelegate):
         Raises:
             Unauthorized, NotFound: the client may not. The words are the same whether the sandbox exists or not.
         """
-        sandbox = self._sandboxes.find(self._place.sandbox)
-        if sandbox is not None and sandbox.owner in carried.owners:
-            return sandbox
-        if sandbox is not None and sandbox.is_open(self._place.number):
-            self._is_visitor = True
-            return sandbox
-        for owner in carried.owners:
-            self._sandboxes.get(owner, self._place.sandbox)  # raises, because it is not this owner's
-        raise Unauthorized(
+        refusal: CellvmError = Unauthorized(
             "the key is not known" if key_of(self._request) else "a key is required",
             hint="send `Authorization: Bearer <key>`; `cellvm keys` makes one",
         )
+        for key in carried.keys:
+            try:
+                sandbox = Access(self._sandboxes, self._store, key).get(self._place.sandbox)
+                if self._request.method not in ("GET", "HEAD") or "Upgrade" in self._request.headers:
+                    key.scope.check_change()
+            except (NotFound, Forbidden) as error:
+                refusal = error
+            else:
+                self._key = key
+                return sandbox
+        visited = self._sandboxes.find(self._place.sandbox)
+        if visited is not None and visited.is_open(self._place.number):
+            return visited
+        raise refusal
+
+    @property
+    def _is_visitor(self) -> bool:
+        return self._key is None
 
     @property
     def _may_go_on(self) -> bool:

@@ -189,8 +189,7 @@ async def create_sandbox(call: Call, body: CreateSandbox) -> SandboxModel:
     check_env(body.envVars)
     check_text(*body.metadata, *body.metadata.values())
     network = body.network or NetworkRules()
-    sandbox = await call.sandboxes.create(
-        call.owner,
+    sandbox = await call.mine.create(
         template,
         timeout=body.timeout,
         metadata=body.metadata,
@@ -209,7 +208,7 @@ async def list_sandboxes(call: Call) -> list[SandboxModel]:
     wanted = parse_metadata(call.query.metadata or "")
     return [
         model(sandbox)
-        for sandbox in call.sandboxes.list(call.owner)
+        for sandbox in call.mine.list()
         if status in (None, sandbox.state) and wanted.items() <= sandbox.metadata.items()
     ]
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import closing
@@ -21,7 +22,8 @@ from kernel_gateway.server import Server, builder, running
 from kernel_gateway.settings import Settings, SettingsError
 from tests.fakes import error_of, eventually
 
-KEY = "sk-sb-tests"
+KEY = "sk-sb-of-the-tests-0123456789"
+REMOVED = "sk-sb-removed-by-the-tests"
 
 
 def settings(directory: Path, **fields: Any) -> Settings:
@@ -81,8 +83,8 @@ async def test_a_removed_key_is_cut_off(tmp_path: Path, client: AsyncHTTPClient)
     async with running(settings(tmp_path, pool_size=0), lambda text: None) as server:
         answers = []
         with closing(Store(tmp_path / "data" / "cellvm.db")) as store:
-            owner = store.add_key("sk-sb-removed", "removed")
-            for key, pause in (("sk-sb-removed", 60), (KEY, 5)):
+            owner = store.add_key(REMOVED, "removed")
+            for key, pause in ((REMOVED, 60), (KEY, 5)):
                 body = {"templateID": "code_interpreter"}
                 box = json.loads((await call(client, server, "POST", "/sandboxes", body, key)).body)["sandboxID"]
                 path = f"/sandboxes/{box}"
@@ -101,8 +103,50 @@ async def test_a_removed_key_is_cut_off(tmp_path: Path, client: AsyncHTTPClient)
             (await cut).rethrow()
         assert json.loads((await kept).body)["results"][0]["data"] == {"text/plain": "42"}
         await other.close()
-        assert (await call(client, server, "GET", "/sandboxes", key="sk-sb-removed")).code == 401
+        assert (await call(client, server, "GET", "/sandboxes", key=REMOVED)).code == 401
         assert len(server.sandboxes) == 2
+
+
+async def test_a_removed_key_takes_its_sandboxes(
+    tmp_path: Path, client: AsyncHTTPClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`keys remove --with-sandboxes`, in another process, ends those of that key and no others."""
+    monkeypatch.setenv("CELLVM_DATA_DIR", str(tmp_path / "data"))
+    async with running(settings(tmp_path, pool_size=0), lambda text: None) as server:
+        boxes = []
+        with closing(Store(tmp_path / "data" / "cellvm.db")) as store:
+            owner = store.add_key(REMOVED, "removed")
+            for key in (REMOVED, KEY):
+                answer = await call(client, server, "POST", "/sandboxes", {"templateID": "base"}, key)
+                boxes.append(json.loads(answer.body)["sandboxID"])
+            command = [sys.executable, "-m", "kernel_gateway", "keys", "remove", owner, "--with-sandboxes"]
+            process = await asyncio.create_subprocess_exec(*command)
+            assert await process.wait() == 0
+            await eventually(lambda: len(server.sandboxes) == 1)
+            assert server.sandboxes.find(boxes[0]) is None
+            assert (store.end_of(boxes[0], owner) or (0, ""))[1] == "key_removed"
+        assert (await call(client, server, "GET", f"/sandboxes/{boxes[1]}")).code == 200
+
+
+async def test_the_key_of_the_variable_is_not_stored(tmp_path: Path, client: AsyncHTTPClient) -> None:
+    """It is valid while the variable says so. A server that is started with another one does not know it any more."""
+    other = KEY[::-1]
+    async with running(settings(tmp_path, pool_size=0), lambda text: None) as server:
+        assert (await call(client, server, "GET", "/sandboxes")).code == 200
+    async with running(settings(tmp_path, pool_size=0, api_key=other), lambda text: None) as server:
+        assert (await call(client, server, "GET", "/sandboxes")).code == 401
+        assert (await call(client, server, "GET", "/sandboxes", key=other)).code == 200
+    async with running(settings(tmp_path, pool_size=0, api_key=""), lambda text: None) as server:
+        assert server.new_key is not None
+        assert (await call(client, server, "GET", "/sandboxes", key=other)).code == 401
+
+
+@pytest.mark.parametrize("key", ["x", "x" * 19, "x" * 257, "with a blank in between", "schlüssel" * 5])
+async def test_weak_keys_are_refused(tmp_path: Path, key: str) -> None:
+    """A key that could be guessed, or that no client can send, ends the start with a sentence that says what to do."""
+    with pytest.raises(SettingsError, match=r"CELLVM_API_KEY must have 20 to 256 .* `openssl rand"):
+        async with running(settings(tmp_path, api_key=key), lambda text: None):
+            pass
 
 
 async def test_a_disk_at_its_floor(tmp_path: Path, client: AsyncHTTPClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +314,42 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     capsys.readouterr()
     main(["keys", "list"])
     assert "mine" not in capsys.readouterr().out
+
+
+def test_keys_with_limits(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cellvm keys add --scope` makes them, and the list tells their limits. What makes no sense is refused."""
+    monkeypatch.setenv("CELLVM_DATA_DIR", str(tmp_path))
+    assert main(["keys", "add", "mine"]) == 0
+    with closing(Store(tmp_path / "cellvm.db")) as store:
+        (mine,) = store.list_keys()
+        asyncio.run(written(store, mine.id))
+    for scope in (["read-only", "--of", mine.id], ["template=code-interpreter-v1"], ["sandbox=sbx1"]):
+        assert main(["keys", "add", "limited", "--scope", *scope]) == 0
+    assert main(["keys", "add", "limited", "--scope", "read-only", "--of", "CELLVM_API_KEY"]) == 0
+    capsys.readouterr()
+    assert main(["keys", "list"]) == 0
+    listed = capsys.readouterr().out
+    for limits in (f"(read-only of {mine.id})", "(template=code_interpreter)", f"(sandbox=sbx1 of {mine.id})"):
+        assert limits in listed
+    assert "(read-only of CELLVM_API_KEY)" in listed
+    for wrong in (
+        ["add", "x", "--scope", "all"],
+        ["add", "x", "--scope", "read-only"],
+        ["add", "x", "--of", mine.id],
+        ["add", "x", "--scope", "read-only", "--of", "unknown"],
+        ["add", "x", "--scope", "template=unknown"],
+        ["add", "x", "--scope", "sandbox=unknown"],
+        ["list", "--scope", "read-only"],
+        ["add", "x", "--with-sandboxes"],
+    ):
+        assert main(["keys", *wrong]) == 1
+        assert "cellvm: " in capsys.readouterr().err
+    main(["keys", "list"])
+    assert capsys.readouterr().out == listed
+
+
+async def written(store: Store, owner: str) -> None:
+    await store.sandbox_created("sbx1", owner, "base")
 
 
 @pytest.mark.parametrize(
