@@ -24,7 +24,7 @@ from urllib.parse import unquote, unquote_plus, urlsplit
 import h11
 
 from kernel_gateway.errors import GuestFailure, InvalidRequest
-from kernel_gateway.sandbox.key import Key
+from kernel_gateway.sandbox.key import Key, may_be_key
 
 HEAD_LIMIT = 32 * 1024
 """Largest head of an answer, in bytes."""
@@ -34,6 +34,8 @@ CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
 """Characters that no header may have. h11 lets some of them pass."""
 KEY_CANDIDATES = 64
 """Words of an Authorization header that are looked at."""
+QUERY_CANDIDATES = 4
+"""Values of `token` in a query that are looked up."""
 
 Headers = list[tuple[str, str]]
 FindKey = Callable[[str], Key | None]
@@ -190,12 +192,23 @@ def _words(value: str) -> set[str]:
     return found - {""}
 
 
+def _candidate(piece: str) -> str | None:
+    """What could be a key of ours in a piece of a query."""
+    name, _, value = piece.partition("=")
+    text = unquote_plus(value) if unquote_plus(name) == "token" else ""
+    return text if may_be_key(text) else None
+
+
 def _query_without_keys(query: str, find_key: FindKey) -> tuple[str, set[Key]]:
     keys: set[Key] = set()
     kept = []
+    candidates = 0
     for piece in query.split("&"):
-        name, _, value = piece.partition("=")
-        key = find_key(unquote_plus(value)) if value and unquote_plus(name) == "token" else None
+        text = _candidate(piece)
+        candidates += text is not None
+        if candidates > QUERY_CANDIDATES:
+            raise InvalidRequest(f"a query has at most {QUERY_CANDIDATES} long values of `token`")
+        key = find_key(text) if text else None
         if key is None:
             kept.append(piece)
         else:

@@ -34,10 +34,11 @@ from kernel_gateway.images.preparation import Preparation, Prepare
 from kernel_gateway.images.templates import Template, Templates, rootfs_dir
 from kernel_gateway.network.slots import Slots, choose
 from kernel_gateway.ports import names
+from kernel_gateway.sandbox.key import KEY_LENGTH
 from kernel_gateway.sandbox.pool import Pool
 from kernel_gateway.sandbox.sandboxes import Sandboxes, supervised
-from kernel_gateway.sandbox.store import KEY_LENGTH, Store, new_key
-from kernel_gateway.settings import Settings, SettingsError
+from kernel_gateway.sandbox.store import Store, new_key
+from kernel_gateway.settings import IN_CLEAR, Settings, SettingsError
 
 log = logging.getLogger(__name__)
 
@@ -240,6 +241,8 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
     # A sandbox has some twenty descriptors here, and as many as its clients and its gate have connections.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _, largest = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, largest))  # keys and everybody's output would be in a core dump
     lock = claim(settings.data_path)
     try:
         sockets = bind_sockets(settings.port, settings.host)
@@ -254,6 +257,8 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
         async with opened_driver(settings, templates.default, progress) as opened, AsyncExitStack() as last:
             driver = opened.driver
             check_bind(settings, sockets, driver)
+            if not (is_local(sockets) or settings.tls_cert):
+                log.warning("KEYS CROSS THE NETWORK IN CLEAR: %s", IN_CLEAR)
             preparation = Preparation(opened.prepare)
             last.push_async_callback(preparation.close)
             await preparation.make(templates.default, progress)
@@ -289,6 +294,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 kernel_max_life=settings.kernel_max_life or None,
                 max_connections=settings.max_connections,
                 domain=settings.domain,
+                hosts=settings.hosts,
                 stripped=names(settings.strip_headers),
             )
             http = Door(
@@ -346,6 +352,11 @@ async def cancelled(task: asyncio.Task[None]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
+def is_local(sockets: list[socket.socket]) -> bool:
+    """Whether nobody on another machine can connect."""
+    return all(ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback for sock in sockets)
+
+
 def check_key(key: str) -> None:
     """Refuse a key that could be guessed, or that no client could send. No key at all is right.
 
@@ -366,8 +377,7 @@ def check_bind(settings: Settings, sockets: list[socket.socket], driver: VmDrive
     Raises:
         SettingsError: the server would listen beyond this machine, and sandboxes are emulated or have no boundary.
     """
-    is_local = all(ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback for sock in sockets)
-    if driver.capabilities.accelerator == "kvm" or is_local:
+    if driver.capabilities.accelerator == "kvm" or is_local(sockets):
         return
     what = "sandboxes are emulated (TCG), which QEMU calls no security boundary"
     if driver.capabilities.isolation == "none":

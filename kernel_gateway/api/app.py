@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 from collections import defaultdict
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import unquote
 
@@ -13,18 +14,21 @@ from tornado.web import Application
 from kernel_gateway.api import commands, jupyter, ports, rest
 from kernel_gateway.api.base import Endpoint, Missing, Route
 from kernel_gateway.api.channels import Channels
+from kernel_gateway.api.guesses import Guesses
 from kernel_gateway.api.openapi import document, serve_document
 from kernel_gateway.api.ports import Preview
 from kernel_gateway.api.socket import NOT_ALLOWED, Socket, Sockets
 from kernel_gateway.api.stream import AgentStream
+from kernel_gateway.errors import Misdirected, NotFound
 from kernel_gateway.kernel.events import Cell
-from kernel_gateway.ports import NONE, Place, place_of_host, place_of_path
+from kernel_gateway.ports import NONE, place_of_host, place_of_path
 from kernel_gateway.sandbox.lifecycle import Event
 from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
 
 log = logging.getLogger(__name__)
 
+NO_PATH = "GET /openapi.json lists what there is"
 KEYS_TICK = 0.5
 """Seconds between looks at the keys."""
 
@@ -156,7 +160,14 @@ class Gateway(Application):
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
         """Called by Tornado for each request, before anything else reads or logs the path."""
         if place := place_of_host(request.host_name, self.settings["domain_name"]):
-            return self._preview(request, place, request.path)
+            return Preview(self.settings, request, place, request.path)
+        if not is_ours(request.host_name, self.settings["hosts"]):
+            error = Misdirected(
+                f"this server is not known as {request.host_name!r:.100}",
+                hint="the operator allows the name with --allow-host; a proxy may send `Host: localhost` instead",
+            )
+            args = {**self.settings["default_handler_args"], "error": error}
+            return self.get_handler_delegate(request, Missing, args)
         path = request.path.removeprefix(self.settings["base_url"])
         before = request.path.removesuffix(path)
         found = re.fullmatch(r"/+t/([^/]+)(/.*)?", path)
@@ -165,15 +176,25 @@ class Gateway(Application):
             if not request.headers.get("Authorization", "").partition(" ")[2]:
                 request.headers["Authorization"] = f"Bearer {unquote(found[1])}"
         if place := place_of_path(path, before):
-            return self._preview(request, place, path[len(place.prefix) - len(before) :], key_in_path=found is not None)
+            rest = path[len(place.prefix) - len(before) :]
+            return Preview(self.settings, request, place, rest, key_in_path=found is not None)
         request.path = path
         return super().find_handler(request, **kwargs)
 
-    def _preview(self, request: HTTPServerRequest, place: Place, rest: str, **options: bool) -> Preview:
-        settings = self.settings
-        sandboxes, store, requests, reading = (settings[key] for key in ("sandboxes", "store", "requests", "reading"))
-        stripped = settings["stripped"]
-        return Preview(sandboxes, store, requests, reading, request, place, rest, stripped=stripped, **options)
+
+def is_ours(host: str, hosts: frozenset[str] | None) -> bool:
+    """Whether a request to that host name, without a port, is for this server.
+
+    A web page can let its own name lead here (DNS rebinding), and would then have our answers as its own. A browser
+    takes an IP address from nobody, and names below localhost from no resolver.
+    """
+    name = host.lower().rstrip(".")
+    if hosts is None or name in hosts or name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return bool(ip_address(name.strip("[]").partition("%")[0]))
+    except ValueError:
+        return False
 
 
 def application(
@@ -187,6 +208,7 @@ def application(
     kernel_max_life: int | None = None,
     max_connections: int = 256,
     domain: str = "localhost",
+    hosts: frozenset[str] | None = None,
     stripped: re.Pattern[str] = NONE,
 ) -> Application:
     """The Tornado application over a collection of sandboxes and a store of keys.
@@ -199,6 +221,7 @@ def application(
         kernel_max_life: seconds after which such a kernel ends, whatever it does; None for never.
         max_connections: WebSockets that one owner may have open at once.
         domain: services in sandboxes are reached as `{port}-{id}.{domain}`; it may include the server's port.
+        hosts: names that clients may call the server by, besides IP addresses and localhost; None for all.
         stripped: matches headers, in small letters, that services in sandboxes do not get.
     """
     shared = {"sandboxes": sandboxes, "store": store}
@@ -212,12 +235,14 @@ def application(
         sandboxes=sandboxes,
         store=store,
         default_handler_class=Missing,
-        default_handler_args={**shared, "routes": {}},
+        default_handler_args={**shared, "error": NotFound("there is no such path", hint=NO_PATH)},
         origins=origins,
         base_url=base_url,
         domain=domain,
         domain_name=domain.partition(":")[0].strip(".").lower(),
+        hosts=hosts,
         stripped=stripped,
+        guesses=Guesses(),
         max_message=max_message,
         kernel_idle_timeout=kernel_idle_timeout,
         kernel_max_life=kernel_max_life,

@@ -19,7 +19,8 @@ from tornado.httputil import HTTPServerRequest
 from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
-from kernel_gateway.errors import CellvmError, InvalidRequest, NotFound, TooLarge, Unauthorized
+from kernel_gateway.api.guesses import Guesses
+from kernel_gateway.errors import CellvmError, InvalidRequest, TooLarge, TooManyRequests, Unauthorized
 from kernel_gateway.sandbox.access import Access
 from kernel_gateway.sandbox.key import Key
 from kernel_gateway.sandbox.sandbox import Sandbox
@@ -53,6 +54,7 @@ STATUS: dict[str, int] = {
     "sandbox_died": 502,
     "guest_unresponsive": 502,
     "method_not_allowed": 405,
+    "misdirected": 421,
     "range_not_satisfiable": 416,
     "internal": 500,
     # the agent's refusals
@@ -160,6 +162,24 @@ def key_of(request: HTTPServerRequest) -> str | None:
     return request.headers.get("X-API-Key") or in_query or None
 
 
+def refusal(request: HTTPServerRequest, guesses: Guesses) -> CellvmError:
+    """The error for a request without a known key. If it has an unknown one, that is counted."""
+    key = key_of(request)
+    address = request.remote_ip or ""
+    if key:
+        guesses.add(address)
+    if wait := guesses.wait(address):
+        error = TooManyRequests(
+            "too many unknown keys came from your address", hint="send a key that is known, or wait"
+        )
+        error.retry_after = wait
+        return error
+    return Unauthorized(
+        "the key is not known" if key else "a key is required",
+        hint="send `Authorization: Bearer <key>`; `cellvm keys` makes one",
+    )
+
+
 def decode(data: bytes, kind: Any) -> Any:
     """A JSON body as its type. An empty body reads as `{}`.
 
@@ -186,15 +206,12 @@ class Handler(RequestHandler):
 
         Raises:
             Unauthorized: the request has no key, or one that is not known.
+            TooManyRequests: so have too many requests from its address.
         """
         key = key_of(self.request)
         known = self._store.find_key(key) if key else None
         if known is None:
-            self.set_header("WWW-Authenticate", "Bearer")
-            raise Unauthorized(
-                "the key is not known" if key else "a key is required",
-                hint="send `Authorization: Bearer <key>`; `cellvm keys` makes one",
-            )
+            raise refusal(self.request, self.application.settings["guesses"])
         return Access(self._sandboxes, self._store, known)
 
     def query(self, kind: Any) -> Any:
@@ -220,6 +237,8 @@ class Handler(RequestHandler):
             error = CellvmError("the server failed; its log says why")
         status = STATUS[error.code]
         self.set_status(status)
+        if status == HTTPStatus.UNAUTHORIZED:
+            self.set_header("WWW-Authenticate", "Bearer")
         if error.retry_after is not None:
             self.set_header("Retry-After", str(error.retry_after))
         body = msgspec.json.encode(ErrorBody(status, str(error), error.code, error.hint, error.outcome))
@@ -237,6 +256,7 @@ class Handler(RequestHandler):
     def set_default_headers(self) -> None:
         self.set_header("Server", "CellVM")
         self.set_header("X-Content-Type-Options", "nosniff")
+        self.set_header("Cache-Control", "no-store")
         origin = self.request.headers.get("Origin", "")
         if origin in self.application.settings["origins"]:
             self.set_header("Access-Control-Allow-Origin", origin)
@@ -419,11 +439,15 @@ class Endpoint(Handler):
 
 
 class Missing(Endpoint):
-    """Any path that no route has."""
+    """Any request that no route answers: it gets this error."""
+
+    def initialize(self, sandboxes: Sandboxes, store: Store, error: CellvmError) -> None:  # type: ignore[override]
+        super().initialize(sandboxes, store, {})
+        self._error = error
 
     async def prepare(self) -> None:
         self.application.settings["requests"].add(self)
-        await self._fail(NotFound("there is no such path", hint="GET /openapi.json lists what there is"))
+        await self._fail(self._error)
 
 
 def phrase(status: int) -> str:

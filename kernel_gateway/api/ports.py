@@ -24,7 +24,8 @@ from tornado.httputil import HTTPHeaders, HTTPMessageDelegate, HTTPServerRequest
 from tornado.iostream import IOStream, StreamClosedError
 
 from guest_agent import wire
-from kernel_gateway.api.base import DROPPED_BODY, STATUS, Call, ErrorBody, key_of
+from kernel_gateway.api.base import DROPPED_BODY, STATUS, Call, ErrorBody, refusal
+from kernel_gateway.api.guesses import Guesses
 from kernel_gateway.errors import (
     CellvmError,
     Conflict,
@@ -35,7 +36,6 @@ from kernel_gateway.errors import (
     HostFull,
     InvalidRequest,
     NotFound,
-    Unauthorized,
 )
 from kernel_gateway.guest.link import Conversation
 from kernel_gateway.ports import (
@@ -144,35 +144,31 @@ class Preview(HTTPMessageDelegate):
     """One request to a service, from its head to the end of its answer.
 
     Args:
-        reading: a lock that is held while a piece of any service's answer is read.
+        settings: the application's.
         rest: the address after the port, without the query, still encoded.
-        stripped: matches headers, in small letters, that no service gets.
         key_in_path: the address begins with `/t/KEY`.
     """
 
     def __init__(
         self,
-        sandboxes: Sandboxes,
-        store: Store,
-        requests: set[Any],
-        reading: asyncio.Lock,
+        settings: dict[str, Any],
         request: HTTPServerRequest,
         place: Place,
         rest: str,
         *,
-        stripped: re.Pattern[str],
         key_in_path: bool = False,
     ) -> None:
         assert isinstance(request.connection, HTTP1Connection)
-        self._sandboxes = sandboxes
-        self._store = store
-        self._requests = requests
-        self._reading = reading
+        self._sandboxes: Sandboxes = settings["sandboxes"]
+        self._store: Store = settings["store"]
+        self._guesses: Guesses = settings["guesses"]
+        self._stripped: re.Pattern[str] = settings["stripped"]
+        self._requests: set[Any] = settings["requests"]
+        self._reading: asyncio.Lock = settings["reading"]
         self._request = request
         self._connection = request.connection
         self._place = place
         self._rest = rest
-        self._stripped = stripped
         self._key_in_path = key_in_path
         self._sandbox: Sandbox | None = None
         self._key: Key | None = None  # None for a visitor
@@ -297,26 +293,24 @@ class Preview(HTTPMessageDelegate):
         """The sandbox, if the client may reach this port of it.
 
         Raises:
-            Unauthorized, NotFound: the client may not. The words are the same whether the sandbox exists or not.
+            Unauthorized, TooManyRequests, Forbidden, NotFound: the client may not. The words are the same whether the
+                sandbox exists or not.
         """
-        refusal: CellvmError = Unauthorized(
-            "the key is not known" if key_of(self._request) else "a key is required",
-            hint="send `Authorization: Bearer <key>`; `cellvm keys` makes one",
-        )
+        refused: CellvmError | None = None
         for key in carried.keys:
             try:
                 sandbox = Access(self._sandboxes, self._store, key).get(self._place.sandbox)
                 if self._request.method not in ("GET", "HEAD") or "Upgrade" in self._request.headers:
                     key.scope.check_change()
             except (NotFound, Forbidden) as error:
-                refusal = error
+                refused = error
             else:
                 self._key = key
                 return sandbox
         visited = self._sandboxes.find(self._place.sandbox)
         if visited is not None and visited.is_open(self._place.number):
             return visited
-        raise refusal
+        raise refused or refusal(self._request, self._guesses)
 
     @property
     def _is_visitor(self) -> bool:
@@ -484,6 +478,7 @@ class Preview(HTTPMessageDelegate):
         headers = [
             ("Server", "CellVM"),
             ("X-Content-Type-Options", "nosniff"),
+            ("Cache-Control", "no-store"),
             ("Content-Type", "application/json"),
             ("Content-Length", str(len(body))),
         ]

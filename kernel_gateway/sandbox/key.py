@@ -59,6 +59,14 @@ class Scope:
 
 
 ALL = Scope()
+KEY_LENGTH = (20, 256)
+"""Characters of the shortest and of the longest key."""
+
+
+def may_be_key(text: str) -> bool:
+    """Whether a key can have this form. Strangers offer many texts, and no other text is looked up."""
+    shortest, longest = KEY_LENGTH
+    return shortest <= len(text) <= longest
 
 
 class Key(NamedTuple):

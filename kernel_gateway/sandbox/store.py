@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kernel_gateway.errors import HostFull
-from kernel_gateway.sandbox.key import ALL, Key, Scope, parse_scope
+from kernel_gateway.sandbox.key import ALL, Key, Scope, may_be_key, parse_scope
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +43,6 @@ SCHEMA = (
     ),
 )
 """What makes each version of the database from the one before."""
-KEY_LENGTH = (20, 256)
-"""Characters of the shortest and of the longest key. No other text is looked up."""
 KEPT_DAYS = 30
 """Days that an entry of a sandbox is kept after its end."""
 LOCK_TIMEOUT = 5.0
@@ -163,8 +161,7 @@ class Store:
 
     def find_key(self, key: str) -> Key | None:
         """What is known of a key. The look-up is by hash, so its time tells nothing about the stored keys."""
-        shortest, longest = KEY_LENGTH
-        return self._keys().get(_hash(key)) if shortest <= len(key) <= longest else None
+        return self._keys().get(_hash(key)) if may_be_key(key) else None
 
     def list_keys(self) -> list[Key]:
         """All keys, the oldest first."""

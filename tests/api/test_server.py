@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import resource
 import subprocess
 import sys
 import time
@@ -376,13 +377,39 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert "--max-sandboxes" in text
 
 
-async def test_it_listens_beyond_this_machine_only_when_told(tmp_path: Path) -> None:
+async def test_it_listens_beyond_this_machine_only_when_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Without isolation the server listens elsewhere only by a flag, so not by accident. The message names it."""
     with pytest.raises(SettingsError, match="allow-insecure-emulation"):
         async with running(settings(tmp_path, host="0.0.0.0", pool_size=0), print):
             pass
     async with running(settings(tmp_path, host="0.0.0.0", pool_size=0, allow_insecure_emulation=True), print) as server:
         assert server.url.startswith("http://0.0.0.0:")
+        assert "KEYS CROSS THE NETWORK IN CLEAR" in caplog.text
+    caplog.clear()
+    async with running(settings(tmp_path, pool_size=0), print):
+        assert "IN CLEAR" not in caplog.text
+
+
+async def test_a_server_and_its_names(tmp_path: Path, client: AsyncHTTPClient) -> None:
+    """The server answers to its own names and to those of --allow-host."""
+
+    async def code(server: Server, host: str) -> int:
+        return (await client.fetch(f"{server.url}/health", headers={"Host": host}, raise_error=False)).code
+
+    async with running(settings(tmp_path, pool_size=0, domain="box.example.com:8443"), print) as server:
+        assert [await code(server, host) for host in ("box.example.com", "evil.example")] == [200, 421]
+    async with running(settings(tmp_path, pool_size=0, allow_host="a.example, B.example"), print) as server:
+        assert [await code(server, host) for host in ("a.example", "b.example:1", "c.example")] == [200, 200, 421]
+    async with running(settings(tmp_path, pool_size=0, allow_host="*"), print) as server:
+        assert await code(server, "evil.example") == 200
+
+
+async def test_no_core_is_dumped(tmp_path: Path) -> None:
+    """A server that crashes leaves no copy of its memory, which has everybody's output."""
+    before = resource.getrlimit(resource.RLIMIT_CORE)
+    async with running(settings(tmp_path, pool_size=0), print):
+        assert resource.getrlimit(resource.RLIMIT_CORE) == (0, before[1])
+    resource.setrlimit(resource.RLIMIT_CORE, before)
 
 
 def certificate(directory: Path) -> Path:
