@@ -24,7 +24,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from guest_agent import wire
-from kernel_gateway.api import base, ports
+from kernel_gateway.api import base, guesses, ports
 from kernel_gateway.api.base import STATUS
 from kernel_gateway.drivers.unisolated import Unisolated
 from kernel_gateway.guest import link
@@ -241,8 +241,10 @@ async def start(service: Service) -> Lab:
 
 
 @pytest.fixture
-async def lab(shared: Lab) -> AsyncIterator[Lab]:
+async def lab(shared: Lab, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lab]:
     """The service. Afterwards its ports are closed, and it must have seen no key."""
+    # All tests together offer many unknown keys.
+    monkeypatch.setattr(guesses, "LIMIT", 10_000)
     yield shared
     await shared.open(public=False, port=None)
     await eventually(lambda: len(shared.sandbox.port_users) == 0)
