@@ -12,7 +12,7 @@ from tornado.httputil import HTTPServerRequest
 from tornado.web import Application
 
 from kernel_gateway.api import commands, jupyter, ports, rest
-from kernel_gateway.api.base import Endpoint, Missing, Route
+from kernel_gateway.api.base import NOBODY, Endpoint, Missing, Route
 from kernel_gateway.api.channels import Channels
 from kernel_gateway.api.guesses import Guesses
 from kernel_gateway.api.openapi import document, serve_document
@@ -260,24 +260,32 @@ async def watch_keys(app: Application) -> None:
 
     Its sandboxes live on to their end, unless the store says that they have ended with the key.
     """
-    settings = app.settings
-    store: Store = settings["store"]
+    store: Store = app.settings["store"]
     keys = set(store.list_keys())
     while True:
         await asyncio.sleep(KEYS_TICK)
         before, keys = keys, set(store.list_keys())
         for key in before - keys:
             log.info("key %s of owner %s was removed: its connections are closed", key.id, key.owner)
-            settings["sockets"].close(NOT_ALLOWED, "the key was removed", key.id)
-            for request in list(settings["requests"]):
-                if isinstance(request, Endpoint) and request.key.id == key.id:
-                    request.cut()
-            for making in settings["sessions"].pop(key.id, jupyter.Sessions()).making.values():
-                making.cancel()
-            for sandbox in settings["sandboxes"].list(key.owner):
-                sandbox.cut_key(key.id)
-                if store.end_of(sandbox.id, key.owner):
-                    sandbox.apply(Event.KILL)
+        cut_others(app.settings, {key.id for key in keys} | {NOBODY.id}, {key.owner for key in keys})
+
+
+def cut_others(settings: dict[str, Any], keys: set[str], owners: set[str]) -> None:
+    """End what was begun with another key than these, and what the store says has ended of other owners.
+
+    All that goes on is looked at, because a key may have been added, used and removed since the last look.
+    """
+    settings["sockets"].close(NOT_ALLOWED, "the key was removed", keys)
+    for request in list(settings["requests"]):
+        if isinstance(request, Endpoint) and request.key.id not in keys:
+            request.cut()
+    for key_id in settings["sessions"].keys() - keys:
+        for making in settings["sessions"].pop(key_id).making.values():
+            making.cancel()
+    for sandbox in settings["sandboxes"]:
+        sandbox.cut_others(keys)
+        if sandbox.owner not in owners and settings["store"].end_of(sandbox.id, sandbox.owner):
+            sandbox.apply(Event.KILL)
 
 
 def log_request(handler: Endpoint) -> None:

@@ -12,6 +12,7 @@ import struct
 import time
 import uuid
 from collections import Counter
+from collections.abc import Collection
 from typing import Annotated, Any
 
 import msgspec
@@ -107,10 +108,10 @@ class Sockets:
         socket.held = size
         return size <= SMALL or self._held[owner] <= self._most_bytes
 
-    def close(self, code: int, reason: str, key_id: str | None = None) -> None:
-        """Begin to close every connection, or those of one key."""
+    def close(self, code: int, reason: str, but: Collection[str] = ()) -> None:
+        """Begin to close every connection, but those of some keys, which are given by their ids."""
         for each in [each for mine in self._open.values() for each in mine]:
-            if key_id in (None, each.key.id):
+            if each.key.id not in but:
                 each.close(code, reason)
 
 

@@ -7,7 +7,7 @@ import secrets
 import string
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Protocol, runtime_checkable
@@ -159,10 +159,10 @@ class Sandbox:
             self.open_ports.clear()
         self._cut_visitors()
 
-    def cut_key(self, key_id: str) -> None:
-        """End the connections to ports that were made with that key."""
+    def cut_others(self, keys: Collection[str]) -> None:
+        """End the connections to ports that were made with another key than these, which are given by their ids."""
         for task, user in self.port_users.items():
-            if user == key_id:
+            if isinstance(user, str) and user not in keys:
                 task.cancel()
 
     def _cut_visitors(self) -> None:

@@ -18,6 +18,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from kernel_gateway.__main__ import main
+from kernel_gateway.sandbox.key import parse_scope
 from kernel_gateway.sandbox.store import Store
 from kernel_gateway.server import Server, builder, running
 from kernel_gateway.settings import Settings, SettingsError
@@ -106,6 +107,26 @@ async def test_a_removed_key_is_cut_off(tmp_path: Path, client: AsyncHTTPClient)
         await other.close()
         assert (await call(client, server, "GET", "/sandboxes", key=REMOVED)).code == 401
         assert len(server.sandboxes) == 2
+
+
+async def test_a_removed_key_with_limits_is_cut_off_alone(tmp_path: Path, client: AsyncHTTPClient) -> None:
+    """Its own WebSocket ends. That of the owner's first key, in the same sandbox, goes on."""
+    async with running(settings(tmp_path, pool_size=0), lambda text: None) as server:
+        answer = await call(client, server, "POST", "/sandboxes", {"templateID": "base"})
+        box = json.loads(answer.body)["sandboxID"]
+        uri = f"{server.url.replace('http', 'ws')}/sandboxes/{box}/stream"
+        with closing(Store(tmp_path / "data" / "cellvm.db")) as store:
+            scope = parse_scope(f"sandbox={box}")
+            limited = store.add_key(REMOVED, "limited", owner="CELLVM_API_KEY", scope=scope)
+            cut, kept = [await connect(uri, additional_headers={"X-API-Key": key}) for key in (REMOVED, KEY)]
+            assert store.remove_key(limited)
+        with pytest.raises(ConnectionClosed):
+            await asyncio.wait_for(drained(cut), 10)
+        await kept.send('{"type": "execute", "code": "6 * 7"}')
+        while "42" not in str(await asyncio.wait_for(kept.recv(), 20)):
+            pass
+        await kept.close()
+        assert (await call(client, server, "GET", f"/sandboxes/{box}")).code == 200
 
 
 async def test_a_removed_key_takes_its_sandboxes(
