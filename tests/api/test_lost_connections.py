@@ -465,9 +465,7 @@ async def test_r1_the_server_is_killed(tmp_path: Path) -> None:
         async with channels(server, kernel) as client:
             await server.end(signal.SIGKILL)
             assert await client.close_code() == 1006
-        key = server.key
-    async with server_process(tmp_path / "data") as server:
-        server.key = key
+    async with server_process(tmp_path / "data") as server:  # with another key of the same owner
         model = json.loads((await server.call("GET", f"/api/kernels/{kernel}")).body)
         assert (model["execution_state"], "host_restart" in model["reason"]) == ("dead", True)
         with pytest.raises(InvalidStatus) as refused:
