@@ -18,6 +18,7 @@ async def connect(stream: Stream, request: wire.Connect, uid: int | None) -> Non
     Raises:
         AgentError: port_closed, because nothing listens there.
     """
+    stream.credit = request.window
     # Most services listen on loopback or everywhere, some only on the machine's card.
     addresses = (LOOPBACK,) if uid is None else (LOOPBACK, CARD)
     moving = asyncio.create_task(_join(stream, request.port, addresses))

@@ -309,10 +309,12 @@ class Connect(Body):
     """Open a TCP connection to a service inside the sandbox.
 
     The agent answers with the EVENT Connected. Then the gateway's DATA and END on STDIN go to the service, and the
-    service's bytes come as DATA on STDOUT. The REPLY Done comes when the service has closed the connection.
+    service's bytes come as DATA on STDOUT. The REPLY Done comes when the service has closed the connection. `window` is
+    the credit for the service's bytes at the start.
     """
 
     port: int
+    window: int = INITIAL_CREDIT
 
 
 class Connected(Body):

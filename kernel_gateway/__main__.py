@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
 from pathlib import Path
 
@@ -24,13 +24,16 @@ from kernel_gateway.drivers import DriverError
 from kernel_gateway.errors import CellvmError
 from kernel_gateway.guest.guest import Guest, Guests
 from kernel_gateway.host import examine, install_packages, missing_packages
+from kernel_gateway.images.build import Builder
 from kernel_gateway.images.cache import Busy, Cache, in_thread
-from kernel_gateway.images.image import BuildError
+from kernel_gateway.images.image import BuildError, image_key
+from kernel_gateway.images.templates import Template
 from kernel_gateway.kernel.events import CellError, values
 from kernel_gateway.kernel.notebook import Notebook, NotebookError, tags
 from kernel_gateway.kvm import Verdict
 from kernel_gateway.logs import Escaped
-from kernel_gateway.network.slots import choose, host_addresses
+from kernel_gateway.network.slots import choose, found_floor
+from kernel_gateway.private import private
 from kernel_gateway.sandbox.key import ALL, Scope, parse_scope
 from kernel_gateway.sandbox.store import VARIABLE, Store, new_key
 from kernel_gateway.server import Server, builder, load_templates, opened_driver, running
@@ -148,18 +151,33 @@ def greet(server: Server) -> None:
     )
 
 
-async def build(settings: Settings) -> None:
-    """Build every template, so that `serve` only verifies."""
+async def build(settings: Settings, *, refresh: bool) -> None:
+    """Build every template, so that `serve` only verifies.
+
+    Args:
+        refresh: build new images of the Debian packages of today, though the cache has images.
+    """
     if not settings.boots_machines:
         console.print(f"--isolation {settings.isolation} has nothing to build")
         return
     with steps() as step:
         await install_packages(settings.qemu, step)
         templates = load_templates(settings)
+        if refresh:
+            await refresh_images(builder(settings), templates, step)
         async with opened_driver(settings, templates.default, step) as opened:
             for template in sorted(templates, key=lambda template: template is not templates.default):
                 await opened.prepare(template, step)
     console.print("all templates are built")
+
+
+async def refresh_images(building: Builder, templates: Iterable[Template], step: Callable[[str], None]) -> None:
+    """Build the images of these templates anew, each once. Servers go on with theirs until they are started again."""
+    with closing(building.cache):
+        async with building.cache.building(step) as tell:
+            of_key = {image_key(template, building.ca_bundle): template for template in templates}
+            for template in of_key.values():
+                await building.image(template, tell, anew=True)
 
 
 async def doctor(settings: Settings) -> int:
@@ -169,8 +187,8 @@ async def doctor(settings: Settings) -> int:
     if why := kvm.refused():
         found = Verdict(False, why)
     elif not missing_packages(settings.qemu):
-        disks = settings.data_path / "disks"
-        disks.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private(settings.data_path)
+        disks = private(settings.data_path / "disks")
         building = builder(settings)
         with steps() as step, closing(building.cache):
             try:
@@ -181,10 +199,10 @@ async def doctor(settings: Settings) -> int:
     failed = False
     marks = {"ok": "[green]ok[/]  ", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
     try:
-        own = await host_addresses()
+        floor = await found_floor(settings.floor)
     except DriverError:  # no `ip`: then there is no network either, as is said below
-        own = frozenset()
-    for finding in examine(settings, template.disk_mb, found, await choose(settings.network), own):
+        floor = settings.floor
+    for finding in examine(settings, template.disk_mb, found, await choose(settings.network), floor):
         failed = failed or finding.level == "fail"
         told = escape(finding.what + (f" — {finding.meaning}" if finding.meaning else ""))  # a guest's console is in it
         print_line = f"{marks[finding.level]}  {told}"
@@ -315,7 +333,7 @@ def keys(settings: Settings, options: argparse.Namespace) -> int:
         raise SettingsError("--scope and --of are for `cellvm keys add`")
     if options.action != "remove" and options.with_sandboxes:
         raise SettingsError("--with-sandboxes is for `cellvm keys remove`")
-    settings.data_path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private(settings.data_path)
     with closing(Store(settings.data_path / "cellvm.db")) as store:
         if options.action == "add":
             owner, scope = limits(settings, store, options.scope, options.of)
@@ -424,6 +442,10 @@ def parser() -> argparse.ArgumentParser:
             where.add_argument("--in-place", action="store_true", help="save to the notebook itself")
             command.add_argument("--allow-errors", action="store_true", help="go on after a cell that fails")
             command.add_argument("--timeout", type=seconds, metavar="SECONDS", help="for each cell; default: none")
+        if name == "build":
+            command.add_argument(
+                "--refresh", action="store_true", help="build new images, with Debian's security updates of today"
+            )
         if name == "run":
             command.add_argument("file", type=Path, help="the Python file")
         if name in ("run", "nb"):
@@ -468,7 +490,7 @@ def main(argv: list[str] | None = None) -> int:
             case "serve":
                 asyncio.run(serve(settings))
             case "build":
-                asyncio.run(build(settings))
+                asyncio.run(build(settings, refresh=options.refresh))
             case "doctor":
                 return asyncio.run(doctor(settings))
             case "run":

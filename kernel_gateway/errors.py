@@ -9,6 +9,7 @@ CellvmError
 ├── NotFound               no such sandbox, template or file (also: somebody else's)
 ├── Conflict               the sandbox is not in a state for this
 ├── TooManyRequests        the client has as much under way as it may
+│   └── RateLimited        the client has created as many sandboxes in a minute as it may
 ├── Unavailable            not offered yet, or not on this server
 ├── TemplateNotReady       the template is still being built
 ├── HostFull               the server has no room for another sandbox
@@ -68,6 +69,15 @@ class Conflict(CellvmError):
 class TooManyRequests(CellvmError):
     code = "too_many_requests"
     retry_after = 5
+
+
+class RateLimited(TooManyRequests):
+    """`limit` events are allowed in a window of time; `retry_after` is when the next one will be."""
+
+    def __init__(self, message: str, *, limit: int, retry_after: int, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.limit = limit
+        self.retry_after = retry_after
 
 
 class Unavailable(CellvmError):

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, ip_address
@@ -14,8 +15,8 @@ from urllib.parse import urlsplit
 from kernel_gateway.drivers.cgroup import CONTROLLERS
 from kernel_gateway.drivers.jail import JailError, check_users, claims_directory, found_groups, tried, working_view
 from kernel_gateway.images.build import qemu_version
-from kernel_gateway.images.cache import Cache
-from kernel_gateway.images.image import BuildError, Progress, run
+from kernel_gateway.images.cache import DAY, ENTRY, Cache
+from kernel_gateway.images.image import BuildError, Progress, built_at, run
 from kernel_gateway.kvm import Verdict
 from kernel_gateway.network.policy import Floor
 from kernel_gateway.network.rules import MAX_HOST_CONNECTIONS as CONNECTIONS
@@ -36,6 +37,10 @@ PROGRAMS = {
 """Programs that building and running need, and the Debian package of each."""
 NEEDED_DISK = 6 * 1024**3
 """Free bytes in the cache directory that a first build needs."""
+
+
+OLD = 30
+"""Days after which an image is told to be old."""
 
 
 def missing_packages(qemu: str) -> list[str]:
@@ -80,7 +85,7 @@ class Finding:
 
 
 def examine(
-    settings: Settings, disk_mb: int, kvm: Verdict | str, network: tuple[str, str], own: frozenset[IPv4Address]
+    settings: Settings, disk_mb: int, kvm: Verdict | str, network: tuple[str, str], floor: Floor
 ) -> Iterator[Finding]:
     """Look at everything a server needs.
 
@@ -88,7 +93,7 @@ def examine(
         disk_mb: MiB that a sandbox's disk may take.
         kvm: what became of the real guest on KVM, or why it was not tried.
         network: the mechanism that sandboxes' networks would have, and what did not work (`network.slots.choose`).
-        own: the host's own addresses.
+        floor: what no sandbox reaches, with the host's own addresses and networks (`network.slots.found_floor`).
     """
     missing = missing_packages(settings.qemu)
     if missing:
@@ -100,10 +105,11 @@ def examine(
         yield Finding("ok", f"QEMU {qemu_version(settings.qemu)} and the build tools are there", "")
     yield kvm_finding(kvm)
     yield from _jail(settings)
-    yield from _network(settings, *network, own)
+    yield from _network(settings, *network, floor)
     yield from _space(settings)
     yield promised(settings, disk_mb)
     yield _cache(settings)
+    yield from _images(settings)
     memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(memory["MemAvailable"].split()[0]) // 1024
     level = "ok" if available > 4096 else "warn"
@@ -131,6 +137,24 @@ def _cache(settings: Settings) -> Finding:
         return Finding("ok", f"no cache yet at {settings.cache_path}", "the first start builds it")
     size = sum(entry.size for entry in Cache(settings.cache_path).entries())
     return Finding("ok", f"{size / 2**30:.1f} GiB in the cache {settings.cache_path}", "`cellvm cache list` shows what")
+
+
+def _images(settings: Settings) -> Iterator[Finding]:
+    """How old the images are that servers would use. Debian's security updates of later days are not in them."""
+    images = settings.cache_path / "images"
+    newest: dict[str, Path] = {}
+    for path in sorted(images.iterdir() if images.is_dir() else (), key=lambda path: (len(path.name), path.name)):
+        if ENTRY.fullmatch(path.name):
+            newest[path.name[-16:]] = path
+    for path in newest.values():
+        try:
+            days = (time.time() - built_at(path)) / DAY
+        except (OSError, ValueError) as error:
+            yield Finding("warn", f"{path}: {error}", "the next start builds it again")
+            continue
+        meaning = "`cellvm build --refresh` takes Debian's security updates since; then start the server again"
+        old = days > OLD
+        yield Finding("warn" if old else "ok", f"the image {path.name} is {days:.0f} days old", meaning if old else "")
 
 
 def _jail(settings: Settings) -> Iterator[Finding]:
@@ -174,20 +198,27 @@ def _jail(settings: Settings) -> Iterator[Finding]:
         yield Finding("ok", what, "each machine's memory, processors and threads are limited")
 
 
-def _network(settings: Settings, mechanism: str, why: str, own: frozenset[IPv4Address]) -> Iterator[Finding]:
+def _network(settings: Settings, mechanism: str, why: str, floor: Floor) -> Iterator[Finding]:
     if mechanism == "off":
         level = "ok" if settings.network == "off" else "warn"
         yield Finding(level, "sandboxes have no network", why)
         return
     meaning = "public addresses only, through a filter for each" + (f"; {why}" if why else "")
     yield Finding("ok", f"internet for sandboxes by {mechanism}", meaning)
-    floor = Floor(settings.egress_exceptions, own)
+    yield _floor(settings, floor)
+    if floor.zones:
+        what = f"no sandbox looks up names below {', '.join(floor.zones)}"
+        yield Finding("ok", what, "these zones are this host's own by /etc/resolv.conf, or by --local-zones")
     for name in sorted(installs_from(settings)):
+        if floor.refuses_name(name):
+            meaning = "pip or apt in sandboxes fail; --local-zones names other zones, or an index by its address"
+            yield Finding("warn", f"no sandbox looks up {name}, because it is a local name", meaning)
+            continue
         refused = [address for address in addresses_of(name) if floor.refuses(address)]
         if not refused:
             continue
         what = f"here {name} is {refused[0]}, which no sandbox reaches"
-        if own.intersection(refused):
+        if floor.host.intersection(refused):
             yield Finding("warn", what, "pip or apt in sandboxes fail: it is this host itself, which stays closed")
         else:
             allow = ",".join(f"{address}/32" for address in refused)
@@ -200,6 +231,18 @@ def _network(settings: Settings, mechanism: str, why: str, own: frozenset[IPv4Ad
             f"when it is full nobody on this host connects any more: sysctl net.netfilter.nf_conntrack_max="
             f"{2 * settings.max_sandboxes * CONNECTIONS}, or a smaller --max-sandboxes",
         )
+
+
+def _floor(settings: Settings, floor: Floor) -> Finding:
+    """What no sandbox reaches of this host's surroundings, besides what is private everywhere."""
+    public = sorted(address for address in floor.host if address.is_global)
+    listed = ", ".join(map(str, (*public, *floor.near))) or "private and special addresses"
+    what = f"no sandbox reaches {listed}"
+    if public:
+        return Finding("ok", what, "the host's public addresses, its networks, and --egress-deny")
+    is_local = settings.host in ("127.0.0.1", "::1", "localhost")
+    meaning = "this host has no public address; if others reach it by one (NAT, a cloud), name it by --public-address"
+    return Finding("ok" if is_local else "warn", what, meaning)
 
 
 def connections_of_host() -> int | None:

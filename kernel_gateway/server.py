@@ -10,7 +10,7 @@ import shutil
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sized
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -27,6 +27,7 @@ from kernel_gateway.drivers.jail import Jail
 from kernel_gateway.drivers.qemu import Qemu
 from kernel_gateway.drivers.unisolated import Unisolated
 from kernel_gateway.guest.guest import Guests
+from kernel_gateway.held import Held
 from kernel_gateway.images.build import Builder, qemu_version
 from kernel_gateway.images.cache import Cache, in_thread
 from kernel_gateway.images.image import Progress, content_hash
@@ -34,6 +35,7 @@ from kernel_gateway.images.preparation import Preparation, Prepare
 from kernel_gateway.images.templates import Template, Templates, rootfs_dir
 from kernel_gateway.network.slots import Slots, choose
 from kernel_gateway.ports import names
+from kernel_gateway.private import private
 from kernel_gateway.sandbox.key import KEY_LENGTH
 from kernel_gateway.sandbox.pool import Pool
 from kernel_gateway.sandbox.sandboxes import Sandboxes, supervised
@@ -64,8 +66,10 @@ def load_templates(settings: Settings) -> Templates:
 
     Raises:
         SettingsError: there is no such template, or a file is malformed.
+        PermissionError: others may write to the directory.
     """
-    directory = Path(settings.template_dir) if settings.template_dir else rootfs_dir() / "templates"
+    # Whoever writes a template runs code in every machine of it. CellVM's own are as safe as its code.
+    directory = private(Path(settings.template_dir)) if settings.template_dir else rootfs_dir() / "templates"
     only = [name.strip() for name in settings.templates.split(",") if name.strip()] or None
     try:
         return Templates.load(directory, only)
@@ -121,8 +125,8 @@ async def opened_driver(settings: Settings, first: Template, progress: Progress)
         SettingsError: the isolation or a setting of the network can't be had here.
         BuildError: the image that KVM is tried with could not be built.
     """
-    disks = settings.data_path.absolute() / "disks"
-    disks.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private(settings.data_path)
+    disks = private(settings.data_path.absolute() / "disks")
     if not settings.boots_machines:
         log.warning("ISOLATION IS OFF: code in a sandbox can do whatever this server can. For development only.")
         if len(os.fsencode(disks)) > Unisolated.LONGEST_PATH:
@@ -163,11 +167,11 @@ async def opened_network(settings: Settings) -> AsyncIterator[Slots | None]:
     Raises:
         SettingsError: the mechanism that was asked for by name does not work here.
     """
-    exceptions = settings.egress_exceptions
+    floor = settings.floor
     mechanism, why = await choose(settings.network)
     slots = None
     if mechanism != "off":
-        slots = Slots(mechanism, exceptions, resolvers=settings.resolvers, proxy=settings.proxy)
+        slots = Slots(mechanism, floor, resolvers=settings.resolvers, proxy=settings.proxy)
         try:
             await slots.start()
         except (DriverError, OSError) as error:
@@ -179,8 +183,10 @@ async def opened_network(settings: Settings) -> AsyncIterator[Slots | None]:
             log.warning("SANDBOXES HAVE NO NETWORK, for its filter can't be installed: %s", why)
         yield None
         return
-    if exceptions:
-        log.warning("EXCEPTIONS TO THE EGRESS FILTER: every sandbox may reach %s", ", ".join(map(str, exceptions)))
+    if floor.exceptions:
+        log.warning(
+            "EXCEPTIONS TO THE EGRESS FILTER: every sandbox may reach %s", ", ".join(map(str, floor.exceptions))
+        )
     try:
         yield slots
     finally:
@@ -217,8 +223,9 @@ def claim(data: Path) -> int:
 
     Raises:
         SettingsError: another server has it.
+        PermissionError: others may write to it.
     """
-    data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private(data)
     lock = os.open(data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -271,8 +278,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
             guests = Guests(driver, settings.guest_env)
             first = templates.default
             pools = {first.id: Pool(guests, first.id, settings.pool_size)} if settings.pool_size else {}
-            journals = settings.data_path / "journals"
-            journals.mkdir(exist_ok=True, mode=0o700)
+            journals = private(settings.data_path / "journals")
             sandboxes = Sandboxes(
                 templates,
                 guests,
@@ -281,6 +287,8 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 maximum=settings.max_sandboxes,
                 per_owner=settings.max_sandboxes_per_key or settings.max_sandboxes,
                 journals=journals,
+                held=Held(settings.max_held_mb << 20, settings.max_held_total_mb << 20),
+                creates_per_minute=settings.max_creates_per_minute,
                 network=opened.network,
                 preparation=preparation,
             )
@@ -293,6 +301,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 kernel_idle_timeout=settings.kernel_idle_timeout,
                 kernel_max_life=settings.kernel_max_life or None,
                 max_connections=settings.max_connections,
+                max_requests=settings.max_requests,
                 domain=settings.domain,
                 hosts=settings.hosts,
                 stripped=names(settings.strip_headers),
@@ -406,7 +415,7 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-async def drain(requests: set[object], timeout: float) -> None:
+async def drain(requests: Sized, timeout: float) -> None:
     """Let requests that are being answered finish, within `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while requests and time.monotonic() < deadline:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kernel_gateway.network.policy import without_itself
+from kernel_gateway.network.policy import Floor, parse_zone, without_itself
 
 ISOLATIONS = ("auto", "qemu-kvm", "qemu-tcg", "unisolated")
 GUEST_PROXY = "http://198.19.0.1:3128"
@@ -50,6 +50,18 @@ class Settings:
     max_sandboxes_per_key: int = setting(
         0, "Sandboxes that one key may have at once; beyond, creates answer 429. 0: all there are.", low=0, high=10000
     )
+    max_creates_per_minute: int = setting(
+        600, "Sandboxes that one key may create within a minute; beyond, creates answer 429.", low=1, high=1000000
+    )
+    max_requests: int = setting(
+        1000, "Requests of one key that are answered at once; beyond, they answer 429.", low=1, high=100000
+    )
+    max_held_mb: int = setting(
+        64, "MiB that may wait in the server for one key; beyond, requests answer 429.", low=1, high=100000
+    )
+    max_held_total_mb: int = setting(
+        1024, "MiB that may wait in the server for all keys; beyond, requests answer 503.", low=1, high=1000000
+    )
     isolation: str = setting(
         "auto", "auto, qemu-kvm, qemu-tcg, or unisolated (no boundary at all).", choices=ISOLATIONS
     )
@@ -64,7 +76,16 @@ class Settings:
     egress_allow: str = setting(
         "", "Exceptions to the addresses no sandbox may reach: CIDR blocks, separated by commas. Default: none."
     )
+    egress_deny: str = setting(
+        "", "More addresses that no sandbox may reach: CIDR blocks, separated by commas. Default: none."
+    )
+    public_address: str = setting(
+        "", "Addresses under which others reach this host (NAT), separated by commas; no sandbox may. Default: none."
+    )
     dns: str = setting("", "Resolvers that sandboxes' names are looked up with. Default: those of /etc/resolv.conf.")
+    local_zones: str = setting(
+        "", "Zones that sandboxes never look up, separated by commas. Default: search domains of /etc/resolv.conf."
+    )
     upstream_proxy: str = setting("", "HTTP proxy that sandboxes' web traffic goes through, as http://host:port.")
     pip_index: str = setting("", "Package index for pip in sandboxes, as a URL. Default: pip's own.")
     domain: str = setting("localhost", "Services in sandboxes are reached as PORT-SANDBOX.DOMAIN.")
@@ -137,14 +158,28 @@ class Settings:
         Raises:
             SettingsError: an entry is no IPv4 block, or holds nothing but addresses that mean the host itself.
         """
-        try:
-            blocks = [IPv4Network(text) for text in _listed(self.egress_allow)]
-        except ValueError as error:
-            raise SettingsError(f"--egress-allow takes IPv4 blocks as 10.20.0.0/16: {error}") from None
+        blocks = _blocks("--egress-allow", self.egress_allow)
         for block in blocks:
             if not without_itself(block):
                 raise SettingsError(f"--egress-allow {block}: these addresses mean the host itself, which stays closed")
         return tuple(part for block in blocks for part in without_itself(block))
+
+    @property
+    def floor(self) -> Floor:
+        """The operator's part of what no sandbox reaches. The host's addresses and networks are added to it.
+
+        Raises:
+            SettingsError: an entry is no IPv4 block, no IPv4 address, or no zone.
+        """
+        try:
+            public = frozenset(map(IPv4Address, _listed(self.public_address)))
+        except ValueError as error:
+            raise SettingsError(f"--public-address takes IPv4 addresses as 8.8.4.4: {error}") from None
+        try:
+            zones = tuple(map(parse_zone, _listed(self.local_zones)))
+        except ValueError as error:
+            raise SettingsError(f"--local-zones takes names as corp.example.com: {error}") from None
+        return Floor(self.egress_exceptions, public, tuple(_blocks("--egress-deny", self.egress_deny)), zones)
 
     @property
     def resolvers(self) -> list[tuple[str, int]]:
@@ -228,6 +263,13 @@ class Settings:
 
 def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _blocks(source: str, text: str) -> list[IPv4Network]:
+    try:
+        return [IPv4Network(part) for part in _listed(text)]
+    except ValueError as error:
+        raise SettingsError(f"{source} takes IPv4 blocks as 10.20.0.0/16: {error}") from None
 
 
 def _parse(each: "Field[Any]", text: str, source: str) -> Any:

@@ -32,6 +32,7 @@ from guest_agent.wire import Body, FrameType
 from kernel_gateway.api.app import application
 from kernel_gateway.drivers import Capabilities, DriverError
 from kernel_gateway.guest.guest import Guests
+from kernel_gateway.held import Held
 from kernel_gateway.images.templates import Template, Templates
 from kernel_gateway.network.policy import Floor, Policy, Refusal
 from kernel_gateway.sandbox.pool import Pool
@@ -210,6 +211,7 @@ class FakeGuest:
         elif frame.type is FrameType.REQUEST:
             stream = self._streams[frame.stream] = Stream(self, frame.stream)
             body = wire.decode(frame)
+            stream.credit = getattr(body, "window", wire.INITIAL_CREDIT)
             self.requests.append(body)
             if isinstance(body, wire.Resume | wire.Continue):
                 self._awake.set()
@@ -312,7 +314,6 @@ class FakeGuest:
         program = PROGRAMS.get(body.argv[0])
         if program is None:
             raise Refused("cannot_run", f"could not run {body.argv[0]!r}")
-        stream.credit = body.window
         running = self.programs[stream.number] = asyncio.get_running_loop().create_future()
         await stream.event(wire.Started(pid=next(self._pids)))
         working = asyncio.create_task(program(stream, body))
@@ -970,6 +971,8 @@ async def serving(
     max_sandboxes: int = 4,
     per_owner: int | None = None,
     pool_size: int = 0,
+    held: Held | None = None,
+    creates_per_minute: int = 100_000,
     store: str = "cellvm.db",
     network: FakeNetwork | None = None,
     journals: Path | None = None,
@@ -987,6 +990,8 @@ async def serving(
         db,
         maximum=max_sandboxes,
         per_owner=per_owner,
+        held=held,
+        creates_per_minute=creates_per_minute,
         network=network,
         journals=journals,
     )

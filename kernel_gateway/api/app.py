@@ -12,7 +12,7 @@ from tornado.httputil import HTTPServerRequest
 from tornado.web import Application
 
 from kernel_gateway.api import commands, jupyter, ports, rest
-from kernel_gateway.api.base import NOBODY, Endpoint, Missing, Route
+from kernel_gateway.api.base import NOBODY, Endpoint, Missing, Requests, Route
 from kernel_gateway.api.channels import Channels
 from kernel_gateway.api.guesses import Guesses
 from kernel_gateway.api.openapi import document, serve_document
@@ -32,9 +32,6 @@ NO_PATH = "GET /openapi.json lists what there is"
 KEYS_TICK = 0.5
 """Seconds between looks at the keys."""
 
-LARGE_MESSAGES = 4
-"""WebSocket messages of the largest size that the server holds for one owner at once."""
-
 BOX = "/sandboxes/{id}"
 COMMAND = f"{BOX}/commands/{{command}}"
 FS = f"{BOX}/filesystem"
@@ -44,6 +41,7 @@ SESSION = "/api/sessions/{session}"
 ROUTES = [
     Route("GET", "/health", rest.health, answer=rest.Health, public=True),
     Route("GET", "/openapi.json", serve_document, answer=dict, public=True),
+    Route("GET", "/limits", rest.limits, answer=rest.LimitsModel),
     Route("GET", "/templates", rest.list_templates, answer=list[rest.TemplateModel]),
     Route("GET", "/templates/aliases/{template}", rest.get_template, answer=rest.TemplateModel, errors=(404,)),
     Route("GET", "/templates/{template}", rest.get_template, answer=rest.TemplateModel, errors=(404,)),
@@ -207,6 +205,7 @@ def application(
     kernel_idle_timeout: int = 3600,
     kernel_max_life: int | None = None,
     max_connections: int = 256,
+    max_requests: int = 1000,
     domain: str = "localhost",
     hosts: frozenset[str] | None = None,
     stripped: re.Pattern[str] = NONE,
@@ -220,6 +219,7 @@ def application(
         kernel_idle_timeout: seconds that a Jupyter client's kernel lives on unused.
         kernel_max_life: seconds after which such a kernel ends, whatever it does; None for never.
         max_connections: WebSockets that one owner may have open at once.
+        max_requests: requests that are answered at once for one owner.
         domain: services in sandboxes are reached as `{port}-{id}.{domain}`; it may include the server's port.
         hosts: names that clients may call the server by, besides IP addresses and localhost; None for all.
         stripped: matches headers, in small letters, that services in sandboxes do not get.
@@ -247,9 +247,9 @@ def application(
         kernel_idle_timeout=kernel_idle_timeout,
         kernel_max_life=kernel_max_life,
         sessions=defaultdict(jupyter.Sessions),  # by key
-        sockets=Sockets(max_connections, LARGE_MESSAGES * max_message),
+        sockets=Sockets(max_connections, sandboxes.held),
         openapi=document(ROUTES),
-        requests=set(),  # requests that are being answered
+        requests=Requests(max_requests),
         reading=asyncio.Lock(),  # held while a piece of a service's answer is read
         log_function=log_request,
     )
@@ -276,7 +276,7 @@ def cut_others(settings: dict[str, Any], keys: set[str], owners: set[str]) -> No
     All that goes on is looked at, because a key may have been added, used and removed since the last look.
     """
     settings["sockets"].close(NOT_ALLOWED, "the key was removed", keys)
-    for request in list(settings["requests"]):
+    for request in settings["requests"]:
         if isinstance(request, Endpoint) and request.key.id not in keys:
             request.cut()
     for key_id in settings["sessions"].keys() - keys:

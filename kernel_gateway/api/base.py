@@ -8,7 +8,8 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -20,7 +21,15 @@ from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
 from kernel_gateway.api.guesses import Guesses
-from kernel_gateway.errors import CellvmError, InvalidRequest, TooLarge, TooManyRequests, Unauthorized
+from kernel_gateway.errors import (
+    CellvmError,
+    InvalidRequest,
+    RateLimited,
+    TooLarge,
+    TooManyRequests,
+    Unauthorized,
+)
+from kernel_gateway.held import SMALL, Holding
 from kernel_gateway.sandbox.access import Access
 from kernel_gateway.sandbox.key import Key
 from kernel_gateway.sandbox.sandbox import Sandbox
@@ -71,7 +80,10 @@ STATUS: dict[str, int] = {
     "failed": 502,
 }
 """Every error code and its HTTP status; `docs/errors.md` explains them."""
-EXPOSED = "Content-Disposition, Content-Range, Location, Retry-After, X-More"
+EXPOSED = (
+    "Content-Disposition, Content-Range, Location, Retry-After, X-More, "
+    "X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset"
+)
 ALLOWED = "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, Range, X-API-Key"
 
 
@@ -95,6 +107,49 @@ class MethodNotAllowed(CellvmError):
 
 class RangeNotSatisfiable(CellvmError):
     code = "range_not_satisfiable"
+
+
+class Requests:
+    """The requests that are being answered. `most` of them may be one owner's."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._all: dict[Any, str] = {}
+        self._by_owner: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(list(self._all))
+
+    def of(self, owner: str) -> int:
+        """Number of an owner's requests."""
+        return self._by_owner[owner]
+
+    def add(self, request: Any) -> None:
+        self._all[request] = ""
+
+    def assign(self, request: Any, owner: str) -> None:
+        """Take note whose request it is.
+
+        Raises:
+            TooManyRequests: the owner has as many as there may be.
+        """
+        if self._by_owner[owner] >= self.most:
+            raise TooManyRequests(
+                f"{self.most} requests of your key are being answered, which is all that one key may have at once",
+                hint="wait for some; the operator sets the limit with --max-requests",
+            )
+        self._all[request] = owner
+        self._by_owner[owner] += 1
+
+    def discard(self, request: Any) -> None:
+        owner = self._all.pop(request, "")
+        if owner:
+            self._by_owner[owner] -= 1
+            if not self._by_owner[owner]:
+                del self._by_owner[owner]
 
 
 @dataclass(slots=True)
@@ -127,9 +182,9 @@ Operation = Callable[..., Awaitable[Any]]
 class Route:
     """One method of one path.
 
-    `operation` gets the Call, and the decoded body when `body` is a type. Its result is sent as JSON with `status`.
-    An operation with `produces`, a content type, sends its answer itself. An `upload` operation reads the raw body
-    from `call.http`.
+    `operation` gets the Call, and the decoded body when `body` is a type. Its result is sent as JSON with `status`,
+    unless it has sent its answer itself, as one with `produces`, a content type, does. An `upload` operation reads the
+    raw body from `call.http`.
     """
 
     method: str
@@ -241,6 +296,10 @@ class Handler(RequestHandler):
             self.set_header("WWW-Authenticate", "Bearer")
         if error.retry_after is not None:
             self.set_header("Retry-After", str(error.retry_after))
+        if isinstance(error, RateLimited):
+            self.set_header("X-RateLimit-Limit", str(error.limit))
+            self.set_header("X-RateLimit-Remaining", "0")
+            self.set_header("X-RateLimit-Reset", str(error.retry_after))
         body = msgspec.json.encode(ErrorBody(status, str(error), error.code, error.hint, error.outcome))
         self.set_header("Content-Type", "application/json")
         self.set_header("Content-Length", str(len(body)))
@@ -280,7 +339,9 @@ class Endpoint(Handler):
         self._routes = routes
         self.key = NOBODY
         self._body = bytearray()
-        self._chunks: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=4)
+        self._chunks: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=1)
+        self._held = contextlib.ExitStack()
+        self._body_holding = self.hold("bodies of requests")
         self._task: asyncio.Task[None] | None = None
         self._has_whole_body = False
         self._is_answered = False
@@ -301,8 +362,11 @@ class Endpoint(Handler):
             names = [str(argument) for argument in self.path_args]
             mine = Access(self._sandboxes, self._store, NOBODY) if route.public else self.authenticate()
             self.key = mine.key
+            if not route.public:
+                self.application.settings["requests"].assign(self, mine.key.owner)
             if route.method != "GET":
                 mine.key.scope.check_change()
+            self._body_holding = self.hold("bodies of requests")
             self.call = Call(
                 self._sandboxes,
                 mine,
@@ -347,19 +411,34 @@ class Endpoint(Handler):
     def _too_large(self) -> TooLarge:
         return TooLarge(f"a JSON body may have at most {JSON_LIMIT} bytes", hint="upload large content as a file")
 
+    def hold(self, what: str, size: int = 0) -> Holding:
+        """Hold bytes for the request's owner until the request has ended; `Account.hold` says more."""
+        return self._held.enter_context(self._sandboxes.held.account(self.key.owner).hold(what, size))
+
+    def _hold_body(self, size: int) -> None:
+        self._body_holding.resize(max(size - SMALL, self._body_holding.size))
+
     async def data_received(self, chunk: bytes) -> None:
         if self._is_answered:
             # A refused body is read on, because many clients read the answer only when they have sent everything.
             self._dropped += len(chunk)
             if self._dropped > DROPPED_BODY:
                 self._connection.stream.close()
-        elif self._task is not None:
-            await self._chunks.put(chunk)
-        elif len(self._body) + len(chunk) > JSON_LIMIT:
+            return
+        try:
+            if self._task is not None:
+                self._hold_body(2 * len(chunk))  # one that is passed on, and the next
+                await self._chunks.put(chunk)
+            elif len(self._body) + len(chunk) > JSON_LIMIT:
+                raise self._too_large()
+            else:
+                self._hold_body(len(self._body) + len(chunk))
+                self._body += chunk
+        except CellvmError as error:
             self._body.clear()
-            await self._fail(self._too_large())
-        else:
-            self._body += chunk
+            if self._task is not None:
+                self._task.cancel()
+            await self._fail(error)
 
     async def body_chunks(self) -> AsyncIterator[bytes]:
         """The body of an upload, as it arrives."""
@@ -372,6 +451,8 @@ class Endpoint(Handler):
 
     def on_finish(self) -> None:
         self.application.settings["requests"].discard(self)
+        if self._task is None:
+            self._held.close()
         if self._giving_up is not None:
             self._giving_up.cancel()
 
@@ -400,10 +481,10 @@ class Endpoint(Handler):
         route = self._route
         try:
             if route.body is not None:
-                result = await route.operation(self.call, decode(bytes(self._body), route.body))
+                result = await route.operation(self.call, self._decoded(route.body))
             else:
                 result = await route.operation(self.call)
-            if route.produces is None:
+            if route.produces is None and not self._finished:
                 if self.get_status() == 200:
                     self.set_status(route.status)
                 if route.answer is not None:
@@ -417,6 +498,14 @@ class Endpoint(Handler):
             pass  # the client has gone
         except Exception as error:  # noqa: BLE001
             await self._fail(error)
+        finally:
+            self._held.close()
+
+    def _decoded(self, kind: Any) -> Any:
+        """The body as its type. Its bytes are kept no longer."""
+        data = bytes(self._body)
+        self._body.clear()
+        return decode(data, kind)
 
     async def _fail(self, error: Exception) -> None:
         """Answer with an error at once. The request is finished when its whole body has been read."""

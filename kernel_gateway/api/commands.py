@@ -1,7 +1,7 @@
 """The REST operations on commands: shapes over `guest/commands`."""
 
 from codecs import getincrementaldecoder
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from kernel_gateway.api.base import Call
+from kernel_gateway.api.base import Call, Endpoint
 from kernel_gateway.api.rest import (
     LEGAL_ID,
     MAX_ARGUMENT,
@@ -25,10 +25,13 @@ from kernel_gateway.api.rest import (
 )
 from kernel_gateway.errors import CellvmError, GuestFailure, InvalidRequest
 from kernel_gateway.guest.commands import Command
+from kernel_gateway.held import Holding
 from kernel_gateway.kernel.journal import Gap
 
 OUTPUT_LIMIT = 8 * 1024 * 1024
 """Bytes of each output stream that the answer of /processes holds. The rest is read, counted and dropped."""
+PIECE, BATCH = 64 * 1024, 256 * 1024
+"""Bytes of output that are made JSON at once, and bytes of an answer that are written before the client has read."""
 
 Side = Annotated[int, Meta(ge=1, le=10_000)]
 SignalName = Literal[
@@ -282,51 +285,88 @@ class RunProcess(Struct):
     stdin: str | None = None
 
 
-class ProcessResult(Struct):
-    """How a command ended. `exitCode` is 128 + N after signal N, and 124 when `timedOut`.
-
-    Output that is not UTF-8 has U+FFFD in place of bad bytes. `truncated` has the number of bytes left out per stream.
-    """
+class ProcessEnd(Struct, kw_only=True):
+    """How a command ended. `exitCode` is 128 + N after signal N, and 124 when `timedOut`."""
 
     processID: str
-    stdout: str
-    stderr: str
     exitCode: int
     timedOut: bool = False
     signal: int | None = None
     truncated: dict[str, int] | None = None
 
 
-class Output:
-    """One stream of a command's output, decoded, up to OUTPUT_LIMIT bytes."""
+class ProcessResult(ProcessEnd, kw_only=True):
+    """How a command ended, and what it printed. `exitCode` is 128 + N after signal N, and 124 when `timedOut`.
 
-    def __init__(self) -> None:
-        self._decoder = getincrementaldecoder("utf-8")("replace")
-        self._text: list[str] = []
-        self._room = OUTPUT_LIMIT
+    Output that is not UTF-8 has U+FFFD in place of bad bytes. `truncated` has the number of bytes left out per stream.
+    """
+
+    stdout: str
+    stderr: str
+
+
+class Output:
+    """One stream of a command's output, up to OUTPUT_LIMIT bytes, and no more than there is room for.
+
+    It is kept as bytes. As a text it could take four times as much, because one rare character makes every character of
+    its text wide.
+    """
+
+    def __init__(self, holding: Holding) -> None:
+        self._holding = holding
+        self.data = bytearray()
         self.dropped = 0
 
     def add(self, data: bytes) -> None:
-        kept = data[: self._room]
-        self._room -= len(kept)
+        kept = data[: OUTPUT_LIMIT - len(self.data)]
+        if self.dropped or not self._holding.grow(len(kept)):
+            kept = b""
+        self.data += kept
         self.dropped += len(data) - len(kept)
-        if kept:
-            self._text.append(self._decoder.decode(kept))
 
-    def text(self) -> str:
-        return "".join(self._text) + self._decoder.decode(b"", final=True)
+    def json(self) -> Iterator[bytes]:
+        """The text as JSON without its quotes, in pieces."""
+        decoder = getincrementaldecoder("utf-8")("replace")
+        for at in range(0, len(self.data), PIECE):
+            yield msgspec.json.encode(decoder.decode(self.data[at : at + PIECE]))[1:-1]
+        yield msgspec.json.encode(decoder.decode(b"", final=True))[1:-1]
 
 
-async def run_process(call: Call, body: RunProcess) -> ProcessResult:
+async def run_process(call: Call, body: RunProcess) -> None:
     """Run a command to its end and return its output. A client that hangs up ends the command."""
-    text = body.stdin or ""
+    end, outputs = await run_to_end(call, body)
+    await send_result(call.http, end, outputs)
+
+
+async def send_result(http: Endpoint, end: ProcessEnd, outputs: dict[str, Output]) -> None:
+    """Answer with a ProcessResult, piece by piece as the client reads, so that the whole is never made."""
+    http.set_header("Content-Type", "application/json")
+    http.write(msgspec.json.encode(end)[:-1])
+    waiting = 0
+    for name, output in outputs.items():
+        http.write(f',"{name}":"')
+        for piece in output.json():
+            http.write(piece)
+            waiting += len(piece)
+            if waiting >= BATCH:
+                await http.flush()
+                waiting = 0
+        http.write('"')
+    http.write("}")
+    await http.finish()
+
+
+async def run_to_end(call: Call, body: RunProcess) -> tuple[ProcessEnd, dict[str, Output]]:
+    """How a command ended, and its output by the stream's name."""
+    text, body.stdin = body.stdin or "", None
     check_text(text)
     commands = call.sandbox.guest.commands
     command = begin(call, body, stdin=True)
-    command.write(text.encode())
-    command.close_stdin()
-    outputs = {"stdout": Output(), "stderr": Output()}
+    outputs = {name: Output(call.http.hold("output of commands")) for name in ("stdout", "stderr")}
     try:
+        command.write(text.encode())
+        del text  # the command may run long, and its input is counted with it
+        command.close_stdin()
         async with aclosing(command.output()) as output:
             async for each in output:
                 # There are no gaps, because the command is held for its only reader.
@@ -340,15 +380,14 @@ async def run_process(call: Call, body: RunProcess) -> ProcessResult:
     if exited is None:
         raise error_of(command)
     dropped = {name: output.dropped for name, output in outputs.items() if output.dropped}
-    return ProcessResult(
+    end = ProcessEnd(
         processID=str(command.pid),
-        stdout=outputs["stdout"].text(),
-        stderr=outputs["stderr"].text(),
         exitCode=exited.code,
         timedOut=exited.timed_out,
         signal=exited.signal or None,
         truncated=dropped or None,
     )
+    return end, outputs
 
 
 def error_of(command: Command) -> CellvmError:
@@ -359,7 +398,8 @@ def error_of(command: Command) -> CellvmError:
 
 async def envs(call: Call) -> Text:
     """The variables that a process in the sandbox sees."""
-    result = await run_process(call, RunProcess(cmd="env", args=["-0"], timeout=30))
-    if result.exitCode:
-        raise GuestFailure("failed", f"env: {result.stderr[:500]}")
-    return dict(pair.split("=", 1) for pair in result.stdout.split("\0") if "=" in pair)
+    end, outputs = await run_to_end(call, RunProcess(cmd="env", args=["-0"], timeout=30))
+    stdout, stderr = (output.data.decode("utf-8", "replace") for output in outputs.values())
+    if end.exitCode:
+        raise GuestFailure("failed", f"env: {stderr[:500]}")
+    return dict(pair.split("=", 1) for pair in stdout.split("\0") if "=" in pair)

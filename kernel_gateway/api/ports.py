@@ -24,7 +24,7 @@ from tornado.httputil import HTTPHeaders, HTTPMessageDelegate, HTTPServerRequest
 from tornado.iostream import IOStream, StreamClosedError
 
 from guest_agent import wire
-from kernel_gateway.api.base import DROPPED_BODY, STATUS, Call, ErrorBody, refusal
+from kernel_gateway.api.base import DROPPED_BODY, STATUS, Call, ErrorBody, Requests, refusal
 from kernel_gateway.api.guesses import Guesses
 from kernel_gateway.errors import (
     CellvmError,
@@ -62,7 +62,12 @@ T = TypeVar("T")
 CONNECT_TIMEOUT = 10.0
 """Seconds a service may take to accept a connection, times the driver's time scale."""
 MAX_CONNECTIONS, MAX_VISITORS = 256, 192
-"""Connections to the services of one sandbox at a time, in all and of visitors. Each may hold some MiB."""
+"""Connections to the services of one sandbox at a time, in all and of visitors."""
+WINDOW = 64 * 1024
+"""Bytes that a service may send ahead of its client."""
+CONNECTION, VISITORS_SHARE = 2 * WINDOW, 0.5
+"""Bytes that are held for a connection: what a service has sent, and a piece on its way to the client. Visitors' bytes
+are the sandbox's owner's, and take this share of what may be held for the owner."""
 STALL_TIMEOUT = 600.0
 """Seconds for which a service may read nothing of a request's body. They are limited because meanwhile we can't tell
 whether the client is still there."""
@@ -163,7 +168,7 @@ class Preview(HTTPMessageDelegate):
         self._store: Store = settings["store"]
         self._guesses: Guesses = settings["guesses"]
         self._stripped: re.Pattern[str] = settings["stripped"]
-        self._requests: set[Any] = settings["requests"]
+        self._requests: Requests = settings["requests"]
         self._reading: asyncio.Lock = settings["reading"]
         self._request = request
         self._connection = request.connection
@@ -280,10 +285,13 @@ class Preview(HTTPMessageDelegate):
             raise HostFull("there are too many connections to ports of this sandbox", hint="close some, or wait")
         assert self._task is not None
         sandbox.port_users[self._task] = port if self._key is None else self._key.id
+        account = self._sandboxes.held.account(sandbox.owner)
+        share = VISITORS_SHARE if self._is_visitor else 1.0
         try:
-            async with link.ask(wire.Connect(port=port)) as conversation:
-                await self._connect(conversation, CONNECT_TIMEOUT * link.time_scale)
-                await self._converse(conversation, carried, length)
+            with account.hold("connections to ports", CONNECTION, share=share):
+                async with link.ask(wire.Connect(port=port, window=WINDOW), WINDOW) as conversation:
+                    await self._connect(conversation, CONNECT_TIMEOUT * link.time_scale)
+                    await self._converse(conversation, carried, length)
         finally:
             del sandbox.port_users[self._task]
         if self._is_answered:

@@ -10,6 +10,7 @@ import mimetypes
 import posixpath
 import re
 import secrets
+import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from datetime import UTC, datetime
@@ -395,17 +396,19 @@ async def execute(call: Call, body: Execute) -> None:
         events = kernel.execute(body.code, timeout=body.timeout)
     else:
         events = kernel.events(kernel.run(body.code, execution_id=execution_id, timeout=body.timeout))
+    del body  # the cell may wait long, and its code is counted once
     async with aclosing(events):
         if framing := wanted_framing(call.http):
             await stream(call.http, framing, events)
             return
-        cell = await collect(events)
+        cell = await collect(call, events)
     call.http.set_header("Content-Type", "application/json")
     await call.http.finish(msgspec.json.encode(cell))
 
 
-async def collect(events: AsyncIterator[StreamEvent]) -> Cell:
-    collector = Collector()
+async def collect(call: Call, events: AsyncIterator[StreamEvent]) -> Cell:
+    """A cell's whole outcome. What there is no room for is left out and counted."""
+    collector = Collector(keep=call.http.hold("answers of cells").grow)
     async for event in events:
         collector.add(event)
     return collector.cell()
@@ -485,7 +488,7 @@ async def get_execution(call: Call) -> None:
             await stream(call.http, framing, events)
             return
         has_result = execution.outcome is not None and execution.outcome.error is None
-        result = await collect(events) if has_result else None
+        result = await collect(call, events) if has_result else None
     status = execution.state
     call.http.set_header("Content-Type", "application/json")
     answer = ExecutionModel(execution.id, status, status != Ending.UNKNOWN, result)
@@ -621,6 +624,7 @@ async def download(call: Call) -> None:
         http.set_status(206)
         http.set_header("Content-Range", f"bytes {offset}-{offset + length - 1}/{size}")
     async with files.read(path, offset, length) as content:
+        call.http.hold("downloads", min(content.size or wire.INITIAL_CREDIT, wire.INITIAL_CREDIT))
         name = posixpath.basename(path)
         http.set_header("Content-Type", mimetypes.guess_type(name)[0] or "application/octet-stream")
         http.set_header("Content-Disposition", f"attachment; filename*=UTF-8''{quote(name, safe='')}")
@@ -750,8 +754,10 @@ async def read_inline(call: Call) -> InlineFile:
     """A small file's content inside JSON."""
     files, path = Files(call.sandbox.guest), call.query.path
     found = bytearray()
+    holding = call.http.hold("files inside JSON")
     async with files.read(path) as content:
         async for data in content.pieces():
+            holding.resize(3 * (len(found) + len(data)))  # its bytes, their base64, the answer
             found += data
             if len(found) > INLINE_LIMIT:
                 raise InvalidRequest(
@@ -763,6 +769,7 @@ async def read_inline(call: Call) -> InlineFile:
 
 async def write_inline(call: Call, body: InlineFile) -> FileEntry:
     """Write a file from JSON. Its parents are made as needed."""
+    call.http.hold("files inside JSON", len(body.content))
     try:
         content = base64.b64decode(body.content, validate=True)
     except (binascii.Error, ValueError):
@@ -786,7 +793,8 @@ async def list_dir(call: Call) -> list[FileEntry]:
     next request asks for those `after` the last name.
     """
     query = call.query
-    listing = await Files(call.sandbox.guest).list(query.path, after=query.after, limit=query.limit or MAX_ENTRIES)
+    files, holding = Files(call.sandbox.guest), call.http.hold("listings of directories")
+    listing = await files.list(query.path, holding=holding, after=query.after, limit=query.limit or MAX_ENTRIES)
     if listing.more and query.limit is None:
         raise TooLarge(
             f"a listing in one piece has at most {MAX_ENTRIES} entries and {LISTING_SIZE} characters",
@@ -896,6 +904,45 @@ class Health(Struct):
     maxSandboxes: int
     pool: list[PoolModel]
     trouble: str | None = None
+
+
+class Limit(Struct):
+    """How much of something your key may have, and how much of it your key has now."""
+
+    limit: int
+    used: int
+
+
+class RateLimit(Struct):
+    """How often your key may do something, how often it has, and in how many seconds the oldest of these expires."""
+
+    limit: int
+    used: int
+    reset: int
+
+
+class LimitsModel(Struct):
+    """The limits of your key. `heldBytes` are those that wait in the server for you; docs/rest.md says which."""
+
+    sandboxes: Limit
+    createsPerMinute: RateLimit
+    requests: Limit
+    connections: Limit
+    heldBytes: Limit
+
+
+async def limits(call: Call) -> LimitsModel:
+    """The limits of your key, and what of them is used now."""
+    sandboxes, owner, now = call.sandboxes, call.owner, time.monotonic()
+    requests, sockets = (call.http.application.settings[name] for name in ("requests", "sockets"))
+    creates, held = sandboxes.creates, sandboxes.held
+    return LimitsModel(
+        sandboxes=Limit(sandboxes.per_owner, sandboxes.places_of(owner)),
+        createsPerMinute=RateLimit(creates.most, creates.of(owner, now), creates.reset(owner, now)),
+        requests=Limit(requests.most, requests.of(owner)),
+        connections=Limit(sockets.most, sockets.of(owner)),
+        heldBytes=Limit(held.most, held.of(owner)),
+    )
 
 
 async def health(call: Call) -> Health:

@@ -11,7 +11,6 @@ import socket
 import struct
 import time
 import uuid
-from collections import Counter
 from collections.abc import Collection
 from typing import Annotated, Any
 
@@ -21,6 +20,7 @@ from tornado.websocket import WebSocketClosedError, WebSocketHandler, WebSocketP
 
 from kernel_gateway.api.base import Handler
 from kernel_gateway.errors import CellvmError, Draining, InvalidRequest, TooManyRequests
+from kernel_gateway.held import SMALL, Held, Holding
 from kernel_gateway.kernel.journal import Gap, Record, merged
 from kernel_gateway.kernel.kernel import Kernel
 from kernel_gateway.sandbox.access import Access
@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 
 BATCH = 256 * 1024
 """Bytes that are written before the client must have taken what came before."""
-SMALL = 64 * 1024
-"""Bytes of a message that are always let in, so that an owner whose large messages are too many can still work."""
 FLOOD, FLOOD_PAUSE = 3, 0.005
 """After this many reads in a row that found only text, text is gathered for this many seconds into one message."""
 ACK_DELAY = 0.1
@@ -64,15 +62,17 @@ class Sockets:
     Args:
         most: connections that one owner may have at once. One that has been closed counts until the client has
             answered, or for five seconds.
-        most_bytes: bytes of messages that one owner's connections may hold at once. A message is held from its first
-            byte until it has been passed on.
+        held: counts the messages. A message is held from its first byte until it has been passed on.
     """
 
-    def __init__(self, most: int, most_bytes: int) -> None:
-        self._most = most
-        self._most_bytes = most_bytes
+    def __init__(self, most: int, held: Held) -> None:
+        self.most = most
+        self._held = held
         self._open: dict[str, set[Socket]] = {}
-        self._held: Counter[str] = Counter()
+
+    def of(self, owner: str) -> int:
+        """Number of connections of an owner."""
+        return len(self._open.get(owner, ()))
 
     def check(self, owner: str) -> None:
         """Check that the owner may have another connection.
@@ -80,9 +80,9 @@ class Sockets:
         Raises:
             TooManyRequests: the owner has as many as there may be.
         """
-        if len(self._open.get(owner, ())) >= self._most:
+        if self.of(owner) >= self.most:
             raise TooManyRequests(
-                f"your key has {self._most} WebSockets open, which is all that one key may have at once",
+                f"your key has {self.most} WebSockets open, which is all that one key may have at once",
                 hint="close some; the operator sets the limit with --max-connections",
             )
 
@@ -93,20 +93,14 @@ class Sockets:
             if old.kernel is new.kernel and old.session == new.session:
                 old.close(REPLACED, "the same session has connected again")
         mine.add(new)
+        new.holding = self._held.account(new.sandbox.owner).hold("messages over WebSockets")
 
     def remove(self, closed: "Socket") -> None:
         owner = closed.sandbox.owner
-        self.hold(closed, 0)
+        closed.holding.release()
         self._open[owner].remove(closed)
         if not self._open[owner]:
-            del self._open[owner], self._held[owner]
-
-    def hold(self, socket: "Socket", size: int) -> bool:
-        """Take note that a connection holds that many bytes. False if these are too many for its owner."""
-        owner = socket.sandbox.owner
-        self._held[owner] += size - socket.held
-        socket.held = size
-        return size <= SMALL or self._held[owner] <= self._most_bytes
+            del self._open[owner]
 
     def close(self, code: int, reason: str, but: Collection[str] = ()) -> None:
         """Begin to close every connection, but those of some keys, which are given by their ids."""
@@ -124,9 +118,12 @@ class Frames(WebSocketProtocol13):
 
     async def _read_bytes(self, n: int) -> bytes:
         """Called by Tornado for each part of a frame. When it reads the next frame, the last message was passed on."""
-        if not self._socket.hold(len(self._fragmented_message_buffer or b"") + n):
-            self._socket.close(TRY_LATER, "your key sends too many large messages at once")
-            raise StreamClosedError
+        size = len(self._fragmented_message_buffer or b"") + n
+        try:
+            self._socket.holding.resize(max(size - SMALL, 0))
+        except CellvmError as error:
+            self._socket.end(TRY_LATER, str(error))
+            raise StreamClosedError from None
         return await super()._read_bytes(n)
 
 
@@ -144,9 +141,9 @@ class Socket(WebSocketHandler, Handler):
     sandbox: Sandbox
     kernel: Kernel
     session: str
+    holding: Holding
+    """Messages that were received, or are announced, and have not been passed on."""
     is_binary = False
-    held = 0
-    """Bytes of messages that were received, or are announced, and have not been passed on."""
 
     def find(self, mine: Access, name: str) -> Sandbox:
         """The sandbox that the path names."""
@@ -195,9 +192,6 @@ class Socket(WebSocketHandler, Handler):
     def get_websocket_protocol(self) -> WebSocketProtocol | None:
         protocol = super().get_websocket_protocol()
         return Frames(self, protocol.params) if isinstance(protocol, WebSocketProtocol13) else None
-
-    def hold(self, size: int) -> bool:
-        return self._sockets.hold(self, size)
 
     def open(self, *args: str, **kwargs: str) -> None:
         self.set_nodelay(True)

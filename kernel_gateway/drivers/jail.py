@@ -1,10 +1,11 @@
-"""The jail round a QEMU process, besides its own seccomp sandbox: a user, a view of the files, and limits.
+"""The jail round a QEMU process, besides its own seccomp sandbox: a user, a view of the files, calls, and limits.
 
 - **A user of its own.** A server claims a block of user ids, and each of its machines gets one that nobody else has.
 - **A view.** All machines of a server live in one set of namespaces: a read-only root with the programs and libraries
   of QEMU and nothing else, a /proc that shows a process only itself, no network, no System V IPC, another host name.
   One view is enough, because no machine has a file with a name. A child makes it once, and then ends. The server holds
   the namespaces by descriptors, and they are gone with the last of those.
+- **Few system calls.** QEMU can make the calls that it needs, and no others (`seccomp`).
 - **Limits.** A control group for memory, processors and threads, and limits of the process for files and core dumps.
 
 A server that was killed may leave empty control groups (and a process, if the parent-death signal ever failed). The
@@ -28,7 +29,7 @@ from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel_gateway.drivers import DriverError
+from kernel_gateway.drivers import DriverError, seccomp
 from kernel_gateway.drivers.cgroup import MEMBERSHIP, MOUNTS, Cgroups, Group, Limits
 from kernel_gateway.drivers.qemu_argv import Machine, drop_privileges
 
@@ -437,7 +438,13 @@ class Cell:
     def command(self, argv: list[str]) -> list[str]:
         """The command line that runs another one inside."""
         # `prlimit` sets the limits first, because root in a container may not limit another user's running process.
-        return [*process_limits(self._disk), *inside(self._jail.view, self._uid, argv, self._jail.group)]
+        jail = self._jail
+        return [*process_limits(self._disk), *inside(jail.view, self._uid, argv, jail.group, jail.launcher)]
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """The descriptors that the process of `command` must inherit. It closes them."""
+        return (self._jail.launcher,)
 
     async def confine(self, pid: int) -> None:
         """Put the process of `command` into a control group. The process must not have been waited for yet.
@@ -476,12 +483,14 @@ def _until_gone(remove: Callable[[], bool], attempts: int = 100) -> None:
 class Jail:
     """A server's jail. `view` and `groups` are None if the host does not allow them.
 
-    `group` is the host's group that may open /dev/kvm, for machines that need it.
+    `group` is the host's group that may open /dev/kvm, for machines that need it. `launcher` is the descriptor of the
+    program that puts QEMU under the filter of system calls.
     """
 
     users: Users
     view: View | None
     groups: Cgroups | None
+    launcher: int
     group: int | None = None
 
     @classmethod
@@ -513,7 +522,7 @@ class Jail:
         except JailError as error:
             who = "everybody" if os.geteuid() == 0 else "the server's user"
             log.warning("MACHINES SEE THE HOST'S FILES, as far as %s may read them: %s", who, error)
-        return cls(users, view, groups, group_of_kvm() if kvm else None)
+        return cls(users, view, groups, seccomp.launcher(), group_of_kvm() if kvm else None)
 
     def kvm_refused(self) -> str:
         """The reason why the users of machines can't open /dev/kvm; empty if they can."""
@@ -530,6 +539,7 @@ class Jail:
         """Let go of users and view. All machines must have ended."""
         if self.view:
             self.view.close()
+        os.close(self.launcher)
         self.users.close()
 
 
@@ -547,11 +557,19 @@ def group_of_kvm() -> int | None:
     return group if group and os.geteuid() == 0 else None
 
 
-def inside(view: View | None, uid: int | None, argv: list[str], group: int | None = None) -> list[str]:
-    """The command line that runs another one in a view, without privileges, as that user and in that group."""
+def inside(
+    view: View | None, uid: int | None, argv: list[str], group: int | None = None, launcher: int | None = None
+) -> list[str]:
+    """The command line that runs another one in a view, without privileges, as that user and in that group.
+
+    Args:
+        launcher: the descriptor of `seccomp.launcher`, which the process inherits; None for no filter.
+    """
     setpriv = shutil.which("setpriv") or "/usr/bin/setpriv"
     # A process whose server was killed before the parent-death signal was set has another parent by now.
     if_server_lives = ["/bin/sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid())]
+    if launcher is not None:  # it searches for no program, so the program's name has to be a path
+        argv = [f"/proc/self/fd/{launcher}", shutil.which(argv[0]) or argv[0], *argv[1:]]
     return [*(view.enter() if view else []), *drop_privileges(setpriv, uid, group), *if_server_lives, *argv]
 
 
@@ -561,9 +579,18 @@ def working_view(binary: str, *, kvm: bool) -> View:
     Raises:
         JailError: QEMU runs in no view here.
     """
-    view = View.make(binary, kvm=kvm)
-    command = inside(view, TRIAL_UID if os.geteuid() == 0 else None, [binary, "--version"])
-    ran = subprocess.run(command, capture_output=True, text=True, env={"PATH": os.defpath}, cwd="/")
+    try:
+        launcher = seccomp.launcher()
+    except OSError as error:
+        raise JailError(str(error)) from error
+    try:
+        view = View.make(binary, kvm=kvm)
+        uid = TRIAL_UID if os.geteuid() == 0 else None
+        command = inside(view, uid, [binary, "--version"], launcher=launcher)
+        environment = {"PATH": os.defpath}
+        ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", pass_fds=(launcher,))
+    finally:
+        os.close(launcher)
     if ran.returncode:
         view.close()
         told = ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"]

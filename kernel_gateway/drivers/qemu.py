@@ -353,7 +353,7 @@ class Qemu:
                 stderr=its_console.fileno(),
                 env={"PATH": os.defpath, SERVER: str(os.getpid())},
                 cwd="/",
-                pass_fds=fds.all(),
+                pass_fds=(*fds.all(), *cell.fds),
                 start_new_session=True,  # Ctrl-C is for the server, which lets requests finish
             )
             undo.pop_all()

@@ -14,6 +14,7 @@ once, whatever the cause: it exits, is killed, reaches its timeout, could not be
 import asyncio
 import codecs
 import signal as signals
+import sys
 from collections.abc import AsyncGenerator, Callable, Iterator
 from datetime import UTC, datetime
 
@@ -27,14 +28,13 @@ from kernel_gateway.errors import (
     TooManyRequests,
 )
 from kernel_gateway.guest.link import Conversation, Link
+from kernel_gateway.held import Account, Held
 from kernel_gateway.kernel.journal import Gap, Journal, Record
 from kernel_gateway.outcome import FINISHED, Ending, Outcome
 
 MAX_RUNNING = 128
 KEPT = 128
 """Number of commands of a sandbox that are over and still known."""
-KEPT_REQUESTS = 16 * 1024 * 1024
-"""Characters of arguments and variables of all commands of a sandbox that are known."""
 COMMAND_OUTPUT = 4 * 1024 * 1024
 SANDBOX_OUTPUT = 16 * 1024 * 1024
 """Bytes of output that are kept of a command, and of all commands of a sandbox. Each piece counts OVERHEAD more."""
@@ -43,8 +43,8 @@ PIECE = 32 * 1024
 PAGE = 64 * 1024
 HIGH_WATER = 32 * 1024
 """Bytes that the fastest reader may be behind. So much of every running command fits into SANDBOX_OUTPUT."""
-WINDOW = wire.CHUNK
-"""Bytes of output that the guest may send ahead of what was kept."""
+WINDOW = 128 * 1024
+"""Bytes of output that the guest may send ahead of what was kept. They are held for each command that runs."""
 STDIN_WAITING = 4 * 1024 * 1024
 """Bytes of input that wait for a command to read them."""
 WATCHDOG = 5.0
@@ -55,12 +55,15 @@ class Command:
     """One command, from its start to as long as it is known.
 
     `pid` is 0 until it runs. `begun` is set when it runs or is over. `outcome` is None until it is over; `exited` says
-    how the program ended, if that is known. `terminal` is the present size of its terminal, as rows and columns. Make
-    it with `Commands.start`.
+    how the program ended, if that is known. `terminal` is the present size of its terminal, as rows and columns.
+    `holding` counts its arguments and variables, and the input that waits. Make it with `Commands.start`.
     """
 
-    def __init__(self, link: Link, request: wire.Spawn, tag: str) -> None:
+    def __init__(self, link: Link, request: wire.Spawn, tag: str, account: Account) -> None:
         self.request = request
+        texts = [*request.argv, *request.env, *request.env.values()]
+        self._cost = sum(map(sys.getsizeof, texts))
+        self.holding = account.hold("commands")
         self.tag = tag
         self.pid = 0
         self.terminal = request.terminal
@@ -92,9 +95,8 @@ class Command:
 
     @property
     def size(self) -> int:
-        """Characters of its arguments and variables."""
-        request = self.request
-        return sum(map(len, request.argv)) + sum(len(name) + len(value) for name, value in request.env.items())
+        """Bytes that it costs the server: its arguments, variables and waiting input, and its window while it runs."""
+        return self._cost + len(self._input) + (WINDOW if self.outcome is None else 0)
 
     # -- for whoever knows the command
 
@@ -124,7 +126,7 @@ class Command:
 
         Raises:
             Conflict: the command is over, or its input is closed.
-            TooManyRequests: too much input waits already; nothing of this one was sent.
+            TooManyRequests, HostFull: too much input waits already; nothing of this one was sent.
         """
         self._check_running()
         if not self._input_is_open:
@@ -134,6 +136,7 @@ class Command:
                 f"{len(self._input)} bytes of input wait already, because the command has not read them",
                 hint=f"at most {STDIN_WAITING} bytes may wait",
             )
+        self.holding.resize(self.size + len(data))
         self._input += data
         self._input_changed.set()
 
@@ -224,6 +227,8 @@ class Command:
         for kind, rest in self._incomplete.items():
             self.journal.append([rest], kind)
         self.journal.close()
+        self._input.clear()
+        self.holding.resize(self.size)
         self.begun.set()
 
     def _keep(self, sub: int, data: bytes) -> None:
@@ -243,6 +248,7 @@ class Command:
                 piece = bytes(self._input[: wire.CHUNK])
                 await conversation.send(piece)
                 del self._input[: len(piece)]
+                self.holding.resize(self.size)
                 if not self._input and self._input_is_open:
                     self._input_changed.clear()
                     await self._input_changed.wait()
@@ -274,9 +280,10 @@ class Command:
 
 
 class Commands:
-    """The commands of one sandbox: those that run, and the last ones that are over."""
+    """The commands of one sandbox: those that run, and the last ones that are over. `account` is their owner's."""
 
     def __init__(self, link: Link) -> None:
+        self.account = Held().account("")
         self._link = link
         self._known: list[Command] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -320,7 +327,7 @@ class Commands:
             stdin: whether its standard input stays open for `write`.
 
         Raises:
-            TooManyRequests: too many commands run in the sandbox.
+            TooManyRequests, HostFull: too many commands run in the sandbox, or there is no room for the arguments.
         """
         request = wire.Spawn(
             argv=argv,
@@ -331,7 +338,7 @@ class Commands:
             terminal=terminal,
             window=WINDOW,
         )
-        command = Command(self._link, request, tag)
+        command = Command(self._link, request, tag, self.account)
         self._admit(command)
         if terminal is None and not stdin:
             command.close_stdin()
@@ -344,21 +351,23 @@ class Commands:
         """Drop what is kept of a command that is over."""
         if command.outcome is not None and command in self._known:
             self._known.remove(command)
+            command.holding.release()
 
     def _admit(self, command: Command) -> None:
-        running = [each for each in self._known if each.outcome is None]
-        if len(running) >= MAX_RUNNING or sum(each.size for each in [*running, command]) > KEPT_REQUESTS:
+        over = [each for each in self._known if each.outcome is not None]
+        running = len(self._known) - len(over)
+        if running >= MAX_RUNNING:
             raise TooManyRequests(
-                f"{len(running)} commands run in this sandbox already",
+                f"{running} commands run in this sandbox already",
                 hint=f"wait for some of them, or end them; at most {MAX_RUNNING} run at once",
             )
+        while not command.holding.grow(command.size):
+            if not over:
+                command.holding.resize(command.size)  # raises
+            self.forget(over.pop(0))
         self._known.append(command)
-        over = [each for each in self._known if each.outcome is not None]
-        size = sum(each.size for each in self._known)
-        while len(over) > KEPT or size > KEPT_REQUESTS:
-            oldest = over.pop(0)
-            size -= oldest.size
-            self._known.remove(oldest)
+        while len(over) > KEPT:
+            self.forget(over.pop(0))
 
     async def _run(self, command: Command, timeout: float) -> None:
         """See a command through: its start, its output, its end."""
@@ -378,6 +387,8 @@ class Commands:
         finally:
             if free is not None:
                 free.cancel()
+            if self._link.closed.done():  # nobody finds it any more
+                command.holding.release()
 
     def _keep_within_bounds(self) -> None:
         """Drop output of the command that has most of it, oldest first, while that of all is over SANDBOX_OUTPUT."""
@@ -388,3 +399,4 @@ class Commands:
     def _link_closed(self, closed: asyncio.Future[Exception]) -> None:
         for command in self._known:
             command.set_free()
+            command.holding.release()

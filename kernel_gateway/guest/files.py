@@ -6,6 +6,7 @@ large they are together, and how long they may take.
 
 import asyncio
 import posixpath
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ from guest_agent.wire import Entries, Entry
 from kernel_gateway.errors import GuestFailure, GuestUnresponsive, InvalidRequest
 from kernel_gateway.guest.guest import Guest
 from kernel_gateway.guest.link import Conversation
+from kernel_gateway.held import Holding
 
 MAX_ENTRIES = 10_000
 """Entries of one listing."""
 LISTING_SIZE = 8 * 1024 * 1024
 """Characters of names, paths and targets in one listing, roughly."""
+ENTRY_COST = 1000
+"""Bytes that an entry costs in memory besides its texts, with the answer that is made of it."""
 LIST_TIMEOUT = 30.0
 """Seconds for one listing, times the driver's time scale."""
 TREE_TIMEOUT = 600.0
@@ -34,6 +38,11 @@ def resolve(guest: Guest, path: str) -> str:
     if path == "~" or path.startswith("~/"):
         path = guest.home + path[1:]
     return posixpath.join(guest.home, path)
+
+
+def cost(entry: Entry) -> int:
+    """Bytes that an entry of a listing costs, roughly. Its texts are in the answer, too."""
+    return ENTRY_COST + 2 * sum(map(sys.getsizeof, (entry.name, entry.path, entry.target)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +115,16 @@ class Files:
         """The entry at a path."""
         return await self._link.call(wire.Stat(path=self.resolve(path)), Entry)
 
-    async def list(self, path: str, *, after: str = "", limit: int = MAX_ENTRIES) -> Listing:
+    async def list(self, path: str, *, holding: Holding, after: str = "", limit: int = MAX_ENTRIES) -> Listing:
         """The entries of a directory with names after `after`.
 
         There are fewer than `limit` when there are no more, or when they are over LISTING_SIZE together.
+
+        Args:
+            holding: counts the entries. The caller releases it when it needs them no more.
+
+        Raises:
+            TooManyRequests, HostFull: there is no room for so many entries.
         """
         path = self.resolve(path)
         entries: list[Entry] = []
@@ -122,6 +137,7 @@ class Files:
                     page = await self._link.call(request, Entries)
                     self._check(page, request)
                     after = page.entries[-1].name if page.entries else after
+                    holding.resize(holding.size + sum(map(cost, page.entries)))
                     entries += page.entries
                     size += sum(len(each.name) + len(each.path) + len(each.target or "") for each in page.entries)
                     more = page.more

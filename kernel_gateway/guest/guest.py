@@ -3,11 +3,13 @@
 import logging
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from kernel_gateway.drivers import DriverError, Vm, VmDriver
 from kernel_gateway.errors import GuestUnresponsive
 from kernel_gateway.guest.commands import Commands
 from kernel_gateway.guest.link import Link
+from kernel_gateway.held import Account
 from kernel_gateway.kernel.kernel import Kernel
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,16 @@ class Guest:
     kernel: Kernel
     commands: Commands
     home: str = ""
+
+    def adopt(self, account: Account, journals: Path | None) -> None:
+        """Let the guest work for an owner from now on.
+
+        Args:
+            account: what waits in the server for the owner is held on it.
+            journals: the directory for output that memory does not hold.
+        """
+        self.kernel.adopt(account, journals)
+        self.commands.account = account
 
     async def kill(self) -> None:
         self.link.close()

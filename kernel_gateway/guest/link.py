@@ -54,6 +54,7 @@ class Conversation:
         self._credit = wire.INITIAL_CREDIT
         self._owed = 0
         self._granted = window
+        self._grant_at = min(wire.CHUNK, window // 2)
         self._events = 0
         self._arrived = asyncio.Event()
         self._may_send = asyncio.Event()
@@ -77,7 +78,7 @@ class Conversation:
         item = self._items.popleft()
         if isinstance(item, tuple):
             self._owed += len(item[1])
-            if self._owed >= wire.CHUNK:
+            if self._owed >= self._grant_at:
                 self._link.write(wire.credit(self.number, self._owed))
                 self._granted += self._owed
                 self._owed = 0
@@ -239,7 +240,7 @@ class Link(asyncio.Protocol):
         """Open a conversation. Leaving the block before its reply cancels it in the guest.
 
         Args:
-            window: bytes of DATA that the guest may send before anything was read; at least CHUNK.
+            window: bytes of DATA that the guest may send before anything was read, and ahead of what was read.
 
         Raises:
             SandboxDied: the link is closed.

@@ -149,8 +149,8 @@ class Builder:
     binary: str
     ca_bundle: Path | None
 
-    async def image(self, template: Template, step: Progress) -> Path:
-        return await build_image(template, self.cache, self.ca_bundle, step)
+    async def image(self, template: Template, step: Progress, *, anew: bool = False) -> Path:
+        return await build_image(template, self.cache, self.ca_bundle, step, anew=anew)
 
     def open_image(self, directory: Path, initrd: Path) -> Image:
         """The files that machines of this image read, opened for the server's life."""

@@ -2,7 +2,7 @@
 
     wheels/KEY               Python packages of a lock file; `KEY.part` while they are being downloaded
     debs/SUITE               Debian packages
-    images/KEY               a guest image: root.erofs, boot/, packages
+    images/TIME-KEY          a guest image: root.erofs, boot/, packages; the newest of a key counts
     initrd/KEY               a first file system
     snapshots/TEMPLATE-KEY   a template's snapshot
     kvm/KEY                  whether this host's KVM runs the guest
@@ -26,6 +26,8 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+from kernel_gateway.private import private
 
 log = logging.getLogger(__name__)
 
@@ -82,13 +84,18 @@ class Entry:
 
 
 class Cache:
-    """A cache directory, and what this process uses of it."""
+    """A cache directory, and what this process uses of it.
+
+    Raises:
+        PermissionError: others may write to it, so nothing in it can be believed.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._held: dict[Path, int] = {}
         for kind in KINDS:
             (root / kind).mkdir(parents=True, exist_ok=True)
+            private(root / kind)
 
     def __repr__(self) -> str:
         return f"<Cache {self.root}>"

@@ -6,6 +6,7 @@ finished. What was downloaded is kept, whatever happens: the next build goes on 
 """
 
 import asyncio
+import calendar
 import gzip
 import hashlib
 import logging
@@ -17,6 +18,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,7 @@ import msgspec
 
 from kernel_gateway.images.cache import SUITE, Cache, in_thread
 from kernel_gateway.images.templates import Template, rootfs_dir
+from kernel_gateway.private import foreign
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,13 @@ ALONE = (
 """
 SEAL, CHECKED = "files.json", "checked.json"
 """What a directory's files must be, and which ones were found to be so."""
+
+PASSED_ON = re.compile(
+    r"PATH|HOME|USER|LANG|LC_\w+|TZ|TMPDIR|APT_CONFIG|SSL_CERT_(FILE|DIR)|(https?|ftp|all|no)_proxy", re.IGNORECASE
+)
+"""Variables that tools get from the server's environment: what they find the way with, and none of its secrets."""
+PIP = re.compile("PIP_.*")
+STAMP = "%Y%m%d%H%M%S"
 
 Progress = Callable[[str], None]
 
@@ -109,7 +119,8 @@ def seal(directory: Path, files: Iterable[Path]) -> None:
 def damage(directory: Path) -> str:
     """What is wrong with a sealed directory; empty when nothing is.
 
-    A file is read once after it was written or copied, and then only when its inode has changed.
+    A file is read once after it was written or copied, and then only when its inode has changed. A file that another
+    user could write is of no use, whatever it holds.
     """
     try:
         digests = msgspec.json.decode((directory / SEAL).read_bytes(), type=dict[str, str])
@@ -123,6 +134,8 @@ def damage(directory: Path) -> str:
     for name, digest in digests.items():
         try:
             status = (directory / name).stat()
+            if why := foreign(status) or foreign(directory.stat()):
+                return f"{directory / name}: it {why}"
             found[name] = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
             if checked.get(name) != found[name] and _sha256(directory / name) != digest:
                 return f"{directory / name}: its content has changed"
@@ -144,6 +157,7 @@ async def run(
     """Run a program, passing its lines `step: …` on. Cancelling ends it, and waits until it has cleaned up.
 
     Args:
+        env: its environment, besides what is PASSED_ON.
         ended_by: the signal that ends it: SIGKILL for what runs behind `ALONE`.
 
     Raises:
@@ -151,7 +165,7 @@ async def run(
     """
     last: list[str] = []
     process = await asyncio.create_subprocess_exec(
-        *command, env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        *command, env={**_inherited(PASSED_ON), **env}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     assert process.stdout is not None
@@ -168,6 +182,10 @@ async def run(
         raise
     if await process.wait():
         raise BuildError(f"{command[0]} failed with status {process.returncode}:\n" + "\n".join(last))
+
+
+def _inherited(names: re.Pattern[str]) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if names.fullmatch(name)}
 
 
 def without_comments(file: Path) -> list[str]:
@@ -219,18 +237,43 @@ def image_key(template: Template, ca_bundle: Path | None) -> str:
     )
 
 
-async def build_image(template: Template, cache: Cache, ca_bundle: Path | None, step: Progress) -> Path:
+def newest_image(template: Template, cache: Cache, ca_bundle: Path | None) -> Path | None:
+    """The folder of a template's newest image; None if the cache has none.
+
+    Two images of one key differ, because Debian's packages are those of the day. Each has a name of its own, so that
+    nothing that was made from one is taken for the other's.
+    """
+    key = image_key(template, ca_bundle)
+    found = [path for path in (cache.root / "images").iterdir() if re.fullmatch(rf"(\d{{14}}-)?{key}", path.name)]
+    # Names without a time are the oldest, because earlier versions made them.
+    return max(found, key=lambda path: (len(path.name), path.name), default=None)
+
+
+def built_at(image: Path) -> float:
+    """When an image was built, in seconds since 1970."""
+    stamp = image.name.rpartition("-")[0]
+    return calendar.timegm(time.strptime(stamp, STAMP)) if stamp else (image / "packages").stat().st_mtime
+
+
+async def build_image(
+    template: Template, cache: Cache, ca_bundle: Path | None, step: Progress, *, anew: bool = False
+) -> Path:
     """The folder with `root.erofs`, `boot/` and `packages`, built if the cache has it not.
+
+    Args:
+        anew: build one in any case, of the Debian packages of today.
 
     Raises:
         BuildError: a step failed.
     """
-    directory = cache.root / "images" / image_key(template, ca_bundle)
-    if directory.is_dir():
-        if not (why := await in_thread(damage, directory)):
-            return cache.use(directory)
+    found = newest_image(template, cache, ca_bundle)
+    if found is not None and not anew:
+        if not (why := await in_thread(damage, found)):
+            return cache.use(found)
         log.warning("the image is built again, because it is damaged: %s", why)
-        cache.drop(directory)
+        cache.drop(found)
+    name = f"{time.strftime(STAMP, time.gmtime())}-{image_key(template, ca_bundle)}"
+    directory = cache.root / "images" / name
     requirements = locked(python_packages(template))
     wheels = cache.root / "wheels" / content_hash(requirements)
     step("download Debian and Python packages")
@@ -327,7 +370,7 @@ async def download_wheels(requirements: str, directory: Path, step: Progress) ->
             "--abi", "abi3", "--abi", "none", *platforms, "--cache-dir", str(part / "pip"), "--dest", str(part),
             "--requirement", str(part / "requirements.txt"),
         ],
-        {"PIP_NO_CACHE_DIR": "0"},
+        {**_inherited(PIP), "PIP_NO_CACHE_DIR": "0"},
         step,
     )  # fmt: skip
     shutil.rmtree(part / "pip", ignore_errors=True)

@@ -21,13 +21,15 @@ from pathlib import Path
 
 import msgspec
 
+from kernel_gateway.private import foreign
+
 BLOCK = 1024 * 1024
 FILES = ("memory", "state", "disk")
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 class SnapshotCorrupt(Exception):
-    """A file of a snapshot is missing or not what the manifest says."""
+    """A file of a snapshot is missing, is not what the manifest says, or is somebody else's."""
 
 
 class FileDigest(msgspec.Struct, frozen=True):
@@ -124,12 +126,14 @@ class Snapshot:
 
     @classmethod
     def load(cls, directory: Path) -> "Snapshot":
-        """Check every file against the manifest and hold it in memory.
+        """Check every file's owner, and its content against the manifest, and hold it in memory.
 
         Raises:
             SnapshotCorrupt: something is missing or differs; says what.
         """
         try:
+            if why := foreign(directory.stat()) or foreign((directory / "manifest.json").stat()):
+                raise SnapshotCorrupt(f"{directory}: it {why}")
             manifest = msgspec.json.decode((directory / "manifest.json").read_bytes(), type=Manifest)
         except (OSError, msgspec.MsgspecError) as error:
             raise SnapshotCorrupt(f"{directory}: {error}") from error
@@ -148,6 +152,8 @@ class Snapshot:
         except OSError as error:
             raise SnapshotCorrupt(f"{path}: {error.strerror}") from error
         try:
+            if why := foreign(os.fstat(source)):
+                raise SnapshotCorrupt(f"{path}: it {why}")
             held = memory_file(path.name)
             digest = copy_sparse(source, held)
         finally:

@@ -5,7 +5,8 @@ journal marks the later one. A collected cell keeps up to `text_limit` character
 `result_limit` bytes of results. It counts the rest.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import msgspec
@@ -241,9 +242,19 @@ def cell_error(content: bytes) -> CellError:
 
 
 class Collector:
-    """The collector of a cell's events, within limits."""
+    """The collector of a cell's events, within limits.
 
-    def __init__(self, text_limit: int = TEXT_LIMIT, result_limit: int = RESULT_LIMIT) -> None:
+    Args:
+        keep: asked before more bytes are kept, and told of fewer. Where it says no, the rest is left out and counted.
+    """
+
+    def __init__(
+        self,
+        text_limit: int = TEXT_LIMIT,
+        result_limit: int = RESULT_LIMIT,
+        keep: Callable[[int], bool] = lambda size: True,
+    ) -> None:
+        self._may_keep = keep
         self._limits = {"stdout": text_limit, "stderr": text_limit}
         self._text: dict[str, list[str]] = {"stdout": [], "stderr": []}
         self._result_room = result_limit
@@ -257,6 +268,8 @@ class Collector:
             case "stdout" | "stderr":
                 text = event.text or ""
                 kept = text[: self._limits[event.type]]
+                if kept and not self._may_keep(sys.getsizeof(kept)):
+                    kept, self._limits[event.type] = "", 0
                 self._limits[event.type] -= len(kept)
                 self._text[event.type].append(kept)
                 dropped = getattr(self._dropped, event.type) + len(text) - len(kept)
@@ -277,7 +290,7 @@ class Collector:
         size = len(memoryview(data)) + len(memoryview(metadata))
         index = self._shown.get(event.displayId or "") if event.type == "update" else None
         freed = 0 if index is None else self._sizes[index]
-        if size > self._result_room + freed:
+        if size > self._result_room + freed or not self._may_keep(size - freed):
             self._dropped.results += 1
             return
         self._result_room += freed - size

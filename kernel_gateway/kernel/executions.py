@@ -6,27 +6,28 @@ import time
 from collections.abc import Iterator
 
 from kernel_gateway.errors import Conflict, TooManyRequests
+from kernel_gateway.held import Account, Holding
 from kernel_gateway.kernel.events import CellError
 from kernel_gateway.outcome import Ending, Outcome
 
 KEPT = 1000
 """Number of executions that a kernel remembers. Not more of them may be unfinished at a time."""
-WAITING_CODE = 16 * 1024 * 1024
-"""Characters of code that the unfinished cells of a kernel may have in all."""
 
 
 class Execution:
     """A cell that the gateway runs for somebody.
 
-    `id` is its Jupyter message id, and clients know it by that. `after` is the journal's number before its first
-    message. `outcome` is None until it is over, and `last` is then the number of the last message to show. `timed_out`
-    is the error to tell in place of the interrupt that the gateway has sent. `clock` is when its time began.
+    `id` is its Jupyter message id, and clients know it by that. `code` is kept, as bytes that are held for the owner,
+    until the kernel has got it. `after` is the journal's number before its first message. `outcome` is None until it is
+    over, and `last` is then the number of the last message to show. `timed_out` is the error to tell in place of the
+    interrupt that the gateway has sent. `clock` is when its time began.
     """
 
     def __init__(self, execution_id: str, code: str, after: int, timeout: float | None) -> None:
         self.id = execution_id
-        self.digest = digest(code)
-        self.code = code
+        self.code = encoded(code)
+        self.digest = digest(self.code)
+        self.holding: Holding | None = None
         self.after = after
         self.timeout = timeout
         self.last = 0
@@ -53,18 +54,30 @@ class Execution:
     def end(self, outcome: Outcome, last: int) -> None:
         """Give the outcome. It is given once: later calls change nothing."""
         if self.outcome is None:
-            self.outcome, self.last, self.code = outcome, last, ""
+            self.outcome, self.last = outcome, last
+            self.drop_code()
             self.changed.set()
 
+    def drop_code(self) -> None:
+        """Keep its code no longer, because the kernel has it, or will not get it."""
+        self.code = b""
+        if self.holding is not None:
+            self.holding.release()
 
-def digest(code: str) -> bytes:
-    return hashlib.sha256(code.encode("utf-8", "surrogatepass")).digest()
+
+def encoded(code: str) -> bytes:
+    return code.encode("utf-8", "surrogatepass")
+
+
+def digest(code: bytes) -> bytes:
+    return hashlib.sha256(code).digest()
 
 
 class Executions:
-    """A kernel's executions by id, oldest first."""
+    """A kernel's executions by id, oldest first. Their code is held on the account until it is sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, account: Account) -> None:
+        self._account = account
         self._by_id: dict[str, Execution] = {}
 
     def __len__(self) -> int:
@@ -83,7 +96,7 @@ class Executions:
             Conflict: the id was used for another cell.
         """
         known = self._by_id.get(execution_id)
-        if known is not None and known.digest != digest(code):
+        if known is not None and known.digest != digest(encoded(code)):
             raise Conflict("this id was used for another cell", hint="choose a new one for every cell")
         return None if known is None or known.state == Ending.NOT_STARTED else known
 
@@ -94,17 +107,13 @@ class Executions:
         """Remember an execution. The oldest one that is over is forgotten for it.
 
         Raises:
-            TooManyRequests: too many cells are waiting, or their code is too long in all.
+            TooManyRequests, HostFull: too many cells are waiting, or there is no room for the code.
         """
-        waiting = sum(len(each.code) for each in self.unfinished())
-        if waiting and waiting + len(execution.code) > WAITING_CODE:
-            raise TooManyRequests(
-                f"cells with {waiting} characters of code are waiting already; {WAITING_CODE} may",
-                hint="wait for some of them, or upload long data as a file",
-            )
-        if len(self._by_id) >= KEPT:
-            oldest = next((each for each in self._by_id.values() if each.outcome is not None), None)
-            if oldest is None:
-                raise TooManyRequests(f"{KEPT} cells are waiting already", hint="wait for some of them")
+        oldest = next((each for each in self._by_id.values() if each.outcome is not None), None)
+        is_full = len(self._by_id) >= KEPT
+        if is_full and oldest is None:
+            raise TooManyRequests(f"{KEPT} cells are waiting already", hint="wait for some of them")
+        execution.holding = self._account.hold("code of cells that wait", len(execution.code))
+        if is_full and oldest is not None:
             del self._by_id[oldest.id]
         self._by_id[execution.id] = execution

@@ -13,6 +13,7 @@ import msgspec
 from guest_agent import wire
 from kernel_gateway.errors import CellvmError, Conflict, GuestFailure, SandboxDied
 from kernel_gateway.guest.link import Link
+from kernel_gateway.held import Account, Held, Holding
 from kernel_gateway.kernel import message
 from kernel_gateway.kernel.events import CellError, Events, StreamEvent, cell_error
 from kernel_gateway.kernel.executions import Execution, Executions
@@ -33,9 +34,10 @@ REPLY_GRACE = 5.0
 MAX_SESSIONS = 1000
 """Number of client sessions whose place in the journal is remembered."""
 MAX_PENDING = 10_000
-MAX_PENDING_BYTES = 8 * 1024 * 1024
-"""Bytes of headers of requests that are not over. Beyond it the oldest requests are forgotten. Their replies still
-come, but a kernel's end does not answer them."""
+"""Number of requests that are not over. Beyond it the oldest are forgotten. Their replies still come, but a kernel's
+end does not answer them."""
+PENDING_COST = 500
+"""Bytes that such a request costs in memory besides its header."""
 UNTRACKED = frozenset(
     "comm_info_request comm_info_reply kernel_info_request kernel_info_reply shutdown_request shutdown_reply "
     "interrupt_request interrupt_reply debug_request debug_reply stream display_data update_display_data execute_input "
@@ -50,6 +52,7 @@ class Pending(msgspec.Struct):
     """A request that is not over: its session, channel and header, and which parts of its end have come.
 
     `failure` is the content of its reply if that says that it failed. `is_told` is whether an error was published.
+    `holding` counts a client's request.
     """
 
     session: str
@@ -60,6 +63,7 @@ class Pending(msgspec.Struct):
     is_idle: bool = False
     failure: CellError | None = None
     is_told: bool = False
+    holding: Holding | None = None
 
 
 class ClientSession(msgspec.Struct):
@@ -87,7 +91,6 @@ class Kernel:
         self._overdue: asyncio.TimerHandle | None = None
         self._is_ending = False
         self._pending: dict[str, Pending] = {}
-        self._pending_bytes = 0
         self._busy: dict[str, str] = {}
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -95,18 +98,25 @@ class Kernel:
         self.last_activity = time.time()
         self.connections = 0
         self._sessions: dict[str, ClientSession] = {}
-        self.executions = Executions()
+        self.account = Held().account("")
+        self.executions = Executions(self.account)
         self.on_shutdown: Callable[[], None] = lambda: None
         self.journal = Journal(on_pressure=link.hold_kernel)
         link.on_kernel_message = self._message_received
         link.on_event = self._event_received
         link.closed.add_done_callback(lambda closed: self.close(closed.result()))
 
-    def open_journal(self, directory: Path | None) -> None:
-        """Begin a new journal for the kernel's owner, because the pool's messages are not the owner's."""
+    def adopt(self, account: Account, directory: Path | None) -> None:
+        """Begin a new journal for the kernel's owner, because the pool's messages are not the owner's.
+
+        Args:
+            account: what waits for the owner is held on it.
+            directory: the directory of the journal's file.
+        """
         self.journal.close()
         self.journal = Journal(directory, on_pressure=self._link.hold_kernel)
-        self.executions = Executions()
+        self.account = account
+        self.executions = Executions(account)
         self.last_activity = time.time()
 
     @property
@@ -334,8 +344,7 @@ class Kernel:
     def _end_unsent(self, execution: Execution, failure: CellvmError) -> None:
         """End an execution that the kernel has not got."""
         self._remember(execution.id, Pending(self._session, "shell", b"{}", "execute_request"))
-        told = CellError(type(failure).__name__, str(failure), code=failure.code)
-        self._end_request(execution.id, told, Ending.NOT_STARTED, failure)
+        self._end_request(execution.id, told(failure), Ending.NOT_STARTED, failure)
 
     # -- what clients say
 
@@ -363,7 +372,13 @@ class Kernel:
         head = message.header(parts[HEADER])
         if head.msg_type.endswith("_request"):
             if head.msg_id not in self._pending:
-                self._remember(head.msg_id, Pending(session, parts[CHANNEL].decode(), parts[HEADER], head.msg_type))
+                pending = Pending(session, parts[CHANNEL].decode(), parts[HEADER], head.msg_type)
+                self._remember(head.msg_id, pending)
+                try:
+                    pending.holding = self.account.hold("headers of requests", len(pending.header) + PENDING_COST)
+                except CellvmError as refusal:
+                    self._end_request(head.msg_id, told(refusal), Ending.NOT_STARTED)
+                    return False
             if head.msg_type == "shutdown_request":
                 self._is_ending = not message.read(parts[CONTENT], message.Reply).restart
             if self._state is State.DEAD:
@@ -374,15 +389,15 @@ class Kernel:
 
     def _remember(self, msg_id: str, pending: Pending) -> None:
         self._pending[msg_id] = pending
-        self._pending_bytes += len(pending.header)
-        while len(self._pending) > MAX_PENDING or self._pending_bytes > MAX_PENDING_BYTES:
+        if len(self._pending) > MAX_PENDING:
             oldest = next((each for each in self._pending if each != msg_id and each not in self.executions), None)
-            if oldest is None:
-                return
-            self._forget(oldest)
+            if oldest is not None:
+                self._forget(oldest)
 
     def _forget(self, msg_id: str) -> None:
-        self._pending_bytes -= len(self._pending.pop(msg_id).header)
+        pending = self._pending.pop(msg_id)
+        if pending.holding is not None:
+            pending.holding.release()
 
     async def answer_input(self, text: str) -> None:
         """Answer the cell that waits for input."""
@@ -429,7 +444,7 @@ class Kernel:
 
         Raises:
             Conflict: the id was used for another cell.
-            TooManyRequests: too many cells are waiting, or their code is too long in all.
+            TooManyRequests, HostFull: too many cells are waiting, or there is no room for the code.
             SandboxDied: the sandbox has ended.
         """
         known = self.executions.find(execution_id or "", code)
@@ -462,17 +477,22 @@ class Kernel:
                         await self.restart("restarted for the next cell")
                     await self._usable.wait()
                 if execution.outcome is None:
-                    fields["code"] = execution.code
-                    parts = message.new("shell", "execute_request", fields, session=self._session, msg_id=execution.id)
-                    self._remember(execution.id, Pending(self._session, "shell", parts[HEADER], "execute_request"))
-                    execution.is_sent = True
-                    execution.clock = time.monotonic()
-                    await self._link.send_kernel_message(parts)
+                    await self._send_cell(execution, fields)
                     await self._watch(execution)
         except CellvmError as error:
             if not execution.is_sent and execution.outcome is None:
                 self._end_unsent(execution, error)
             # A link that breaks under a cell that was sent closes the kernel, and that gives the outcome.
+
+    async def _send_cell(self, execution: Execution, fields: dict[str, Any]) -> None:
+        fields = {**fields, "code": execution.code.decode("utf-8", "surrogatepass")}
+        parts = message.new("shell", "execute_request", fields, session=self._session, msg_id=execution.id)
+        del fields
+        self._remember(execution.id, Pending(self._session, "shell", parts[HEADER], "execute_request"))
+        execution.is_sent = True
+        execution.clock = time.monotonic()
+        await self._link.send_kernel_message(parts)
+        execution.drop_code()
 
     async def _watch(self, execution: Execution) -> None:
         deadline: float | None = None
@@ -540,6 +560,7 @@ class Kernel:
     ) -> AsyncGenerator[StreamEvent, None]:
         """`run` a cell and yield its `events`. Closing the iterator early interrupts the cell, or it is never run."""
         execution = self.run(code, timeout=timeout, quiet=quiet)
+        del code  # a cell may wait long, and its code is counted once
         try:
             async for event in self.events(execution):
                 yield event
@@ -549,6 +570,11 @@ class Kernel:
                 execution.changed.set()
             else:
                 execution.end(Outcome(Ending.NOT_STARTED), self.journal.last)
+
+
+def told(error: CellvmError) -> CellError:
+    """An error of ours, as a request's client is told of it."""
+    return CellError(type(error).__name__, str(error), code=error.code)
 
 
 def timed_out(timeout: float | None, *, state_kept: bool) -> CellError:

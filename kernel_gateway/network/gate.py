@@ -27,7 +27,7 @@ from functools import partial
 from ipaddress import IPv4Address
 from typing import Any
 
-from kernel_gateway.network.hello import MAX_HEAD, Hello, Host, Malformed, Request, is_local, read_hello
+from kernel_gateway.network.hello import MAX_HEAD, Hello, Host, Malformed, Request, read_hello
 from kernel_gateway.network.policy import Floor, Policy
 
 log = logging.getLogger(__name__)
@@ -318,7 +318,9 @@ class Gate:
 
     def _name_for_proxy(self, host: Host | None, address: IPv4Address) -> str | None:
         """The name to ask the proxy for, if it stands for the address."""
-        return host if isinstance(host, str) and not is_local(host) and self._is_known(host, address) else None
+        if not isinstance(host, str) or self._floor().refuses_name(host):
+            return None
+        return host if self._is_known(host, address) else None
 
     # -- as a proxy
 
@@ -385,7 +387,7 @@ class Gate:
             raise Refused(host, port, "mail")
         if port in RESOLVERS:
             raise Refused(host, port, "dns")
-        if isinstance(host, str) and is_local(host):
+        if isinstance(host, str) and floor.refuses_name(host):
             raise Refused(host, port, "floor")
         # A name without a rule is not even looked up if no address could be allowed.
         closed = not policy.allow_internet and (not policy.allow or found == [])

@@ -19,7 +19,6 @@ _NAME = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(?:\.(?!-)[a-z0-9_-]{1,63}(?<!-)
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _AUTHORITY = re.compile(rb"([A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
 _ABSOLUTE = re.compile(rb"(?i:http)://([^/?#@]*)((?:[/?][!-~]*)?)")
-_LOCAL = (".localhost", ".local", ".internal")
 
 
 class Malformed(ValueError):
@@ -45,16 +44,6 @@ def parse_host(text: str) -> Host:
     if len(name) > 253 or not _NAME.fullmatch(name):
         raise Malformed("a name that is not as it must be")
     return name
-
-
-def is_local(name: str) -> bool:
-    """Whether a name means something only near the host. Such a name is never looked up and never given to a proxy.
-
-    Local names are single labels, because a company's resolver completes them; localhost; multicast DNS; `.internal`,
-    because clouds keep their metadata there. Other internal names are looked up like any name, and then their
-    addresses are judged.
-    """
-    return "." not in name or name.endswith(_LOCAL)
 
 
 def reverse_address(name: str) -> IPv4Address | None:

@@ -1,8 +1,8 @@
 """What a sandbox may reach: the floor, which holds for everybody, and the owner's policy above it. Pure.
 
-The floor refuses every address that is not on the public internet, and the host itself. Only the operator makes
-exceptions. Above the floor the policy decides: `allow` wins over `deny`, and `deny` wins over the default. The default
-is everything, or nothing when `allow_internet` is false.
+The floor refuses every address that is not on the public internet, the host itself, and the networks that the host is
+in. Only the operator makes exceptions. Above the floor the policy decides: `allow` wins over `deny`, and `deny` wins
+over the default. The default is everything, or nothing when `allow_internet` is false.
 
 An entry of a policy can be written in one way only. An entry that some programs read as an address (`127.1`,
 `010.0.0.1`, `0x7f.1`), or that is no valid name (a NUL, a user before an @), is refused, not interpreted.
@@ -43,6 +43,9 @@ DENIED = tuple(
     )
 )
 """Blocks that no sandbox reaches: IANA's special-purpose registry, and addresses that clouds have made special."""
+LOCAL = ("localhost", "local", "internal", "lan", "home", "home.arpa", "corp", "intranet", "private")
+"""Zones that mean something only near the host: multicast DNS, the clouds' metadata, and what companies and routers
+call their own networks. None of them is delegated on the internet."""
 ITSELF = (IPv4Network("0.0.0.0/8"), IPv4Network("127.0.0.0/8"))
 """Blocks in DENIED by which every host reaches itself. Nobody can make exceptions to them."""
 
@@ -61,29 +64,56 @@ def without_itself(block: IPv4Network) -> list[IPv4Network]:
 class Floor:
     """The addresses that are refused to every sandbox of the server.
 
-    `exceptions` are the operator's blocks, taken out of DENIED; they hold nothing of ITSELF. `host` has the host's own
-    addresses, which are refused in any case.
+    `exceptions` are the operator's blocks, taken out of `blocks`; they hold nothing of ITSELF. `host` has the host's
+    own addresses, which are refused in any case. `near` has the blocks that are refused besides DENIED: the networks
+    that the host is in, and those that the operator denies. `zones` are local besides LOCAL.
     """
 
     exceptions: tuple[IPv4Network, ...] = ()
     host: frozenset[IPv4Address] = frozenset()
+    near: tuple[IPv4Network, ...] = ()
+    zones: tuple[str, ...] = ()
+
+    @property
+    def blocks(self) -> list[IPv4Network]:
+        """What is refused but for the exceptions: blocks that do not overlap."""
+        return list(collapse_addresses((*DENIED, *self.near)))
 
     def refuses(self, address: IPv4Address) -> bool:
         """Whether no sandbox may reach an address."""
         if address in self.host:
             return True
-        return any(address in block for block in DENIED) and not any(address in block for block in self.exceptions)
+        is_blocked = any(address in block for block in (*DENIED, *self.near))
+        return is_blocked and not any(address in block for block in self.exceptions)
+
+    def refuses_name(self, name: str) -> bool:
+        """Whether a name is local. Such a name is never looked up and never given to a proxy.
+
+        Single labels are local, because a company's resolver completes them. Other internal names are looked up like
+        any name, and then their addresses are judged.
+        """
+        return "." not in name or any(name == zone or name.endswith(f".{zone}") for zone in (*LOCAL, *self.zones))
 
     def refuses_all(self, block: IPv4Network) -> bool:
         """Whether no sandbox may reach anything in a block."""
-        # Counting is enough, because DENIED are disjoint, and if two blocks overlap, one holds the other.
-        denied = sum(min(each, block, key=_size).num_addresses for each in DENIED if each.overlaps(block))
-        ours = [address for address in self.host if address in block]
-        public = [address for address in ours if not any(address in each for each in DENIED)]
-        if denied + len(public) < block.num_addresses:
+        # Counting is enough, because these are disjoint, and if two blocks overlap, one holds the other.
+        refused = collapse_addresses((*self.blocks, *map(IPv4Network, self.host)))
+        if sum(min(each, block, key=_size).num_addresses for each in refused if each.overlaps(block)) < _size(block):
             return False
         excepted = [min(each, block, key=_size) for each in self.exceptions if each.overlaps(block)]
-        return all(sum(address in each for address in ours) == each.num_addresses for each in excepted)
+        return all(sum(address in each for address in self.host) == _size(each) for each in excepted)
+
+
+def parse_zone(text: str) -> str:
+    """A zone's name in lower case, without dots at its ends.
+
+    Raises:
+        ValueError: the text is no such name.
+    """
+    name = text.strip(".").lower()
+    if not _NAME.fullmatch(name) or name.startswith("*") or len(name) > MAX_NAME:
+        raise ValueError(f"{text!r} is no name of a zone")
+    return name
 
 
 def _size(block: IPv4Network) -> int:

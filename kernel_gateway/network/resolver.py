@@ -5,6 +5,8 @@
 The guest is hostile. Only the question of its bytes is passed on, parsed and written anew. An answer is rebuilt from
 the chain of aliases and the records asked for, and from no others. An address that no sandbox may reach is never in an
 answer. So a public name can't be made to mean a private address, and the guest does not see the host's own network.
+Of a zone that the host's resolvers know from the inside, the guest learns nothing but addresses that it may reach: its
+names, whether they exist or not, are refused alike.
 
 A refused name gets NXDOMAIN, because programs then give up at once; after REFUSED they try again for seconds. Tunnels
 through DNS stay possible wherever names are resolved.
@@ -34,7 +36,7 @@ import dns.rdataclass
 import dns.rdatatype
 import dns.rrset
 
-from kernel_gateway.network.hello import Malformed, is_local, parse_host, reverse_address
+from kernel_gateway.network.hello import Malformed, parse_host, reverse_address
 from kernel_gateway.network.policy import Floor, Policy
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,12 @@ PIN_COST = 4
 DEBT = 2
 """Bursts that a guest may owe before its waiting work is dropped. It may owe some, because many names at once are
 normal."""
+MAX_DEPTH = 12
+"""Labels of a name in which its zone is looked for. No zone is deeper."""
+MAX_SERVERS = 3
+"""Name servers of a zone whose addresses are judged."""
+ZONES, ZONE_KEPT = 1024, 300.0
+"""Zones whose verdict is remembered, and for how many seconds."""
 ACCEPT_PAUSE = 0.5
 REMEMBERED = 4096
 """Pairs of name and address that a slot's resolver remembers to have given."""
@@ -148,6 +156,7 @@ class Resolver:
         self._clock = clock
         self._budget = Budget(limits, clock)
         self._given: dict[tuple[str, IPv4Address], float] = {}
+        self._zones: dict[str, tuple[bool | None, float]] = {}
         self._listening: list[socket.socket] = []
         self._queries: set[asyncio.Task[None]] = set()
         self._connections: set[asyncio.Task[None]] = set()
@@ -318,35 +327,34 @@ class Resolver:
         if question.rdtype in _EMPTY:
             return
         answer = await self._ask(dns.name.from_text(name), question.rdtype)
-        response.set_rcode(answer.rcode())
-        response.answer, response.authority = rebuild(answer)
-        if leads_inside(response.answer, self._floor()):
-            self._refused(name, "floor")
-            response.set_rcode(dns.rcode.NXDOMAIN)
-            response.answer, response.authority = [], []
-            return
-        if question.rdtype == dns.rdatatype.A:
-            await self._judge_addresses(name, response)
-
-    async def _judge_addresses(self, name: str, response: dns.message.Message) -> None:
-        """Remove the addresses that the floor refuses from a response. Pin the others if a rule allows the name."""
-        found = _addresses(response.answer)
+        records, authority = rebuild(answer)
         floor = self._floor()
+        found = _addresses(records) if question.rdtype == dns.rdatatype.A else []
         addresses = [address for address in found if not floor.refuses(address)]
-        if found and not addresses:
+        aliases = _aliases(records)
+        if leads_inside(aliases, floor) or (found and not addresses):
+            is_refused = True
+        else:
+            # An address may be told whoever knows it. All else may be the host's view of its own network.
+            is_refused = not addresses and not await self._are_public([name, *map(read_name, aliases)])
+        if is_refused:
             self._refused(name, "floor")
             response.set_rcode(dns.rcode.NXDOMAIN)
-            response.answer, response.authority = [], []
             return
-        if len(addresses) < len(found):
-            last = response.answer.pop()
-            kept = [record for record in last if not floor.refuses(IPv4Address(record.address))]
-            response.answer.append(dns.rrset.from_rdata_list(last.name, last.ttl, kept))
+        response.set_rcode(answer.rcode())
+        response.answer, response.authority = records, authority
         if addresses:
-            seconds = max(min(rrset.ttl for rrset in response.answer), MIN_PIN)
-            if self._policy().permits_name(name) and await self._pin(name, addresses, seconds):
-                self._budget.charge(PIN_COST)
-            self._remember(name, addresses, seconds + SLACK)
+            await self._tell_addresses(name, addresses, response)
+
+    async def _tell_addresses(self, name: str, addresses: list[IPv4Address], response: dns.message.Message) -> None:
+        """Leave only these addresses in a response, and pin them if a rule allows the name."""
+        last = response.answer.pop()
+        kept = [record for record in last if IPv4Address(record.address) in addresses]
+        response.answer.append(dns.rrset.from_rdata_list(last.name, last.ttl, kept))
+        seconds = max(min(rrset.ttl for rrset in response.answer), MIN_PIN)
+        if self._policy().permits_name(name) and await self._pin(name, addresses, seconds):
+            self._budget.charge(PIN_COST)
+        self._remember(name, addresses, seconds + SLACK)
 
     def _remember(self, name: str, addresses: list[IPv4Address], seconds: float) -> None:
         for address in addresses:
@@ -354,6 +362,64 @@ class Resolver:
             self._given[name, address] = self._clock() + seconds
         while len(self._given) > REMEMBERED:
             del self._given[next(iter(self._given))]
+
+    # -- zones
+
+    async def _are_public(self, names: list[str]) -> bool:
+        """Whether everybody on the internet may ask for all of these names; no, if that can't be found out in time."""
+        try:
+            async with asyncio.timeout(self._limits.total):
+                for name in dict.fromkeys(names):
+                    if not await self._is_public(name):
+                        return False
+        except (TimeoutError, Unanswered, dns.exception.DNSException):
+            return False
+        return True
+
+    async def _is_public(self, name: str) -> bool:
+        """Whether the zone that holds a name is one of the internet. Its zone is the first above it with name servers.
+
+        Raises:
+            Unanswered: no resolver tells.
+        """
+        labels = name.split(".")[-MAX_DEPTH:]
+        for zone in (".".join(labels[at:]) for at in range(len(labels))):
+            verdict, until = self._zones.get(zone, (None, 0.0))
+            if until <= self._clock():
+                verdict = await self._judge_zone(zone)
+                self._zones.pop(zone, None)  # the newest come last
+                self._zones[zone] = verdict, self._clock() + ZONE_KEPT
+                while len(self._zones) > ZONES:
+                    del self._zones[next(iter(self._zones))]
+            if verdict is not None:
+                return verdict
+        return False
+
+    async def _judge_zone(self, zone: str) -> bool | None:
+        """Whether a zone is one of the internet; None if no zone begins there.
+
+        A zone that a company serves inside has name servers at inside addresses, or has such an address itself.
+
+        Raises:
+            Unanswered: no resolver tells.
+        """
+        asked = dns.name.from_text(zone)
+        answer = await self._ask(asked, dns.rdatatype.NS)
+        found = answer.get_rrset(answer.answer, asked, dns.rdataclass.IN, dns.rdatatype.NS)
+        self._budget.charge(1)
+        if found is None:
+            return None
+        try:
+            servers = sorted(read_name(record.target) for record in found)[:MAX_SERVERS]
+        except Malformed:
+            return False
+        self._budget.charge(1 + len(servers))
+        floor = self._floor()
+        if any(map(floor.refuses_name, servers)):
+            return False
+        own, *theirs = await asyncio.gather(*map(self.addresses, (zone, *servers)))
+        addresses = [address for each in theirs for address in each]
+        return bool(addresses) and not any(map(floor.refuses, (*own, *addresses)))
 
     # -- upstream
 
@@ -444,17 +510,26 @@ def read_name(name: dns.name.Name) -> str:
     return host
 
 
-def leads_inside(records: list[dns.rrset.RRset], floor: Floor) -> bool:
+def leads_inside(aliases: list[dns.name.Name], floor: Floor) -> bool:
     """Whether an alias is a name that nobody may ask for. The host's resolvers follow it into their own network."""
-    for target in (each.target for rrset in records if rrset.rdtype == dns.rdatatype.CNAME for each in rrset):
-        try:
-            name = read_name(target)
-        except Malformed:
-            return True
-        address = reverse_address(name)
-        if is_local(name) or (address is not None and floor.refuses(address)):
-            return True
-    return False
+    try:
+        return any(_is_refused(read_name(alias), floor) for alias in aliases)
+    except Malformed:
+        return True
+
+
+def _is_refused(name: str, floor: Floor) -> bool:
+    """Whether the floor refuses a name, or the address that a reverse name is about.
+
+    Raises:
+        Malformed: nobody can look the name up.
+    """
+    address = reverse_address(name)
+    return floor.refuses_name(name) or (address is not None and floor.refuses(address))
+
+
+def _aliases(records: list[dns.rrset.RRset]) -> list[dns.name.Name]:
+    return [each.target for rrset in records if rrset.rdtype == dns.rdatatype.CNAME for each in rrset]
 
 
 def judge_name(name: str, floor: Floor, policy: Policy) -> str | None:
@@ -463,8 +538,7 @@ def judge_name(name: str, floor: Floor, policy: Policy) -> str | None:
     Raises:
         Malformed: nobody can look the name up.
     """
-    address = reverse_address(name)
-    if is_local(name) or (address is not None and floor.refuses(address)):
+    if _is_refused(name, floor):
         return "floor"
     verdict = policy.permits_name(name)
     # With address rules a name is resolved to see where it leads; the filter decides then.

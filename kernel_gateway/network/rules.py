@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import IPv4Address, IPv4Network
 
 from kernel_gateway.drivers import GUEST_MAC
-from kernel_gateway.network.policy import DENIED, Floor, Policy
+from kernel_gateway.network.policy import Floor, Policy
 
 TAP, UPLINK = "tap0", "uplink"
 GUEST, GATEWAY = IPv4Address("198.19.0.2"), IPv4Address("198.19.0.1")
@@ -56,7 +56,7 @@ table netdev slot {{
     }}
 }}
 table inet slot {{
-    set floor {{ type ipv4_addr; flags interval; auto-merge; {elements(DENIED)} }}
+    set floor {{ type ipv4_addr; flags interval; auto-merge; {elements(floor.blocks)} }}
     set excepted {{ type ipv4_addr; flags interval; auto-merge; {elements(floor.exceptions)} }}
     set host {{ type ipv4_addr; {elements(sorted(floor.host))} }}
     set allowed {{ type ipv4_addr; flags interval; auto-merge; }}
@@ -228,10 +228,10 @@ def _timed(pinned: Mapping[IPv4Address, float]) -> str:
     return ", ".join(f"{address} timeout {max(1, round(seconds))}s" for address, seconds in pinned.items())
 
 
-def host_addresses(addresses: Iterable[IPv4Address]) -> str:
-    """Replace the host's own addresses in a slot."""
-    listed = ", ".join(map(str, sorted(addresses)))
-    return "flush set inet slot host\n" + (f"add element inet slot host {{ {listed} }}\n" if listed else "")
+def surroundings(floor: Floor) -> str:
+    """Replace what a slot's filter knows of the host: its addresses, and the blocks that nobody reaches."""
+    lines = ["flush set inet slot host", *_fill("host", sorted(floor.host))]
+    return "\n".join([*lines, "flush set inet slot floor", *_fill("floor", floor.blocks)]) + "\n"
 
 
 def host(table: str, *, only_ours: bool) -> str:

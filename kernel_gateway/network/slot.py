@@ -67,7 +67,15 @@ class Slot:
     """
 
     def __init__(
-        self, mechanism: str, net: int, user: int, tap: int, sockets: list[socket.socket], *, to_gate: bool
+        self,
+        mechanism: str,
+        net: int,
+        user: int,
+        tap: int,
+        sockets: list[socket.socket],
+        floor: Floor,
+        *,
+        to_gate: bool,
     ) -> None:
         self.mechanism = mechanism
         self._to_gate = to_gate
@@ -76,7 +84,7 @@ class Slot:
         self._tap = tap
         self.sockets = sockets
         self.policy = Policy()
-        self.host: frozenset[IPv4Address] = frozenset()
+        self.floor = floor
         self.policy_changed: Callable[[], None] = lambda: None
         self.closing, self.closed = ExitStack(), ExitStack()
         self._generation = 1
@@ -124,7 +132,7 @@ class Slot:
         sockets = [socket.socket(fileno=fd) for fd in rest]
         for sock in sockets:
             sock.setblocking(False)
-        return cls(mechanism, net, user, tap, sockets, to_gate=to_gate)
+        return cls(mechanism, net, user, tap, sockets, floor, to_gate=to_gate)
 
     @property
     def tap(self) -> int:
@@ -192,11 +200,11 @@ class Slot:
                 del self._pinned[next(iter(self._pinned))]
             return True
 
-    async def set_host(self, addresses: frozenset[IPv4Address]) -> None:
-        """Tell the filter which addresses are the host's own now."""
+    async def set_floor(self, floor: Floor) -> None:
+        """Tell the filter which addresses and networks are the host's now."""
         async with self._lock:
-            await self.run("nft", "-f", "-", text=rules.host_addresses(addresses))
-            self.host = addresses
+            await self.run("nft", "-f", "-", text=rules.surroundings(floor))
+            self.floor = floor
 
     def refused(self, destination: str, port: int, protocol: str, reason: str) -> None:
         """Count a refusal of the resolver or the gate."""

@@ -18,13 +18,15 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from ipaddress import IPv4Address, IPv4Network
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network, collapse_addresses
 from pathlib import Path
+from typing import Any
 
 from kernel_gateway.drivers import DriverError
 from kernel_gateway.network import rules
 from kernel_gateway.network.gate import Gate
-from kernel_gateway.network.policy import Floor
+from kernel_gateway.network.policy import DENIED, Floor, parse_zone
 from kernel_gateway.network.resolver import Resolver
 from kernel_gateway.network.slot import Slot, command
 
@@ -33,11 +35,14 @@ log = logging.getLogger(__name__)
 SPARE = 2
 """Slots kept ready, beside the slots of the pool's machines."""
 LOOK = 5.0
-"""Seconds between looks at the host's addresses."""
+"""Seconds between looks at the host's addresses and networks."""
+SHORTEST = 8
+"""Length of the shortest prefix of a connected network. A shorter one is a part of a default route, as VPNs make it."""
 UPLINK_TIMEOUT = 10.0
 TABLE = "cellvm_"
 """Beginning of the name of a server's table on the host; the server's process id follows."""
 FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
+RESOLV_CONF = Path("/etc/resolv.conf")
 OURS = Path("/run/cellvm")
 """Directory of files, one for each network namespace, that say that a server of ours switched forwarding on."""
 PROGRAMS = {
@@ -101,11 +106,39 @@ async def tables() -> list[str]:
     return [name for name in names if name.startswith(TABLE)]
 
 
-async def host_addresses() -> frozenset[IPv4Address]:
-    """Every IPv4 address of the host itself, without loopback and the links to slots."""
-    found = json.loads(await command(["ip", "-json", "-4", "addr"], ""))
-    own = (IPv4Address(entry["local"]) for link in found for entry in link["addr_info"])
-    return frozenset(address for address in own if not address.is_loopback and address not in rules.LINKS)
+async def found_floor(base: Floor) -> Floor:
+    """The operator's floor, and with it what this host adds: its own addresses, its networks, its routers, its zones.
+
+    Links to slots are left out, because they come and go, and DENIED has them.
+
+    Raises:
+        DriverError: the host can't be asked.
+    """
+    links = json.loads(await command(["ip", "-json", "-4", "addr"], ""))
+    own = {IPv4Address(entry["local"]) for link in links for entry in link["addr_info"]}
+    own = {address for address in own if not address.is_loopback and address not in rules.LINKS}
+    networks = connected(json.loads(await command(["ip", "-json", "-4", "route"], "")))
+    near = tuple(collapse_addresses((*base.near, *networks)))
+    return replace(base, host=base.host | own, near=near, zones=base.zones or search_domains())
+
+
+def connected(routes: list[dict[str, Any]]) -> list[IPv4Network]:
+    """The networks that a host is in, and its routers, from the routes that `ip -json` lists. Pure.
+
+    Hosters and universities put strangers' machines into one network of public addresses, so that such an address is
+    no sign of a stranger from afar. What DENIED has is left out.
+    """
+    found = []
+    for route in routes:
+        hops = [route, *route.get("nexthops", [])]
+        found += [IPv4Network(hop["gateway"]) for hop in hops if "gateway" in hop]
+        if route.get("scope") == "link" and route["dst"] != "default":
+            found.append(IPv4Network(route["dst"]))
+    return [
+        block
+        for block in found
+        if block.prefixlen >= SHORTEST and not any(block.subnet_of(denied) for denied in DENIED)
+    ]
 
 
 def forget_connections(source: IPv4Address, mask: str = "255.255.255.255") -> None:
@@ -121,9 +154,21 @@ def forget_connections(source: IPv4Address, mask: str = "255.255.255.255") -> No
 
 def system_resolvers() -> list[tuple[str, int]]:
     """The resolvers that the host itself asks; none if they can't be found."""
+    return [(words[1], 53) for words in _resolv_conf() if words[0] == "nameserver" and words[1:]]
+
+
+def search_domains() -> tuple[str, ...]:
+    """The zones in which the host itself completes names: those of its own network."""
+    found = []
+    for text in (word for words in _resolv_conf() if words[0] in ("search", "domain") for word in words[1:]):
+        with contextlib.suppress(ValueError):  # a dot alone means that names are not completed
+            found.append(parse_zone(text))
+    return tuple(dict.fromkeys(found))
+
+
+def _resolv_conf() -> list[list[str]]:
     with contextlib.suppress(OSError):
-        lines = [line.split() for line in Path("/etc/resolv.conf").read_text().splitlines()]
-        return [(words[1], 53) for words in lines if words[:1] == ["nameserver"] and words[1:]]
+        return [line.split() for line in RESOLV_CONF.read_text().splitlines() if line.split()]
     return []
 
 
@@ -152,7 +197,7 @@ class Slots:
 
     Args:
         mechanism: "netns" or "passt".
-        exceptions: blocks that the operator takes out of the floor.
+        floor: the operator's part of the floor.
         resolvers: the resolvers to ask; empty for those of the host.
         proxy: host and port of the proxy for all web traffic; None for direct connections.
     """
@@ -160,7 +205,7 @@ class Slots:
     def __init__(
         self,
         mechanism: str,
-        exceptions: tuple[IPv4Network, ...],
+        floor: Floor,
         *,
         resolvers: list[tuple[str, int]],
         proxy: tuple[str, int] | None,
@@ -168,7 +213,7 @@ class Slots:
         self.mechanism = mechanism
         self._resolvers = resolvers
         self._proxy = proxy
-        self.floor = Floor(exceptions)
+        self._base = self.floor = floor
         self._table = f"{TABLE}{os.getpid()}"
         self._numbers = itertools.count(os.getpid())
         self._spare: deque[Slot] = deque()
@@ -191,7 +236,7 @@ class Slots:
         """
         if not (self._resolvers or system_resolvers()):
             log.warning("SANDBOXES HAVE NO NAMES: /etc/resolv.conf has no resolver; --dns gives them one")
-        self.floor = Floor(self.floor.exceptions, await host_addresses())
+        self.floor = await found_floor(self._base)
         if self.mechanism == "netns":
             for table in await tables():
                 if not Path(f"/proc/{table.removeprefix(TABLE)}").exists():  # its server was killed
@@ -257,9 +302,8 @@ class Slots:
         self._open.add(slot)
         slot.closing.callback(self._open.discard, slot)
         try:
-            slot.host = floor.host
             if floor != self.floor:  # the host got an address while the slot was being made
-                await slot.set_host(self.floor.host)
+                await slot.set_floor(self.floor)
             if self.mechanism == "netns":
                 await self._link(slot)
             else:
@@ -347,7 +391,7 @@ class Slots:
             await asyncio.sleep(0.02)
 
     async def _watch_host(self) -> None:
-        """Keep every filter's list of the host's own addresses up to date, and our table in its place."""
+        """Keep every filter's list of the host's addresses and networks up to date, and our table in its place."""
         while True:
             await asyncio.sleep(LOOK)
             try:
@@ -356,11 +400,9 @@ class Slots:
                         "the table %s was deleted, perhaps by a firewall that started; it is put back", self._table
                     )
                     await self._put_table()
-                found = await host_addresses()
-                if found != self.floor.host:
-                    self.floor = Floor(self.floor.exceptions, found)
-                for slot in [slot for slot in self._open if slot.host != found]:
+                self.floor = await found_floor(self._base)
+                for slot in [slot for slot in self._open if slot.floor != self.floor]:
                     with contextlib.suppress(DriverError):  # it was closed meanwhile, or it is told the next time
-                        await slot.set_host(found)
+                        await slot.set_floor(self.floor)
             except Exception as error:  # noqa: BLE001  this task must not end, either
                 log.error("the host's tables or addresses can't be read or written: %s", error)

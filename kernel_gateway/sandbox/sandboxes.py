@@ -23,9 +23,11 @@ from kernel_gateway.errors import (
     Unavailable,
 )
 from kernel_gateway.guest.guest import Guest, Guests
+from kernel_gateway.held import Held
 from kernel_gateway.images.preparation import Preparation
 from kernel_gateway.images.templates import Template, Templates
 from kernel_gateway.network.policy import Floor, Policy, Refusal
+from kernel_gateway.rate import Rate
 from kernel_gateway.sandbox.lifecycle import ENDED, Event, State
 from kernel_gateway.sandbox.pool import Pool
 from kernel_gateway.sandbox.sandbox import Sandbox, filter_of, new_id
@@ -85,6 +87,7 @@ class Sandboxes:
     sandbox fares meanwhile. The pool is not counted. `per_owner` of them may be one owner's.
 
     `journals` is the directory for kernels' output that memory does not hold. It is on the disk that sandboxes use.
+    `held` counts what waits in the server for each owner, and one owner creates `creates_per_minute` sandboxes at most.
     `network` is None if machines have no network card, `preparation` is None if every template is ready from the start.
     """
 
@@ -98,6 +101,8 @@ class Sandboxes:
         maximum: int,
         per_owner: int | None = None,
         journals: Path | None = None,
+        held: Held | None = None,
+        creates_per_minute: int = 600,
         network: Network | None = None,
         preparation: Preparation | None = None,
     ) -> None:
@@ -111,6 +116,8 @@ class Sandboxes:
         self._guests = guests
         self._store = store
         self._journals = journals
+        self.held = held or Held()
+        self.creates = Rate(creates_per_minute)
         self._sandboxes: dict[str, Sandbox] = {}
         self._places: set[Sandbox] = set()
         self._place_is_free = asyncio.Event()
@@ -193,13 +200,14 @@ class Sandboxes:
         """A new, running sandbox. It never runs with another policy than `policy`.
 
         Raises:
-            TooManyRequests: the owner has `per_owner` already.
+            TooManyRequests: the owner has `per_owner` already, or has created as many in this minute as one may.
             HostFull: there are `maximum` already, or no machine could be started, or it can't be written down.
             TemplateNotReady: the template is still being built.
             Draining: the server is going down.
             Unavailable: this server can't enforce the policy.
         """
         self._check_enforceable(policy)
+        self.creates.count(owner, "sandboxes", time.monotonic())
         if self._preparation is not None:
             await self._preparation.require(template)
         await self._room_for(owner)
@@ -230,7 +238,7 @@ class Sandboxes:
         except BaseException:
             sandbox.apply(Event.START_FAILED)
             raise
-        guest.kernel.open_journal(self._journals)
+        guest.adopt(self.held.account(owner), self._journals)
         sandbox.set_timeout(timeout)
         sandbox.started(guest)
         return sandbox
@@ -251,10 +259,14 @@ class Sandboxes:
         if refusal := self._refusal(owner):
             raise refusal
 
+    def places_of(self, owner: str) -> int:
+        """Number of places that an owner's sandboxes take, those included that are starting or ending."""
+        return sum(each.owner == owner for each in self._places)
+
     def _refusal(self, owner: str) -> CellvmError | None:
         if self.is_draining:
             return Draining("the server is going down")
-        if sum(each.owner == owner for each in self._places) >= self.per_owner < self.maximum:
+        if self.places_of(owner) >= self.per_owner < self.maximum:
             return TooManyRequests(f"your key may have {self.per_owner} sandboxes at once", hint="delete one")
         if len(self._places) >= self.maximum:
             return HostFull(f"all {self.maximum} sandboxes of this server are in use", hint="delete one, or wait")

@@ -18,6 +18,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from guest_agent import wire
 from kernel_gateway.api.channels import Channels
+from kernel_gateway.held import Held
 from tests.api.clients import TIMEOUT, V1, Client, address, agent, channels, opening, raw, read
 from tests.fakes import Service, error_of, eventually, serving
 
@@ -357,9 +358,9 @@ async def test_connections_of_one_key_are_bounded(tmp_path: Path) -> None:
 
 
 async def test_large_messages_of_one_key_are_bounded(tmp_path: Path) -> None:
-    """A key's unfinished messages are four of the largest size at most. The connection that goes beyond is closed with
+    """A key's unfinished messages are what may be held for it at most. The connection that goes beyond is closed with
     1013. Small messages, other keys and later large ones pass."""
-    async with serving(tmp_path, max_message=1 << 20) as service:
+    async with serving(tmp_path, held=Held(most=4 << 20)) as service:
         kernel = await new_kernel(service)
         answer = await service.call("POST", "/api/kernels", {}, key=service.other_key)
         foreign = json.loads(answer.body)["id"]

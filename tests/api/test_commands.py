@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from guest_agent import wire
 from kernel_gateway.errors import Conflict, SandboxDied
 from kernel_gateway.guest import commands as module
 from kernel_gateway.guest.commands import Command, Commands
+from kernel_gateway.held import Held
 from kernel_gateway.kernel.journal import Gap, Record
 from kernel_gateway.sandbox.lifecycle import Event
 from tests.api.clients import TIMEOUT
@@ -659,17 +661,19 @@ async def test_the_number_of_commands_is_bounded(
     assert answer.code == 404
 
 
-async def test_what_commands_were_started_with_is_bounded(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_commands_were_started_with_is_bounded(commands: Commands) -> None:
     """Long arguments of commands that are over make room for new ones; those of running commands do not."""
-    monkeypatch.setattr(module, "KEPT_REQUESTS", 10_000)
+    held = Held(most=500_000)
+    commands.account = held.account("")
     for _ in range(5):
-        await finished(commands.start(["true", "x" * 4000], env={}))
-    assert sum(each.size for each in commands) <= 10_000
+        await finished(commands.start(["true", "x" * 100_000], env={}))
+    assert 2 <= len(list(commands)) <= 4
     for _ in range(2):
-        await commands.start(["sleep", "60" + " " * 4000], env={}).running()
-    with pytest.raises(module.TooManyRequests):
-        commands.start(["sleep", "60" + " " * 4000], env={})
+        await commands.start(["sleep", "60" + " " * 100_000], env={}).running()
+    with pytest.raises(module.TooManyRequests, match="commands"):
+        commands.start(["sleep", "60" + " " * 100_000], env={})
     assert len(list(commands)) == 2
+    assert held.size == 2 * (100_000 + module.WINDOW) + sum(sys.getsizeof(text) for text in ["sleep", "60"] * 2)
 
 
 async def test_the_output_of_a_sandbox_is_bounded(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import re
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -959,6 +959,50 @@ async def test_connections_are_limited(lab: Lab, monkeypatch: pytest.MonkeyPatch
             assert (answer.code, error_of(answer)["error"], answer.headers["Retry-After"]) == (503, "host_full", "5")
     await eventually(lambda: len(lab.sandbox.port_users) == 0)
     assert (await lab.call("GET", "/")).code == 200
+
+
+@asynccontextmanager
+async def deaf(lab: Lab, number: int) -> AsyncIterator[None]:
+    """Visitors that ask for very much and read nothing, over connections that take little."""
+    async with AsyncExitStack() as stack:
+        for _ in range(number):
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(client, ("127.0.0.1", lab.service.port))
+            await loop.sock_sendall(client, lab.head("/big/50", key=None))
+        yield
+
+
+async def test_visitors_that_do_not_read(lab: Lab) -> None:
+    """S16: 192 strangers that read nothing take 24 MiB of the owner's account and as much memory, and give it back."""
+    await lab.open()
+    held, before = lab.service.sandboxes.held, resident()
+    async with deaf(lab, ports.MAX_VISITORS):
+        await eventually(lambda: len(lab.sandbox.port_users) == ports.MAX_VISITORS, 20)
+        await asyncio.sleep(1)  # what may come has come
+        assert held.of(lab.service.owner) == ports.MAX_VISITORS * ports.CONNECTION == 24 * MIB
+        assert resident() - before <= 64 * MIB
+        assert (await lab.call("GET", "/")).code == 200
+    await eventually(lambda: held.size == 0, 20)
+
+
+async def test_visitors_leave_room_for_the_owner(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Visitors hold half of what the owner may at most. Beyond it they get 429, and the owner is served."""
+    held = lab.service.sandboxes.held
+    monkeypatch.setattr(held, "most", 4 * ports.CONNECTION)
+    await lab.open()
+    async with deaf(lab, 2):
+        await eventually(lambda: held.of(lab.service.owner) == 2 * ports.CONNECTION)
+        answer = await lab.call("GET", "/", key=None)
+        assert (answer.code, error_of(answer)["error"], answer.headers["Retry-After"]) == (
+            429,
+            "too_many_requests",
+            "5",
+        )
+        assert (await lab.call("GET", "/")).code == 200
+    await eventually(lambda: held.size == 0)
 
 
 # -- what stands in front

@@ -48,7 +48,7 @@ async def guest(shared: Guest) -> AsyncIterator[Guest]:
     home = f"{shared.home}/{os.urandom(4).hex()}"
     await shared.link.call(wire.MakeDir(path=home), wire.Entry)
     yield dataclasses.replace(shared, home=home)
-    shared.kernel.open_journal(None)  # large output needs a file, and this one is no leak
+    shared.kernel.adopt(shared.kernel.account, None)  # large output needs a file, and this one is no leak
 
 
 @pytest.fixture(scope="module", params=["fake", REAL])

@@ -17,12 +17,14 @@ import pytest
 from kernel_gateway.drivers import GUEST_MAC, DriverError
 from kernel_gateway.network import rules
 from kernel_gateway.network.policy import DENIED as BLOCKS
-from kernel_gateway.network.policy import Policy
+from kernel_gateway.network.policy import Floor, Policy
 from kernel_gateway.network.slot import Slot
 from kernel_gateway.network.slots import Slots, choose
-from tests.guest.world import DENIED, HOST, NAME_SERVER, OTHER_PUBLIC, PUBLIC, World
+from tests.guest.world import DENIED, HOST, NAME_SERVER, OTHER_PUBLIC, PUBLIC, ROUTER, World
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes network namespaces; `doctor` says so")
+NATTED, DENIED_BY_US = "93.184.215.99", "93.184.216.0/24"
+"""The host's address behind its NAT, and a block that the operator denies."""
 VNET = bytes(10)
 """The header that our taps put before every frame."""
 ME, GATE = bytes.fromhex(GUEST_MAC.replace(":", "")), bytes.fromhex(rules.GATEWAY_MAC.replace(":", ""))
@@ -41,6 +43,7 @@ class Guest:
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
         self._port = random.randrange(20_000, 60_000)
+        self._places: dict[int, tuple[int, int]] = {}  # numbers of the next byte each way, by our port
         self.last = b""
 
     def send(self, payload: bytes, kind: int = 0x0800) -> None:
@@ -73,16 +76,22 @@ class Guest:
         return ports, ack
 
     async def goes_on(self, target: str, ports: tuple[int, int], ack: int) -> bool:
-        """Send data on an open connection. Tells whether the answer is data, and not a reset."""
+        """Send data on an open connection. Tells whether the answer is data, and not a reset.
+
+        An answer that was sent before, and is sent again because nobody acknowledged it, does not count.
+        """
         newest, self._port = self._port, ports[0]
-        self.segment(target, ports, 1, ack, 0x18, b"hi\r\n")
+        sent, expected = self._places.get(ports[0], (1, ack))
+        self.segment(target, ports, sent, expected, 0x18, b"hi\r\n")
         try:
             async with asyncio.timeout(5):
                 while True:
                     await self._answer("tcp")
-                    of_it = struct.unpack(">H", self.last[22:24])[0] == ports[0]
-                    if of_it and (self.last[33] & 0x04 or self.last[40:]):
-                        return not self.last[33] & 0x04
+                    port, seq = struct.unpack(">HI", self.last[22:28])
+                    is_reset, data = self.last[33] & 0x04, self.last[40:]
+                    if port == ports[0] and (is_reset or (data and seq == expected)):
+                        self._places[port] = sent + 4, expected + len(data)
+                        return not is_reset
         finally:
             self._port = newest
 
@@ -141,7 +150,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.fixture(scope="module", params=["netns", "passt"])
 async def slots(world: World, request: pytest.FixtureRequest) -> AsyncIterator[Slots]:
-    slots = Slots(request.param, (IPv4Network("10.1.2.0/24"),), resolvers=[(NAME_SERVER, 53)], proxy=None)
+    floor = Floor((IPv4Network("10.1.2.0/24"),), frozenset({IPv4Address(NATTED)}), (IPv4Network(DENIED_BY_US),))
+    slots = Slots(request.param, floor, resolvers=[(NAME_SERVER, 53)], proxy=None)
     # A thread stays in the namespace in which it began, so these tests have threads of their own in the world.
     loop, executor = asyncio.get_running_loop(), ThreadPoolExecutor(4)
     loop.set_default_executor(executor)
@@ -186,6 +196,28 @@ async def test_the_floor(guest: Guest) -> None:
     assert await guest.ask("250.1.2.3") == "reset"
     assert await guest.ask("10.1.2.3") == "open"
     assert await guest.ask("10.1.3.3") == "reset"
+
+
+async def test_the_hosts_neighbours(world: World, slots: Slots, guest: Guest) -> None:
+    """The host's networks and routers are out of reach although their addresses are public, and so is what the operator
+    denies, and the host's address behind its NAT. A network that the host joins later is out of reach too."""
+    for address in (ROUTER, "45.67.89.200", NATTED, "93.184.216.34"):
+        assert await guest.ask(address) == "reset", address
+    assert await guest.ask(OTHER_PUBLIC) == "open"
+    network = IPv4Network(f"{OTHER_PUBLIC}/24", strict=False)
+    world.host.run(f"ip route add {network} dev eth0 scope link")
+    try:
+        async with asyncio.timeout(15):
+            while await guest.ask(OTHER_PUBLIC) != "reset":
+                await asyncio.sleep(0.2)
+            while not slots.floor.refuses(IPv4Address(OTHER_PUBLIC)):
+                await asyncio.sleep(0.2)
+        assert await guest.ask(PUBLIC) == "open"
+    finally:
+        world.host.run(f"ip route del {network}")
+        async with asyncio.timeout(15):
+            while await guest.ask(OTHER_PUBLIC) != "open":
+                await asyncio.sleep(0.2)
 
 
 async def test_ports_that_nobody_gets(guest: Guest) -> None:
@@ -449,7 +481,7 @@ async def test_the_hosts_table_is_put_back(world: World, slots: Slots, guest: Gu
 
 async def test_slots_go_on_being_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slot that can't be made is logged, and is tried again."""
-    slots = Slots("netns", (), resolvers=[], proxy=None)
+    slots = Slots("netns", Floor(), resolvers=[], proxy=None)
     made = iter([OSError("no more processes"), "first", ValueError("strange"), "second"])
 
     async def make() -> str:

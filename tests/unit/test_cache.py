@@ -282,6 +282,13 @@ def test_a_directory_without_a_seal_is_damaged(sealed: Path, seal: bytes | None)
     assert damage(sealed)
 
 
+@pytest.mark.parametrize("name", ["root", "boot/kernel", "."])
+def test_what_others_could_write_is_damaged(sealed: Path, name: str) -> None:
+    """A file or directory that others may write to is of no use, although its content is right."""
+    (sealed / name).chmod(0o666)
+    assert "may be written by everybody" in damage(sealed)
+
+
 def test_a_copy_is_read_once(sealed: Path, tmp_path: Path) -> None:
     """A copy is as good as its source. A copy that was cut is noticed, although it contains the source's check."""
     copy = tmp_path / "copy"

@@ -13,7 +13,6 @@ from kernel_gateway.network.hello import (
     Hello,
     Malformed,
     Request,
-    is_local,
     parse_authority,
     parse_host,
     read_hello,
@@ -224,12 +223,6 @@ def test_a_parsed_host_stays_what_it_is(text: str) -> None:
     assert parse_host(str(host)) == host
     assert re.fullmatch(r"[a-z0-9_.-]+", str(host))
     assert str(host) == text.lower().removesuffix(".")
-
-
-def test_local_names_are_known() -> None:
-    """Single labels, localhost, multicast DNS and the clouds' metadata are local. Names that look alike are not."""
-    assert all(map(is_local, ["db", "localhost", "a.localhost", "printer.local", "metadata.google.internal"]))
-    assert not any(map(is_local, ["example.com", "local.example", "internal.example.com", "notlocal.co"]))
 
 
 def test_reverse_names_are_addresses() -> None:

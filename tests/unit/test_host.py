@@ -1,13 +1,16 @@
 """The findings of `cellvm doctor` about the network."""
 
-from ipaddress import IPv4Address
+import time
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kernel_gateway import host
-from kernel_gateway.host import Finding, _network, promised
+from kernel_gateway.host import Finding, _images, _network, promised
+from kernel_gateway.network.policy import Floor
 from kernel_gateway.settings import Settings
 
 
@@ -20,11 +23,13 @@ def resolver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
 
 
-OWN = frozenset({IPv4Address("45.67.89.1")})
+OWN = Floor(host=frozenset({IPv4Address("45.67.89.1")}), near=(IPv4Network("45.67.89.0/24"),))
 
 
 def found(**settings: Any) -> list[Finding]:
-    return list(_network(Settings(pip_index="https://index.example.net/simple", **settings), "netns", "", OWN))
+    wanted = Settings(pip_index="https://index.example.net/simple", **settings)
+    floor = replace(OWN, exceptions=wanted.egress_exceptions)
+    return list(_network(wanted, "netns", "", floor))
 
 
 @pytest.mark.usefixtures("resolver")
@@ -34,7 +39,37 @@ def test_names_of_denied_addresses_are_noticed() -> None:
     assert index.level == "warn"
     assert "10.9.8.7" in index.what
     assert "--egress-allow 10.9.8.7/32 " in index.meaning
-    assert [each.level for each in found(egress_allow="10.9.0.0/16")] == ["ok"]
+    assert [each.level for each in found(egress_allow="10.9.0.0/16")] == ["ok", "ok"]
+
+
+@pytest.mark.usefixtures("resolver")
+def test_what_is_closed_round_the_host_is_told() -> None:
+    """Doctor lists the host's public addresses and networks. Without any it asks for the one behind the NAT, as a
+    warning where the server listens beyond the machine."""
+    assert [each.what for each in found() if "45.67.89.1, 45.67.89.0/24" in each.what]
+    for listens, level in (("127.0.0.1", "ok"), ("0.0.0.0", "warn")):
+        private = Floor(host=frozenset({IPv4Address("10.0.0.5")}))
+        (finding,) = [
+            each for each in _network(Settings(host=listens), "netns", "", private) if each.what.startswith("no")
+        ]
+        assert (finding.level, "--public-address" in finding.meaning) == (level, True)
+
+
+def test_local_zones_are_told() -> None:
+    """Doctor names the zones that no sandbox looks up, and warns if packages come from one of them."""
+    floor = Floor(zones=("example.net",))
+    told = list(_network(Settings(pip_index="https://index.example.net/simple"), "netns", "", floor))
+    assert [each.level for each in told if "example.net" in each.what] == ["ok", "warn"]
+
+
+def test_the_age_of_images_is_told(tmp_path: Path) -> None:
+    """Doctor tells how old the newest image of each recipe is, and warns of one that lacks a month of updates."""
+    names = ("0123456789abcdef", "20250101000000-0123456789abcdef", "20240101000000-fedcba9876543210")
+    for name in (*names, time.strftime("%Y%m%d%H%M%S-fedcba9876543210", time.gmtime())):
+        (tmp_path / "images" / name).mkdir(parents=True)
+    old, young = _images(Settings(cache_dir=str(tmp_path)))
+    assert (old.level, "--refresh" in old.meaning, names[1] in old.what) == ("warn", True, True)
+    assert (young.level, "is 0 days old" in young.what) == ("ok", True)
 
 
 def test_no_network_is_said() -> None:

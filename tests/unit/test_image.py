@@ -8,15 +8,18 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from kernel_gateway.images import image
+from kernel_gateway.images.cache import Cache
 from kernel_gateway.images.image import (
     BuildError,
     Cpio,
+    built_at,
     content_hash,
     dependencies,
     drop_damaged,
@@ -24,6 +27,7 @@ from kernel_gateway.images.image import (
     image_key,
     locked,
     modules_in_order,
+    newest_image,
     without_comments,
 )
 from kernel_gateway.images.templates import Template, Templates, rootfs_dir
@@ -227,6 +231,36 @@ async def test_running_a_tool() -> None:
     assert steps == ["one", "two"]
     with pytest.raises(image.BuildError, match=r"sh failed with status 3:\n.*broken"):
         await image.run(["sh", "-c", "echo broken >&2; exit 3"], {}, steps.append)
+
+
+async def test_a_tool_gets_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tools of a build run code of strangers, so they get only the variables that show them the way."""
+    monkeypatch.setenv("CELLVM_API_KEY", "e2b_secret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
+    monkeypatch.setenv("PIP_INDEX_URL", "https://me:secret@index.example/simple")
+    told: list[str] = []
+    await image.run(["sh", "-c", "env | sed 's/^/step: /'"], {"OUT": "/out"}, told.append)
+    assert not [line for line in told if "secret" in line]
+    assert {"OUT=/out", "https_proxy=http://proxy.example:3128", f"PATH={os.environ['PATH']}"} <= set(told)
+
+
+def test_the_newest_image_of_a_key_counts(tmp_path: Path) -> None:
+    """Every build has a name of its own, of which the latest counts. One of an earlier version has no time in it."""
+    cache = Cache(tmp_path)
+    assert newest_image(TEMPLATE, cache, None) is None
+    key = image_key(TEMPLATE, None)
+    ages = []
+    for name in (key, f"20251231235959-{key}", f"20260102030405-{key}", "20270101000000-0123456789abcdef"):
+        (tmp_path / "images" / name).mkdir()
+        (tmp_path / "images" / name / "packages").touch()
+        found = newest_image(TEMPLATE, cache, None)
+        assert found is not None
+        ages.append((found.name, built_at(found)))
+    assert [name for name, _ in ages] == [key, f"20251231235959-{key}", *[f"20260102030405-{key}"] * 2]
+    assert ages[0][1] == pytest.approx(time.time(), abs=60)
+    assert ages[2][1] - ages[1][1] == 86_400 + 3 * 3600 + 4 * 60 + 6
+    assert {entry.name for entry in cache.entries()} >= {f"images/{name}" for name, _ in ages}
 
 
 def module(path: Path, name: str, *needs: str) -> None:

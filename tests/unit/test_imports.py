@@ -86,6 +86,8 @@ def test_the_agent_never_imports_the_gateway(name: str) -> None:
     [
         "kernel_gateway.errors",
         "kernel_gateway.outcome",
+        "kernel_gateway.held",
+        "kernel_gateway.rate",
         "kernel_gateway.sandbox.lifecycle",
         "kernel_gateway.sandbox.key",
         *(f"kernel_gateway.kernel.{each}" for each in ("message", "layout", "events", "state")),
@@ -97,6 +99,8 @@ def test_the_core_is_pure(name: str) -> None:
     messages = {"kernel_gateway.kernel.message"}
     allowed = {
         "kernel_gateway.outcome": {"kernel_gateway.errors"},
+        "kernel_gateway.held": {"kernel_gateway.errors"},
+        "kernel_gateway.rate": {"kernel_gateway.errors"},
         "kernel_gateway.sandbox.lifecycle": {"kernel_gateway.errors"},
         "kernel_gateway.sandbox.key": {"kernel_gateway.errors"},
         "kernel_gateway.kernel.events": messages | {"kernel_gateway.outcome"},
@@ -178,7 +182,7 @@ def test_only_some_speak_the_wire() -> None:
 
 def test_guest_files_know_no_dialect() -> None:
     """Files of a guest are below HTTP, so that each dialect can share them."""
-    guest = {"kernel_gateway.guest.guest", "kernel_gateway.guest.link"}
+    guest = {"kernel_gateway.guest.guest", "kernel_gateway.guest.link", "kernel_gateway.held"}
     assert ours("kernel_gateway.guest.files") == {"guest_agent.wire", "kernel_gateway.errors", *guest}
     assert outside("kernel_gateway.guest.files") == set()
 
@@ -197,7 +201,7 @@ def test_the_journal_knows_only_messages() -> None:
 
 def test_commands_know_no_dialect() -> None:
     """Commands are below whatever speaks of them: they know the link, a journal and outcomes, and no HTTP or kernel."""
-    allowed = {f"kernel_gateway.{name}" for name in ("errors", "outcome", "guest.link", "kernel.journal")}
+    allowed = {f"kernel_gateway.{name}" for name in ("errors", "held", "outcome", "guest.link", "kernel.journal")}
     assert ours("kernel_gateway.guest.commands") == {"guest_agent.wire", *allowed}
     assert outside("kernel_gateway.guest.commands") == set()
 

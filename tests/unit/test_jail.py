@@ -474,13 +474,14 @@ def steps(command: list[str]) -> list[str]:
 
 
 def test_the_command_line_as_root(users: jail.Users, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits come first, then the view, which needs root, then the loss of all power, then QEMU."""
+    """Limits come first, then the view, which needs root, then the loss of all power, then the filter, then QEMU."""
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     view = jail.View({"mount": 7, "net": 8})
-    cell = jail.Jail(users, view, None).cell(Machine("tcg", 1, 512), 1000)
+    cell = jail.Jail(users, view, None, 9).cell(Machine("tcg", 1, 512), 1000)
     command = cell.command(["qemu", "-x"])
     assert steps(command) == ["prlimit", "nsenter", "setpriv", "sh"]
-    assert command[-3:] == [str(os.getpid()), "qemu", "-x"]
+    assert command[-4:] == [str(os.getpid()), "/proc/self/fd/9", "qemu", "-x"]
+    assert cell.fds == (9,)
     assert f"--mount=/proc/{os.getpid()}/fd/7" in command
     assert f"--reuid={jail.FIRST_UID + users.number * jail.UIDS}" in command
     cell.release()
@@ -490,9 +491,9 @@ def test_the_command_line_without_root(users: jail.Users, monkeypatch: pytest.Mo
     """There is a user namespace for the view, one more for each machine, and no change of user."""
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     view = jail.View({"mount": 7, "user": 9})
-    command = jail.Jail(users, view, None).cell(Machine("tcg", 1, 512), 1000).command(["qemu"])
+    command = jail.Jail(users, view, None, 9).cell(Machine("tcg", 1, 512), 1000).command(["qemu"])
     assert steps(command) == ["prlimit", "nsenter", "unshare", "setpriv", "sh"]
-    assert command[-2:] == [str(os.getpid()), "qemu"]
+    assert command[-3:] == [str(os.getpid()), "/proc/self/fd/9", "qemu"]
     assert {"--preserve-credentials", f"--user=/proc/{os.getpid()}/fd/9", "--no-new-privs"} <= set(command)
     assert not [word for word in command if "uid" in word]
 
@@ -533,7 +534,7 @@ def test_a_host_that_gives_nothing(
     try:
         command = made.cell(Machine("tcg", 1, 512), 1000).command(["qemu"])
         assert steps(command) == ["prlimit", "setpriv", "sh"]
-        assert command[-2:] == [str(os.getpid()), "qemu"]
+        assert command[-3:] == [str(os.getpid()), f"/proc/self/fd/{made.launcher}", "qemu"]
         assert "MACHINES HAVE NO LIMITS" in caplog.text
         assert "MACHINES SEE THE HOST'S FILES" in caplog.text
         assert "unshare: Operation not permitted" in caplog.text

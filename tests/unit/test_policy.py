@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kernel_gateway.errors import InvalidRequest
-from kernel_gateway.network.policy import DENIED, MAX_ENTRIES, MAX_ENTRY, MAX_NAME, Floor, Policy, parse_policy
+from kernel_gateway.network.policy import DENIED, LOCAL, MAX_ENTRIES, MAX_ENTRY, MAX_NAME, Floor, Policy, parse_policy
 from kernel_gateway.network.rules import REASONS
 
 ADDRESSES = st.integers(0, 2**32 - 1).map(IPv4Address)
@@ -232,6 +232,7 @@ def test_the_floor_is_documented() -> None:
     parts = {part.partition("\n")[0]: part for part in text.split("\n## ")}
     blocks = re.findall(r"`(\d+\.\d+\.\d+\.\d+(?:/\d+)?)`", parts["What no sandbox reaches"])
     assert {IPv4Network(block) for block in blocks} == set(DENIED)
+    assert all(f"`{zone}`" in text for zone in LOCAL)
     rows = re.findall(r"^\| `(\w+)` \|", parts["What was refused"], re.MULTILINE)
     assert set(rows) - {"reason"} == set(REASONS.values())
 
@@ -271,6 +272,29 @@ def test_the_operators_exceptions_can_be_allowed() -> None:
     assert parse(["8.8.8.8/31"], floor=floor)
 
 
+def test_local_names_are_known() -> None:
+    """Single labels, localhost, multicast DNS, the clouds' metadata, what networks call themselves, and the operator's
+    zones are local. Names that look alike are not."""
+    floor = Floor(zones=("corp.example.com",))
+    local = ["db", "localhost", "a.localhost", "printer.local", "metadata.google.internal", "nas.lan", "a.home.arpa"]
+    assert all(map(floor.refuses_name, [*local, "corp.example.com", "db.corp.example.com"]))
+    assert not any(
+        map(floor.refuses_name, ["example.com", "local.example", "internal.example.com", "notlocal.co", "lan.example"])
+    )
+    assert not floor.refuses_name("notcorp.example.com")
+
+
+def test_the_hosts_networks_are_refused_but_for_exceptions() -> None:
+    """A network near the host is as closed as a private one. An exception opens a part of it, but not the host."""
+    floor = Floor(
+        (IPv4Network("45.67.89.0/29"),), frozenset({IPv4Address("45.67.89.1")}), (IPv4Network("45.67.89.0/24"),)
+    )
+    refused = [address for address in ("45.67.88.255", "45.67.89.1", "45.67.89.2", "45.67.89.9", "45.67.90.0")
+               if floor.refuses(IPv4Address(address))]  # fmt: skip
+    assert refused == ["45.67.89.1", "45.67.89.9"]
+    assert "can't be allowed" in refusal(["45.67.89.128/25"], floor=floor)
+
+
 SMALL = st.builds(
     lambda border, offset, length: IPv4Network(((int(border) + offset) % 2**32, length), strict=False),
     st.sampled_from([block[end] for block in DENIED for end in (0, -1)]),
@@ -280,12 +304,23 @@ SMALL = st.builds(
 """Blocks of up to 16 addresses at the floor's borders."""
 
 
-@given(SMALL, st.lists(SMALL, max_size=4), st.lists(st.integers(-20, 20), max_size=16))
-def test_refuses_all_is_each(block: IPv4Network, exceptions: list[IPv4Network], host: list[int]) -> None:
+@given(
+    SMALL,
+    st.lists(SMALL, max_size=4),
+    st.lists(st.integers(-20, 20), max_size=16),
+    st.lists(st.tuples(st.integers(-20, 20), st.integers(28, 32)), max_size=3),
+)
+def test_refuses_all_is_each(
+    block: IPv4Network, exceptions: list[IPv4Network], host: list[int], networks: list[tuple[int, int]]
+) -> None:
     """A block is refused if each of its addresses is."""
-    near = frozenset(IPv4Address((int(block[0]) + offset) % 2**32) for offset in host)
-    for ours in (near, frozenset(block)):
-        floor = Floor(exceptions=tuple(exceptions), host=ours)
+
+    def beside(offset: int) -> IPv4Address:
+        return IPv4Address((int(block[0]) + offset) % 2**32)
+
+    near = tuple(IPv4Network((int(beside(offset)), length), strict=False) for offset, length in networks)
+    for ours in (frozenset(map(beside, host)), frozenset(block)):
+        floor = Floor(exceptions=tuple(exceptions), host=ours, near=near)
         assert floor.refuses_all(block) is all(floor.refuses(address) for address in block)
 
 

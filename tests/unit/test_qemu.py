@@ -37,7 +37,7 @@ async def test_a_machine_that_can_not_be_begun_takes_no_card(tmp_path: Path) -> 
     os.close(gone)
     os.close(other)
     card = Card()
-    driver = Qemu("qemu", "tcg", tmp_path, Jail(Users(0, gone), None, None), nics=card)
+    driver = Qemu("qemu", "tcg", tmp_path, Jail(Users(0, gone), None, None, 0), nics=card)
     with pytest.raises(DriverError, match=r"could not be started: .*Bad file descriptor"):
         await driver.boot(Image(0, 0, 0), Machine("tcg", 1, 64), memory=0, disk=gone)
     assert card.is_closed

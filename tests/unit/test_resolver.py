@@ -59,6 +59,62 @@ def answering(*records: str, rcode: dns.rcode.Rcode = dns.rcode.NOERROR, soa: st
     return answer
 
 
+def holding(*records: str) -> Answer:
+    """An upstream that knows these records and no others. It follows aliases, and has NXDOMAIN for other names."""
+    known: dict[tuple[dns.name.Name, dns.rdatatype.RdataType], dns.rrset.RRset] = {}
+    for record in records:
+        name, kind, data = record.split(" ", 2)
+        rrset = dns.rrset.from_text(name, 60, "IN", kind, data)
+        known.setdefault((rrset.name, rrset.rdtype), rrset).update(rrset)
+
+    def answer(query: dns.message.Message) -> dns.message.Message:
+        response = dns.message.make_response(query)
+        name, kind = query.question[0].name, query.question[0].rdtype
+        while (alias := known.get((name, dns.rdatatype.CNAME))) and kind != dns.rdatatype.CNAME:
+            response.answer.append(alias)
+            name = alias[0].target
+        if found := known.get((name, kind)):
+            response.answer.append(found)
+            return response
+        if not any(each.is_subdomain(name) for each, _ in known):
+            response.set_rcode(dns.rcode.NXDOMAIN)
+        soas = [rrset for (zone, each), rrset in known.items() if each == dns.rdatatype.SOA and name.is_subdomain(zone)]
+        response.authority += sorted(soas, key=lambda rrset: len(rrset.name))[-1:]
+        return response
+
+    return answer
+
+
+INTERNET = (
+    "example. NS ns.example.",
+    "example. SOA ns.example. mail.example. 1 2 3 4 5",
+    f"ns.example. A {PUBLIC}",
+    f"a.example. A {PUBLIC}",
+)
+INSIDE = (
+    # As domain controllers serve it: the zone and its servers have private addresses.
+    "corp.example. NS dc.corp.example.",
+    "corp.example. SOA dc.corp.example. admin.corp.example. 1 2 3 4 5",
+    f"corp.example. A {PRIVATE}",
+    f"dc.corp.example. A {PRIVATE}",
+    f"db.corp.example. A {PRIVATE}",
+    "db.corp.example. TXT secret",
+    "corp.example. MX 10 mail.corp.example.",
+    f"web.corp.example. A {PUBLIC}",
+    "_ldap._tcp.dc._msdcs.corp.example. SRV 0 100 389 dc.corp.example.",
+    # As a company copies its public zone inside, and adds to it: the servers are public.
+    "copy.example. NS ns.example.",
+    "copy.example. SOA ns.example. mail.example. 1 2 3 4 5",
+    f"copy.example. A {PRIVATE}",
+    "_ldap._tcp.copy.example. SRV 0 100 389 dc.corp.example.",
+    # As an attacker points into these.
+    "to-service.a.example. CNAME _ldap._tcp.dc._msdcs.corp.example.",
+    "to-host.a.example. CNAME db.corp.example.",
+    "to-nothing.a.example. CNAME nothing.corp.example.",
+)
+INSIDE_KINDS = ("SRV", "TXT", "NS", "SOA", "MX", "CAA", "NAPTR", "CNAME")
+
+
 def silent(query: dns.message.Message) -> None:
     return None
 
@@ -238,7 +294,7 @@ async def test_aliases_are_followed_and_strays_dropped() -> None:
 
 async def test_a_name_that_does_not_exist_says_for_how_long() -> None:
     """Negative answers keep their SOA record."""
-    async with World([Upstream(answering(rcode=dns.rcode.NXDOMAIN, soa="example."))]).run() as world:
+    async with World([Upstream(holding(*INTERNET))]).run() as world:
         answer = await world.ask("no.example")
         assert answer.rcode() == dns.rcode.NXDOMAIN
         assert [rrset.rdtype for rrset in answer.authority] == [dns.rdatatype.SOA]
@@ -246,10 +302,75 @@ async def test_a_name_that_does_not_exist_says_for_how_long() -> None:
 
 async def test_other_records_pass() -> None:
     """Mail servers, texts and services are looked up."""
-    records = ["a.example. 60 MX 10 m.example.", 'a.example. 60 TXT "hello"', "a.example. 60 SRV 1 2 3 s.example."]
-    async with World([Upstream(answering(*records))]).run() as world:
+    records = ["a.example. MX 10 m.example.", 'a.example. TXT "hello"', "a.example. SRV 1 2 3 s.example."]
+    upstream = Upstream(holding(*INTERNET, *records))
+    async with World([upstream]).run() as world:
         for kind, record in zip(("MX", "TXT", "SRV"), records, strict=True):
-            assert told(await world.ask("a.example", kind)) == [record.replace(" 60 ", " 60 IN ")]
+            assert told(await world.ask("a.example", kind)) == [record.replace("a.example.", "a.example. 60 IN")]
+        assert [kind for _, kind in upstream.asked].count("NS") == 2, "a zone is judged once"
+        world.now += 301
+        await world.ask("a.example", "TXT")
+        assert [kind for _, kind in upstream.asked].count("NS") == 4
+    for servers in ((), ("example. NS ns.lan.",), ("example. NS gone.example.",)):
+        async with World([Upstream(holding(*records, *servers))]).run() as world:
+            assert (await world.ask("a.example", "TXT")).rcode() == dns.rcode.NXDOMAIN
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("db.corp.example", "dc.corp.example", "corp.example", "_ldap._tcp.dc._msdcs.corp.example"),
+        *("copy.example", "_ldap._tcp.copy.example", "to-service.a.example", "to-host.a.example"),
+    ],
+)
+async def test_zones_of_the_inside_are_not_told(name: str) -> None:
+    """Of a zone that the host's resolver serves from the inside no records but usable addresses are told, under no
+    name. One zone of its servers or the zone itself at a private address is enough."""
+    async with World([Upstream(holding(*INTERNET, *INSIDE))]).run() as world:
+        for kind in (*INSIDE_KINDS, "A"):
+            if (name, kind) in (("to-service.a.example", "CNAME"), ("to-host.a.example", "CNAME")):
+                continue
+            answer = await world.ask(name, kind)
+            assert (answer.rcode(), answer.answer, answer.authority) == (dns.rcode.NXDOMAIN, [], []), kind
+            assert world.refused.pop() == (name, "floor")
+        assert told(await world.ask("web.corp.example")) == [f"web.corp.example. 60 IN A {PUBLIC}"]
+        assert told(await world.ask("a.example")) == [f"a.example. 60 IN A {PUBLIC}"]
+
+
+@pytest.mark.parametrize("kind", ["A", "TXT", "SRV", "PTR"])
+async def test_nobody_learns_which_names_of_the_inside_exist(kind: str) -> None:
+    """A name of the inside that does not exist is answered and counted as one that does, directly and by an alias. The
+    operator's exception opens the zone."""
+    async with World([Upstream(holding(*INTERNET, *INSIDE))]).run() as world:
+        for there, missing in (
+            ("db.corp.example", "nothing.corp.example"),
+            ("to-host.a.example", "to-nothing.a.example"),
+        ):
+            answers = [await world.ask(name, kind) for name in (there, missing)]
+            for answer in answers:
+                assert (answer.rcode(), answer.answer, answer.authority) == (dns.rcode.NXDOMAIN, [], [])
+            assert answers[0].flags == answers[1].flags
+            assert world.refused == [(there, "floor"), (missing, "floor")]
+            world.refused.clear()
+        assert (await world.ask("nothing.a.example", kind)).authority, "a public zone's answer is told as it is"
+        assert world.refused == []
+        world.floor = Floor(exceptions=(IPv4Network("10.0.0.0/8"),))
+        world.now += 301
+        assert told(await world.ask("db.corp.example")) == [f"db.corp.example. 60 IN A {PRIVATE}"]
+        assert (await world.ask("nothing.corp.example", kind)).authority
+
+
+async def test_a_resolver_that_tells_nothing_of_zones() -> None:
+    """Where zones can't be judged, addresses are still told, and everything else is refused in time."""
+
+    def answer(query: dns.message.Message) -> dns.message.Message | None:
+        is_address = query.question[0].rdtype == dns.rdatatype.A
+        return holding(*INTERNET)(query) if is_address else None  # type: ignore[return-value]
+
+    async with World([Upstream(answer)], limits=Limits(attempt=0.1, total=0.3)).run() as world:
+        assert told(await world.ask("a.example")) == [f"a.example. 60 IN A {PUBLIC}"]
+        assert (await world.ask("b.example")).rcode() == dns.rcode.NXDOMAIN
+        assert world.refused == [("b.example", "floor")]
 
 
 @pytest.mark.parametrize("kind", ["AAAA", "HTTPS", "SVCB"])
@@ -291,12 +412,17 @@ async def test_private_answers_are_taken_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["db", "localhost", "a.localhost", "printer.local", "metadata.google.internal", "7.0.0.10.in-addr.arpa"]
+    "name",
+    [
+        *("db", "localhost", "a.localhost", "printer.local", "metadata.google.internal", "7.0.0.10.in-addr.arpa"),
+        *("printer.lan", "nas.home", "nas.home.arpa", "home.arpa", "db.corp", "wiki.intranet", "x.private"),
+        *("zone.example", "deep.in.zone.example"),
+    ],
 )
 async def test_local_names_are_never_asked_for(name: str) -> None:
     """Local names are not asked for, because a company's resolver would know them."""
     upstream = Upstream(answering(f"{name}. 60 A {PUBLIC}"))
-    async with World([upstream]).run() as world:
+    async with World([upstream], floor=Floor(zones=("zone.example",))).run() as world:
         for kind in ("A", "PTR", "TXT", "AAAA"):
             assert (await world.ask(name, kind)).rcode() == dns.rcode.NXDOMAIN
         assert upstream.asked == []
@@ -316,7 +442,8 @@ async def test_what_is_no_name_does_not_exist(name: str) -> None:
 
 async def test_public_addresses_have_names() -> None:
     """Reverse names of public addresses are looked up."""
-    async with World([Upstream(answering("8.8.8.8.in-addr.arpa. 60 PTR dns.google."))]).run() as world:
+    zone = ("8.8.8.in-addr.arpa. NS ns.example.", f"ns.example. A {PUBLIC}")
+    async with World([Upstream(holding("8.8.8.8.in-addr.arpa. PTR dns.google.", *zone))]).run() as world:
         assert told(await world.ask("8.8.8.8.in-addr.arpa", "PTR")) == ["8.8.8.8.in-addr.arpa. 60 IN PTR dns.google."]
 
 

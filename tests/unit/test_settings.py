@@ -77,6 +77,18 @@ def test_settings_of_the_network_are_read_strictly() -> None:
     refused = ("0.0.0.0", "0.255.255.255", "127.0.0.1", "127.255.255.255")
     assert all(wide.refuses(IPv4Address(address)) for address in refused), "no exception covers the host itself"
     assert not any(wide.refuses(IPv4Address(address)) for address in ("1.0.0.0", "10.1.2.3", "126.9.9.9", "128.0.0.0"))
+    floor = load(EGRESS_DENY="45.67.89.0/24,8.8.8.8", PUBLIC_ADDRESS="93.184.215.99, 8.8.4.4").floor
+    assert floor.near == (IPv4Network("45.67.89.0/24"), IPv4Network("8.8.8.8/32"))
+    assert floor.host == {IPv4Address("93.184.215.99"), IPv4Address("8.8.4.4")}
+    assert load(LOCAL_ZONES=".Corp.example.com., ads").floor.zones == ("corp.example.com", "ads")
+    for name, text in (
+        ("local-zones", "*.example.com"),
+        ("egress-deny", "45.67.89.1/24"),
+        ("egress-deny", "example.com"),
+        ("public-address", "8.8.4.0/24"),
+    ):
+        with pytest.raises(SettingsError, match=f"--{name}"):
+            _ = load(**{name.replace("-", "_").upper(): text}).floor
     for text in ("example.com", "9.9.9.9:x", "9.9.9.9:70000", "::1"):
         with pytest.raises(SettingsError, match="--dns"):
             _ = load(DNS=text).resolvers

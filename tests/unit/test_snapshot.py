@@ -114,6 +114,14 @@ def test_r21_every_changed_byte_is_refused(saved: Path, name: str) -> None:
     Snapshot.load(saved).close()
 
 
+@pytest.mark.parametrize("name", [*FILES, "manifest.json", "."])
+def test_what_others_could_write_is_refused(saved: Path, name: str) -> None:
+    """A snapshot is not believed when somebody else could have written a part of it, the manifest included."""
+    (saved / name).chmod(0o666)
+    with pytest.raises(SnapshotCorrupt, match="may be written by everybody"):
+        Snapshot.load(saved)
+
+
 def test_files_that_changed_places_are_refused(saved: Path) -> None:
     """A digest holds only for the file of its name."""
     (saved / "state").rename(saved / "x")
