@@ -244,6 +244,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
         BuildError: a template could not be built.
     """
     check_key(settings.api_key)
+    hosts = settings.hosts
     templates = load_templates(settings)
     # A sandbox has some twenty descriptors here, and as many as its clients and its gate have connections.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -303,7 +304,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 max_connections=settings.max_connections,
                 max_requests=settings.max_requests,
                 domain=settings.domain,
-                hosts=settings.hosts,
+                hosts=hosts,
                 stripped=names(settings.strip_headers),
             )
             http = Door(

@@ -146,7 +146,16 @@ class Settings:
 
     @property
     def hosts(self) -> frozenset[str] | None:
-        """The names that a request may call the server by, in small letters; None for all there are."""
+        """The names that a request may call the server by, in small letters; None for all there are.
+
+        Raises:
+            SettingsError: an entry is no name.
+        """
+        for name in _listed(self.allow_host):
+            if not re.fullmatch(r"[*]|[A-Za-z0-9_.-]+", name):
+                raise SettingsError(
+                    f"--allow-host takes names as box.example.com, without scheme and port, not {name!r}"
+                )
         own = (self.host, self.domain.partition(":")[0].strip("."))
         named = frozenset(name.lower().rstrip(".") for name in (*own, *_listed(self.allow_host)))
         return None if "*" in named else named
