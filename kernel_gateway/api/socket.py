@@ -126,6 +126,13 @@ class Frames(WebSocketProtocol13):
             raise StreamClosedError from None
         return await super()._read_bytes(n)
 
+    async def _receive_frame_loop(self) -> None:
+        """Receive until the end. An unfinished message goes then, because this object may live for seconds longer."""
+        try:
+            await super()._receive_frame_loop()
+        finally:
+            self._fragmented_message_buffer = None
+
 
 class SocketQuery(msgspec.Struct):
     """`since`: number of the last message that the client has."""

@@ -374,7 +374,7 @@ class ServerProcess:
         return await self._client.fetch(
             self.url + path,
             method=method,
-            body=None if body is None else json.dumps(body),
+            body=body if body is None or isinstance(body, bytes) else json.dumps(body),
             headers={"X-API-Key": self.key, **options.pop("headers", {})},
             raise_error=False,
             allow_nonstandard_methods=True,

@@ -236,7 +236,6 @@ class Run:
         return (
             kernel.state == "idle"
             and not kernel.pending
-            and not kernel._pending_bytes
             and not kernel._tasks
             and not kernel.connections
             and not any(kernel.executions.unfinished())

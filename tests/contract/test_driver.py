@@ -28,6 +28,7 @@ from kernel_gateway.kernel.events import Cell, Collector
 from kernel_gateway.kernel.journal import Record
 from kernel_gateway.kernel.kernel import Kernel
 from tests.fakes import PIECE, FakeDriver, FakeVm, eventually
+from tests.unit.test_jupyter import text_of
 
 REAL = "unisolated"
 
@@ -90,7 +91,7 @@ async def value(guest: Guest, code: str) -> str:
     """The text of a cell's value."""
     cell = await execute(guest, code)
     assert cell.error is None, cell.error
-    return str(cell.results[-1].data["text/plain"])
+    return text_of(cell.results[-1])
 
 
 async def write(guest: Guest, path: str, content: bytes) -> wire.Entry:
@@ -370,7 +371,7 @@ async def test_metrics(guest: Guest) -> None:
 async def test_cells_keep_their_state(guest: Guest) -> None:
     """Values, text, errors and the count are right, and a cell knows the variables of earlier cells."""
     cell = await execute(guest, "x = 41\nprint('hello')\nx + 1")
-    assert (cell.stdout, cell.results[0].data["text/plain"], cell.error) == ("hello\n", "42", None)
+    assert (cell.stdout, text_of(cell.results[0]), cell.error) == ("hello\n", "42", None)
     count = cell.executionCount
     assert count is not None
     failed = await execute(guest, "x / 0")
@@ -378,7 +379,7 @@ async def test_cells_keep_their_state(guest: Guest) -> None:
     assert (failed.error.name, failed.error.value) == ("ZeroDivisionError", "division by zero")
     assert failed.error.traceback
     again = await execute(guest, "x")
-    assert (again.results[0].data["text/plain"], again.executionCount) == ("41", count + 2)
+    assert (text_of(again.results[0]), again.executionCount) == ("41", count + 2)
 
 
 async def test_interrupt(guest: Guest) -> None:
@@ -508,9 +509,9 @@ async def test_a_request_whose_kernel_ends(guest: Guest) -> None:
             await sending
     for parts in (first, second):
         found = await records_of(guest, message.header(parts[1]).msg_id, after)
-        (reply,) = (message.content(each.parts[4]) for each in found if each.kind == "execute_reply")
+        (reply,) = (json.loads(each.parts[4]) for each in found if each.kind == "execute_reply")
         assert (reply["status"], reply["ename"]) == ("error", "KernelRestarted")
-        assert message.content(found[-1].parts[4]) == {"execution_state": "idle"}
+        assert json.loads(found[-1].parts[4]) == {"execution_state": "idle"}
     assert await value(guest, "6 * 7") == "42"
 
 
@@ -520,7 +521,7 @@ async def test_20_mb_arrive_intact(guest: Guest) -> None:
         guest, "from IPython.display import display; display({'text/plain': 'ab' * 10000000}, raw=True)"
     )
     assert cell.error is None
-    assert cell.results[0].data["text/plain"] == "ab" * 10_000_000
+    assert text_of(cell.results[0]) == "ab" * 10_000_000
 
 
 async def test_control_passes_a_flood(guest: Guest) -> None:
@@ -583,7 +584,7 @@ async def test_work_goes_on_after_a_rest(guest: Guest) -> None:
     assert (await writing).size == len(content)
     assert await read(guest, f"{guest.home}/new") == content
     found = await records_of(guest, execution.id, started)
-    said = [message.content(each.parts[4])["text"] for each in found if each.kind == "stream"]
+    said = [json.loads(each.parts[4])["text"] for each in found if each.kind == "stream"]
     assert "".join(said) == "begun\ndone\n"
 
 

@@ -620,7 +620,7 @@ def test_joined_text_has_a_size(make: Make) -> None:
     assert "".join(text for _, _, text in texts(found)) == "".join(f"{n:10000}" for n in range(1000))
 
 
-@pytest.mark.parametrize("content", [b"", b"null", b'{"name": "stdout"}', b'{"text": 3, "name": "stdout"}', b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"null", b'{"text": 3, "name": "stdout"}', b"\xff"])
 def test_text_that_is_none(make: Make, content: bytes) -> None:
     """A kernel's nonsense is passed on as it is."""
     journal = make()

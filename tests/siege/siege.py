@@ -1,0 +1,213 @@
+"""A siege: what a well-behaved tenant sees of a server in peace and under attack, and what is left a minute after."""
+
+import asyncio
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import closing
+from math import log10
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+from websockets.asyncio.client import connect
+
+from kernel_gateway.sandbox.store import Store, new_key
+from tests.api.clients import ServerProcess, server_process
+from tests.api.test_files import BOUNDARY, multipart
+from tests.siege.attackers import ATTACKS
+
+RECOVERY = 60
+"""Seconds after the attack until everything must be as before."""
+STEPS = ("create", "cell", "command", "upload", "stream")
+FORM = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+COLOURS = dict(zip(STEPS, ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"), strict=True))
+
+
+class Siege:
+    """One server and its good tenant. `samples` are (seconds since the begin, step, seconds it took)."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        self.server = server
+        self.begun = time.monotonic()
+        self.samples: list[tuple[float, str, float]] = []
+        self.memory: list[tuple[float, int]] = []
+        self.errors: list[str] = []
+        self.phases: list[tuple[str, float]] = []
+
+    @property
+    def now(self) -> float:
+        return time.monotonic() - self.begun
+
+    def phase(self, name: str) -> None:
+        self.phases.append((name, self.now))
+
+    async def step(self, name: str, method: str, path: str, expect: int, **fields: Any) -> Any:
+        """Time one request of the good tenant, and note it if the answer is not the expected one."""
+        begun = time.monotonic()
+        answer = await self.server.call(method, path, **fields)
+        self.samples.append((self.now, name, time.monotonic() - begun))
+        if answer.code != expect:
+            self.errors.append(f"{name}: {answer.code} {answer.body[:300]!r}")
+        return json.loads(answer.body or b"null")
+
+    async def live(self) -> None:
+        """One round of the good tenant: create, cell, command, upload, stream, delete."""
+        made = await self.step("create", "POST", "/sandboxes", 201, body={"templateID": "base", "timeout": 120})
+        box = made.get("sandboxID")
+        if box is None:
+            return
+        try:
+            cell = await self.step("cell", "POST", f"/sandboxes/{box}/execute", 200, body={"code": "1 + 1"})
+            if cell["results"][0]["data"]["text/plain"] != "2":
+                self.errors.append(f"cell: {cell}")
+            command = {"cmd": "true"}
+            await self.step("command", "POST", f"/sandboxes/{box}/processes", 200, body=command)
+            body = multipart(("file", "data", bytes(1 << 20)))
+            await self.step("upload", "POST", f"/sandboxes/{box}/files", 200, body=body, headers=FORM)
+            await self.stream(box)
+        finally:
+            await self.server.call("DELETE", f"/sandboxes/{box}")
+
+    async def stream(self, box: str) -> None:
+        """A cell with output over the agents' WebSocket, to its end."""
+        begun = time.monotonic()
+        url = self.server.url.replace("http", "ws", 1) + f"/sandboxes/{box}/stream"
+        async with connect(url, additional_headers={"Authorization": f"Bearer {self.server.key}"}) as socket:
+            code = "for n in range(50): print(n, flush=True)"
+            await socket.send(json.dumps({"type": "execute", "id": "x", "code": code}))
+            text = ""
+            while (event := json.loads(await socket.recv()))["type"] != "end":
+                text += event.get("text") or ""
+        self.samples.append((self.now, "stream", time.monotonic() - begun))
+        if text != "".join(f"{n}\n" for n in range(50)):
+            self.errors.append(f"stream: {text!r}")
+
+    async def live_for(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            await self.live()
+
+    @contextlib.asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Note the server's memory all the while."""
+
+        async def watch() -> None:
+            while True:
+                self.memory.append((self.now, self.server.memory()))
+                await asyncio.sleep(0.2)
+
+        task = asyncio.create_task(watch())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def p95(self, step: str, begin: float, end: float) -> float:
+        took = [each for at, name, each in self.samples if name == step and begin <= at < end]
+        return statistics.quantiles(took, n=20, method="inclusive")[-1] if len(took) > 1 else sum(took)
+
+    def span(self, name: str) -> tuple[float, float]:
+        """Begin and end of a phase."""
+        index = next(n for n, (each, _) in enumerate(self.phases) if each == name)
+        return self.phases[index][1], self.phases[index + 1][1]
+
+    def descriptors(self) -> int:
+        return len(list(Path(f"/proc/{self.server.process.pid}/fd").iterdir()))
+
+    def drawn(self) -> str:
+        """The curve as an SVG: the tenant's times on a logarithmic scale of five decades from 1 ms, memory below."""
+        width, height = 1000, 500
+        end = max(self.now, 1)
+
+        def line(points: list[tuple[float, float]], colour: str) -> str:
+            text = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+            return f'<polyline fill="none" stroke="{colour}" points="{text}"/>'
+
+        def time_at(seconds: float) -> float:
+            return 300 - 60 * min(max(log10(max(seconds, 1e-9) / 0.001), 0), 5)
+
+        parts = [
+            line([(at / end * width, time_at(took)) for at, name, took in self.samples if name == step], COLOURS[step])
+            for step in STEPS
+        ]
+        parts += [f'<text x="4" y="{20 + 14 * n}" fill="{COLOURS[step]}">{step}</text>' for n, step in enumerate(STEPS)]
+        most = max((size for _, size in self.memory), default=1)
+        parts.append(line([(at / end * width, height - size / most * 150) for at, size in self.memory], "black"))
+        parts.append(f'<text x="4" y="345">memory, at most {most >> 20} MiB</text>')
+        for name, at in self.phases:
+            x = at / end * width
+            parts.append(f'<line x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{height}" stroke="grey" stroke-dasharray="4"/>')
+            parts.append(f'<text x="{x + 3:.1f}" y="{height - 4}">{escape(name)}</text>')
+        body = "\n".join(parts)
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+            f'font-size="12">\n{body}\n</svg>\n'
+        )
+
+
+async def besieged(
+    directory: Path, quiet: float, seconds: float, attacks: str = ATTACKS
+) -> tuple[Siege, dict[str, Any]]:
+    """Run a siege, and return it with its figures. `quiet` and `seconds` are how long peace and attack last."""
+    flags = ("--max-sandboxes", "24", "--max-sandboxes-per-key", "10", "--max-creates-per-minute", "300")
+    async with server_process(directory / "data", *flags) as server:
+        keys = [new_key() for _ in range(2)]
+        for number, key in enumerate(keys):
+            await add_key(directory / "data", key, f"hostile{number}")
+        siege = Siege(server)
+        async with siege.watched():
+            siege.phase("warm")
+            await siege.live()
+            siege.phase("quiet")
+            before = (siege.descriptors(), server.memory())
+            await siege.live_for(quiet)
+            siege.phase("siege")
+            attackers = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "tests.siege.attackers", server.url, str(seconds), attacks, *keys,
+                stdout=asyncio.subprocess.PIPE,
+            )  # fmt: skip
+            assert attackers.stdout is not None
+            done = asyncio.create_task(attackers.stdout.read())
+            await siege.live_for(seconds)
+            siege.phase("after")
+            said = await done
+            await attackers.wait()
+            recovered = await recovery(siege, before[0])
+            await siege.live()
+            siege.phase("end")
+        figures = {
+            "p95": {step: {name: siege.p95(step, *siege.span(name)) for name in ("quiet", "siege")} for step in STEPS},
+            "rounds": {name: count(siege, name) for name in ("quiet", "siege")},
+            "errors": siege.errors,
+            "memory": {"before": before[1], "peak": max(size for _, size in siege.memory), "after": server.memory()},
+            "recovered": recovered,
+            "attackers": json.loads(said.splitlines()[-1]) if said else None,
+        }
+    return siege, figures
+
+
+def count(siege: Siege, phase: str) -> int:
+    begin, end = siege.span(phase)
+    return sum(begin <= at < end and name == "stream" for at, name, _ in siege.samples)
+
+
+async def add_key(data: Path, key: str, name: str) -> None:
+    """Let another tenant in, beside the running server."""
+    with closing(Store(data / "cellvm.db")) as store:
+        store.add_key(key, name)
+
+
+async def recovery(siege: Siege, descriptors: int) -> float | None:
+    """Seconds until nothing of the attack is left; None if RECOVERY is over."""
+    begun = time.monotonic()
+    while time.monotonic() - begun < RECOVERY:
+        health = json.loads((await siege.server.call("GET", "/health")).body)
+        if health["sandboxes"] == 0 and siege.descriptors() <= descriptors + 2:
+            return time.monotonic() - begun
+        await asyncio.sleep(0.5)
+    return None
