@@ -35,7 +35,8 @@ from kernel_gateway.kvm import Verdict
 from kernel_gateway.logs import Escaped
 from kernel_gateway.network.slots import choose, found_floor
 from kernel_gateway.private import private
-from kernel_gateway.sandbox.store import Store, new_key
+from kernel_gateway.sandbox.key import ALL, Scope, parse_scope
+from kernel_gateway.sandbox.store import VARIABLE, Store, new_key
 from kernel_gateway.server import Server, builder, load_templates, opened_driver, running
 from kernel_gateway.settings import Settings, SettingsError
 
@@ -334,21 +335,56 @@ def cells_done(total: int) -> Iterator[Callable[[int, str], None]]:
         yield lambda done, source: bar.update(task, completed=done, description=first_line(source)[:60])
 
 
-def keys(settings: Settings, action: str, name: str) -> int:
+def keys(settings: Settings, options: argparse.Namespace) -> int:
     """Make, list and remove API keys."""
+    if options.action != "add" and (options.scope or options.of):
+        raise SettingsError("--scope and --of are for `cellvm keys add`")
+    if options.action != "remove" and options.with_sandboxes:
+        raise SettingsError("--with-sandboxes is for `cellvm keys remove`")
     private(settings.data_path)
     with closing(Store(settings.data_path / "cellvm.db")) as store:
-        if action == "add":
+        if options.action == "add":
+            owner, scope = limits(settings, store, options.scope, options.of)
             key = new_key()
-            store.add_key(key, name)
+            store.add_key(key, options.name, owner=owner, scope=scope)
             print(key)
-        elif action == "list":
-            for owner, label, created in store.list_keys():
-                print(f"{owner}  {time.strftime('%Y-%m-%d %H:%M', time.localtime(created))}  {label}")
-        elif not store.remove_key(name):
-            console.print(f"no key with id {name!r}; `cellvm keys list` shows them")
+        elif options.action == "list":
+            for known in store.list_keys():
+                made = time.strftime("%Y-%m-%d %H:%M", time.localtime(known.created))
+                of = "" if known.owner == known.id else f" of {known.owner}"
+                print(f"{known.id}  {made}  {known.name}" + (f"  ({known.scope}{of})" if known.scope != ALL else ""))
+        elif not store.remove_key(options.name, with_sandboxes=options.with_sandboxes):
+            console.print(f"no key with id {options.name!r}; `cellvm keys list` shows them")
             return 1
     return 0
+
+
+def limits(settings: Settings, store: Store, scope: str, of: str) -> tuple[str | None, Scope]:
+    """The owner, None for a new one, and the scope of a key that is to be made.
+
+    Raises:
+        SettingsError: there is no such key, sandbox or template, or the two flags do not go together.
+        InvalidRequest: the scope is none.
+    """
+    limited = parse_scope(scope)
+    if of and not scope:
+        raise SettingsError("--of makes a key with limits; say with --scope which")
+    if limited.is_read_only and not of:
+        raise SettingsError("a key that may only read needs --of KEY, the id of the key whose sandboxes it reads")
+    if limited.template:
+        template = load_templates(settings).find(limited.template)
+        if template is None:
+            raise SettingsError(f"--scope {scope}: there is no such template")
+        limited = Scope(template=template.id)
+    owner = of or None
+    if limited.sandbox:
+        entry = store.entry(limited.sandbox)
+        if entry is None or of not in ("", entry.owner):
+            raise SettingsError(f"--scope {scope}: there is no such sandbox" + (f" of key {of}" if of else ""))
+        owner = entry.owner
+    if of not in ("", VARIABLE, *(key.owner for key in store.list_keys())):
+        raise SettingsError(f"--of {of}: there is no such key; `cellvm keys list` shows them")
+    return owner, limited
 
 
 async def cache(settings: Settings, action: str, unused: float) -> int:
@@ -428,6 +464,13 @@ def parser() -> argparse.ArgumentParser:
         if name == "keys":
             command.add_argument("action", choices=("add", "list", "remove"))
             command.add_argument("name", nargs="?", default="", help="a label for `add`, the id for `remove`")
+            command.add_argument(
+                "--scope", default="", help="limits of the new key: read-only, template=ID or sandbox=ID"
+            )
+            command.add_argument(
+                "--of", default="", metavar="KEY", help="id of the key whose sandboxes the new one sees"
+            )
+            command.add_argument("--with-sandboxes", action="store_true", help="end the removed key's sandboxes, too")
         if name == "cache":
             command.add_argument("action", choices=("list", "prune"))
             command.add_argument(
@@ -466,7 +509,7 @@ def main(argv: list[str] | None = None) -> int:
                 unused = (settings.cache_days or math.inf) if options.unused is None else options.unused
                 return asyncio.run(cache(settings, options.action, unused))
             case "keys":
-                return keys(settings, options.action, options.name)
+                return keys(settings, options)
     except (SettingsError, NotebookError, BuildError, DriverError, CellvmError, OSError) as error:
         console.print(f"cellvm: {error}", markup=False)
         return 1

@@ -4,6 +4,8 @@ CellvmError
 ├── InvalidRequest         the request itself can't be right
 ├── TooLarge               a body or file is over a limit
 ├── Unauthorized           no key, or one that is not known
+├── Forbidden              the key may not do this
+├── Misdirected            the request names another host
 ├── NotFound               no such sandbox, template or file (also: somebody else's)
 ├── Conflict               the sandbox is not in a state for this
 ├── TooManyRequests        the client has as much under way as it may
@@ -46,6 +48,14 @@ class TooLarge(CellvmError):
 
 class Unauthorized(CellvmError):
     code = "unauthorized"
+
+
+class Forbidden(CellvmError):
+    code = "forbidden"
+
+
+class Misdirected(CellvmError):
+    code = "misdirected"
 
 
 class NotFound(CellvmError):

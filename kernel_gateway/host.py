@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,7 +20,7 @@ from kernel_gateway.images.image import BuildError, Progress, built_at, run
 from kernel_gateway.kvm import Verdict
 from kernel_gateway.network.policy import Floor
 from kernel_gateway.network.rules import MAX_HOST_CONNECTIONS as CONNECTIONS
-from kernel_gateway.settings import Settings
+from kernel_gateway.settings import IN_CLEAR, Settings
 
 PROGRAMS = {
     "qemu-system-x86_64": "qemu-system-x86",
@@ -119,6 +119,7 @@ def examine(
     if not Path("/proc/self/fd").is_dir():
         yield Finding("fail", "/proc is not mounted", "machines get their files through /proc/self/fd")
     yield _port(settings)
+    yield from _clear(settings)
 
 
 def kvm_finding(kvm: Verdict | str) -> Finding:
@@ -300,6 +301,18 @@ def promised(settings: Settings, disk_mb: int) -> Finding:
         "" if level == "ok" else "on a full disk the greatest user is ended; lower --max-sandboxes to exclude that"
     )
     return Finding(level, f"{settings.max_sandboxes} sandboxes may fill {most >> 30} GiB of disk", meaning)
+
+
+def _clear(settings: Settings) -> Iterator[Finding]:
+    if not (settings.tls_cert or _is_loopback(settings.host)):
+        yield Finding("warn", f"--host {settings.host} without TLS: keys cross the network in clear", IN_CLEAR)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _port(settings: Settings) -> Finding:

@@ -1,10 +1,11 @@
 """HTTP between a client and a service inside a sandbox. Pure: values in, values out.
 
-The service is hostile, and so is the page it shows. Three things must hold:
+The service is hostile, and so is the page it shows. Four things must hold:
 
 - No key of ours reaches the service, wherever a client has put one (`without_keys`).
-- The service's answer is read by h11 and written anew. Headers about the connection, about the gateway's origin or
-  about other previews are dropped (`answer_headers`).
+- The service's answer is read by h11 and written anew. By path only headers that are known to be harmless pass. At
+  both kinds of address, headers are dropped that a proxy in front would obey (`answer_headers`).
+- What a proxy in front adds to a request, to prove who the client is, never reaches the service (`forwarded`).
 - Neither the service nor the client decides where one request ends and the next begins. Each request has its own
   connection, and a request whose length can be read in two ways is refused (`framing`).
 
@@ -23,6 +24,7 @@ from urllib.parse import unquote, unquote_plus, urlsplit
 import h11
 
 from kernel_gateway.errors import GuestFailure, InvalidRequest
+from kernel_gateway.sandbox.key import Key, may_be_key
 
 HEAD_LIMIT = 32 * 1024
 """Largest head of an answer, in bytes."""
@@ -32,29 +34,68 @@ CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f]")
 """Characters that no header may have. h11 lets some of them pass."""
 KEY_CANDIDATES = 64
 """Words of an Authorization header that are looked at."""
+QUERY_CANDIDATES = 4
+"""Values of `token` in a query that are looked up."""
 
 Headers = list[tuple[str, str]]
-OwnerOf = Callable[[str], str | None]
+FindKey = Callable[[str], Key | None]
 
 HOP_BY_HOP = frozenset(
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding"
     " upgrade http2-settings".split()
 )
-NOT_FORWARDED = HOP_BY_HOP | frozenset("host content-length expect forwarded x-real-ip origin referer".split())
+NOT_FORWARDED = HOP_BY_HOP | frozenset("host content-length expect origin referer".split())
 """Headers of a request that concern only the client and us, or that are written anew."""
+
+
+def names(text: str) -> re.Pattern[str]:
+    """What matches these names of headers, in small letters. A name may end in `*`, for all that begin like it."""
+    return re.compile("|".join(re.escape(name).replace(r"\*", ".*") for name in text.lower().replace(",", " ").split()))
+
+
+NONE = names("")
+FROM_PROXIES = names(
+    "via forwarded x-forwarded-* x-real-ip true-client-ip client-ip x-client-ip x-cluster-client-ip fastly-* cf-* cdn-*"
+    " x-original-* x-rewrite-url x-envoy-* remote-* x-remote-* x-auth-request-* x-authentik-* x-authenticated-*"
+    " x-webauth-* x-vouch-* x-pomerium-* x-amzn-oidc-* x-amzn-mtls-* x-goog-* x-ms-client-principal* x-ms-token-*"
+    " tailscale-* client-cert* x-client-cert* x-ssl-* ssl-* x-arr-*"
+)
+"""Headers in which a proxy tells a server who the client is, or proves it. The service must get neither from a proxy in
+front, which would hand over a credential, nor from a client, who may say anything."""
+LOGINS = frozenset("basic digest negotiate ntlm".split())
+"""Schemes of `Authorization` that a browser repeats at every address of a host. They are meant for what is in front."""
+COOKIES_OF_PROXIES = names(
+    "cf_authorization cf_appsession _oauth2_proxy* gcp_iaap* awselbauthsessioncookie* appserviceauthsession* _vouch*"
+    " vouchcookie* _pomerium* authelia_session authentik_*"
+)
+"""Cookies of what stands in front. A browser sends them to all hosts below a domain."""
+OBEYED_BY_PROXIES = names(
+    "server via x-accel-* x-sendfile* x-lighttpd-* x-litespeed-* x-reproxy-* x-envoy-* x-cache* x-varnish* x-original-*"
+    " surrogate-* cdn-* *cdn-cache-control cf-* edge-* fastly-* akamai-* x-akamai-*"
+)
+"""Headers of an answer that proxies and caches in front obey. nginx answers `X-Accel-Redirect` with a file of its own.
+`Server` is among them because nobody should take the service's word for what stands here."""
 NOT_ANSWERED = HOP_BY_HOP | {"clear-site-data"}
 """Headers of an answer that are dropped. `Clear-Site-Data: "cookies"` reaches beyond the host it comes from."""
-NOT_OF_OUR_ORIGIN = frozenset(
-    "set-cookie set-cookie2 service-worker-allowed strict-transport-security alt-svc nel report-to reporting-endpoints"
-    " www-authenticate accept-ch set-login use-as-dictionary x-content-type-options referrer-policy".split()
+ANSWERED_BY_PATH = names(
+    "content-* cache-control pragma expires age date etag last-modified vary accept-ranges allow location link"
+    " retry-after access-control-* sec-websocket-* cross-origin-resource-policy ratelimit* mcp-* x-*"
 )
-"""Headers of an answer by path that are dropped, because a browser would take them for the gateway's own."""
+"""All headers of an answer that pass by path. A browser would take others for the gateway's own, and every year brings
+new ones of that kind."""
 SANDBOXED = "sandbox allow-scripts allow-forms allow-popups allow-modals allow-downloads"
 PAGE_SAFETY: Headers = [
     ("Content-Security-Policy", SANDBOXED),
     ("X-Content-Type-Options", "nosniff"),
     ("Referrer-Policy", "no-referrer"),
 ]
+DOWNLOAD_SAFETY: Headers = [
+    ("Content-Type", "application/octet-stream"),
+    ("Content-Disposition", "attachment"),
+    ("Content-Security-Policy", "sandbox"),
+    *PAGE_SAFETY[1:],
+]
+"""Headers of an answer to an address with a key in it. No browser may show it, because a page could read the key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,18 +147,18 @@ def place_of_path(path: str, before: str) -> Place | None:
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """A request's headers and query without our keys, and the owners of the keys that were there.
+    """A request's headers and query without our keys, and the keys that were there.
 
     `in_address`: a key was in the query, and the page could read it there.
     """
 
     headers: Headers
     query: str
-    owners: frozenset[str]
+    keys: frozenset[Key]
     in_address: bool
 
 
-def without_keys(headers: Iterable[tuple[str, str]], query: str, owner_of: OwnerOf) -> Carried:
+def without_keys(headers: Iterable[tuple[str, str]], query: str, find_key: FindKey) -> Carried:
     """Take our keys out. A value that is no key of ours is for the service and stays, byte for byte.
 
     Raises:
@@ -127,16 +168,16 @@ def without_keys(headers: Iterable[tuple[str, str]], query: str, owner_of: Owner
     for name in ("authorization", "x-api-key"):
         if sum(given.lower() == name for given, _ in headers) > 1:
             raise InvalidRequest(f"a request has one {name} header, not more")
-    owners: set[str] = set()
+    keys: set[Key] = set()
     kept: Headers = []
     for name, value in headers:
         words = _words(value) if name.lower() == "authorization" else {value} if name.lower() == "x-api-key" else set()
-        found = {owner for word in words if (owner := owner_of(word))}
-        owners |= found
+        found = {key for word in words if (key := find_key(word))}
+        keys |= found
         if not found:
             kept.append((name, value))
-    cleaned, in_query = _query_without_keys(query, owner_of)
-    return Carried(kept, cleaned, frozenset(owners | in_query), bool(in_query))
+    cleaned, in_query = _query_without_keys(query, find_key)
+    return Carried(kept, cleaned, frozenset(keys | in_query), bool(in_query))
 
 
 def _words(value: str) -> set[str]:
@@ -151,27 +192,38 @@ def _words(value: str) -> set[str]:
     return found - {""}
 
 
-def _query_without_keys(query: str, owner_of: OwnerOf) -> tuple[str, set[str]]:
-    owners: set[str] = set()
+def _candidate(piece: str) -> str | None:
+    """What could be a key of ours in a piece of a query."""
+    name, _, value = piece.partition("=")
+    text = unquote_plus(value) if unquote_plus(name) == "token" else ""
+    return text if may_be_key(text) else None
+
+
+def _query_without_keys(query: str, find_key: FindKey) -> tuple[str, set[Key]]:
+    keys: set[Key] = set()
     kept = []
+    candidates = 0
     for piece in query.split("&"):
-        name, _, value = piece.partition("=")
-        owner = owner_of(unquote_plus(value)) if value and unquote_plus(name) == "token" else None
-        if owner is None:
+        text = _candidate(piece)
+        candidates += text is not None
+        if candidates > QUERY_CANDIDATES:
+            raise InvalidRequest(f"a query has at most {QUERY_CANDIDATES} long values of `token`")
+        key = find_key(text) if text else None
+        if key is None:
             kept.append(piece)
         else:
-            owners.add(owner)
-    return "&".join(kept), owners
+            keys.add(key)
+    return "&".join(kept), keys
 
 
-def refuse_key_in_path(path: str, owner_of: OwnerOf) -> None:
+def refuse_key_in_path(path: str, find_key: FindKey) -> None:
     """Refuse a key in a path, because the page could read its own address.
 
     Raises:
         InvalidRequest: a key of ours is in the path.
     """
     found = re.match("/+t/([^/]+)", path, re.IGNORECASE)
-    if found is not None and owner_of(unquote(found[1])):
+    if found is not None and find_key(unquote(found[1])):
         raise InvalidRequest(
             "a port's address may not have a key in its path: the page could read it",
             hint="send the key as `Authorization: Bearer <key>` or `X-API-Key: <key>`, or open the port",
@@ -214,11 +266,41 @@ class Client:
         return f"http://{self.host.lower()}", f"https://{self.host.lower()}"
 
 
-class Exchange:
-    """One request and its answer, as bytes towards the service and from it."""
+def forwarded(headers: Headers, place: Place, stripped: re.Pattern[str]) -> Headers:
+    """The headers of a request that go on to the service as they are, perhaps with fewer cookies."""
+    dropped = NOT_FORWARDED | _named_by_connection(headers)
+    kept: Headers = []
+    for name, value in headers:
+        lower = name.lower()
+        # Many servers take `_` for `-`, so one could not tell what such a name means there.
+        if lower in dropped or "_" in lower or FROM_PROXIES.fullmatch(lower) or stripped.fullmatch(lower):
+            continue
+        if lower == "authorization" and value.split(" ")[0].lower() in LOGINS:
+            continue
+        if lower == "cookie":
+            value = "" if place.is_by_path else _without_cookies_of_proxies(value)
+            if not value:
+                continue
+        kept.append((name, value))
+    return kept
 
-    def __init__(self, place: Place) -> None:
+
+def _without_cookies_of_proxies(cookies: str) -> str:
+    pieces = [piece.strip() for piece in cookies.split(";")]
+    return "; ".join(
+        piece for piece in pieces if piece and not COOKIES_OF_PROXIES.fullmatch(piece.partition("=")[0].strip().lower())
+    )
+
+
+class Exchange:
+    """One request and its answer, as bytes towards the service and from it.
+
+    `stripped` matches headers, in small letters, that the operator keeps from services.
+    """
+
+    def __init__(self, place: Place, stripped: re.Pattern[str] = NONE) -> None:
         self._place = place
+        self._stripped = stripped
         self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_LIMIT)
         self._skipped = 0
         self.is_over = False
@@ -235,13 +317,7 @@ class Exchange:
         Raises:
             InvalidRequest: the head has something in it that HTTP does not allow.
         """
-        named = _named_by_connection(headers)
-        kept = [
-            (name, value)
-            for name, value in headers
-            if (lower := name.lower()) not in NOT_FORWARDED | named and not lower.startswith("x-forwarded-")
-            and not (lower == "cookie" and self._place.is_by_path)
-        ]  # fmt: skip
+        kept = forwarded(headers, self._place, self._stripped)
         sent: Headers = [("Host", f"localhost:{self._place.number}"), *kept, *self._whence(headers, client)]
         sent += [("Connection", "Upgrade"), ("Upgrade", upgrade)] if upgrade else [("Connection", "close")]
         if length is None:
@@ -267,7 +343,8 @@ class Exchange:
         for name, value in headers:
             if name.lower() == "origin":
                 # The service knows itself as localhost, so its own pages must come from there.
-                is_own = value.lower() in client.origins or (value == "null" and self._place.is_by_path)
+                # `null` stays as it is, because sandboxed pages of any site have it, too.
+                is_own = value.lower() in client.origins
                 told.append(("Origin", self._service if is_own else value))
             elif name.lower() == "referer":
                 # Addresses of other pages are dropped, because one of the gateway's own may have a key in it.
@@ -352,32 +429,50 @@ def _named_by_connection(headers: Headers) -> set[str]:
     return {word.strip().lower() for value in values for word in value.split(",")}
 
 
-def answer_headers(answer: Answer, place: Place, *, is_download: bool) -> Headers:
-    """The headers that go on to the client. `is_download`: no browser may show it as a page."""
+def answer_headers(answer: Answer, place: Place, *, is_private: bool, is_download: bool) -> Headers:
+    """The headers that go on to the client.
+
+    Args:
+        is_private: the client has shown a key, so no cache in front may keep the answer for others.
+        is_download: no browser may show it as a page.
+    """
     dropped = NOT_ANSWERED | _named_by_connection(answer.headers)
     if any(name.lower() == "transfer-encoding" for name, _ in answer.headers) or answer.status == HTTPStatus.NO_CONTENT:
         dropped = dropped | {"content-length"}
-    if place.is_by_path:
-        dropped = dropped | NOT_OF_OUR_ORIGIN
+    if place.is_by_path or is_download:
+        dropped = dropped | {name.lower() for name, _ in PAGE_SAFETY[1:]}
+    if is_private:
+        dropped = dropped | {"cache-control"}
     if is_download:
-        dropped = dropped | {"content-disposition", "referrer-policy"}
+        dropped = dropped | {"content-disposition", "content-type", "content-security-policy"}
     kept: Headers = []
     for name, value in answer.headers:
         lower = name.lower()
-        if lower in dropped:
+        if lower in dropped or OBEYED_BY_PROXIES.fullmatch(lower):
+            continue
+        if place.is_by_path and not ANSWERED_BY_PATH.fullmatch(lower):
             continue
         if lower in ("location", "content-location"):
             value = relocated(value, place)
         elif lower == "set-cookie":
             value = _without_domain(value)
         kept.append((name, value))
-    if place.is_by_path:
-        kept += PAGE_SAFETY
+    if is_private:
+        kept.append(("Cache-Control", _private(answer.headers)))
     if is_download:
-        kept.append(("Content-Disposition", "attachment"))
-        if not place.is_by_path:
-            kept.append(("Referrer-Policy", "no-referrer"))
+        kept += DOWNLOAD_SAFETY
+    elif place.is_by_path:
+        kept += PAGE_SAFETY
     return kept
+
+
+def _private(headers: Headers) -> str:
+    """The service's `Cache-Control`, for nobody but the client."""
+    values = [value for name, value in headers if name.lower() == "cache-control"]
+    words = [word.strip() for value in values for word in value.split(",")]
+    shared = ("public", "private", "s-maxage", "proxy-revalidate")
+    kept = [word for word in words if word and word.partition("=")[0].strip().lower() not in shared]
+    return ", ".join(["private", *kept])
 
 
 def relocated(location: str, place: Place) -> str:

@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import re
 import resource
 import shutil
 import socket
@@ -33,11 +34,13 @@ from kernel_gateway.images.image import Progress, content_hash
 from kernel_gateway.images.preparation import Preparation, Prepare
 from kernel_gateway.images.templates import Template, Templates, rootfs_dir
 from kernel_gateway.network.slots import Slots, choose
+from kernel_gateway.ports import names
 from kernel_gateway.private import private
+from kernel_gateway.sandbox.key import KEY_LENGTH
 from kernel_gateway.sandbox.pool import Pool
 from kernel_gateway.sandbox.sandboxes import Sandboxes, supervised
 from kernel_gateway.sandbox.store import Store, new_key
-from kernel_gateway.settings import Settings, SettingsError
+from kernel_gateway.settings import IN_CLEAR, Settings, SettingsError
 
 log = logging.getLogger(__name__)
 
@@ -240,10 +243,14 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
         SettingsError: a setting can't be used here (port taken, data directory in use, unknown template).
         BuildError: a template could not be built.
     """
+    check_key(settings.api_key)
+    hosts = settings.hosts
     templates = load_templates(settings)
     # A sandbox has some twenty descriptors here, and as many as its clients and its gate have connections.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _, largest = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, largest))  # keys and everybody's output would be in a core dump
     lock = claim(settings.data_path)
     try:
         sockets = bind_sockets(settings.port, settings.host)
@@ -258,12 +265,14 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
         async with opened_driver(settings, templates.default, progress) as opened, AsyncExitStack() as last:
             driver = opened.driver
             check_bind(settings, sockets, driver)
+            if not (is_local(sockets) or settings.tls_cert):
+                log.warning("KEYS CROSS THE NETWORK IN CLEAR: %s", IN_CLEAR)
             preparation = Preparation(opened.prepare)
             last.push_async_callback(preparation.close)
             await preparation.make(templates.default, progress)
             made = None  # only now: a key that was made before a failed start would never be shown
             if settings.api_key:
-                store.add_key(settings.api_key, "CELLVM_API_KEY")
+                store.lend_key(settings.api_key)
             elif not store.list_keys():
                 made = new_key()
                 store.add_key(made, "first start")
@@ -295,6 +304,8 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 max_connections=settings.max_connections,
                 max_requests=settings.max_requests,
                 domain=settings.domain,
+                hosts=hosts,
+                stripped=names(settings.strip_headers),
             )
             http = Door(
                 app,
@@ -351,14 +362,32 @@ async def cancelled(task: asyncio.Task[None]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
+def is_local(sockets: list[socket.socket]) -> bool:
+    """Whether nobody on another machine can connect."""
+    return all(ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback for sock in sockets)
+
+
+def check_key(key: str) -> None:
+    """Refuse a key that could be guessed, or that no client could send. No key at all is right.
+
+    Raises:
+        SettingsError: it is one.
+    """
+    shortest, longest = KEY_LENGTH
+    if key and not re.fullmatch(f"[!-~]{{{shortest},{longest}}}", key):
+        raise SettingsError(
+            f"CELLVM_API_KEY must have {shortest} to {longest} characters (ASCII, no blanks), because a short key can "
+            "be guessed. Make one with `openssl rand -hex 20`, or unset it and use a key of `cellvm keys add`"
+        )
+
+
 def check_bind(settings: Settings, sockets: list[socket.socket], driver: VmDriver) -> None:
     """Refuse to offer to other machines what is no boundary, unless told to.
 
     Raises:
         SettingsError: the server would listen beyond this machine, and sandboxes are emulated or have no boundary.
     """
-    is_local = all(ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback for sock in sockets)
-    if driver.capabilities.accelerator == "kvm" or is_local:
+    if driver.capabilities.accelerator == "kvm" or is_local(sockets):
         return
     what = "sandboxes are emulated (TCG), which QEMU calls no security boundary"
     if driver.capabilities.isolation == "none":

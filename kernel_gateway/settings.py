@@ -15,6 +15,7 @@ from kernel_gateway.network.policy import Floor, parse_zone, without_itself
 ISOLATIONS = ("auto", "qemu-kvm", "qemu-tcg", "unisolated")
 GUEST_PROXY = "http://198.19.0.1:3128"
 """Where sandboxes find the gate, when there is an upstream proxy behind it."""
+IN_CLEAR = "set --tls-cert, or listen on 127.0.0.1 and put a proxy with TLS in front"
 NETWORKS = ("auto", "netns", "passt", "off")
 
 
@@ -88,6 +89,14 @@ class Settings:
     upstream_proxy: str = setting("", "HTTP proxy that sandboxes' web traffic goes through, as http://host:port.")
     pip_index: str = setting("", "Package index for pip in sandboxes, as a URL. Default: pip's own.")
     domain: str = setting("localhost", "Services in sandboxes are reached as PORT-SANDBOX.DOMAIN.")
+    allow_host: str = setting(
+        "",
+        "Names that clients may call the server by, besides IP addresses, localhost and --domain, separated by commas; "
+        "* allows all.",
+    )
+    strip_headers: str = setting(
+        "", "Headers that services in sandboxes do not get, separated by commas; X-Corp-* means all that begin so."
+    )
     allow_insecure_emulation: bool = setting(
         False, "Listen beyond this machine though sandboxes are emulated (TCG): QEMU calls that no security boundary."
     )
@@ -134,6 +143,22 @@ class Settings:
         return frozenset(
             origin.strip().rstrip("/").lower() for origin in self.cors_origins.split(",") if origin.strip()
         )
+
+    @property
+    def hosts(self) -> frozenset[str] | None:
+        """The names that a request may call the server by, in small letters; None for all there are.
+
+        Raises:
+            SettingsError: an entry is no name.
+        """
+        for name in _listed(self.allow_host):
+            if not re.fullmatch(r"[*]|[A-Za-z0-9_.-]+", name):
+                raise SettingsError(
+                    f"--allow-host takes names as box.example.com, without scheme and port, not {name!r}"
+                )
+        own = (self.host, self.domain.partition(":")[0].strip("."))
+        named = frozenset(name.lower().rstrip(".") for name in (*own, *_listed(self.allow_host)))
+        return None if "*" in named else named
 
     @property
     def egress_exceptions(self) -> tuple[IPv4Network, ...]:

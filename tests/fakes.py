@@ -890,7 +890,7 @@ class Service:
         self.store = store
         self.driver = driver
         self.key = "e2b_" + "a" * 40
-        self.other_key = "sk-sb-somebody-else"
+        self.other_key = "sk-sb-of-somebody-else"
         self.owner = store.add_key(self.key, "tests")
         store.add_key(self.other_key, "others")
         self._client = AsyncHTTPClient(force_instance=True, max_clients=400, max_body_size=1 << 30)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 from collections import defaultdict
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import unquote
 
@@ -11,19 +12,23 @@ from tornado.httputil import HTTPServerRequest
 from tornado.web import Application
 
 from kernel_gateway.api import commands, jupyter, ports, rest
-from kernel_gateway.api.base import Endpoint, Missing, Requests, Route
+from kernel_gateway.api.base import NOBODY, Endpoint, Missing, Requests, Route
 from kernel_gateway.api.channels import Channels
+from kernel_gateway.api.guesses import Guesses
 from kernel_gateway.api.openapi import document, serve_document
 from kernel_gateway.api.ports import Preview
 from kernel_gateway.api.socket import NOT_ALLOWED, Socket, Sockets
 from kernel_gateway.api.stream import AgentStream
+from kernel_gateway.errors import Misdirected, NotFound
 from kernel_gateway.kernel.events import Cell
-from kernel_gateway.ports import Place, place_of_host, place_of_path
+from kernel_gateway.ports import NONE, place_of_host, place_of_path
+from kernel_gateway.sandbox.lifecycle import Event
 from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
 
 log = logging.getLogger(__name__)
 
+NO_PATH = "GET /openapi.json lists what there is"
 KEYS_TICK = 0.5
 """Seconds between looks at the keys."""
 
@@ -153,7 +158,14 @@ class Gateway(Application):
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
         """Called by Tornado for each request, before anything else reads or logs the path."""
         if place := place_of_host(request.host_name, self.settings["domain_name"]):
-            return self._preview(request, place, request.path)
+            return Preview(self.settings, request, place, request.path)
+        if not is_ours(request.host_name, self.settings["hosts"]):
+            error = Misdirected(
+                f"this server is not known as {request.host_name!r:.100}",
+                hint="the operator allows the name with --allow-host; a proxy may send `Host: localhost` instead",
+            )
+            args = {**self.settings["default_handler_args"], "error": error}
+            return self.get_handler_delegate(request, Missing, args)
         path = request.path.removeprefix(self.settings["base_url"])
         before = request.path.removesuffix(path)
         found = re.fullmatch(r"/+t/([^/]+)(/.*)?", path)
@@ -162,14 +174,25 @@ class Gateway(Application):
             if not request.headers.get("Authorization", "").partition(" ")[2]:
                 request.headers["Authorization"] = f"Bearer {unquote(found[1])}"
         if place := place_of_path(path, before):
-            return self._preview(request, place, path[len(place.prefix) - len(before) :], key_in_path=found is not None)
+            rest = path[len(place.prefix) - len(before) :]
+            return Preview(self.settings, request, place, rest, key_in_path=found is not None)
         request.path = path
         return super().find_handler(request, **kwargs)
 
-    def _preview(self, request: HTTPServerRequest, place: Place, rest: str, **options: bool) -> Preview:
-        settings = self.settings
-        sandboxes, store, requests, reading = (settings[key] for key in ("sandboxes", "store", "requests", "reading"))
-        return Preview(sandboxes, store, requests, reading, request, place, rest, **options)
+
+def is_ours(host: str, hosts: frozenset[str] | None) -> bool:
+    """Whether a request to that host name, without a port, is for this server.
+
+    A web page can let its own name lead here (DNS rebinding), and would then have our answers as its own. A browser
+    takes an IP address from nobody, and names below localhost from no resolver.
+    """
+    name = host.lower().rstrip(".")
+    if hosts is None or name in hosts or name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return bool(ip_address(name.strip("[]").partition("%")[0]))
+    except ValueError:
+        return False
 
 
 def application(
@@ -184,6 +207,8 @@ def application(
     max_connections: int = 256,
     max_requests: int = 1000,
     domain: str = "localhost",
+    hosts: frozenset[str] | None = None,
+    stripped: re.Pattern[str] = NONE,
 ) -> Application:
     """The Tornado application over a collection of sandboxes and a store of keys.
 
@@ -196,6 +221,8 @@ def application(
         max_connections: WebSockets that one owner may have open at once.
         max_requests: requests that are answered at once for one owner.
         domain: services in sandboxes are reached as `{port}-{id}.{domain}`; it may include the server's port.
+        hosts: names that clients may call the server by, besides IP addresses and localhost; None for all.
+        stripped: matches headers, in small letters, that services in sandboxes do not get.
     """
     shared = {"sandboxes": sandboxes, "store": store}
     by_path: dict[str, dict[str, Route]] = {}
@@ -208,15 +235,18 @@ def application(
         sandboxes=sandboxes,
         store=store,
         default_handler_class=Missing,
-        default_handler_args={**shared, "routes": {}},
+        default_handler_args={**shared, "error": NotFound("there is no such path", hint=NO_PATH)},
         origins=origins,
         base_url=base_url,
         domain=domain,
         domain_name=domain.partition(":")[0].strip(".").lower(),
+        hosts=hosts,
+        stripped=stripped,
+        guesses=Guesses(),
         max_message=max_message,
         kernel_idle_timeout=kernel_idle_timeout,
         kernel_max_life=kernel_max_life,
-        sessions=defaultdict(jupyter.Sessions),  # by owner
+        sessions=defaultdict(jupyter.Sessions),  # by key
         sockets=Sockets(max_connections, sandboxes.held),
         openapi=document(ROUTES),
         requests=Requests(max_requests),
@@ -226,20 +256,36 @@ def application(
 
 
 async def watch_keys(app: Application) -> None:
-    """Cut off whoever uses a key that has been removed, also by another process. Sandboxes live on to their end."""
-    settings = app.settings
-    owners = settings["store"].owners()
+    """Cut off whoever uses a key that has been removed, also by another process.
+
+    Its sandboxes live on to their end, unless the store says that they have ended with the key.
+    """
+    store: Store = app.settings["store"]
+    keys = set(store.list_keys())
     while True:
         await asyncio.sleep(KEYS_TICK)
-        before, owners = owners, settings["store"].owners()
-        for owner in before - owners:
-            log.info("the key of owner %s was removed: its connections are closed", owner)
-            settings["sockets"].close(NOT_ALLOWED, "the key was removed", owner)
-            for request in settings["requests"]:
-                if isinstance(request, Endpoint) and request.owner == owner:
-                    request.cut()
-            for sandbox in settings["sandboxes"].list(owner):
-                sandbox.cut_owner()
+        before, keys = keys, set(store.list_keys())
+        for key in before - keys:
+            log.info("key %s of owner %s was removed: its connections are closed", key.id, key.owner)
+        cut_others(app.settings, {key.id for key in keys} | {NOBODY.id}, {key.owner for key in keys})
+
+
+def cut_others(settings: dict[str, Any], keys: set[str], owners: set[str]) -> None:
+    """End what was begun with another key than these, and what the store says has ended of other owners.
+
+    All that goes on is looked at, because a key may have been added, used and removed since the last look.
+    """
+    settings["sockets"].close(NOT_ALLOWED, "the key was removed", keys)
+    for request in settings["requests"]:
+        if isinstance(request, Endpoint) and request.key.id not in keys:
+            request.cut()
+    for key_id in settings["sessions"].keys() - keys:
+        for making in settings["sessions"].pop(key_id).making.values():
+            making.cancel()
+    for sandbox in settings["sandboxes"]:
+        sandbox.cut_others(keys)
+        if sandbox.owner not in owners and settings["store"].end_of(sandbox.id, sandbox.owner):
+            sandbox.apply(Event.KILL)
 
 
 def log_request(handler: Endpoint) -> None:

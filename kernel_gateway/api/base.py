@@ -20,16 +20,18 @@ from tornado.httputil import HTTPServerRequest
 from tornado.iostream import StreamClosedError
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
+from kernel_gateway.api.guesses import Guesses
 from kernel_gateway.errors import (
     CellvmError,
     InvalidRequest,
-    NotFound,
     RateLimited,
     TooLarge,
     TooManyRequests,
     Unauthorized,
 )
 from kernel_gateway.held import SMALL, Holding
+from kernel_gateway.sandbox.access import Access
+from kernel_gateway.sandbox.key import Key
 from kernel_gateway.sandbox.sandbox import Sandbox
 from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
@@ -43,10 +45,14 @@ DROPPED_BODY = 4 * 1024 * 1024 * 1024
 JSON_BODY_TIMEOUT = 60.0
 """Seconds a client may take to send a JSON body."""
 
+NOBODY = Key("", "", "", 0.0)
+"""The key of a request that needs none."""
+
 STATUS: dict[str, int] = {
     "invalid_request": 400,
     "too_large": 413,
     "unauthorized": 401,
+    "forbidden": 403,
     "not_found": 404,
     "conflict": 409,
     "too_many_requests": 429,
@@ -57,6 +63,7 @@ STATUS: dict[str, int] = {
     "sandbox_died": 502,
     "guest_unresponsive": 502,
     "method_not_allowed": 405,
+    "misdirected": 421,
     "range_not_satisfiable": 416,
     "internal": 500,
     # the agent's refusals
@@ -147,19 +154,25 @@ class Requests:
 
 @dataclass(slots=True)
 class Call:
-    """One authenticated request, as operations see it. `http` is for operations that send their answer themselves."""
+    """One authenticated request, as operations see it. `http` is for operations that send their answer themselves.
+
+    `mine` is what the request's key may see and create.
+    """
 
     sandboxes: Sandboxes
-    store: Store
-    owner: str
+    mine: Access
     path: dict[str, str]
     query: Any
     http: "Endpoint"
 
     @property
     def sandbox(self) -> Sandbox:
-        """The sandbox that the path names, if it is this owner's."""
-        return self.sandboxes.get(self.owner, self.path["id"])
+        """The sandbox that the path names, if the key may see it."""
+        return self.mine.get(self.path["id"])
+
+    @property
+    def owner(self) -> str:
+        return self.mine.key.owner
 
 
 Operation = Callable[..., Awaitable[Any]]
@@ -204,6 +217,24 @@ def key_of(request: HTTPServerRequest) -> str | None:
     return request.headers.get("X-API-Key") or in_query or None
 
 
+def refusal(request: HTTPServerRequest, guesses: Guesses) -> CellvmError:
+    """The error for a request without a known key. If it has an unknown one, that is counted."""
+    key = key_of(request)
+    address = request.remote_ip or ""
+    if key:
+        guesses.add(address)
+    if wait := guesses.wait(address):
+        error = TooManyRequests(
+            "too many unknown keys came from your address", hint="send a key that is known, or wait"
+        )
+        error.retry_after = wait
+        return error
+    return Unauthorized(
+        "the key is not known" if key else "a key is required",
+        hint="send `Authorization: Bearer <key>`; `cellvm keys` makes one",
+    )
+
+
 def decode(data: bytes, kind: Any) -> Any:
     """A JSON body as its type. An empty body reads as `{}`.
 
@@ -225,21 +256,18 @@ class Handler(RequestHandler):
         self._sandboxes = sandboxes
         self._store = store
 
-    def authenticate(self) -> str:
-        """The owner of the request's key.
+    def authenticate(self) -> Access:
+        """What the request's key may see and create.
 
         Raises:
             Unauthorized: the request has no key, or one that is not known.
+            TooManyRequests: so have too many requests from its address.
         """
         key = key_of(self.request)
-        owner = self._store.owner_of(key) if key else None
-        if owner is None:
-            self.set_header("WWW-Authenticate", "Bearer")
-            raise Unauthorized(
-                "the key is not known" if key else "a key is required",
-                hint="send `Authorization: Bearer <key>`; `cellvm keys` makes one",
-            )
-        return owner
+        known = self._store.find_key(key) if key else None
+        if known is None:
+            raise refusal(self.request, self.application.settings["guesses"])
+        return Access(self._sandboxes, self._store, known)
 
     def query(self, kind: Any) -> Any:
         """The query parameters as a type.
@@ -264,6 +292,8 @@ class Handler(RequestHandler):
             error = CellvmError("the server failed; its log says why")
         status = STATUS[error.code]
         self.set_status(status)
+        if status == HTTPStatus.UNAUTHORIZED:
+            self.set_header("WWW-Authenticate", "Bearer")
         if error.retry_after is not None:
             self.set_header("Retry-After", str(error.retry_after))
         if isinstance(error, RateLimited):
@@ -285,6 +315,7 @@ class Handler(RequestHandler):
     def set_default_headers(self) -> None:
         self.set_header("Server", "CellVM")
         self.set_header("X-Content-Type-Options", "nosniff")
+        self.set_header("Cache-Control", "no-store")
         origin = self.request.headers.get("Origin", "")
         if origin in self.application.settings["origins"]:
             self.set_header("Access-Control-Allow-Origin", origin)
@@ -306,7 +337,7 @@ class Endpoint(Handler):
     def initialize(self, sandboxes: Sandboxes, store: Store, routes: dict[str, Route]) -> None:  # type: ignore[override]
         super().initialize(sandboxes, store)
         self._routes = routes
-        self.owner = ""
+        self.key = NOBODY
         self._body = bytearray()
         self._chunks: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=1)
         self._held = contextlib.ExitStack()
@@ -329,14 +360,16 @@ class Endpoint(Handler):
                 raise MethodNotAllowed(f"{self.request.path} offers {', '.join(sorted(self._routes))}")
             self._route = route
             names = [str(argument) for argument in self.path_args]
-            owner = self.owner = "" if route.public else self.authenticate()
-            if owner:
-                self.application.settings["requests"].assign(self, owner)
+            mine = Access(self._sandboxes, self._store, NOBODY) if route.public else self.authenticate()
+            self.key = mine.key
+            if not route.public:
+                self.application.settings["requests"].assign(self, mine.key.owner)
+            if route.method != "GET":
+                mine.key.scope.check_change()
             self._body_holding = self.hold("bodies of requests")
             self.call = Call(
                 self._sandboxes,
-                self._store,
-                owner,
+                mine,
                 dict(zip(route.names, names, strict=True)),
                 None if route.query is None else self.query(route.query),
                 self,
@@ -380,7 +413,7 @@ class Endpoint(Handler):
 
     def hold(self, what: str, size: int = 0) -> Holding:
         """Hold bytes for the request's owner until the request has ended; `Account.hold` says more."""
-        return self._held.enter_context(self._sandboxes.held.account(self.owner).hold(what, size))
+        return self._held.enter_context(self._sandboxes.held.account(self.key.owner).hold(what, size))
 
     def _hold_body(self, size: int) -> None:
         self._body_holding.resize(max(size - SMALL, self._body_holding.size))
@@ -495,11 +528,15 @@ class Endpoint(Handler):
 
 
 class Missing(Endpoint):
-    """Any path that no route has."""
+    """Any request that no route answers: it gets this error."""
+
+    def initialize(self, sandboxes: Sandboxes, store: Store, error: CellvmError) -> None:  # type: ignore[override]
+        super().initialize(sandboxes, store, {})
+        self._error = error
 
     async def prepare(self) -> None:
         self.application.settings["requests"].add(self)
-        await self._fail(NotFound("there is no such path", hint="GET /openapi.json lists what there is"))
+        await self._fail(self._error)
 
 
 def phrase(status: int) -> str:

@@ -9,6 +9,7 @@ from kernel_gateway.errors import CellvmError
 from kernel_gateway.kernel import layout, message
 from kernel_gateway.kernel.journal import Gap, Record
 from kernel_gateway.kernel.message import CHANNEL, METADATA
+from kernel_gateway.sandbox.access import Access
 from kernel_gateway.sandbox.sandbox import Sandbox, sandbox_id
 
 STOCK_LIMIT = 10 * 1024 * 1024
@@ -31,8 +32,8 @@ def left_out(record: Record) -> list[bytes]:
 class Channels(Socket):
     """All channels of one kernel, for one client session."""
 
-    def find(self, owner: str, name: str) -> Sandbox:
-        return self._sandboxes.get(owner, sandbox_id(name))
+    def find(self, mine: Access, name: str) -> Sandbox:
+        return mine.get(sandbox_id(name))
 
     def select_subprotocol(self, subprotocols: list[str]) -> str | None:
         self.is_binary = layout.V1 in subprotocols

@@ -27,7 +27,7 @@ from kernel_gateway.sandbox.sandboxes import to_its_end
 DEAD_FOR = 3600
 """Seconds that a kernel which died stays listed as dead."""
 MAX_SESSIONS, MAX_MAKING = 1000, 100
-"""Sessions that one owner may have, and that may be in the making for one owner at once."""
+"""Sessions that one key may have, and that may be in the making for one key at once."""
 LOGO = (Path(__file__).parent / "logo.svg").read_bytes()
 
 
@@ -51,7 +51,7 @@ class ServerStatus(Struct):
 
 async def status(call: Call) -> ServerStatus:
     """How many kernels you have, and when they were last used."""
-    models = [model(sandbox) for sandbox in call.sandboxes.list(call.owner)]
+    models = [model(sandbox) for sandbox in call.mine.list()]
     started = jupyter_time(call.sandboxes.started_at)
     return ServerStatus(
         started=started,
@@ -177,7 +177,7 @@ def model(sandbox: Sandbox) -> KernelModel:
 
 def dead(call: Call, name: str | None = None) -> list[KernelModel]:
     """Kernels that died lately without a request of their owner. Clients learn the reason from them."""
-    ended = call.store.ended_since(call.owner, time.time() - DEAD_FOR)
+    ended = call.mine.ended_since(time.time() - DEAD_FOR)
     return [
         KernelModel(
             kernel_id(each.id),
@@ -194,8 +194,8 @@ def dead(call: Call, name: str | None = None) -> list[KernelModel]:
 
 
 def sandbox_of(call: Call) -> Sandbox:
-    """The sandbox of the kernel that the path names, if it is this owner's."""
-    return call.sandboxes.get(call.owner, sandbox_id(call.path["kernel"]))
+    """The sandbox of the kernel that the path names, if the key may see it."""
+    return call.mine.get(sandbox_id(call.path["kernel"]))
 
 
 async def list_kernels(call: Call) -> list[KernelModel]:
@@ -204,7 +204,7 @@ async def list_kernels(call: Call) -> list[KernelModel]:
     A kernel whose time was over is not in the list; `GET /api/kernels/{kernel}` still tells of it.
     """
     lost = [each for each in dead(call) if not each.reason.endswith(Event.EXPIRED)]
-    return [model(sandbox) for sandbox in call.sandboxes.list(call.owner)] + lost
+    return [model(sandbox) for sandbox in call.mine.list()] + lost
 
 
 async def start_kernel(call: Call, body: StartKernel) -> KernelModel:
@@ -219,8 +219,7 @@ async def new_kernel(call: Call, name: str | None, env: dict[str, str]) -> Sandb
     check_env(env)
     settings = call.http.application.settings
     idle = settings["kernel_idle_timeout"]
-    sandbox = await call.sandboxes.create(
-        call.owner,
+    sandbox = await call.mine.create(
         named(call, name),
         timeout=idle,
         metadata={},
@@ -247,7 +246,7 @@ async def delete_kernel(call: Call) -> None:
     """End a kernel, and its sandbox with it."""
     name = sandbox_id(call.path["kernel"])
     if dead(call, name):
-        call.store.sandbox_forgotten(name, call.owner)
+        call.mine.forget(name)
     else:
         await call.sandboxes.kill(sandbox_of(call))
 
@@ -356,7 +355,7 @@ class Session(Struct):
 
 
 class Sessions:
-    """The sessions of one owner, in memory. A session ends with its kernel. Beyond MAX_SESSIONS the oldest goes.
+    """The sessions of one key, in memory. A session ends with its kernel. Beyond MAX_SESSIONS the oldest goes.
 
     `making` has the sessions that are being made, by path. Requests for the same path share one of them.
     """
@@ -372,7 +371,7 @@ class Sessions:
 
     def live(self, call: Call) -> list[tuple[Session, Sandbox]]:
         """The sessions whose kernels live; the others are forgotten."""
-        mine = {sandbox.id: sandbox for sandbox in call.sandboxes.list(call.owner)}
+        mine = {sandbox.id: sandbox for sandbox in call.mine.list()}
         self._sessions = {name: each for name, each in self._sessions.items() if each.sandbox in mine}
         return [(each, mine[each.sandbox]) for each in self._sessions.values()]
 
@@ -380,7 +379,7 @@ class Sessions:
         """The session that the path names.
 
         Raises:
-            NotFound: the owner has no such session.
+            NotFound: the key has no such session.
         """
         for session, sandbox in self.live(call):
             if session.id == call.path["session"]:
@@ -392,7 +391,7 @@ class Sessions:
 
 
 def sessions_of(call: Call) -> Sessions:
-    sessions: Sessions = call.http.application.settings["sessions"][call.owner]
+    sessions: Sessions = call.http.application.settings["sessions"][call.mine.key.id]
     return sessions
 
 
@@ -448,7 +447,7 @@ async def make_session(call: Call, sessions: Sessions, path: str, body: SessionB
 async def kernel_for(call: Call, wanted: KernelRef) -> Sandbox:
     """The kernel of that id, or a new one."""
     if wanted.id:
-        return call.sandboxes.get(call.owner, sandbox_id(wanted.id))
+        return call.mine.get(sandbox_id(wanted.id))
     return await new_kernel(call, wanted.name, {})
 
 

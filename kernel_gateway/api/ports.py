@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable
 from http import HTTPStatus
 from http.client import responses
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from tornado.http1connection import HTTP1Connection
@@ -24,16 +24,18 @@ from tornado.httputil import HTTPHeaders, HTTPMessageDelegate, HTTPServerRequest
 from tornado.iostream import IOStream, StreamClosedError
 
 from guest_agent import wire
-from kernel_gateway.api.base import DROPPED_BODY, STATUS, Call, ErrorBody, Requests, key_of
+from kernel_gateway.api.base import DROPPED_BODY, STATUS, Call, ErrorBody, Requests, refusal
+from kernel_gateway.api.guesses import Guesses
 from kernel_gateway.errors import (
     CellvmError,
     Conflict,
     Draining,
+    Forbidden,
     GuestFailure,
     GuestUnresponsive,
     HostFull,
     InvalidRequest,
-    Unauthorized,
+    NotFound,
 )
 from kernel_gateway.guest.link import Conversation
 from kernel_gateway.ports import (
@@ -41,12 +43,15 @@ from kernel_gateway.ports import (
     Carried,
     Client,
     Exchange,
+    Headers,
     Place,
     answer_headers,
     framing,
     refuse_key_in_path,
     without_keys,
 )
+from kernel_gateway.sandbox.access import Access
+from kernel_gateway.sandbox.key import Key
 from kernel_gateway.sandbox.sandbox import Sandbox
 from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
@@ -144,17 +149,14 @@ class Preview(HTTPMessageDelegate):
     """One request to a service, from its head to the end of its answer.
 
     Args:
-        reading: a lock that is held while a piece of any service's answer is read.
+        settings: the application's.
         rest: the address after the port, without the query, still encoded.
         key_in_path: the address begins with `/t/KEY`.
     """
 
     def __init__(
         self,
-        sandboxes: Sandboxes,
-        store: Store,
-        requests: Requests,
-        reading: asyncio.Lock,
+        settings: dict[str, Any],
         request: HTTPServerRequest,
         place: Place,
         rest: str,
@@ -162,17 +164,19 @@ class Preview(HTTPMessageDelegate):
         key_in_path: bool = False,
     ) -> None:
         assert isinstance(request.connection, HTTP1Connection)
-        self._sandboxes = sandboxes
-        self._store = store
-        self._requests = requests
-        self._reading = reading
+        self._sandboxes: Sandboxes = settings["sandboxes"]
+        self._store: Store = settings["store"]
+        self._guesses: Guesses = settings["guesses"]
+        self._stripped: re.Pattern[str] = settings["stripped"]
+        self._requests: Requests = settings["requests"]
+        self._reading: asyncio.Lock = settings["reading"]
         self._request = request
         self._connection = request.connection
         self._place = place
         self._rest = rest
         self._key_in_path = key_in_path
         self._sandbox: Sandbox | None = None
-        self._is_visitor = False
+        self._key: Key | None = None  # None for a visitor
         self._exchange: Exchange | None = None
         self._conversation: Conversation | None = None
         self._task: asyncio.Task[None] | None = None
@@ -271,8 +275,8 @@ class Preview(HTTPMessageDelegate):
             return
         if not self._rest.startswith("/") or self._request.method == "CONNECT":
             raise InvalidRequest("a request to a port has a path, as in GET /…; the port is no proxy")
-        refuse_key_in_path(self._rest, self._store.owner_of)
-        carried = without_keys(headers, self._request.query, self._store.owner_of)
+        refuse_key_in_path(self._rest, self._store.find_key)
+        carried = without_keys(headers, self._request.query, self._store.find_key)
         sandbox = self._sandbox = self._find(carried)
         if self._sandboxes.is_draining:
             raise Draining("the server is going down")
@@ -280,7 +284,7 @@ class Preview(HTTPMessageDelegate):
         if len(sandbox.port_users) >= (MAX_VISITORS if self._is_visitor else MAX_CONNECTIONS):
             raise HostFull("there are too many connections to ports of this sandbox", hint="close some, or wait")
         assert self._task is not None
-        sandbox.port_users[self._task] = port if self._is_visitor else None
+        sandbox.port_users[self._task] = port if self._key is None else self._key.id
         account = self._sandboxes.held.account(sandbox.owner)
         share = VISITORS_SHARE if self._is_visitor else 1.0
         try:
@@ -297,20 +301,28 @@ class Preview(HTTPMessageDelegate):
         """The sandbox, if the client may reach this port of it.
 
         Raises:
-            Unauthorized, NotFound: the client may not. The words are the same whether the sandbox exists or not.
+            Unauthorized, TooManyRequests, Forbidden, NotFound: the client may not. The words are the same whether the
+                sandbox exists or not.
         """
-        sandbox = self._sandboxes.find(self._place.sandbox)
-        if sandbox is not None and sandbox.owner in carried.owners:
-            return sandbox
-        if sandbox is not None and sandbox.is_open(self._place.number):
-            self._is_visitor = True
-            return sandbox
-        for owner in carried.owners:
-            self._sandboxes.get(owner, self._place.sandbox)  # raises, because it is not this owner's
-        raise Unauthorized(
-            "the key is not known" if key_of(self._request) else "a key is required",
-            hint="send `Authorization: Bearer <key>`; `cellvm keys` makes one",
-        )
+        refused: CellvmError | None = None
+        for key in carried.keys:
+            try:
+                sandbox = Access(self._sandboxes, self._store, key).get(self._place.sandbox)
+                if self._request.method not in ("GET", "HEAD") or "Upgrade" in self._request.headers:
+                    key.scope.check_change()
+            except (NotFound, Forbidden) as error:
+                refused = error
+            else:
+                self._key = key
+                return sandbox
+        visited = self._sandboxes.find(self._place.sandbox)
+        if visited is not None and visited.is_open(self._place.number):
+            return visited
+        raise refused or refusal(self._request, self._guesses)
+
+    @property
+    def _is_visitor(self) -> bool:
+        return self._key is None
 
     @property
     def _may_go_on(self) -> bool:
@@ -345,7 +357,7 @@ class Preview(HTTPMessageDelegate):
         request = self._request
         named = re.search(r"\bupgrade\b", request.headers.get("Connection", ""), re.IGNORECASE)
         upgrade = request.headers.get("Upgrade", "") if named and length == 0 else ""
-        exchange = Exchange(self._place)
+        exchange = Exchange(self._place, self._stripped)
         target = self._rest + (f"?{carried.query}" if carried.query else "")
         head = exchange.request(request.method or "", target, carried.headers, length, upgrade, client_of(request))
         if upgrade:
@@ -361,7 +373,7 @@ class Preview(HTTPMessageDelegate):
             await self._switch(conversation, answer, exchange.rest)
             return
         is_download = carried.in_address and not upgrade
-        await self._write_head(answer.status, answer_headers(answer, self._place, is_download=is_download))
+        await self._write_head(answer.status, self._headers(answer, is_download=is_download))
         self._is_begun.set()
         while not exchange.is_over:
             if data := await self._in_turn(lambda: self._body(exchange)):
@@ -369,6 +381,9 @@ class Preview(HTTPMessageDelegate):
             elif not exchange.is_over:
                 exchange.receive_data(await self._receive(conversation))
         self._is_answered = True
+
+    def _headers(self, answer: Answer, *, is_download: bool) -> Headers:
+        return answer_headers(answer, self._place, is_private=not self._is_visitor, is_download=is_download)
 
     async def _send(self, data: bytes) -> None:
         """Send to the service as it reads; after STALL_TIMEOUT cut the client. `_receive` raises other errors."""
@@ -471,6 +486,7 @@ class Preview(HTTPMessageDelegate):
         headers = [
             ("Server", "CellVM"),
             ("X-Content-Type-Options", "nosniff"),
+            ("Cache-Control", "no-store"),
             ("Content-Type", "application/json"),
             ("Content-Length", str(len(body))),
         ]
@@ -499,7 +515,7 @@ class Preview(HTTPMessageDelegate):
 
     async def _switch(self, conversation: Conversation, answer: Answer, first: bytes) -> None:
         """Copy bytes both ways until one side closes."""
-        headers = answer_headers(answer, self._place, is_download=False)
+        headers = self._headers(answer, is_download=False)
         headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
         upgrade = next((value for name, value in answer.headers if name.lower() == "upgrade"), "")
         await self._write_head(answer.status, [*headers, ("Connection", "Upgrade"), ("Upgrade", upgrade)])

@@ -49,6 +49,9 @@ INLINE_LIMIT = 1024 * 1024
 MAX_ARGUMENT = 128 * 1024 - 1
 """Longest single argument that Linux passes to a program, in bytes."""
 
+MAX_METADATA = 64 * 1024
+"""Bytes of a sandbox's metadata, names and values."""
+
 Timeout = Annotated[int, Meta(ge=1, le=MAX_TIMEOUT, description="Seconds.")]
 Seconds = Annotated[float, Meta(gt=0, le=MAX_TIMEOUT, description="Seconds.")]
 Text = dict[str, str]
@@ -149,6 +152,13 @@ def check_env(env: Text) -> None:
     check_text(*env, *env.values())
 
 
+def check_metadata(metadata: Text) -> None:
+    """Refuse metadata that can't be UTF-8, or that are too long, because every listing repeats them."""
+    check_text(*metadata, *metadata.values())
+    if sum(len(text.encode()) for pair in metadata.items() for text in pair) > MAX_METADATA:
+        raise TooLarge(f"metadata may have at most {MAX_METADATA} bytes in all", hint="store it as a file")
+
+
 def check_text(*texts: str) -> None:
     """Refuse text that can't be UTF-8 (JSON allows lone surrogates)."""
     for text in texts:
@@ -189,10 +199,9 @@ async def create_sandbox(call: Call, body: CreateSandbox) -> SandboxModel:
         known = ", ".join(template.id for template in call.sandboxes.templates)
         raise InvalidRequest(f"unknown template: {body.templateID[:100]}", hint=f"this server offers {known}")
     check_env(body.envVars)
-    check_text(*body.metadata, *body.metadata.values())
+    check_metadata(body.metadata)
     network = body.network or NetworkRules()
-    sandbox = await call.sandboxes.create(
-        call.owner,
+    sandbox = await call.mine.create(
         template,
         timeout=body.timeout,
         metadata=body.metadata,
@@ -211,7 +220,7 @@ async def list_sandboxes(call: Call) -> list[SandboxModel]:
     wanted = parse_metadata(call.query.metadata or "")
     return [
         model(sandbox)
-        for sandbox in call.sandboxes.list(call.owner)
+        for sandbox in call.mine.list()
         if status in (None, sandbox.state) and wanted.items() <= sandbox.metadata.items()
     ]
 

@@ -11,6 +11,7 @@ import socket
 import struct
 import time
 import uuid
+from collections.abc import Collection
 from typing import Annotated, Any
 
 import msgspec
@@ -22,6 +23,8 @@ from kernel_gateway.errors import CellvmError, Draining, InvalidRequest, TooMany
 from kernel_gateway.held import SMALL, Held, Holding
 from kernel_gateway.kernel.journal import Gap, Record, merged
 from kernel_gateway.kernel.kernel import Kernel
+from kernel_gateway.sandbox.access import Access
+from kernel_gateway.sandbox.key import Key
 from kernel_gateway.sandbox.sandbox import Sandbox
 
 log = logging.getLogger(__name__)
@@ -99,12 +102,11 @@ class Sockets:
         if not self._open[owner]:
             del self._open[owner]
 
-    def close(self, code: int, reason: str, owner: str | None = None) -> None:
-        """Begin to close every connection, or those of one owner."""
-        for name, mine in self._open.items():
-            if owner in (None, name):
-                for each in mine:
-                    each.close(code, reason)
+    def close(self, code: int, reason: str, but: Collection[str] = ()) -> None:
+        """Begin to close every connection, but those of some keys, which are given by their ids."""
+        for each in [each for mine in self._open.values() for each in mine]:
+            if each.key.id not in but:
+                each.close(code, reason)
 
 
 class Frames(WebSocketProtocol13):
@@ -142,6 +144,7 @@ class SocketQuery(msgspec.Struct):
 class Socket(WebSocketHandler, Handler):
     """One connection. A subclass finds the sandbox, makes frames of records, and reads the client's messages."""
 
+    key: Key
     sandbox: Sandbox
     kernel: Kernel
     session: str
@@ -149,7 +152,7 @@ class Socket(WebSocketHandler, Handler):
     """Messages that were received, or are announced, and have not been passed on."""
     is_binary = False
 
-    def find(self, owner: str, name: str) -> Sandbox:
+    def find(self, mine: Access, name: str) -> Sandbox:
         """The sandbox that the path names."""
         raise NotImplementedError
 
@@ -162,12 +165,14 @@ class Socket(WebSocketHandler, Handler):
         try:
             if self.request.method != "GET" or self.request.headers.get("Upgrade", "").lower() != "websocket":
                 raise InvalidRequest("this is a WebSocket: connect with `Upgrade: websocket`")
-            owner = self.authenticate()
-            self._sockets.check(owner)
+            mine = self.authenticate()
+            self.key = mine.key
+            mine.key.scope.check_change()
+            self._sockets.check(mine.key.owner)
             if self._sandboxes.is_draining:
                 raise Draining("the server is going down")
             self._query: SocketQuery = self.query(SocketQuery)
-            self.sandbox = self.find(owner, self.path_args[0])
+            self.sandbox = self.find(mine, self.path_args[0])
             self.kernel = self.sandbox.guest.kernel
             since = self._query.since
             if since is not None and since > self.kernel.journal.last:

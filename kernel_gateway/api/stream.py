@@ -9,6 +9,7 @@ from kernel_gateway.api.socket import MALFORMED, Socket
 from kernel_gateway.errors import CellvmError
 from kernel_gateway.kernel.events import CellError, Events, StreamEvent
 from kernel_gateway.kernel.journal import Gap, Record
+from kernel_gateway.sandbox.access import Access
 from kernel_gateway.sandbox.sandbox import Sandbox
 
 
@@ -42,8 +43,8 @@ _command = msgspec.json.Decoder(Command)
 class AgentStream(Socket):
     """Everything that happens in one sandbox's kernel, whoever caused it."""
 
-    def find(self, owner: str, name: str) -> Sandbox:
-        return self._sandboxes.get(owner, name)
+    def find(self, mine: Access, name: str) -> Sandbox:
+        return mine.get(name)
 
     def open(self, *args: str, **kwargs: str) -> None:
         self._events = Events()

@@ -7,7 +7,7 @@ import secrets
 import string
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Protocol, runtime_checkable
@@ -112,7 +112,7 @@ class Sandbox:
         self.applying = asyncio.Lock()
         self.open_ports: set[int] = set()
         self.all_ports_open = False
-        self.port_users: dict[asyncio.Task[None], int | None] = {}  # a visitor's port; None for the owner
+        self.port_users: dict[asyncio.Task[None], int | str] = {}  # a visitor's port, or the id of a key
         self.started_at = datetime.now(UTC)
         self.idle_timeout = idle_timeout
         self.kernel_name = template.id  # the name by which a Jupyter client has asked for it
@@ -159,15 +159,15 @@ class Sandbox:
             self.open_ports.clear()
         self._cut_visitors()
 
-    def cut_owner(self) -> None:
-        """End the owner's own connections to ports."""
-        for task, port in self.port_users.items():
-            if port is None:
+    def cut_others(self, keys: Collection[str]) -> None:
+        """End the connections to ports that were made with another key than these, which are given by their ids."""
+        for task, user in self.port_users.items():
+            if isinstance(user, str) and user not in keys:
                 task.cancel()
 
     def _cut_visitors(self) -> None:
-        for task, port in self.port_users.items():
-            if port is not None and not self.is_open(port):
+        for task, user in self.port_users.items():
+            if isinstance(user, int) and not self.is_open(user):
                 task.cancel()
 
     @property

@@ -5,7 +5,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -131,6 +131,9 @@ class Sandboxes:
 
     def __len__(self) -> int:
         return len(self._sandboxes)
+
+    def __iter__(self) -> Iterator[Sandbox]:
+        return iter([*self._sandboxes.values()])
 
     @property
     def trouble(self) -> str:

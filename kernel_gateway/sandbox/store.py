@@ -12,25 +12,37 @@ import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from kernel_gateway.errors import HostFull
+from kernel_gateway.sandbox.key import ALL, Key, Scope, may_be_key, parse_scope
 
 log = logging.getLogger(__name__)
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS keys (
-    hash BLOB PRIMARY KEY, owner TEXT NOT NULL, name TEXT NOT NULL, created REAL NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS sandboxes (
-    id TEXT PRIMARY KEY, owner TEXT NOT NULL, template TEXT NOT NULL, created REAL NOT NULL, ended REAL, reason TEXT
-) STRICT;
-CREATE INDEX IF NOT EXISTS live ON sandboxes (id) WHERE ended IS NULL;
-CREATE INDEX IF NOT EXISTS ended ON sandboxes (owner, ended);
-"""
+VARIABLE = "CELLVM_API_KEY"
+"""The id and the owner of the key that the server was started with. It is not stored."""
+SCHEMA = (
+    (
+        "CREATE TABLE IF NOT EXISTS keys ("
+        " hash BLOB PRIMARY KEY, owner TEXT NOT NULL, name TEXT NOT NULL, created REAL NOT NULL) STRICT",
+        "CREATE TABLE IF NOT EXISTS sandboxes ("
+        " id TEXT PRIMARY KEY, owner TEXT NOT NULL, template TEXT NOT NULL, created REAL NOT NULL, ended REAL,"
+        " reason TEXT) STRICT",
+        "CREATE INDEX IF NOT EXISTS live ON sandboxes (id) WHERE ended IS NULL",
+        "CREATE INDEX IF NOT EXISTS ended ON sandboxes (owner, ended)",
+    ),
+    (
+        "DELETE FROM keys WHERE name = 'CELLVM_API_KEY'",  # earlier servers stored it
+        "ALTER TABLE keys ADD COLUMN id TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE keys ADD COLUMN scope TEXT NOT NULL DEFAULT ''",
+        "UPDATE keys SET id = owner",
+    ),
+)
+"""What makes each version of the database from the one before."""
 KEPT_DAYS = 30
 """Days that an entry of a sandbox is kept after its end."""
 LOCK_TIMEOUT = 5.0
@@ -76,14 +88,15 @@ class Store:
         self._db = self._connect(path)
         path.chmod(0o600)
         self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.executescript(SCHEMA)
+        self._migrate()
         self._writing_db = self._connect(path)
         self._thread = ThreadPoolExecutor(1, "store")
         self._reserve = path.with_name("reserve")
         self._unwritten: dict[str, Entry] = {}
         self._flushing: asyncio.Task[None] | None = None
         self.trouble = ""
-        self._owners: dict[bytes, str] = {}
+        self._lent: dict[bytes, Key] = {}
+        self._known: dict[bytes, Key] = {}
         self._version = -1
 
     @staticmethod
@@ -91,6 +104,25 @@ class Store:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=LOCK_TIMEOUT)
         db.execute("PRAGMA synchronous=NORMAL")
         return db
+
+    def _migrate(self) -> None:
+        """Bring the database to the present version."""
+        while (version := self._db.execute("PRAGMA user_version").fetchone()[0]) < len(SCHEMA):
+            with self._transaction():
+                if self._db.execute("PRAGMA user_version").fetchone()[0] == version:  # else another process was first
+                    for statement in SCHEMA[version]:
+                        self._db.execute(statement)
+                    self._db.execute(f"PRAGMA user_version = {version + 1}")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
 
     async def flush(self, limit: float) -> None:
         """Return when all ends are written, or after `limit` seconds."""
@@ -107,38 +139,56 @@ class Store:
 
     # -- keys: only their hashes are kept
 
-    def add_key(self, key: str, name: str) -> str:
-        """Let `key` in, and return its owner's id. Adding a known key changes nothing."""
-        known = self.owner_of(key)
+    def add_key(self, key: str, name: str, *, owner: str | None = None, scope: Scope = ALL) -> str:
+        """Let `key` in, and return its id. Adding a known key changes nothing.
+
+        Args:
+            owner: whose sandboxes the key sees; None for an owner of its own.
+        """
+        known = self.find_key(key)
         if known is not None:
-            return known
-        owner = secrets.token_hex(8)
-        self._db.execute("INSERT INTO keys VALUES (?, ?, ?, ?)", (_hash(key), owner, name, time.time()))
+            return known.id
+        key_id = secrets.token_hex(8)
+        entry = (_hash(key), owner or key_id, name, time.time(), key_id, str(scope))
+        self._db.execute("INSERT INTO keys (hash, owner, name, created, id, scope) VALUES (?, ?, ?, ?, ?, ?)", entry)
         self._version = -1
-        return owner
+        return key_id
 
-    def owner_of(self, key: str) -> str | None:
-        """The owner of a key. The look-up is by hash, so its time tells nothing about the stored keys."""
-        return self._keys().get(_hash(key))
+    def lend_key(self, key: str) -> None:
+        """Let `key` in for as long as this store is open, without storing it."""
+        self._lent[_hash(key)] = Key(VARIABLE, VARIABLE, VARIABLE, time.time())
+        self._version = -1
 
-    def owners(self) -> set[str]:
-        """The owners that have a key."""
-        return set(self._keys().values())
+    def find_key(self, key: str) -> Key | None:
+        """What is known of a key. The look-up is by hash, so its time tells nothing about the stored keys."""
+        return self._keys().get(_hash(key)) if may_be_key(key) else None
 
-    def _keys(self) -> dict[bytes, str]:
+    def list_keys(self) -> list[Key]:
+        """All keys, the oldest first."""
+        return sorted(self._keys().values(), key=lambda key: key.created)
+
+    def _keys(self) -> dict[bytes, Key]:
         (version,) = self._db.execute("PRAGMA data_version").fetchone()  # another connection's commit changes it
         if version != self._version:
-            self._owners = dict(self._db.execute("SELECT hash, owner FROM keys").fetchall())
+            rows = self._db.execute("SELECT hash, id, owner, name, created, scope FROM keys").fetchall()
+            stored = {row[0]: Key(row[1], row[2], row[3], row[4], parse_scope(row[5])) for row in rows}
+            self._known = {**self._lent, **stored}
             self._version = version
-        return self._owners
+        return self._known
 
-    def list_keys(self) -> list[tuple[str, str, float]]:
-        """Owner id, name and time of creation of every key."""
-        return self._db.execute("SELECT owner, name, created FROM keys ORDER BY created").fetchall()
+    def remove_key(self, key_id: str, *, with_sandboxes: bool = False) -> bool:
+        """Remove a key, and the keys that see the same sandboxes if it is their owner's first. False if there is none.
 
-    def remove_key(self, owner: str) -> bool:
+        Args:
+            with_sandboxes: write down that the owner's sandboxes have ended. The server that runs them ends them.
+        """
+        with self._transaction():
+            if with_sandboxes:
+                query = "UPDATE sandboxes SET ended = ?, reason = 'key_removed' WHERE owner = ? AND ended IS NULL"
+                self._db.execute(query, (time.time(), key_id))
+            removed = self._db.execute("DELETE FROM keys WHERE ? IN (id, owner)", (key_id,)).rowcount
         self._version = -1
-        return self._db.execute("DELETE FROM keys WHERE owner = ?", (owner,)).rowcount > 0
+        return removed > 0
 
     # -- sandboxes
 
@@ -162,13 +212,13 @@ class Store:
 
     def sandbox_forgotten(self, sandbox_id: str, owner: str) -> None:
         """Take note that the owner knows of a sandbox's end."""
-        entry = self._entry(sandbox_id)
+        entry = self.entry(sandbox_id)
         if entry is not None and entry.owner == owner:
             self._note(entry._replace(reason="kill"))
 
     def end_of(self, sandbox_id: str, owner: str) -> tuple[float, str] | None:
         """When and why a sandbox of that owner ended."""
-        entry = self._entry(sandbox_id)
+        entry = self.entry(sandbox_id)
         if entry is None or entry.owner != owner or entry.ended is None or entry.reason is None:
             return None
         return entry.ended, entry.reason
@@ -193,7 +243,8 @@ class Store:
         query = "UPDATE sandboxes SET ended = ?, reason = ? WHERE ended IS NULL"
         return self._db.execute(query, (time.time(), reason)).rowcount
 
-    def _entry(self, sandbox_id: str) -> Entry | None:
+    def entry(self, sandbox_id: str) -> Entry | None:
+        """What is written down of a sandbox, whoever owns it. The caller must check what its client may know."""
         if sandbox_id in self._unwritten:
             return self._unwritten[sandbox_id]
         row = self._db.execute("SELECT * FROM sandboxes WHERE id = ?", (sandbox_id,)).fetchone()

@@ -445,7 +445,7 @@ async def raw(service: Any, head: str, body: bytes = b"") -> tuple[int, bytes]:
     host, port = service.url.rsplit("/", 1)[1].rsplit(":", 1)
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
-        writer.write(head.replace("\n", "\r\n").encode() + b"\r\nHost: x\r\nConnection: close\r\n\r\n" + body)
+        writer.write(head.replace("\n", "\r\n").encode() + b"\r\nHost: localhost\r\nConnection: close\r\n\r\n" + body)
         answer, _, content = (await asyncio.wait_for(reader.read(), TIMEOUT)).partition(b"\r\n\r\n")
     finally:
         writer.close()

@@ -514,12 +514,12 @@ async def test_tls(tmp_path: Path) -> None:
     names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
     subprocess.run([*command.split(), *names], check=True, capture_output=True)  # noqa: ASYNC221
     settings = Settings(
-        port=0, data_dir=str(tmp_path / "data"), isolation="unisolated", pool_size=0, api_key="sk-sb-tls",
+        port=0, data_dir=str(tmp_path / "data"), isolation="unisolated", pool_size=0, api_key="sk-sb-over-tls-01234",
         tls_cert=str(certificate), tls_key=str(key),
     )  # fmt: skip
     async with running(settings, lambda text: None) as server:
         assert server.url.startswith("https://")
-        service = SimpleNamespace(url=server.url, key="sk-sb-tls")
+        service = SimpleNamespace(url=server.url, key="sk-sb-over-tls-01234")
         http = AsyncHTTPClient(force_instance=True)
         url = f"{server.url}/api/kernels?token={service.key}"
         answer = await http.fetch(url, method="POST", body=b"", ca_certs=str(certificate))

@@ -426,7 +426,7 @@ async def upgrade_on(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, server: ServerProcess, path: str
 ) -> bytes:
     """The status line of an upgrade on an existing connection."""
-    head = f"GET {path} HTTP/1.1\nHost: x\nX-API-Key: {server.key}\nUpgrade: websocket\nConnection: Upgrade\n"
+    head = f"GET {path} HTTP/1.1\nHost: localhost\nX-API-Key: {server.key}\nUpgrade: websocket\nConnection: Upgrade\n"
     head += f"Sec-WebSocket-Version: 13\nSec-WebSocket-Key: {'A' * 22}==\n\n"
     writer.write(head.replace("\n", "\r\n").encode())
     async with asyncio.timeout(TIMEOUT):
@@ -441,7 +441,7 @@ async def test_r23_the_server_is_stopped(tmp_path: Path) -> None:
         port = int(server.url.rsplit(":", 1)[1])
         async with channels(server, kernel) as client, agent(server, box) as other:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(b"GET /api HTTP/1.1\r\nHost: x\r\n\r\n")
+            writer.write(b"GET /api HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert b"200" in (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")[0]
             await reader.readuntil(b"}")
             body = {"code": "import time; print('begun', flush=True); time.sleep(1); print('whole')"}
@@ -465,9 +465,7 @@ async def test_r1_the_server_is_killed(tmp_path: Path) -> None:
         async with channels(server, kernel) as client:
             await server.end(signal.SIGKILL)
             assert await client.close_code() == 1006
-        key = server.key
-    async with server_process(tmp_path / "data") as server:
-        server.key = key
+    async with server_process(tmp_path / "data") as server:  # with another key of the same owner
         model = json.loads((await server.call("GET", f"/api/kernels/{kernel}")).body)
         assert (model["execution_state"], "host_restart" in model["reason"]) == ("dead", True)
         with pytest.raises(InvalidStatus) as refused:

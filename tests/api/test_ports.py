@@ -24,10 +24,11 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from guest_agent import wire
-from kernel_gateway.api import base, ports
+from kernel_gateway.api import base, guesses, ports
 from kernel_gateway.api.base import STATUS
 from kernel_gateway.drivers.unisolated import Unisolated
 from kernel_gateway.guest import link
+from kernel_gateway.ports import names
 from kernel_gateway.sandbox.lifecycle import State
 from kernel_gateway.sandbox.sandbox import Sandbox
 from tests.fakes import Service, error_of, eventually, resident, serving
@@ -240,8 +241,10 @@ async def start(service: Service) -> Lab:
 
 
 @pytest.fixture
-async def lab(shared: Lab) -> AsyncIterator[Lab]:
+async def lab(shared: Lab, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lab]:
     """The service. Afterwards its ports are closed, and it must have seen no key."""
+    # All tests together offer many unknown keys.
+    monkeypatch.setattr(guesses, "LIMIT", 10_000)
     yield shared
     await shared.open(public=False, port=None)
     await eventually(lambda: len(shared.sandbox.port_users) == 0)
@@ -824,6 +827,10 @@ async def test_no_key_reaches_the_service(lab: Lab, form: str, public: bool, by_
     assert not {"authorization", "x-api-key"} & set(told["headers"])
     # An answer to an address with a key is a download, because a page could read its own address.
     assert answer.headers.get("Content-Disposition") == ("attachment" if query else None)
+    assert answer.headers["Content-Type"] == ("application/octet-stream" if query else "application/json")
+    if query:
+        assert answer.headers.get_list("Content-Security-Policy") == ["sandbox"]
+        assert answer.headers.get_list("X-Content-Type-Options") == ["nosniff"]
 
 
 @pytest.mark.parametrize("public", [False, True])
@@ -845,13 +852,13 @@ async def test_a_key_in_the_path_is_refused(lab: Lab, public: bool) -> None:
 
 
 async def test_the_services_own_credentials(lab: Lab) -> None:
-    """They reach the service: alone on an open port, and on a closed one beside a key of ours elsewhere."""
+    """Tokens reach the service: alone on an open port, and on a closed one beside a key of ours elsewhere."""
     own = {"Authorization": "Bearer of-the-app", "X-API-Key": lab.service.key}
     assert echoed(await lab.call("GET", "/", key=None, headers=own))["headers"]["authorization"] == "Bearer of-the-app"
     own = {"Authorization": f"Bearer {lab.service.key}", "X-API-Key": "of-the-app"}
     assert echoed(await lab.call("GET", "/", key=None, headers=own))["headers"]["x-api-key"] == "of-the-app"
     await lab.open()
-    own = {"Authorization": "Basic eDp5", "X-API-Key": "of-the-app"}
+    own = {"Authorization": "Bearer of-the-app", "X-API-Key": "of-the-app"}
     told = echoed(await lab.call("GET", "/?token=of-the-app", key=None, headers=own))
     assert {name: told["headers"][name.lower()] for name in own} == own
     assert told["target"] == "/?token=of-the-app"
@@ -998,6 +1005,97 @@ async def test_visitors_leave_room_for_the_owner(lab: Lab, monkeypatch: pytest.M
     await eventually(lambda: held.size == 0)
 
 
+# -- what stands in front
+
+OF_A_PROXY = {
+    "Authorization": "Basic eDpwcm94eS1zZWNyZXQ=",
+    "Cf-Access-Jwt-Assertion": "proxy-secret",
+    "CF-Connecting-IP": "proxy-secret",
+    "X-Auth-Request-Access-Token": "proxy-secret",
+    "X-Amzn-Oidc-Data": "proxy-secret",
+    "X-Goog-IAP-JWT-Assertion": "proxy-secret",
+    "X-MS-CLIENT-PRINCIPAL": "proxy-secret",
+    "Remote-User": "proxy-secret",
+    "Remote_User": "proxy-secret",
+    "X_forwarded_for": "proxy-secret",
+    "X-Real-IP": "proxy-secret",
+    "Via": "proxy-secret",
+    "Cookie": "a=1; CF_Authorization=proxy-secret; _oauth2_proxy_0=proxy-secret; b=2",
+}
+"""What proxies add to a request."""
+
+
+@pytest.mark.parametrize("public", [False, True])
+@pytest.mark.parametrize("by_host", [False, True])
+async def test_what_a_proxy_adds_stays_here(lab: Lab, public: bool, by_host: bool) -> None:
+    """No credential of what stands in front reaches the service, and no client can pretend to be in front."""
+    await lab.open(public)
+    call = lab.by_host if by_host else lab.call
+    headers = {**OF_A_PROXY, "X-API-Key": lab.service.key, "X-Own": "1"}
+    told = echoed(await call("GET", "/", key=None, headers=headers))["headers"]
+    assert told.get("cookie") == ("a=1; b=2" if by_host else None)
+    assert told["x-own"] == "1"
+    assert not {name.lower() for name in OF_A_PROXY} & (set(told) - {"cookie"})
+    assert "proxy-secret" not in str(told)
+    assert "eDpwcm94eS1zZWNyZXQ=" not in str(told)
+
+
+OBEYED = (
+    "X-Accel-Redirect X-Accel-Buffering X-Sendfile X-Sendfile-Type X-LIGHTTPD-send-file X-LiteSpeed-Location"
+    " X-Reproxy-URL Surrogate-Control CDN-Cache-Control Cloudflare-CDN-Cache-Control X-Cache-Control Edge-Control"
+    " X-Envoy-Immediate-Health-Check-Fail Server"
+).split()
+OF_NEW_BROWSERS = (
+    "Sec-Session-Registration Secure-Session-Registration IdP-SignIn-Status Speculation-Rules Origin-Trial Critical-CH"
+    " Public-Key-Pins Permissions-Policy Refresh"
+).split()
+PASSED = (
+    "Cache-Control ETag Last-Modified Vary Expires Retry-After Link Content-Language Content-Disposition X-Own"
+    " Access-Control-Allow-Origin Access-Control-Expose-Headers Mcp-Session-Id"
+).split()
+
+
+@pytest.mark.parametrize("by_host", [False, True])
+async def test_what_proxies_and_browsers_obey(lab: Lab, by_host: bool) -> None:
+    """Headers that a proxy in front obeys are dropped. By path only headers pass that are known to be harmless."""
+    lines = "".join(f"{name}: /private\r\n" for name in [*OBEYED, *OF_NEW_BROWSERS, *PASSED])
+    call = lab.by_host if by_host else lab.call
+    answer = await call("POST", "/raw", body=f"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n{lines}\r\n".encode())
+    assert answer.code == 200
+    given = {name.lower() for name in answer.headers}
+    assert not {name.lower() for name in OBEYED} & given
+    assert {name.lower() for name in PASSED} <= given
+    expected = {name.lower() for name in OF_NEW_BROWSERS} if by_host else set()
+    assert {name.lower() for name in OF_NEW_BROWSERS} & given == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "private"),
+    [
+        ("", "private"),
+        ("Cache-Control: public, max-age=60\r\n", "private, max-age=60"),
+        ("Cache-Control: s-maxage=60\r\nCache-Control: no-cache, PRIVATE\r\n", "private, no-cache"),
+        ("Cache-Control: no-store\r\n", "private, no-store"),
+    ],
+)
+async def test_answers_of_a_closed_port_are_private(lab: Lab, given: str, private: str) -> None:
+    """No cache in front keeps for others what was answered to a key. What strangers get is the service's own affair."""
+    raw = f"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n{given}\r\n".encode()
+    assert (await lab.answered(raw)).headers.get_list("Cache-Control") == [private]
+    await lab.open()
+    own = [line.partition(": ")[2] for line in given.split("\r\n")[:-1]]
+    assert (await lab.answered(raw, key=None)).headers.get_list("Cache-Control") == own
+
+
+async def test_the_operators_own_headers(tmp_path: Any) -> None:
+    """Headers of `--strip-headers` reach no service. A `*` at the end means all that begin like it."""
+    async with serving(tmp_path, Unisolated(tmp_path), stripped=names("X-Corp-*, X-Staff")) as service:
+        lab = await start(service)
+        headers = {"X-Corp-Token": "1", "X-Staff": "1", "X-Staff-Only": "1", "X-Corpus": "1"}
+        told = echoed(await lab.call("GET", "/", headers=headers))["headers"]
+        assert set(told) & {name.lower() for name in headers} == {"x-staff-only", "x-corpus"}
+
+
 # -- what a page may do
 
 
@@ -1080,7 +1178,6 @@ async def test_a_page_of_the_service_is_its_own(lab: Lab) -> None:
     """The service's own pages have localhost as their origin, as the service knows itself. Others keep theirs."""
     for call, own in (
         (lab.call, lab.service.url),
-        (lab.call, "null"),
         (lab.by_host, f"http://{lab.host}"),
         (lab.by_host, f"https://{lab.host}"),
     ):
@@ -1089,7 +1186,8 @@ async def test_a_page_of_the_service_is_its_own(lab: Lab) -> None:
     for call in (lab.call, lab.by_host):
         told = echoed(await call("GET", "/", headers={"Origin": "https://elsewhere.example"}))
         assert told["headers"]["origin"] == "https://elsewhere.example"
-    assert echoed(await lab.by_host("GET", "/", headers={"Origin": "null"}))["headers"]["origin"] == "null"
+        # Sandboxed frames of any site have this origin, so it proves nothing.
+        assert echoed(await call("GET", "/", headers={"Origin": "null"}))["headers"]["origin"] == "null"
 
 
 # -- by host name

@@ -3,7 +3,9 @@
 import asyncio
 import json
 import logging
+import resource
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import closing
@@ -16,12 +18,14 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from kernel_gateway.__main__ import main
+from kernel_gateway.sandbox.key import parse_scope
 from kernel_gateway.sandbox.store import Store
 from kernel_gateway.server import Server, builder, running
 from kernel_gateway.settings import Settings, SettingsError
 from tests.fakes import error_of, eventually
 
-KEY = "sk-sb-tests"
+KEY = "sk-sb-of-the-tests-0123456789"
+REMOVED = "sk-sb-removed-by-the-tests"
 
 
 def settings(directory: Path, **fields: Any) -> Settings:
@@ -81,8 +85,8 @@ async def test_a_removed_key_is_cut_off(tmp_path: Path, client: AsyncHTTPClient)
     async with running(settings(tmp_path, pool_size=0), lambda text: None) as server:
         answers = []
         with closing(Store(tmp_path / "data" / "cellvm.db")) as store:
-            owner = store.add_key("sk-sb-removed", "removed")
-            for key, pause in (("sk-sb-removed", 60), (KEY, 5)):
+            owner = store.add_key(REMOVED, "removed")
+            for key, pause in ((REMOVED, 60), (KEY, 5)):
                 body = {"templateID": "code_interpreter"}
                 box = json.loads((await call(client, server, "POST", "/sandboxes", body, key)).body)["sandboxID"]
                 path = f"/sandboxes/{box}"
@@ -101,8 +105,70 @@ async def test_a_removed_key_is_cut_off(tmp_path: Path, client: AsyncHTTPClient)
             (await cut).rethrow()
         assert json.loads((await kept).body)["results"][0]["data"] == {"text/plain": "42"}
         await other.close()
-        assert (await call(client, server, "GET", "/sandboxes", key="sk-sb-removed")).code == 401
+        assert (await call(client, server, "GET", "/sandboxes", key=REMOVED)).code == 401
         assert len(server.sandboxes) == 2
+
+
+async def test_a_removed_key_with_limits_is_cut_off_alone(tmp_path: Path, client: AsyncHTTPClient) -> None:
+    """Its own WebSocket ends. That of the owner's first key, in the same sandbox, goes on."""
+    async with running(settings(tmp_path, pool_size=0), lambda text: None) as server:
+        answer = await call(client, server, "POST", "/sandboxes", {"templateID": "base"})
+        box = json.loads(answer.body)["sandboxID"]
+        uri = f"{server.url.replace('http', 'ws')}/sandboxes/{box}/stream"
+        with closing(Store(tmp_path / "data" / "cellvm.db")) as store:
+            scope = parse_scope(f"sandbox={box}")
+            limited = store.add_key(REMOVED, "limited", owner="CELLVM_API_KEY", scope=scope)
+            cut, kept = [await connect(uri, additional_headers={"X-API-Key": key}) for key in (REMOVED, KEY)]
+            assert store.remove_key(limited)
+        with pytest.raises(ConnectionClosed):
+            await asyncio.wait_for(drained(cut), 10)
+        await kept.send('{"type": "execute", "code": "6 * 7"}')
+        while "42" not in str(await asyncio.wait_for(kept.recv(), 20)):
+            pass
+        await kept.close()
+        assert (await call(client, server, "GET", f"/sandboxes/{box}")).code == 200
+
+
+async def test_a_removed_key_takes_its_sandboxes(
+    tmp_path: Path, client: AsyncHTTPClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`keys remove --with-sandboxes`, in another process, ends those of that key and no others."""
+    monkeypatch.setenv("CELLVM_DATA_DIR", str(tmp_path / "data"))
+    async with running(settings(tmp_path, pool_size=0), lambda text: None) as server:
+        boxes = []
+        with closing(Store(tmp_path / "data" / "cellvm.db")) as store:
+            owner = store.add_key(REMOVED, "removed")
+            for key in (REMOVED, KEY):
+                answer = await call(client, server, "POST", "/sandboxes", {"templateID": "base"}, key)
+                boxes.append(json.loads(answer.body)["sandboxID"])
+            command = [sys.executable, "-m", "kernel_gateway", "keys", "remove", owner, "--with-sandboxes"]
+            process = await asyncio.create_subprocess_exec(*command)
+            assert await process.wait() == 0
+            await eventually(lambda: len(server.sandboxes) == 1)
+            assert server.sandboxes.find(boxes[0]) is None
+            assert (store.end_of(boxes[0], owner) or (0, ""))[1] == "key_removed"
+        assert (await call(client, server, "GET", f"/sandboxes/{boxes[1]}")).code == 200
+
+
+async def test_the_key_of_the_variable_is_not_stored(tmp_path: Path, client: AsyncHTTPClient) -> None:
+    """It is valid while the variable says so. A server that is started with another one does not know it any more."""
+    other = KEY[::-1]
+    async with running(settings(tmp_path, pool_size=0), lambda text: None) as server:
+        assert (await call(client, server, "GET", "/sandboxes")).code == 200
+    async with running(settings(tmp_path, pool_size=0, api_key=other), lambda text: None) as server:
+        assert (await call(client, server, "GET", "/sandboxes")).code == 401
+        assert (await call(client, server, "GET", "/sandboxes", key=other)).code == 200
+    async with running(settings(tmp_path, pool_size=0, api_key=""), lambda text: None) as server:
+        assert server.new_key is not None
+        assert (await call(client, server, "GET", "/sandboxes", key=other)).code == 401
+
+
+@pytest.mark.parametrize("key", ["x", "x" * 19, "x" * 257, "with a blank in between", "schlüssel" * 5])
+async def test_weak_keys_are_refused(tmp_path: Path, key: str) -> None:
+    """A key that could be guessed, or that no client can send, ends the start with a sentence that says what to do."""
+    with pytest.raises(SettingsError, match=r"CELLVM_API_KEY must have 20 to 256 .* `openssl rand"):
+        async with running(settings(tmp_path, api_key=key), lambda text: None):
+            pass
 
 
 async def test_a_disk_at_its_floor(tmp_path: Path, client: AsyncHTTPClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,6 +338,42 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert "mine" not in capsys.readouterr().out
 
 
+def test_keys_with_limits(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cellvm keys add --scope` makes them, and the list tells their limits. What makes no sense is refused."""
+    monkeypatch.setenv("CELLVM_DATA_DIR", str(tmp_path))
+    assert main(["keys", "add", "mine"]) == 0
+    with closing(Store(tmp_path / "cellvm.db")) as store:
+        (mine,) = store.list_keys()
+        asyncio.run(written(store, mine.id))
+    for scope in (["read-only", "--of", mine.id], ["template=code-interpreter-v1"], ["sandbox=sbx1"]):
+        assert main(["keys", "add", "limited", "--scope", *scope]) == 0
+    assert main(["keys", "add", "limited", "--scope", "read-only", "--of", "CELLVM_API_KEY"]) == 0
+    capsys.readouterr()
+    assert main(["keys", "list"]) == 0
+    listed = capsys.readouterr().out
+    for limits in (f"(read-only of {mine.id})", "(template=code_interpreter)", f"(sandbox=sbx1 of {mine.id})"):
+        assert limits in listed
+    assert "(read-only of CELLVM_API_KEY)" in listed
+    for wrong in (
+        ["add", "x", "--scope", "all"],
+        ["add", "x", "--scope", "read-only"],
+        ["add", "x", "--of", mine.id],
+        ["add", "x", "--scope", "read-only", "--of", "unknown"],
+        ["add", "x", "--scope", "template=unknown"],
+        ["add", "x", "--scope", "sandbox=unknown"],
+        ["list", "--scope", "read-only"],
+        ["add", "x", "--with-sandboxes"],
+    ):
+        assert main(["keys", *wrong]) == 1
+        assert "cellvm: " in capsys.readouterr().err
+    main(["keys", "list"])
+    assert capsys.readouterr().out == listed
+
+
+async def written(store: Store, owner: str) -> None:
+    await store.sandbox_created("sbx1", owner, "base")
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [(["serve", "--port", "x"], "--port"), (["serve", "--isolation", "docker"], "--isolation")],
@@ -296,13 +398,39 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert "--max-sandboxes" in text
 
 
-async def test_it_listens_beyond_this_machine_only_when_told(tmp_path: Path) -> None:
+async def test_it_listens_beyond_this_machine_only_when_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Without isolation the server listens elsewhere only by a flag, so not by accident. The message names it."""
     with pytest.raises(SettingsError, match="allow-insecure-emulation"):
         async with running(settings(tmp_path, host="0.0.0.0", pool_size=0), print):
             pass
     async with running(settings(tmp_path, host="0.0.0.0", pool_size=0, allow_insecure_emulation=True), print) as server:
         assert server.url.startswith("http://0.0.0.0:")
+        assert "KEYS CROSS THE NETWORK IN CLEAR" in caplog.text
+    caplog.clear()
+    async with running(settings(tmp_path, pool_size=0), print):
+        assert "IN CLEAR" not in caplog.text
+
+
+async def test_a_server_and_its_names(tmp_path: Path, client: AsyncHTTPClient) -> None:
+    """The server answers to its own names and to those of --allow-host."""
+
+    async def code(server: Server, host: str) -> int:
+        return (await client.fetch(f"{server.url}/health", headers={"Host": host}, raise_error=False)).code
+
+    async with running(settings(tmp_path, pool_size=0, domain="box.example.com:8443"), print) as server:
+        assert [await code(server, host) for host in ("box.example.com", "evil.example")] == [200, 421]
+    async with running(settings(tmp_path, pool_size=0, allow_host="a.example, B.example"), print) as server:
+        assert [await code(server, host) for host in ("a.example", "b.example:1", "c.example")] == [200, 200, 421]
+    async with running(settings(tmp_path, pool_size=0, allow_host="*"), print) as server:
+        assert await code(server, "evil.example") == 200
+
+
+async def test_no_core_is_dumped(tmp_path: Path) -> None:
+    """A server that crashes leaves no copy of its memory, which has everybody's output."""
+    before = resource.getrlimit(resource.RLIMIT_CORE)
+    async with running(settings(tmp_path, pool_size=0), print):
+        assert resource.getrlimit(resource.RLIMIT_CORE) == (0, before[1])
+    resource.setrlimit(resource.RLIMIT_CORE, before)
 
 
 def certificate(directory: Path) -> Path:

@@ -23,7 +23,7 @@ CELLVM = Path(sys.executable).with_name("cellvm")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cellvm"
 START_LIMIT = 600
 """Seconds until a server must be ready. It may have to build its templates first."""
-SLOWNESS = {"kvm": 1.0, "tcg": 2.0}
+SLOWNESS = {"kvm": 1.0, "tcg": 2.0, "native": 1.0}
 """A promise that allows for an emulated guest gives it this many times as long."""
 
 

@@ -114,7 +114,7 @@ def send_huge(server: Server, path: str, chunked: bool) -> tuple[bytes, int]:
     """Send up to 2 GB until the server answers. Returns the answer and the number of bytes that were sent."""
     place = urlsplit(server.url)
     length = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {HUGE}"
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n{length}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n{length}\r\n\r\n"
     piece = b" " * (256 * 1024)
     if chunked:
         piece = b"%x\r\n%s\r\n" % (len(piece), piece)

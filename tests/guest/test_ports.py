@@ -76,8 +76,8 @@ def upgraded(server: Server, box: Sandbox) -> None:
     parts = urlsplit(server.url)
     with socket.create_connection((parts.hostname, parts.port), timeout=60) as sock:
         sock.sendall(
-            f"GET /sandboxes/{box.id}/ports/8000/ HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: echo\r\n"
-            f"X-API-Key: {KEY}\r\n\r\n".encode()
+            f"GET /sandboxes/{box.id}/ports/8000/ HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n"
+            f"Upgrade: echo\r\nX-API-Key: {KEY}\r\n\r\n".encode()
         )
         received = bytearray()
 

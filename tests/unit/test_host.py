@@ -105,3 +105,19 @@ def test_what_is_promised_is_told(tmp_path: Path) -> None:
     much = promised(settings, 1 << 30)
     assert (much.level, much.what) == ("warn", "4 sandboxes may fill 4194304 GiB of disk")
     assert "--max-sandboxes" in much.meaning
+
+
+@pytest.mark.parametrize(
+    ("settings", "warns"),
+    [
+        ({}, False),
+        ({"host": "localhost"}, False),
+        ({"host": "::1"}, False),
+        ({"host": "0.0.0.0"}, True),
+        ({"host": "0.0.0.0", "tls_cert": "cert.pem"}, False),
+        ({"host": "box.example.com"}, True),
+    ],
+)
+def test_keys_in_clear_are_noticed(settings: dict[str, Any], warns: bool) -> None:
+    """Doctor warns of a server that other machines reach without TLS."""
+    assert [each.level for each in host._clear(Settings(**settings))] == ["warn"] * warns

@@ -89,6 +89,7 @@ def test_the_agent_never_imports_the_gateway(name: str) -> None:
         "kernel_gateway.held",
         "kernel_gateway.rate",
         "kernel_gateway.sandbox.lifecycle",
+        "kernel_gateway.sandbox.key",
         *(f"kernel_gateway.kernel.{each}" for each in ("message", "layout", "events", "state")),
     ],
 )
@@ -101,6 +102,7 @@ def test_the_core_is_pure(name: str) -> None:
         "kernel_gateway.held": {"kernel_gateway.errors"},
         "kernel_gateway.rate": {"kernel_gateway.errors"},
         "kernel_gateway.sandbox.lifecycle": {"kernel_gateway.errors"},
+        "kernel_gateway.sandbox.key": {"kernel_gateway.errors"},
         "kernel_gateway.kernel.events": messages | {"kernel_gateway.outcome"},
         "kernel_gateway.kernel.layout": messages,
     }
@@ -217,7 +219,7 @@ def test_what_runs_in_jupyterlab_stands_alone() -> None:
 def test_what_crosses_to_services_is_pure() -> None:
     """Heads of requests and answers are values: no I/O, no web server, only h11."""
     assert outside("kernel_gateway.ports") == {"h11"}
-    assert ours("kernel_gateway.ports") == {"kernel_gateway.errors"}
+    assert ours("kernel_gateway.ports") == {"kernel_gateway.errors", "kernel_gateway.sandbox.key"}
     assert not imports("kernel_gateway.ports") & {"asyncio", "socket", "subprocess", "os", "time"}
 
 

@@ -146,3 +146,13 @@ def test_where_things_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load(DATA_DIR="/mine").data_path == Path("/mine")
     monkeypatch.delenv("XDG_DATA_HOME")
     assert load().data_path == Path.home() / ".local/share/cellvm"
+
+
+def test_names_of_the_server() -> None:
+    """They are those of --allow-host, --host and --domain, in small letters. An address is no name."""
+    assert load(DOMAIN="Box.Example.com:8443").hosts == {"127.0.0.1", "box.example.com"}
+    assert load(ALLOW_HOST="A.example,b.example.").hosts == {"127.0.0.1", "localhost", "a.example", "b.example"}
+    assert load(ALLOW_HOST="a.example,*").hosts is None
+    for wrong in ("https://a.example", "a.example:443", "*.example.com", "a b"):
+        with pytest.raises(SettingsError, match="--allow-host"):
+            _ = load(ALLOW_HOST=wrong).hosts

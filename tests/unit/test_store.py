@@ -1,5 +1,6 @@
 """The store. Keys are kept as hashes only, and entries that a crash left open are closed."""
 
+import hashlib
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kernel_gateway.errors import HostFull
-from kernel_gateway.sandbox.store import RESERVE, Entry, Store, new_key
+from kernel_gateway.errors import HostFull, InvalidRequest
+from kernel_gateway.sandbox.key import Key, parse_scope
+from kernel_gateway.sandbox.store import RESERVE, SCHEMA, Entry, Store, new_key
 from tests.fakes import eventually
 
 
@@ -25,7 +27,7 @@ def test_the_text_of_a_key_is_nowhere_on_disk(store: Store, tmp_path: Path) -> N
     """Neither the database nor its log holds a key, and only its user may read it."""
     key = new_key()
     store.add_key(key, "mine")
-    store.owner_of(key)
+    store.find_key(key)
     files = list(tmp_path.iterdir())
     assert len(files) >= 2
     for file in files:
@@ -38,28 +40,98 @@ def test_keys(store: Store) -> None:
     """A key's owner is found by the key, adding it twice changes nothing, a removed one is not known any more."""
     key, other = new_key(), new_key()
     owner = store.add_key(key, "mine")
-    assert store.add_key(key, "again") == owner == store.owner_of(key)
+    assert store.add_key(key, "again") == owner
+    found = store.find_key(key)
+    assert found is not None
+    assert (found.id, found.owner, found.name, str(found.scope)) == (owner, owner, "mine", "")
     assert store.add_key(other, "other") != owner
-    assert [each[:2] for each in store.list_keys()][:1] == [(owner, "mine")]
-    assert store.owner_of("unknown") is None
+    assert [(each.id, each.name) for each in store.list_keys()][:1] == [(owner, "mine")]
+    assert store.find_key("unknown") is None
     assert store.remove_key(owner)
     assert not store.remove_key(owner)
-    assert store.owner_of(key) is None
-    assert store.owner_of(other) is not None
+    assert store.find_key(key) is None
+    assert store.find_key(other) is not None
 
 
 def test_keys_of_another_process(store: Store) -> None:
     """A key that another process adds or removes is known, or not, at once."""
     other = Store(store.path)
     try:
-        owner = other.add_key("mine", "theirs")
-        assert store.owner_of("mine") == owner
-        assert store.owners() == {owner}
+        key = new_key()
+        owner = other.add_key(key, "theirs")
+        assert [each.id for each in store.list_keys()] == [owner]
+        assert store.find_key(key) == store.list_keys()[0]
         assert other.remove_key(owner)
-        assert store.owner_of("mine") is None
-        assert store.owners() == set()
+        assert store.find_key(key) is None
+        assert store.list_keys() == []
     finally:
         other.close()
+
+
+def test_keys_with_limits(store: Store) -> None:
+    """A key with a scope sees the sandboxes of another key, is removed alone, and goes with the owner's first key."""
+    first, reader, builder = new_key(), new_key(), new_key()
+    owner = store.add_key(first, "first")
+    limited = store.add_key(reader, "reader", owner=owner, scope=parse_scope("read-only"))
+    store.add_key(builder, "builder", owner=owner, scope=parse_scope("template=base"))
+    found = store.find_key(reader)
+    assert found is not None
+    assert (found.id, found.owner, str(found.scope)) == (limited, owner, "read-only")
+    assert store.remove_key(limited)
+    assert [each.name for each in store.list_keys()] == ["first", "builder"]
+    assert store.remove_key(owner)
+    assert store.list_keys() == []
+
+
+def test_a_lent_key(store: Store) -> None:
+    """A key that is lent is known to this store and to no other, and is not on disk."""
+    key = new_key()
+    store.lend_key(key)
+    found = store.find_key(key)
+    assert found is not None
+    assert found.owner == "CELLVM_API_KEY"
+    with closing(Store(store.path)) as other:
+        assert other.find_key(key) is None
+        assert other.list_keys() == []
+
+
+@pytest.mark.parametrize("key", ["", "x" * 19, "x" * 257])
+def test_what_can_be_no_key_is_not_looked_up(store: Store, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strangers offer many texts. Those of another length than keys cost nothing."""
+    monkeypatch.setattr("kernel_gateway.sandbox.store._hash", None)
+    assert store.find_key(key) is None
+
+
+def test_a_database_of_earlier_servers(tmp_path: Path) -> None:
+    """Keys and sandboxes stay. The key that an earlier server stored from its variable is not valid any more."""
+    kept, variable = new_key(), new_key()
+    with closing(sqlite3.connect(tmp_path / "cellvm.db", isolation_level=None)) as db:
+        for statement in SCHEMA[0]:
+            db.execute(statement)
+        for key, owner, name in ((kept, "11", "mine"), (variable, "22", "CELLVM_API_KEY")):
+            db.execute(
+                "INSERT INTO keys VALUES (?, ?, ?, ?)", (hashlib.sha256(key.encode()).digest(), owner, name, 1.0)
+            )
+        db.execute("INSERT INTO sandboxes VALUES ('sbx1', '11', 'base', 1, 2, 'died')")
+    for _ in range(2):
+        with closing(Store(tmp_path / "cellvm.db")) as store:
+            assert store.list_keys() == [Key("11", "11", "mine", 1.0)]
+            assert store.find_key(kept) is not None
+            assert store.find_key(variable) is None
+            assert store.end_of("sbx1", "11") == (2.0, "died")
+
+
+@pytest.mark.parametrize("text", ["", "read-only", "template=code_interpreter", "sandbox=sbx1-a_b"])
+def test_scopes_are_read_as_they_are_written(text: str) -> None:
+    """Each form of a scope survives the database."""
+    assert str(parse_scope(text)) == text
+
+
+@pytest.mark.parametrize("text", ["readonly", "template=", "sandbox=a b", "template=a,sandbox=b", "owner=x", " "])
+def test_what_is_no_scope(text: str) -> None:
+    """It is refused, and is not taken for no limits."""
+    with pytest.raises(InvalidRequest, match="read-only, template=ID or sandbox=ID"):
+        parse_scope(text)
 
 
 def test_keys_have_the_form_that_clients_accept() -> None:

@@ -1,0 +1,59 @@
+"""The sandboxes as one key sees them. Whatever a request does with a sandbox, it gets the sandbox from here."""
+
+from typing import Any
+
+from kernel_gateway.errors import NotFound
+from kernel_gateway.images.templates import Template
+from kernel_gateway.sandbox.key import Key
+from kernel_gateway.sandbox.sandbox import Sandbox
+from kernel_gateway.sandbox.sandboxes import Sandboxes
+from kernel_gateway.sandbox.store import Entry, Store
+
+
+class Access:
+    """All that `key` may see and create: the sandboxes of its owner, within its scope."""
+
+    def __init__(self, sandboxes: Sandboxes, store: Store, key: Key) -> None:
+        self.key = key
+        self._sandboxes = sandboxes
+        self._store = store
+
+    def get(self, sandbox_id: str) -> Sandbox:
+        """The sandbox of that id.
+
+        Raises:
+            InvalidRequest: no sandbox can have such an id.
+            NotFound: there is none, or it is out of the key's sight.
+        """
+        if self.key.scope.sandbox not in ("", sandbox_id):
+            raise NotFound("sandbox not found")
+        sandbox = self._sandboxes.get(self.key.owner, sandbox_id)
+        if not self.key.scope.covers(sandbox.id, sandbox.template.id):
+            raise NotFound("sandbox not found")
+        return sandbox
+
+    async def create(self, template: Template, **fields: Any) -> Sandbox:
+        """A new, running sandbox; `fields` are those of `Sandboxes.create`.
+
+        Raises:
+            Forbidden: the key may not create it.
+            CellvmError: as `Sandboxes.create`.
+        """
+        self.key.scope.check_create(template.id)
+        return await self._sandboxes.create(self.key.owner, template, **fields)
+
+    def ended_since(self, moment: float) -> list[Entry]:
+        """The sandboxes that ended after `moment`, but not by a request, the last one first."""
+        scope = self.key.scope
+        return [
+            each for each in self._store.ended_since(self.key.owner, moment) if scope.covers(each.id, each.template)
+        ]
+
+    def forget(self, sandbox_id: str) -> None:
+        """Take note that the client knows of a sandbox's end."""
+        self._store.sandbox_forgotten(sandbox_id, self.key.owner)
+
+    def list(self) -> list[Sandbox]:
+        """The sandboxes in the key's sight, newest first."""
+        scope = self.key.scope
+        return [each for each in self._sandboxes.list(self.key.owner) if scope.covers(each.id, each.template.id)]
