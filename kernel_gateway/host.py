@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 from kernel_gateway.drivers.cgroup import CONTROLLERS
 from kernel_gateway.drivers.jail import JailError, check_users, claims_directory, found_groups, tried, working_view
 from kernel_gateway.images.build import qemu_version
-from kernel_gateway.images.cache import DAY, ENTRY, Cache
-from kernel_gateway.images.image import BuildError, Progress, built_at, run
+from kernel_gateway.images.cache import DAY, Cache
+from kernel_gateway.images.image import BuildError, Progress, built_at, newest_images, run
 from kernel_gateway.kvm import Verdict
 from kernel_gateway.network.policy import Floor
 from kernel_gateway.network.rules import MAX_HOST_CONNECTIONS as CONNECTIONS
@@ -141,12 +141,7 @@ def _cache(settings: Settings) -> Finding:
 
 def _images(settings: Settings) -> Iterator[Finding]:
     """How old the images are that servers would use. Debian's security updates of later days are not in them."""
-    images = settings.cache_path / "images"
-    newest: dict[str, Path] = {}
-    for path in sorted(images.iterdir() if images.is_dir() else (), key=lambda path: (len(path.name), path.name)):
-        if ENTRY.fullmatch(path.name):
-            newest[path.name[-16:]] = path
-    for path in newest.values():
+    for path in newest_images(settings.cache_path):
         try:
             days = (time.time() - built_at(path)) / DAY
         except (OSError, ValueError) as error:
