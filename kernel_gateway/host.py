@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, ip_address
 from pathlib import Path
@@ -116,10 +116,22 @@ def examine(
     yield Finding(
         level, f"{available} MiB of memory available", "a template holds about 0.7 GB, each sandbox 0.1 GB and up"
     )
+    yield swap(memory)
     if not Path("/proc/self/fd").is_dir():
         yield Finding("fail", "/proc is not mounted", "machines get their files through /proc/self/fd")
     yield _port(settings)
     yield from _clear(settings)
+
+
+def swap(memory: Mapping[str, str]) -> Finding:
+    """What it means for sandboxes that this host swaps, from /proc/meminfo."""
+    size = int(memory["SwapTotal"].split()[0]) // 1024
+    if not size:
+        return Finding("ok", "no swap", "what sandboxes have in memory is never written to a disk")
+    meaning = (
+        "memory of sandboxes and keys may be written to its disk, and a busy host is slow: encrypt it, or `swapoff`"
+    )
+    return Finding("warn", f"{size} MiB of swap", meaning)
 
 
 def kvm_finding(kvm: Verdict | str) -> Finding:
