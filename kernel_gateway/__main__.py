@@ -210,7 +210,9 @@ async def doctor(settings: Settings) -> int:
         floor = await found_floor(settings.floor)
     except DriverError:  # no `ip`: then there is no network either, as is said below
         floor = settings.floor
-    for finding in examine(settings, template.disk_mb, found, await choose(settings.network), floor):
+    for finding in examine(
+        settings, template.disk_mb, found, await choose(settings.network, settings.bandwidth), floor
+    ):
         failed = failed or finding.level == "fail"
         told = escape(finding.what + (f" — {finding.meaning}" if finding.meaning else ""))  # a guest's console is in it
         print_line = f"{marks[finding.level]}  {told}"

@@ -97,11 +97,12 @@ class Slot:
         return f"<Slot {self.mechanism} {'closed' if self._is_closed else 'open'}>"
 
     @classmethod
-    async def make(cls, mechanism: str, floor: Floor, *, to_gate: bool = False) -> "Slot":
+    async def make(cls, mechanism: str, floor: Floor, *, to_gate: bool = False, bandwidth: int = 0) -> "Slot":
         """A namespace with the guest's side and the filter of the default policy, not connected to anything yet.
 
         Args:
             to_gate: all web traffic passes through its gate.
+            bandwidth: Mbit a second that the guest may send, and that it may receive; 0 for no limit.
 
         Raises:
             DriverError: the slot could not be made.
@@ -111,7 +112,8 @@ class Slot:
             "tap": rules.TAP,
             "ip": f"link set {rules.TAP} address {rules.GATEWAY_MAC}\n"
             f"addr add {rules.GATEWAY}/30 dev {rules.TAP}\nlink set {rules.TAP} up\n",
-            "nft": rules.slot(floor) + rules.policy(Policy(), 1, to_gate=to_gate),
+            "nft": rules.slot(floor, bandwidth) + rules.policy(Policy(), 1, to_gate=to_gate),
+            "tc": rules.shaping(bandwidth),
             "address": str(rules.GATEWAY),
             "dns": rules.DNS_PORT,
             "gate": rules.GATE_PORT,
