@@ -1,7 +1,7 @@
 """A siege: what a well-behaved tenant sees of a server under attack, and what is left of it a minute after.
 
-The tenant lives on another server, too, which nobody attacks. Both share the machine with the attackers. So what differs
-between them is what the attack does to the server, and not what it takes from the processors.
+The tenant lives on another server, too, which nobody attacks. Both share the machine with the attackers. So what
+differs between them is what the attack does to the server, and not what it takes from the processors.
 """
 
 import asyncio
