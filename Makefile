@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.ready
 
-.PHONY: serve test test-fast check audit bench docs clean lock
+.PHONY: serve test test-fast check audit bench siege docs clean lock
 
 serve: $(STAMP)      ## set up, build, start; prints URL and key
 	@exec $(VENV)/bin/cellvm serve
@@ -21,6 +21,9 @@ audit: $(STAMP) $(VENV)-audit/.ready     ## known vulnerabilities of the locks, 
 
 bench: $(STAMP)      ## measure, beside a floor in the same run; raw samples in bench-results/
 	@exec $(VENV)/bin/python -m tests.bench
+
+siege: $(STAMP)      ## a server under everything at once for ten minutes; curve and figures in test-results/
+	@exec $(VENV)/bin/python -m tests.siege
 
 docs: $(VENV)-docs/.ready    ## the manual as a site, in site/; warnings end it, so it may not be --quiet
 	$(VENV)-docs/bin/mkdocs build --strict

@@ -29,6 +29,8 @@ from kernel_gateway.sandbox.sandbox import Sandbox
 
 log = logging.getLogger(__name__)
 
+PIECE = 128 * 1024
+"""Bytes of a client's message that are read before everybody else has a turn."""
 BATCH = 256 * 1024
 """Bytes that are written before the client must have taken what came before."""
 FLOOD, FLOOD_PAUSE = 3, 0.005
@@ -124,7 +126,14 @@ class Frames(WebSocketProtocol13):
         except CellvmError as error:
             self._socket.end(TRY_LATER, str(error))
             raise StreamClosedError from None
-        return await super()._read_bytes(n)
+        if n <= PIECE:
+            return await super()._read_bytes(n)
+        pieces = []
+        while n:
+            pieces.append(await super()._read_bytes(min(n, PIECE)))
+            n -= len(pieces[-1])
+            await asyncio.sleep(0)  # everybody else has a turn
+        return b"".join(pieces)
 
     async def _receive_frame_loop(self) -> None:
         """Receive until the end. An unfinished message goes then, because this object may live for seconds longer."""
