@@ -7,6 +7,7 @@ import pytest
 
 from kernel_gateway.drivers import DriverError
 from kernel_gateway.network import slot as module
+from kernel_gateway.network.policy import Floor
 from kernel_gateway.network.slot import Slot
 
 
@@ -14,7 +15,7 @@ class FakeFilter(Slot):
     """A slot whose filter answers with one more refusal each time it is read."""
 
     def __init__(self) -> None:
-        super().__init__("netns", -1, -1, -1, [], to_gate=False)
+        super().__init__("netns", -1, -1, -1, [], Floor(), to_gate=False)
         self.runs: list[str] = []
         self.fails = False
         self.may_answer = asyncio.Event()
