@@ -324,12 +324,12 @@ async def break_link(service: Service, box: str, client: socket.socket) -> None:
 
 async def interrupt_and_read(service: Service, box: str, client: socket.socket) -> None:
     guest = service.sandboxes.get(service.owner, box).guest
-    async with asyncio.timeout(TIMEOUT):
-        while list(guest.kernel.executions.unfinished()) or any(each.outcome is None for each in guest.commands):
-            await guest.kernel.interrupt()
-            for command in guest.commands:
-                command.kill()
-            await asyncio.sleep(0.02)
+    for cell in list(guest.kernel.executions.unfinished()):
+        await eventually(lambda cell=cell: cell.is_started)
+        await guest.kernel.interrupt(cell.id)
+        await eventually(lambda cell=cell: cell.outcome is not None)
+    for command in guest.commands:
+        command.kill()
 
 
 async def test_hang_ups_at_any_moment(service: Service, box: str) -> None:
