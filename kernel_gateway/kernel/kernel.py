@@ -344,7 +344,7 @@ class Kernel:
     def _end_unsent(self, execution: Execution, failure: CellvmError) -> None:
         """End an execution that the kernel has not got."""
         self._remember(execution.id, Pending(self._session, "shell", b"{}", "execute_request"))
-        self._end_request(execution.id, told(failure), Ending.NOT_STARTED, failure)
+        self._end_request(execution.id, our_error(failure), Ending.NOT_STARTED, failure)
 
     # -- what clients say
 
@@ -377,7 +377,7 @@ class Kernel:
                 try:
                     pending.holding = self.account.hold("headers of requests", len(pending.header) + PENDING_COST)
                 except CellvmError as refusal:
-                    self._end_request(head.msg_id, told(refusal), Ending.NOT_STARTED)
+                    self._end_request(head.msg_id, our_error(refusal), Ending.NOT_STARTED)
                     return False
             if head.msg_type == "shutdown_request":
                 self._is_ending = not message.read(parts[CONTENT], message.Reply).restart
@@ -572,7 +572,7 @@ class Kernel:
                 execution.end(Outcome(Ending.NOT_STARTED), self.journal.last)
 
 
-def told(error: CellvmError) -> CellError:
+def our_error(error: CellvmError) -> CellError:
     """An error of ours, as a request's client is told of it."""
     return CellError(type(error).__name__, str(error), code=error.code)
 
