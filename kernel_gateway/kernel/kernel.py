@@ -5,6 +5,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kernel_gateway.kernel.events import CellError, Events, StreamEvent, cell_er
 from kernel_gateway.kernel.executions import Execution, Executions
 from kernel_gateway.kernel.journal import Gap, Journal
 from kernel_gateway.kernel.message import CHANNEL, CONTENT, HEADER, PARENT
+from kernel_gateway.kernel.pages import pages
 from kernel_gateway.kernel.state import WAITING, Event, State, decide
 from kernel_gateway.outcome import FINISHED, Ending, Outcome
 
@@ -534,9 +536,11 @@ class Kernel:
             CellvmError: the cell could not be run, or the sandbox ended. The error's `outcome` says whether it has run.
         """
         translate = Events()
-        with self.journal.reader(max(execution.after, after)) as reader:
+        reader = self.journal.reader(max(execution.after, after))
+        async with aclosing(pages(reader, self.account)) as found:
             while execution.outcome is None or reader.after < execution.last:
-                if not (records := await reader.next()):
+                records = await anext(found, None)
+                if records is None:
                     break
                 for record in records:
                     if execution.outcome is not None and record.seq > execution.last:

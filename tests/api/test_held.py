@@ -13,7 +13,8 @@ import pytest
 from guest_agent import wire
 from kernel_gateway.errors import SandboxDied, TooManyRequests
 from kernel_gateway.held import Held
-from tests.api.clients import TIMEOUT
+from kernel_gateway.kernel import message
+from tests.api.clients import TIMEOUT, agent
 from tests.fakes import HOME, Service, Stream, error_of, eventually, resident, serving
 
 MIB = 1024 * 1024
@@ -235,6 +236,36 @@ async def test_output_without_room_is_counted(tmp_path: Path) -> None:
         assert MIB < len(cell["stdout"]) <= 2 * MIB
         assert len(cell["stdout"]) + cell["truncated"]["stdout"] == 4 * 16 * 7 * 9362
         await eventually(lambda: held(service) == 0)
+
+
+# -- output on its way
+
+
+async def test_clients_that_do_not_read_large_output(service: Service, box: str) -> None:
+    """A dozen clients that do not read a message of 30 MiB keep what may be held for their key, and others go on."""
+    kernel = kernel_of(service, box)
+    fields = {"data": {"text/plain": "x" * (30 * MIB)}, "metadata": {}}
+    kernel.journal.append(message.new("iopub", "display_data", fields, session="s"), "display_data")
+    for _ in range(16):  # so that the large one is on disk, and each reader has a copy
+        kernel._publish("stream", {"name": "stdout", "text": "y" * MIB}, {})
+    del fields
+    upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA=="
+    before = resident()
+    async with AsyncExitStack() as stack:
+        for _ in range(12):
+            path = f"GET /sandboxes/{box}/stream?since=0 HTTP/1.1\r\n{upgrade}\r\nX-Rest:"
+            client = await stack.enter_async_context(raw(service, path))
+            assert b" 101 " in await asyncio.get_running_loop().sock_recv(client, 16)
+        await eventually(lambda: held(service) == 64 * MIB)
+        await asyncio.sleep(0.3)
+        assert held(service) == 64 * MIB
+        assert resident() - before < 256 * MIB
+        await neighbour_works(service)
+    await eventually(lambda: held(service) == 0)
+    async with agent(service, box, since=0) as client:
+        *_, event = await client.until("display")
+        assert len(event["data"]["text/plain"]) == 30 * MIB
+    await eventually(lambda: held(service) == 0)
 
 
 # -- messages and bodies
