@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.ready
 
-.PHONY: serve test test-fast check bench docs clean lock
+.PHONY: serve test test-fast check audit bench siege docs clean lock
 
 serve: $(STAMP)      ## set up, build, start; prints URL and key
 	@exec $(VENV)/bin/cellvm serve
@@ -16,16 +16,22 @@ test-fast: $(STAMP)  ## the tests that need no machine
 check: $(STAMP)      ## format, lint, types
 	$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy
 
+audit: $(STAMP) $(VENV)-audit/.ready     ## known vulnerabilities of the locks, updates that the guest images lack
+	@exec $(VENV)/bin/python -m tests.audit $(VENV)-audit/bin/pip-audit
+
 bench: $(STAMP)      ## measure, beside a floor in the same run; raw samples in bench-results/
 	@exec $(VENV)/bin/python -m tests.bench
+
+siege: $(STAMP)      ## a server under everything at once for ten minutes; curve and figures in test-results/
+	@exec $(VENV)/bin/python -m tests.siege
 
 docs: $(VENV)-docs/.ready    ## the manual as a site, in site/; warnings end it, so it may not be --quiet
 	$(VENV)-docs/bin/mkdocs build --strict
 
 clean:               ## forget the virtual environment and results; the cache in ~/.cache/cellvm stays
-	rm -rf $(VENV) $(VENV)-docs site bench-results test-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-docs $(VENV)-audit site bench-results test-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-lock:                ## renew the lock files of the guests, of development, of JupyterLab's tests and of the manual
+lock:                ## renew the lock files of the guests, of development, of JupyterLab's tests, of the manual and audit
 	$(VENV)/bin/pip install --quiet uv
 	$(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --annotation-style line --python-version 3.11 \
 	  --python-platform x86_64-manylinux_2_28 rootfs/requirements.in -o rootfs/requirements.lock
@@ -35,6 +41,8 @@ lock:                ## renew the lock files of the guests, of development, of J
 	  --universal tests/e2e/lab.in -o tests/e2e/lab.lock
 	$(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \
 	  --universal --extra docs pyproject.toml -o docs/requirements.lock
+	$(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \
+	  --universal tests/audit.in -o tests/audit.lock
 
 $(STAMP): pyproject.toml requirements-dev.lock
 	@sh .ci/venv.sh $(PYTHON) $(VENV)
@@ -43,4 +51,9 @@ $(STAMP): pyproject.toml requirements-dev.lock
 $(VENV)-docs/.ready: docs/requirements.lock
 	$(PYTHON) -m venv $(VENV)-docs
 	$(VENV)-docs/bin/pip install --quiet --require-hashes --requirement docs/requirements.lock
+	@touch $@
+
+$(VENV)-audit/.ready: tests/audit.lock
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/pip install --quiet --require-hashes --requirement tests/audit.lock
 	@touch $@

@@ -49,22 +49,21 @@ class Held:
     def account(self, owner: str) -> "Account":
         return Account(self, owner)
 
-    def refusal(self, owner: str, what: str, size: int, share: float) -> CellvmError | None:
-        """Why an owner may not hold `size` bytes more; None if it may."""
+    def check(self, owner: str, what: str, size: int, share: float) -> None:
+        """Check that an owner may hold `size` bytes more; `Account.hold` has the arguments and errors."""
         after = self._by_owner[owner] + size
         if after > self.most * share:
-            return TooManyRequests(
+            raise TooManyRequests(
                 f"{self._by_owner[owner]} bytes wait in the server for your key, and at most {int(self.most * share)} "
                 f"may: there is no room for {size} bytes more ({what})",
                 hint="wait until some of it is done, or end it; the operator sets the limit with --max-held-mb",
             )
         if self.size + size > self.total and after > MODEST:
-            return HostFull(
+            raise HostFull(
                 f"{self.size} bytes wait in the server for all keys, and at most {self.total} may: there is no room "
                 f"for {size} bytes more ({what})",
                 hint="try again later; the operator sets the limit with --max-held-total-mb",
             )
-        return None
 
     def add(self, owner: str, size: int) -> None:
         """Count bytes, or with a negative size no more. `Holding` is the only caller."""
@@ -121,8 +120,8 @@ class Holding:
             return
         held, owner = self._account.held, self._account.owner
         more = size - self.size
-        if more > 0 and (refusal := held.refusal(owner, self._what, more, self._share)):
-            raise refusal
+        if more > 0:
+            held.check(owner, self._what, more, self._share)
         self.size = size
         held.add(owner, more)
 

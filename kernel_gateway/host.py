@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, ip_address
 from pathlib import Path
@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 from kernel_gateway.drivers.cgroup import CONTROLLERS
 from kernel_gateway.drivers.jail import JailError, check_users, claims_directory, found_groups, tried, working_view
 from kernel_gateway.images.build import qemu_version
-from kernel_gateway.images.cache import DAY, ENTRY, Cache
-from kernel_gateway.images.image import BuildError, Progress, built_at, run
+from kernel_gateway.images.cache import DAY, Cache
+from kernel_gateway.images.image import BuildError, Progress, built_at, newest_images, run
 from kernel_gateway.kvm import Verdict
 from kernel_gateway.network.policy import Floor
 from kernel_gateway.network.rules import MAX_HOST_CONNECTIONS as CONNECTIONS
@@ -116,10 +116,22 @@ def examine(
     yield Finding(
         level, f"{available} MiB of memory available", "a template holds about 0.7 GB, each sandbox 0.1 GB and up"
     )
+    yield swap(memory)
     if not Path("/proc/self/fd").is_dir():
         yield Finding("fail", "/proc is not mounted", "machines get their files through /proc/self/fd")
     yield _port(settings)
     yield from _clear(settings)
+
+
+def swap(memory: Mapping[str, str]) -> Finding:
+    """What it means for sandboxes that this host swaps, from /proc/meminfo."""
+    size = int(memory["SwapTotal"].split()[0]) // 1024
+    if not size:
+        return Finding("ok", "no swap", "what sandboxes have in memory is never written to a disk")
+    meaning = (
+        "memory of sandboxes and keys may be written to its disk, and a busy host is slow: encrypt it, or `swapoff`"
+    )
+    return Finding("warn", f"{size} MiB of swap", meaning)
 
 
 def kvm_finding(kvm: Verdict | str) -> Finding:
@@ -141,12 +153,7 @@ def _cache(settings: Settings) -> Finding:
 
 def _images(settings: Settings) -> Iterator[Finding]:
     """How old the images are that servers would use. Debian's security updates of later days are not in them."""
-    images = settings.cache_path / "images"
-    newest: dict[str, Path] = {}
-    for path in sorted(images.iterdir() if images.is_dir() else (), key=lambda path: (len(path.name), path.name)):
-        if ENTRY.fullmatch(path.name):
-            newest[path.name[-16:]] = path
-    for path in newest.values():
+    for path in newest_images(settings.cache_path):
         try:
             days = (time.time() - built_at(path)) / DAY
         except (OSError, ValueError) as error:

@@ -168,10 +168,12 @@ async def opened_network(settings: Settings) -> AsyncIterator[Slots | None]:
         SettingsError: the mechanism that was asked for by name does not work here.
     """
     floor = settings.floor
-    mechanism, why = await choose(settings.network)
+    mechanism, why = await choose(settings.network, settings.bandwidth)
     slots = None
     if mechanism != "off":
-        slots = Slots(mechanism, floor, resolvers=settings.resolvers, proxy=settings.proxy)
+        slots = Slots(
+            mechanism, floor, resolvers=settings.resolvers, proxy=settings.proxy, bandwidth=settings.bandwidth
+        )
         try:
             await slots.start()
         except (DriverError, OSError) as error:

@@ -87,6 +87,9 @@ class Settings:
         "", "Zones that sandboxes never look up, separated by commas. Default: search domains of /etc/resolv.conf."
     )
     upstream_proxy: str = setting("", "HTTP proxy that sandboxes' web traffic goes through, as http://host:port.")
+    bandwidth: int = setting(
+        0, "Mbit a second that each sandbox may send, and may receive; 0 for no limit.", low=0, high=100_000
+    )
     pip_index: str = setting("", "Package index for pip in sandboxes, as a URL. Default: pip's own.")
     domain: str = setting("localhost", "Services in sandboxes are reached as PORT-SANDBOX.DOMAIN.")
     allow_host: str = setting(

@@ -216,6 +216,7 @@ class FakeGuest:
             if isinstance(body, wire.Resume | wire.Continue):
                 self._awake.set()
             self._tasks[frame.stream] = asyncio.create_task(self._answer(stream, body))
+            await asyncio.sleep(0)  # a CANCEL finds it begun, because it could not answer otherwise
         elif frame.stream in (wire.KERNEL, wire.KERNEL_CONTROL):
             await self.kernel.frame_received(frame)
         elif frame.type is FrameType.CANCEL and frame.stream in self._tasks:

@@ -6,7 +6,7 @@
 set -eu
 bin=${VENV:-.venv}/bin
 export PYTHONASYNCIODEBUG=1
-fast="tests/unit tests/api tests/contract"
+fast="tests/unit tests/api tests/contract tests/siege"
 machines="tests/guest tests/e2e"
 failed=0
 

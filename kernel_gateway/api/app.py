@@ -47,7 +47,7 @@ ROUTES = [
     Route("GET", "/templates/{template}", rest.get_template, answer=rest.TemplateModel, errors=(404,)),
     Route(
         "POST", "/sandboxes", rest.create_sandbox, body=rest.CreateSandbox, answer=rest.SandboxModel, status=201,
-        errors=(501, 503),
+        errors=(501,),
     ),
     Route("GET", "/sandboxes", rest.list_sandboxes, query=rest.SandboxFilter, answer=list[rest.SandboxModel]),
     Route("GET", BOX, rest.get_sandbox, answer=rest.SandboxModel),
@@ -64,18 +64,17 @@ ROUTES = [
     Route("PUT", f"{BOX}/ports", ports.set_port, body=ports.SetPort, status=204),
     Route(
         "POST", f"{BOX}/processes", commands.run_process, body=commands.RunProcess, answer=commands.ProcessResult,
-        errors=(429,),
     ),
     Route("GET", f"{BOX}/commands", commands.list_commands, answer=list[commands.CommandModel]),
     Route(
         "POST", f"{BOX}/commands", commands.start_command, body=commands.StartCommand, answer=commands.CommandModel,
-        status=201, produces="application/json", errors=(403, 429),
+        status=201, produces="application/json", errors=(403,),
     ),
     Route(
         "GET", COMMAND, commands.get_command, query=rest.Since, answer=commands.CommandModel,
         produces="application/json",
     ),
-    Route("POST", f"{COMMAND}/stdin", commands.send_stdin, body=commands.Input, status=204, errors=(429,)),
+    Route("POST", f"{COMMAND}/stdin", commands.send_stdin, body=commands.Input, status=204),
     Route("DELETE", f"{COMMAND}/stdin", commands.close_stdin, status=204),
     Route("POST", f"{COMMAND}/signal", commands.signal_command, body=commands.SendSignal, status=204),
     Route("PUT", f"{COMMAND}/size", commands.resize_command, body=commands.Size, status=204),
@@ -122,7 +121,7 @@ ROUTES = [
     Route("GET", "/api/kernels", jupyter.list_kernels, answer=list[jupyter.KernelModel]),
     Route(
         "POST", "/api/kernels", jupyter.start_kernel, body=jupyter.StartKernel, answer=jupyter.KernelModel, status=201,
-        errors=(404, 503),
+        errors=(404,),
     ),
     Route("GET", KERNEL, jupyter.get_kernel, answer=jupyter.KernelModel),
     Route("DELETE", KERNEL, jupyter.delete_kernel, status=204),
@@ -132,11 +131,11 @@ ROUTES = [
     Route("GET", "/api/sessions", jupyter.list_sessions, answer=list[jupyter.SessionModel]),
     Route(
         "POST", "/api/sessions", jupyter.start_session, body=jupyter.SessionBody, answer=jupyter.SessionModel,
-        status=201, errors=(404, 409, 429, 503),
+        status=201, errors=(404, 409),
     ),
     Route("GET", SESSION, jupyter.get_session, answer=jupyter.SessionModel),
     Route(
-        "PATCH", SESSION, jupyter.change_session, body=jupyter.SessionBody, answer=jupyter.SessionModel, errors=(503,)
+        "PATCH", SESSION, jupyter.change_session, body=jupyter.SessionBody, answer=jupyter.SessionModel
     ),
     Route("DELETE", SESSION, jupyter.delete_session, status=204),
 ]  # fmt: skip

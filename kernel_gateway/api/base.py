@@ -417,7 +417,7 @@ class Endpoint(Handler):
             await self._fail(error)
             return
         if route.upload:
-            self._task = asyncio.create_task(self._run())
+            self._begin()
 
     def _is_preflight(self) -> bool:
         """Whether this is a browser's preflight request for an allowed origin; it is answered here."""
@@ -512,7 +512,7 @@ class Endpoint(Handler):
         """Called by Tornado once the whole body has arrived."""
         self._has_whole_body = True
         if self._task is None and not self._is_answered:
-            self._task = asyncio.create_task(self._run())
+            self._begin()
         elif self._task is not None and not self._task.done():
             await self._chunks.put(None)
         if self._task is not None:
@@ -521,6 +521,11 @@ class Endpoint(Handler):
             self.finish()
 
     get = post = put = patch = delete = head = options = _handle
+
+    def _begin(self) -> None:
+        self._task = asyncio.create_task(self._run())
+        # A callback, because a task that is cancelled before its first step never comes to a `finally`.
+        self._task.add_done_callback(lambda _: self._held.close())
 
     async def _run(self) -> None:
         route = self._route
@@ -543,8 +548,6 @@ class Endpoint(Handler):
             pass  # the client has gone
         except Exception as error:  # noqa: BLE001
             await self._fail(error)
-        finally:
-            self._held.close()
 
     def _decoded(self, kind: Any) -> Any:
         """The body as its type. Its bytes are kept no longer."""

@@ -21,7 +21,7 @@ from tornado.httputil import HTTPMessageDelegate
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 64
+AT_ONCE = 8
 """Connections that are accepted before everybody else has a turn."""
 ACCEPT_PAUSE = 0.1
 """Seconds without accepting after there was no descriptor for a connection."""

@@ -20,6 +20,7 @@ from kernel_gateway.errors import InvalidRequest, NotFound, TooManyRequests
 from kernel_gateway.images.templates import Template
 from kernel_gateway.kernel import layout
 from kernel_gateway.kernel.journal import Gap
+from kernel_gateway.kernel.pages import cost
 from kernel_gateway.sandbox.lifecycle import Event
 from kernel_gateway.sandbox.sandbox import Sandbox, kernel_id, sandbox_id
 from kernel_gateway.sandbox.sandboxes import to_its_end
@@ -284,13 +285,15 @@ class JournalPage(Struct):
 
 async def journal(call: Call) -> JournalPage:
     """A kernel's messages, without a WebSocket."""
-    kept = sandbox_of(call).guest.kernel.journal
+    kernel = sandbox_of(call).guest.kernel
+    kept = kernel.journal
     after = min(call.query.since, kept.last)
-    records = kept.read(after)
-    if not records and call.query.wait:
-        with kept.reader(after) as reader, contextlib.suppress(TimeoutError):
+    with kept.reader(after) as reader:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(call.query.wait):
-                records = await reader.next()
+                await reader.arrived()
+        call.http.hold("output on its way to clients", cost(reader.ahead, kernel.account))
+        records = reader.take() if reader.ahead else []
     found = [layout.journal_entry(each.seq, each.parts) for each in records if not isinstance(each, Gap)]
     return JournalPage(
         messages=found,

@@ -74,7 +74,9 @@ def _operation(route: Route, schema_of: dict[str, Any], components: dict[str, An
         described["security"] = []
     errors = set(route.errors) | {400}
     if not route.public:
-        errors |= {401, 429} if route.method == "GET" else {401, 403, 429}
+        errors |= {401, 429, 503}  # a key has quotas, and the server a bound for all keys
+        if route.method != "GET":
+            errors.add(403)
     if not {"id", "kernel", "session"}.isdisjoint(route.names):
         errors |= {404, 409, 502}
     if route.body is not None or route.upload:

@@ -12,6 +12,7 @@ import struct
 import time
 import uuid
 from collections.abc import Collection
+from contextlib import aclosing
 from typing import Annotated, Any
 
 import msgspec
@@ -23,12 +24,15 @@ from kernel_gateway.errors import CellvmError, Draining, InvalidRequest, TooMany
 from kernel_gateway.held import SMALL, Held, Holding
 from kernel_gateway.kernel.journal import Gap, Record, merged
 from kernel_gateway.kernel.kernel import Kernel
+from kernel_gateway.kernel.pages import pages
 from kernel_gateway.sandbox.access import Access
 from kernel_gateway.sandbox.key import Key
 from kernel_gateway.sandbox.sandbox import Sandbox
 
 log = logging.getLogger(__name__)
 
+PIECE = 128 * 1024
+"""Bytes of a client's message that are read before everybody else has a turn."""
 BATCH = 256 * 1024
 """Bytes that are written before the client must have taken what came before."""
 FLOOD, FLOOD_PAUSE = 3, 0.005
@@ -124,7 +128,14 @@ class Frames(WebSocketProtocol13):
         except CellvmError as error:
             self._socket.end(TRY_LATER, str(error))
             raise StreamClosedError from None
-        return await super()._read_bytes(n)
+        if n <= PIECE:
+            return await super()._read_bytes(n)
+        pieces = []
+        while n:
+            pieces.append(await super()._read_bytes(min(n, PIECE)))
+            n -= len(pieces[-1])
+            await asyncio.sleep(0)  # everybody else has a turn
+        return b"".join(pieces)
 
     async def _receive_frame_loop(self) -> None:
         """Receive until the end. An unfinished message goes then, because this object may live for seconds longer."""
@@ -236,14 +247,19 @@ class Socket(WebSocketHandler, Handler):
     async def _pump(self) -> None:
         """Send the journal's records, old and new, as fast as the client reads them."""
         try:
-            with self.reader:
-                texts = 0
-                while (records := await self.reader.next()) and not self._is_closing:
+            texts = 0
+            async with aclosing(pages(self.reader, self.kernel.account)) as found:
+                async for records in found:
+                    if self._is_closing:
+                        break
                     self.seen.sent = max(self.seen.sent, self.reader.after)
-                    await self.send(self.frames(merged(records, self.sent_before)))
+                    is_text = all(isinstance(r, Record) and r.kind == "stream" for r in records)
+                    frames = self.frames(merged(records, self.sent_before))
+                    records.clear()  # the client may read slowly, and once in memory is enough
+                    await self.send(frames)
                     self._written = self.reader.after
                     self._acknowledge_soon()
-                    texts = texts + 1 if all(isinstance(r, Record) and r.kind == "stream" for r in records) else 0
+                    texts = texts + 1 if is_text else 0
                     if texts >= FLOOD:
                         await asyncio.sleep(FLOOD_PAUSE)
             self.end(ENDED, self.kernel.reason)
@@ -262,22 +278,22 @@ class Socket(WebSocketHandler, Handler):
 
         Tornado would write each message with a system call and a task of its own. That is half of a short cell's cost.
         """
-        pieces: list[bytes] = []
-        size = 0
-        for frame in frames:
+        batch = bytearray()
+        frames.reverse()
+        while frames:
+            frame = frames.pop()
             data = frame.encode() if isinstance(frame, str) else frame
-            pieces += [head(len(data), TEXT if isinstance(frame, str) else BINARY), data]
-            size += len(data)
-            if size >= BATCH:
-                await self._write(pieces)
-                pieces, size = [], 0
-        if pieces:
-            await self._write(pieces)
+            batch += head(len(data), TEXT if isinstance(frame, str) else BINARY)
+            batch += data
+            del frame, data  # the client may read slowly, and once in memory is enough
+            if len(batch) >= BATCH or not frames:
+                await self._write(batch)
+                batch = bytearray()
 
-    async def _write(self, pieces: list[bytes]) -> None:
+    async def _write(self, frames: bytearray) -> None:
         """Write frames unless a Close frame has gone out, because no data may follow it (RFC 6455, 5.5.1)."""
         if not self._is_closing:
-            await self._stream.write(b"".join(pieces))
+            await self._stream.write(memoryview(frames))
 
     def end(self, code: int, text: str) -> None:
         """Close with a reason. It is cut, because a close frame holds 123 bytes of it."""

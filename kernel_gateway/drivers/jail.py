@@ -24,7 +24,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,10 +105,11 @@ def claims_directory() -> Path:
     uid = os.geteuid()
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if not os.access(runtime, os.W_OK):  # it is not set, or is another user's after `su`
-        runtime = tempfile.gettempdir()
+        # It is not in /tmp, because there another user could take the name first.
+        runtime = str(Path.home() / ".local/state")
     path = Path("/run/cellvm") if uid == 0 else Path(runtime, f"cellvm-{uid}")
     try:
-        path.mkdir(mode=0o700, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.lstat()
         if found.st_uid != uid or not path.is_dir() or path.is_symlink():
             raise JailError(f"{path} belongs to somebody else")

@@ -20,8 +20,12 @@ FATAL = {
     "GUEST_PANICKED": "its kernel panicked",
 }
 """Events after which a machine is of no use, though QEMU lives on. KVM's internal error shows itself as a STOP."""
+MAX_REASON = 200
+"""Characters of a reason that has QEMU's words in it."""
 FILE_URIS = (8, 2)
 """The first QEMU that can move a machine's state to and from a file; `fd:` to a file is deprecated there."""
+MAX_LINE = 1024 * 1024
+"""Bytes of a line. QEMU's own are some KiB; a longer one is from a QEMU that is no more itself."""
 STATE_SET = 7
 """The number of the set that QEMU keeps the state's file in."""
 
@@ -59,14 +63,21 @@ class Qmp:
             died: told, with the reason, when the machine is of no use any more though QEMU has not ended.
 
         Raises:
-            DriverError: QEMU ended instead.
+            DriverError: QEMU ended instead, or says something else.
         """
-        reader, writer = await asyncio.open_connection(sock=sock)
-        if not (greeting := await reader.readline()):
+        reader, writer = await asyncio.open_connection(sock=sock, limit=MAX_LINE)
+        try:
+            if not (greeting := await reader.readline()):
+                raise DriverError("QEMU ended before it could be controlled")
+            version = _decode(greeting)["QMP"]["version"]["qemu"]
+            numbers = int(version["major"]), int(version["minor"])
+        except (ValueError, LookupError, TypeError) as error:
             writer.close()
-            raise DriverError("QEMU ended before it could be controlled")
-        version = json.loads(greeting)["QMP"]["version"]["qemu"]
-        self = cls(sock, reader, writer, (version["major"], version["minor"]), died)
+            raise DriverError(f"QEMU does not begin as QEMU does: {error}") from error
+        except BaseException:
+            writer.close()
+            raise
+        self = cls(sock, reader, writer, numbers, died)
         self._task = asyncio.create_task(self._receive())
         await self.execute("qmp_capabilities")
         return self
@@ -145,25 +156,33 @@ class Qmp:
     async def _receive(self) -> None:
         try:
             while line := await self._reader.readline():
-                message = json.loads(line)
+                message = _decode(line)
                 if "event" in message:
                     self._happened(message["event"], message.get("data", {}))
                 elif self._answers:
-                    answer = self._answers.popleft()
-                    if answer.done():
-                        continue
-                    if "error" in message:
-                        answer.set_exception(DriverError(f"QEMU: {message['error'].get('desc')}"))
-                    else:
-                        answer.set_result(message["return"])
+                    self._answered(self._answers[0], message)
+                    self._answers.popleft()
         except ConnectionError:
             pass  # the same as its end: QEMU was killed
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            # Nobody could stop or continue this machine any more.
+            self._died(f"its QEMU says what is no QMP: {error}"[:MAX_REASON])
         finally:
             while self._answers:
                 answer = self._answers.popleft()
                 if not answer.done():
                     answer.set_exception(DriverError("QEMU has ended"))
             self._changed.set()
+
+    def _answered(self, answer: asyncio.Future[Any], message: dict[str, Any]) -> None:
+        """Give the next answer to whoever waits for it, if somebody still does."""
+        told = f"QEMU: {message['error'].get('desc')}" if "error" in message else message["return"]
+        if answer.done():
+            return
+        if "error" in message:
+            answer.set_exception(DriverError(told))
+        else:
+            answer.set_result(told)
 
     def _happened(self, event: str, data: dict[str, Any]) -> None:
         """Take note of an event. None is kept, because a guest can cause any number of them."""
@@ -172,3 +191,18 @@ class Qmp:
             self._changed.set()
         elif event in FATAL and not (event == "STOP" and self._may_stop):
             self._died(FATAL[event])
+
+
+def _decode(line: bytes) -> dict[str, Any]:
+    """A message.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        message = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("brackets in brackets") from error
+    if not isinstance(message, dict):
+        raise ValueError("a message that is no object")
+    return message

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from kernel_gateway.drivers import Capabilities
@@ -51,8 +52,8 @@ class UnisolatedVm:
         os.close(self._pidfd)
         if self._channel is not None:
             self._channel.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
-        self._ended.set_result(f"the agent ended with {code}")
+        deleting = self._loop.run_in_executor(None, partial(shutil.rmtree, self._directory, ignore_errors=True))
+        deleting.add_done_callback(lambda _: self._ended.set_result(f"the agent ended with {code}"))
 
 
 class Unisolated:

@@ -34,7 +34,7 @@ SMALL = 2048
 FLOOD_WINDOW, FLOOD_READS, FLOOD_PAUSE = 0.02, 40, 0.004
 """More than FLOOD_READS small reads in FLOOD_WINDOW seconds are a flood. Reading then pauses for FLOOD_PAUSE seconds at
 a time."""
-TURN = 0.001
+TURN = 0.0003
 """Seconds for which one link may handle frames before everybody else has a turn. The rest of its frames waits."""
 EVENTS, EVENTS_INTERVAL = 100, 10.0
 """Number of events that a guest may send unasked in so many seconds. A kernel that ends again and again makes few."""

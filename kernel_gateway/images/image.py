@@ -25,7 +25,7 @@ from pathlib import Path
 
 import msgspec
 
-from kernel_gateway.images.cache import SUITE, Cache, in_thread
+from kernel_gateway.images.cache import ENTRY, SUITE, Cache, in_thread
 from kernel_gateway.images.templates import Template, rootfs_dir
 from kernel_gateway.private import foreign
 
@@ -244,9 +244,17 @@ def newest_image(template: Template, cache: Cache, ca_bundle: Path | None) -> Pa
     nothing that was made from one is taken for the other's.
     """
     key = image_key(template, ca_bundle)
-    found = [path for path in (cache.root / "images").iterdir() if re.fullmatch(rf"(\d{{14}}-)?{key}", path.name)]
-    # Names without a time are the oldest, because earlier versions made them.
-    return max(found, key=lambda path: (len(path.name), path.name), default=None)
+    return next((path for path in newest_images(cache.root) if path.name[-16:] == key), None)
+
+
+def newest_images(root: Path) -> list[Path]:
+    """The newest image of each key in a cache directory."""
+    folder = root / "images"
+    found = [path for path in (folder.iterdir() if folder.is_dir() else ()) if ENTRY.fullmatch(path.name)]
+    # A later one replaces an earlier one; names without a time are the oldest.
+    return list(
+        {path.name[-16:]: path for path in sorted(found, key=lambda path: (len(path.name), path.name))}.values()
+    )
 
 
 def built_at(image: Path) -> float:

@@ -201,9 +201,7 @@ class Journal:
         """About a page of the messages after number `after`, with a Gap for missing ones; empty if there are none."""
         if after >= self.last:
             return []
-        segment = None
-        if after + 1 < self._first:
-            segment = next((segment for segment in self._segments if segment.last > after), None)
+        segment = self._segment_after(after)
         if segment is not None:
             records = [record for record in self._load(segment) if record.seq > after]
         else:
@@ -223,6 +221,22 @@ class Journal:
             found.append(record)
             after = record.seq
         return found + records[1:]
+
+    def size_after(self, after: int) -> int:
+        """Bytes of the page that `read` gives, roughly."""
+        if after >= self.last:
+            return 0
+        segment = self._segment_after(after)
+        if segment is not None:
+            return segment.size
+        oldest = self._records[max(after + 1, self._first)]
+        return max(oldest.size, min(self._page, self.end - oldest.end + oldest.size))
+
+    def _segment_after(self, after: int) -> Segment | None:
+        """The page in the file with the message after that number; None if that is in memory, or is not kept."""
+        if after + 1 >= self._first:
+            return None
+        return next((segment for segment in self._segments if segment.last > after), None)
 
     def reader(self, after: int) -> "Reader":
         """A reader of the messages after number `after`."""
@@ -286,11 +300,25 @@ class Reader:
 
     async def next(self) -> list[Record | Gap]:
         """The next messages, as soon as there are any; empty when the journal has ended."""
-        while not (found := self._journal.read(self.after)):
+        return self.take() if await self.arrived() else []
+
+    async def arrived(self) -> bool:
+        """Whether there are more messages. It returns as soon as that is known."""
+        while self.after >= self._journal.last:
             if self._journal.is_closed:
-                return []
+                return False
             self._wakened.clear()
             await self._wakened.wait()
+        return True
+
+    @property
+    def ahead(self) -> int:
+        """Bytes of the page that is next, roughly."""
+        return self._journal.size_after(self.after)
+
+    def take(self, most: float = math.inf) -> list[Record | Gap]:
+        """The page that is next, or of a page with more than `most` bytes the first messages, at least one."""
+        found = first(self._journal.read(self.after), most)
         last = found[-1]
         self.after = last.seq
         if isinstance(last, Record):
@@ -304,6 +332,16 @@ class Reader:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._journal.remove(self)
+
+
+def first(found: list[Record | Gap], most: float) -> list[Record | Gap]:
+    """The first of these, up to `most` bytes, and at least one."""
+    size = 0
+    for number, each in enumerate(found):
+        size += each.size if isinstance(each, Record) else 0
+        if number and size > most:
+            return found[:number]
+    return found
 
 
 def merged(records: list[Record | Gap], after: int = 0) -> list[Record | Gap]:

@@ -5,6 +5,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kernel_gateway.kernel.events import CellError, Events, StreamEvent, cell_er
 from kernel_gateway.kernel.executions import Execution, Executions
 from kernel_gateway.kernel.journal import Gap, Journal
 from kernel_gateway.kernel.message import CHANNEL, CONTENT, HEADER, PARENT
+from kernel_gateway.kernel.pages import pages
 from kernel_gateway.kernel.state import WAITING, Event, State, decide
 from kernel_gateway.outcome import FINISHED, Ending, Outcome
 
@@ -344,7 +346,7 @@ class Kernel:
     def _end_unsent(self, execution: Execution, failure: CellvmError) -> None:
         """End an execution that the kernel has not got."""
         self._remember(execution.id, Pending(self._session, "shell", b"{}", "execute_request"))
-        self._end_request(execution.id, told(failure), Ending.NOT_STARTED, failure)
+        self._end_request(execution.id, our_error(failure), Ending.NOT_STARTED, failure)
 
     # -- what clients say
 
@@ -377,7 +379,7 @@ class Kernel:
                 try:
                     pending.holding = self.account.hold("headers of requests", len(pending.header) + PENDING_COST)
                 except CellvmError as refusal:
-                    self._end_request(head.msg_id, told(refusal), Ending.NOT_STARTED)
+                    self._end_request(head.msg_id, our_error(refusal), Ending.NOT_STARTED)
                     return False
             if head.msg_type == "shutdown_request":
                 self._is_ending = not message.read(parts[CONTENT], message.Reply).restart
@@ -534,9 +536,11 @@ class Kernel:
             CellvmError: the cell could not be run, or the sandbox ended. The error's `outcome` says whether it has run.
         """
         translate = Events()
-        with self.journal.reader(max(execution.after, after)) as reader:
+        reader = self.journal.reader(max(execution.after, after))
+        async with aclosing(pages(reader, self.account)) as found:
             while execution.outcome is None or reader.after < execution.last:
-                if not (records := await reader.next()):
+                records = await anext(found, None)
+                if records is None:
                     break
                 for record in records:
                     if execution.outcome is not None and record.seq > execution.last:
@@ -572,7 +576,7 @@ class Kernel:
                 execution.end(Outcome(Ending.NOT_STARTED), self.journal.last)
 
 
-def told(error: CellvmError) -> CellError:
+def our_error(error: CellvmError) -> CellError:
     """An error of ours, as a request's client is told of it."""
     return CellError(type(error).__name__, str(error), code=error.code)
 

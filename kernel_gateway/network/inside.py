@@ -1,7 +1,7 @@
 """A program that runs for a moment inside a new network namespace. It makes a slot's guest side and hands it out.
 
-It is started as `unshare --net … python -I -S inside.py`. Its standard input is a socket on which it gets the `ip` and
-`nft` batches as JSON. It answers with one message: JSON and, if all went well, the descriptors of
+It is started as `unshare --net … python -I -S inside.py`. Its standard input is a socket on which it gets the `ip`,
+`nft` and `tc` batches as JSON. It answers with one message: JSON and, if all went well, the descriptors of
 
     the network namespace, the user namespace, the tap, the resolver's UDP and TCP sockets, the gate's and the proxy's
 
@@ -61,6 +61,8 @@ def main() -> None:
         device = tap(wanted["tap"])
         batch(["ip", "-batch", "-"], wanted["ip"])
         batch(["nft", "-f", "-"], wanted["nft"])
+        if wanted["tc"]:
+            batch(["tc", "-batch", "-"], wanted["tc"])
         address, dns, gate, proxy = wanted["address"], wanted["dns"], wanted["gate"], wanted["proxy"]
         sockets = [
             bound(socket.SOCK_DGRAM, address, dns),

@@ -26,6 +26,10 @@ NEW_QUERIES = "300/second burst 300 packets"
 MAX_CONNECTIONS = 2000
 MAX_HOST_CONNECTIONS = 2500
 """The limit in the host's list of connections, which all share. It is higher because the host forgets them later."""
+MEGABIT = 125_000
+"""Bytes in a million bits."""
+LEAST_BURST, BURST = 256 * 1024, 0.05
+"""Bytes, and seconds of the rate, that may pass at once. A frame of a guest may have 64 KiB, so fewer would stop it."""
 PINS = 4096
 """Addresses of allowed names that a slot remembers."""
 REFUSALS_KEPT = 500
@@ -38,13 +42,36 @@ def elements(blocks: Iterable[IPv4Network | IPv4Address]) -> str:
     return f"elements = {{ {listed} }};" if listed else ""
 
 
-def slot(floor: Floor) -> str:
-    """The whole filter of a new slot. It lets nothing out until `policy` has been applied."""
+def _burst(bandwidth: int) -> int:
+    return max(LEAST_BURST, int(bandwidth * MEGABIT * BURST))
+
+
+def shaping(bandwidth: int) -> str:
+    """Batch of `tc` that makes what goes to the guest wait, so that it comes with no more than this rate.
+
+    Args:
+        bandwidth: Mbit a second; 0 for no limit.
+    """
+    if not bandwidth:
+        return ""
+    return f"qdisc add dev {TAP} root tbf rate {bandwidth}mbit burst {_burst(bandwidth)} latency 100ms\n"
+
+
+def slot(floor: Floor, bandwidth: int = 0) -> str:
+    """The whole filter of a new slot. It lets nothing out until `policy` has been applied.
+
+    Args:
+        bandwidth: Mbit a second that may come from the guest; 0 for no limit. What is over it is dropped, because
+            nothing outside of the guest can make it wait. The kernel lets a second's worth and the burst pass at once.
+    """
+    rate = f"{bandwidth * MEGABIT} bytes/second burst {_burst(bandwidth)} bytes"
+    limited = f"limit rate over {rate} drop" if bandwidth else ""
     refusals = "\n".join(f"    chain refuse_{name} {{ meta mark set {n} goto refuse; }}" for n, name in REASONS.items())
     return f"""
 table netdev slot {{
     chain from_guest {{
         type filter hook ingress device "{TAP}" priority 0; policy drop;
+        {limited}
         ether saddr != {GUEST_MAC} drop
         # The guest sends only as itself, because each sender is an entry in the list of neighbours that all share.
         arp htype 1 arp ptype ip arp saddr ip {GUEST} arp saddr ether {GUEST_MAC} accept

@@ -23,6 +23,8 @@ from kernel_gateway.network.policy import Floor, Policy, Refusal
 
 INSIDE = Path(__file__).with_name("inside.py")
 REFUSALS_KEPT = 500
+REFUSALS_SHARED = 1.0
+"""Seconds for which whoever asks for refusals gets the same reading of the filter, because each takes two processes."""
 PIN_SLACK = 60.0
 """Seconds that an address is let through for longer than was asked, so that the next question costs nothing."""
 PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp"}
@@ -91,17 +93,20 @@ class Slot:
         self._pinned: dict[IPv4Address, tuple[str, float]] = {}  # past ones, too: connections to them may go on
         self._lock = asyncio.Lock()
         self._refused: dict[tuple[str, int, str, str], Refusal] = {}
+        self._reading: asyncio.Task[list[Refusal]] | None = None
+        self._read_at = 0.0
         self._is_closed = False
 
     def __repr__(self) -> str:
         return f"<Slot {self.mechanism} {'closed' if self._is_closed else 'open'}>"
 
     @classmethod
-    async def make(cls, mechanism: str, floor: Floor, *, to_gate: bool = False) -> "Slot":
+    async def make(cls, mechanism: str, floor: Floor, *, to_gate: bool = False, bandwidth: int = 0) -> "Slot":
         """A namespace with the guest's side and the filter of the default policy, not connected to anything yet.
 
         Args:
             to_gate: all web traffic passes through its gate.
+            bandwidth: Mbit a second that the guest may send, and that it may receive; 0 for no limit.
 
         Raises:
             DriverError: the slot could not be made.
@@ -111,7 +116,8 @@ class Slot:
             "tap": rules.TAP,
             "ip": f"link set {rules.TAP} address {rules.GATEWAY_MAC}\n"
             f"addr add {rules.GATEWAY}/30 dev {rules.TAP}\nlink set {rules.TAP} up\n",
-            "nft": rules.slot(floor) + rules.policy(Policy(), 1, to_gate=to_gate),
+            "nft": rules.slot(floor, bandwidth) + rules.policy(Policy(), 1, to_gate=to_gate),
+            "tc": rules.shaping(bandwidth),
             "address": str(rules.GATEWAY),
             "dns": rules.DNS_PORT,
             "gate": rules.GATE_PORT,
@@ -216,16 +222,26 @@ class Slot:
         self._refused[key] = Refusal(destination, port, protocol, reason, count, time.time())
 
     async def refusals(self) -> list[Refusal]:
-        """All refusals, by name and by address, newest first.
+        """All refusals, by name and by address, newest first. Those by address may be as of a second ago.
 
         Raises:
             DriverError: the filter can't be read.
         """
-        found = list(self._refused.values())
+        now = time.monotonic()
+        if self._reading is None or (self._reading.done() and now - self._read_at > REFUSALS_SHARED):
+            self._reading, self._read_at = asyncio.create_task(self._read_refusals()), now
+            # asyncio would complain of an exception that nobody has waited for.
+            self._reading.add_done_callback(lambda done: done.cancelled() or done.exception())
+        found = [*self._refused.values(), *await asyncio.shield(self._reading)]
+        return sorted(found, key=lambda refusal: refusal.last, reverse=True)[:REFUSALS_KEPT]
+
+    async def _read_refusals(self) -> list[Refusal]:
+        """The refusals that the filter has counted."""
+        found: list[Refusal] = []
         for name in ("refused", "refused_other"):
             text = await self.run("nft", "--json", "--numeric-protocol", "list", "set", "inet", "slot", name)
             found += _listed(json.loads(text), time.time())
-        return sorted(found, key=lambda refusal: refusal.last, reverse=True)[:REFUSALS_KEPT]
+        return found
 
     def close(self) -> None:
         if not self._is_closed:

@@ -51,11 +51,12 @@ PROGRAMS = {
 }
 
 
-async def choose(wanted: str) -> tuple[str, str]:
+async def choose(wanted: str, bandwidth: int = 0) -> tuple[str, str]:
     """The mechanism to use, "off" if there is none, and a text that says what did not work.
 
     Args:
         wanted: "auto", "off", or the only mechanism to try.
+        bandwidth: Mbit a second that slots will be limited to; 0 for no limit.
     """
     if wanted == "off":
         return "off", "switched off"
@@ -71,7 +72,7 @@ async def choose(wanted: str) -> tuple[str, str]:
             try:
                 if mechanism == "netns":
                     await check_forwarding(whatever=wanted != "auto")
-                slot = await Slot.make(mechanism, Floor())
+                slot = await Slot.make(mechanism, Floor(), bandwidth=bandwidth)
             except DriverError as error:
                 reasons.append(f"{mechanism}: {error}")
             else:
@@ -200,6 +201,7 @@ class Slots:
         floor: the operator's part of the floor.
         resolvers: the resolvers to ask; empty for those of the host.
         proxy: host and port of the proxy for all web traffic; None for direct connections.
+        bandwidth: Mbit a second that each slot may send, and may receive; 0 for no limit.
     """
 
     def __init__(
@@ -209,7 +211,9 @@ class Slots:
         *,
         resolvers: list[tuple[str, int]],
         proxy: tuple[str, int] | None,
+        bandwidth: int = 0,
     ) -> None:
+        self.bandwidth = bandwidth
         self.mechanism = mechanism
         self._resolvers = resolvers
         self._proxy = proxy
@@ -298,7 +302,8 @@ class Slots:
 
     async def _make(self) -> Slot:
         floor = self.floor
-        slot = await Slot.make(self.mechanism, floor, to_gate=self._proxy is not None)
+        to_gate = self._proxy is not None
+        slot = await Slot.make(self.mechanism, floor, to_gate=to_gate, bandwidth=self.bandwidth)
         self._open.add(slot)
         slot.closing.callback(self._open.discard, slot)
         try:

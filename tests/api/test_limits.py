@@ -80,3 +80,11 @@ async def test_requests_at_once(tmp_path: Path) -> None:
             command.kill()
         await asyncio.gather(*running, return_exceptions=True)
     assert len(service.sandboxes) == 0
+
+
+async def test_every_route_with_a_key_may_be_refused(service: Service) -> None:
+    """The OpenAPI document has 429 and 503 for every route that needs a key."""
+    paths = json.loads((await service.call("GET", "/openapi.json")).body)["paths"]
+    operations = [each for path in paths.values() for each in path.values() if "security" not in each]
+    assert len(operations) > 50
+    assert all({"401", "429", "503"} <= set(each["responses"]) for each in operations)

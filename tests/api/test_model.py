@@ -187,6 +187,7 @@ class World:
         self.shared = None
         await self.leave(set())
         await eventually(lambda: not processes_in(self.directory), PATIENCE)
+        await eventually(lambda: self.service.sandboxes.held.size == 0, PATIENCE)
         await eventually(lambda: len(asyncio.all_tasks()) <= self._tasks + 1, PATIENCE)  # this one, too
         assert objects() == self._objects
 

@@ -236,6 +236,16 @@ async def test_a_server_from_start_to_end(
         await client.fetch(server.url + "/health")
 
 
+def test_a_data_directory_that_others_may_write_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A server does not start on it, and `cellvm keys` does not, either. Both say what to do."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data").chmod(0o777)
+    for command in (["serve", "--isolation", "unisolated", "--port", "0"], ["keys", "list"]):
+        assert main([*command, "--data-dir", str(tmp_path / "data")]) == 1
+        assert "chmod go-w" in " ".join(capsys.readouterr().err.split())
+    assert list((tmp_path / "data").iterdir()) == []
+
+
 async def test_the_first_start_makes_a_key(tmp_path: Path, client: AsyncHTTPClient) -> None:
     """Without a key in the settings the first start makes one that works. Later starts know it and make none."""
     mine = settings(tmp_path, api_key="", pool_size=0)

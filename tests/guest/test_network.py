@@ -3,6 +3,7 @@
 The server, its host and the internet are in network namespaces of the tests' own, see world.py.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,6 +98,7 @@ def nothing_arrives(world: World, *but: str) -> Iterator[None]:
 
 def refused(box: Sandbox) -> dict[tuple[str, int, str], str]:
     """The reasons of the sandbox's refusals, by destination, port and protocol."""
+    time.sleep(1.1)  # a reading of the filter is shared for a second
     listed = box.get("/network").json()["refused"]
     return {(each["destination"], each["port"], each["protocol"]): each["reason"] for each in listed}
 

@@ -9,6 +9,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from tests.guest.world import DENIED, HOST, NAME_SERVER, OTHER_PUBLIC, PUBLIC, R
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes network namespaces; `doctor` says so")
 NATTED, DENIED_BY_US = "93.184.215.99", "93.184.216.0/24"
 """The host's address behind its NAT, and a block that the operator denies."""
+SO_RCVBUFFORCE = 33
 VNET = bytes(10)
 """The header that our taps put before every frame."""
 ME, GATE = bytes.fromhex(GUEST_MAC.replace(":", "")), bytes.fromhex(rules.GATEWAY_MAC.replace(":", ""))
@@ -429,6 +431,60 @@ async def test_refusals_are_counted(slots: Slots) -> None:
         }
     finally:
         slot.close()
+
+
+@pytest.mark.parametrize("bandwidth", [8, 0])
+async def test_bandwidth_is_limited(world: World, slots: Slots, bandwidth: int) -> None:
+    """A sandbox sends and receives no more than its limit and a burst. Without a limit it does both faster."""
+    slots.bandwidth = bandwidth
+    try:
+        slot = await slots._make()
+    finally:
+        slots.bandwidth = 0
+    with world.internet.inside():
+        peer = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        peer.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 32 << 20)
+        peer.bind((PUBLIC, 9200))
+    peer.setblocking(False)
+    loop, size, count = asyncio.get_running_loop(), 1200, 4000
+    try:
+        guest = Guest(slot)
+        await slot.apply(Policy())
+        assert await guest.ask(PUBLIC, 9000, "udp") == "open"  # the gateway knows the guest's MAC address from now on
+        packet = guest.packet(PUBLIC, 17, struct.pack(">HHHH", 23_457, 9200, size + 8, 0) + bytes(size))
+        begun, sent, received = loop.time(), 0, 0
+        for number in range(count):
+            guest.send(packet)
+            if number % 50 == 0:
+                await asyncio.sleep(0)
+        sending = loop.time() - begun
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                while True:
+                    data, address = await loop.sock_recvfrom(peer, 65536)
+                    sent += len(data)
+        begun = loop.time()
+        for _ in range(count):
+            with suppress(BlockingIOError):
+                peer.sendto(bytes(size), address)
+            with suppress(BlockingIOError):
+                received += len(os.read(slot.tap, 65536))
+        while loop.time() - begun < 1:
+            try:
+                received += len(os.read(slot.tap, 65536))
+            except BlockingIOError:
+                await asyncio.sleep(0.005)
+        receiving = loop.time() - begun
+    finally:
+        peer.close()
+        slot.close()
+    if bandwidth:
+        # The kernel's filter lets a second's worth pass at once.
+        assert 100_000 < sent < 256 * 1024 + 1_000_000 * (1 + sending) * 1.1
+        assert 100_000 < received < 256 * 1024 + 1_000_000 * receiving * 1.1
+    elif slots.mechanism == "netns":  # passt drops what its own buffers do not hold
+        assert sent > 3_000_000
+        assert received > 3_000_000
 
 
 async def test_a_thousand_refusals_do_not_pile_up(slots: Slots) -> None:

@@ -23,7 +23,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="siege-") as directory:
         siege, figures = asyncio.run(besieged(Path(directory), options.quiet, options.seconds, options.attacks))
     (RESULTS / "siege.svg").write_text(siege.drawn())
-    (RESULTS / "siege.json").write_text(json.dumps({**figures, "samples": siege.samples, "memory_curve": siege.memory}))
+    raw = {"attacked": siege.attacked.samples, "peer": siege.peer.samples, "memory": siege.memory}
+    (RESULTS / "siege.json").write_text(json.dumps({**figures, "samples": raw}))
     print(json.dumps(figures, indent=1))
 
 

@@ -1,4 +1,8 @@
-"""A siege: what a well-behaved tenant sees of a server in peace and under attack, and what is left a minute after."""
+"""A siege: what a well-behaved tenant sees of a server under attack, and what is left of it a minute after.
+
+The tenant lives on another server, too, which nobody attacks. Both share the machine with the attackers. So what
+differs between them is what the attack does to the server, and not what it takes from the processors.
+"""
 
 import asyncio
 import contextlib
@@ -11,7 +15,6 @@ from contextlib import closing
 from math import log10
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
 
 from websockets.asyncio.client import connect
 
@@ -27,29 +30,27 @@ FORM = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
 COLOURS = dict(zip(STEPS, ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"), strict=True))
 
 
-class Siege:
-    """One server and its good tenant. `samples` are (seconds since the begin, step, seconds it took)."""
+BEGUN = time.monotonic()
+
+
+def now() -> float:
+    """Seconds since the begin."""
+    return time.monotonic() - BEGUN
+
+
+class Tenant:
+    """A good tenant of a server. `samples` are (when, step, seconds it took)."""
 
     def __init__(self, server: ServerProcess) -> None:
         self.server = server
-        self.begun = time.monotonic()
         self.samples: list[tuple[float, str, float]] = []
-        self.memory: list[tuple[float, int]] = []
         self.errors: list[str] = []
-        self.phases: list[tuple[str, float]] = []
-
-    @property
-    def now(self) -> float:
-        return time.monotonic() - self.begun
-
-    def phase(self, name: str) -> None:
-        self.phases.append((name, self.now))
 
     async def step(self, name: str, method: str, path: str, expect: int, **fields: Any) -> Any:
         """Time one request of the good tenant, and note it if the answer is not the expected one."""
         begun = time.monotonic()
         answer = await self.server.call(method, path, **fields)
-        self.samples.append((self.now, name, time.monotonic() - begun))
+        self.samples.append((now(), name, time.monotonic() - begun))
         if answer.code != expect:
             self.errors.append(f"{name}: {answer.code} {answer.body[:300]!r}")
         return json.loads(answer.body or b"null")
@@ -82,22 +83,46 @@ class Siege:
             text = ""
             while (event := json.loads(await socket.recv()))["type"] != "end":
                 text += event.get("text") or ""
-        self.samples.append((self.now, "stream", time.monotonic() - begun))
+        self.samples.append((now(), "stream", time.monotonic() - begun))
         if text != "".join(f"{n}\n" for n in range(50)):
             self.errors.append(f"stream: {text!r}")
 
+    def p95(self, step: str, begin: float, end: float) -> float:
+        took = [each for at, name, each in self.samples if name == step and begin <= at < end]
+        return statistics.quantiles(took, n=20, method="inclusive")[-1] if len(took) > 1 else sum(took)
+
+
+class Siege:
+    """The attacked server, and its peer that nobody attacks, each with a good tenant."""
+
+    def __init__(self, attacked: ServerProcess, peer: ServerProcess) -> None:
+        self.server = attacked
+        self.attacked, self.peer = Tenant(attacked), Tenant(peer)
+        self.memory: list[tuple[float, int]] = []
+        self.phases: list[tuple[str, float]] = []
+
+    def phase(self, name: str) -> None:
+        self.phases.append((name, now()))
+
+    def span(self, name: str) -> tuple[float, float]:
+        """Begin and end of a phase."""
+        index = next(n for n, (each, _) in enumerate(self.phases) if each == name)
+        return self.phases[index][1], self.phases[index + 1][1]
+
     async def live_for(self, seconds: float) -> None:
+        """Let both tenants live, in turns."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            await self.live()
+            await self.attacked.live()
+            await self.peer.live()
 
     @contextlib.asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
-        """Note the server's memory all the while."""
+        """Note the attacked server's memory all the while."""
 
         async def watch() -> None:
             while True:
-                self.memory.append((self.now, self.server.memory()))
+                self.memory.append((now(), self.server.memory()))
                 await asyncio.sleep(0.2)
 
         task = asyncio.create_task(watch())
@@ -107,47 +132,52 @@ class Siege:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    def p95(self, step: str, begin: float, end: float) -> float:
-        took = [each for at, name, each in self.samples if name == step and begin <= at < end]
-        return statistics.quantiles(took, n=20, method="inclusive")[-1] if len(took) > 1 else sum(took)
-
-    def span(self, name: str) -> tuple[float, float]:
-        """Begin and end of a phase."""
-        index = next(n for n, (each, _) in enumerate(self.phases) if each == name)
-        return self.phases[index][1], self.phases[index + 1][1]
-
     def descriptors(self) -> int:
         return len(list(Path(f"/proc/{self.server.process.pid}/fd").iterdir()))
 
-    def drawn(self) -> str:
-        """The curve as an SVG: the tenant's times on a logarithmic scale of five decades from 1 ms, memory below."""
-        width, height = 1000, 500
-        end = max(self.now, 1)
+    async def recovery(self, descriptors: int) -> float | None:
+        """Seconds until nothing of the attack is left; None if RECOVERY is over."""
+        begun = time.monotonic()
+        while time.monotonic() - begun < RECOVERY:
+            health = json.loads((await self.server.call("GET", "/health")).body)
+            if health["sandboxes"] == 0 and self.descriptors() <= descriptors + 2:
+                return time.monotonic() - begun
+            await asyncio.sleep(0.5)
+        return None
 
-        def line(points: list[tuple[float, float]], colour: str) -> str:
-            text = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-            return f'<polyline fill="none" stroke="{colour}" points="{text}"/>'
-
-        def time_at(seconds: float) -> float:
-            return 300 - 60 * min(max(log10(max(seconds, 1e-9) / 0.001), 0), 5)
-
-        parts = [
-            line([(at / end * width, time_at(took)) for at, name, took in self.samples if name == step], COLOURS[step])
+    def figures(self) -> dict[str, Any]:
+        """For each step the p95 in seconds: in peace, under attack, and at the peer while the other was attacked."""
+        quiet, siege = self.span("quiet"), self.span("siege")
+        return {
+            step: {
+                "quiet": self.attacked.p95(step, *quiet),
+                "attacked": self.attacked.p95(step, *siege),
+                "peer": self.peer.p95(step, *siege),
+            }
             for step in STEPS
-        ]
-        parts += [f'<text x="4" y="{20 + 14 * n}" fill="{COLOURS[step]}">{step}</text>' for n, step in enumerate(STEPS)]
+        }
+
+    def drawn(self) -> str:
+        """The curves as an SVG: the tenant's times on a logarithmic scale of five decades from 1 ms, memory below."""
+        width, height, end = 1000, 500, max(now(), 1)
+        parts = []
+        for n, (step, colour) in enumerate(COLOURS.items()):
+            took = [(at / end, took) for at, name, took in self.attacked.samples if name == step]
+            heights = [(x * width, 300 - 60 * min(max(log10(max(t, 1e-9) / 0.001), 0), 5)) for x, t in took]
+            parts += [line(heights, colour), f'<text x="4" y="{20 + 14 * n}" fill="{colour}">{step}</text>']
         most = max((size for _, size in self.memory), default=1)
         parts.append(line([(at / end * width, height - size / most * 150) for at, size in self.memory], "black"))
         parts.append(f'<text x="4" y="345">memory, at most {most >> 20} MiB</text>')
         for name, at in self.phases:
             x = at / end * width
-            parts.append(f'<line x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{height}" stroke="grey" stroke-dasharray="4"/>')
-            parts.append(f'<text x="{x + 3:.1f}" y="{height - 4}">{escape(name)}</text>')
-        body = "\n".join(parts)
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-            f'font-size="12">\n{body}\n</svg>\n'
-        )
+            parts.append(line([(x, 0), (x, height)], "grey") + f'<text x="{x + 3:.1f}" y="{height - 4}">{name}</text>')
+        box = f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12"'
+        return f'<svg xmlns="http://www.w3.org/2000/svg" {box}>\n' + "\n".join(parts) + "\n</svg>\n"
+
+
+def line(points: list[tuple[float, float]], colour: str) -> str:
+    text = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline fill="none" stroke="{colour}" points="{text}"/>'
 
 
 async def besieged(
@@ -155,59 +185,35 @@ async def besieged(
 ) -> tuple[Siege, dict[str, Any]]:
     """Run a siege, and return it with its figures. `quiet` and `seconds` are how long peace and attack last."""
     flags = ("--max-sandboxes", "24", "--max-sandboxes-per-key", "10", "--max-creates-per-minute", "300")
-    async with server_process(directory / "data", *flags) as server:
-        keys = [new_key() for _ in range(2)]
-        for number, key in enumerate(keys):
-            await add_key(directory / "data", key, f"hostile{number}")
-        siege = Siege(server)
+    keys = [new_key() for _ in range(2)]
+    async with server_process(directory / "attacked", *flags) as server, server_process(directory / "peer") as peer:
+        with closing(Store(directory / "attacked" / "cellvm.db")) as store:
+            for number, key in enumerate(keys):
+                store.add_key(key, f"hostile{number}")
+        siege = Siege(server, peer)
         async with siege.watched():
             siege.phase("warm")
-            await siege.live()
+            await siege.live_for(1)
             siege.phase("quiet")
-            before = (siege.descriptors(), server.memory())
+            descriptors, memory = siege.descriptors(), server.memory()
             await siege.live_for(quiet)
             siege.phase("siege")
             attackers = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "tests.siege.attackers", server.url, str(seconds), attacks, *keys,
                 stdout=asyncio.subprocess.PIPE,
             )  # fmt: skip
-            assert attackers.stdout is not None
-            done = asyncio.create_task(attackers.stdout.read())
+            said = asyncio.create_task(attackers.communicate())
             await siege.live_for(seconds)
             siege.phase("after")
-            said = await done
-            await attackers.wait()
-            recovered = await recovery(siege, before[0])
-            await siege.live()
+            answer, _ = await said
+            recovered = await siege.recovery(descriptors)
+            await siege.live_for(1)
             siege.phase("end")
-        figures = {
-            "p95": {step: {name: siege.p95(step, *siege.span(name)) for name in ("quiet", "siege")} for step in STEPS},
-            "rounds": {name: count(siege, name) for name in ("quiet", "siege")},
-            "errors": siege.errors,
-            "memory": {"before": before[1], "peak": max(size for _, size in siege.memory), "after": server.memory()},
+        return siege, {
+            "p95": siege.figures(),
+            "rounds": sum(name == "stream" for _, name, _ in siege.attacked.samples),
+            "errors": siege.attacked.errors,
+            "memory": {"before": memory, "peak": max(size for _, size in siege.memory), "after": server.memory()},
             "recovered": recovered,
-            "attackers": json.loads(said.splitlines()[-1]) if said else None,
+            "attackers": json.loads(answer.splitlines()[-1]),
         }
-    return siege, figures
-
-
-def count(siege: Siege, phase: str) -> int:
-    begin, end = siege.span(phase)
-    return sum(begin <= at < end and name == "stream" for at, name, _ in siege.samples)
-
-
-async def add_key(data: Path, key: str, name: str) -> None:
-    """Let another tenant in, beside the running server."""
-    with closing(Store(data / "cellvm.db")) as store:
-        store.add_key(key, name)
-
-
-async def recovery(siege: Siege, descriptors: int) -> float | None:
-    """Seconds until nothing of the attack is left; None if RECOVERY is over."""
-    begun = time.monotonic()
-    while time.monotonic() - begun < RECOVERY:
-        health = json.loads((await siege.server.call("GET", "/health")).body)
-        if health["sandboxes"] == 0 and siege.descriptors() <= descriptors + 2:
-            return time.monotonic() - begun
-        await asyncio.sleep(0.5)
-    return None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kernel_gateway import host
-from kernel_gateway.host import Finding, _images, _network, promised
+from kernel_gateway.host import Finding, _images, _network, promised, swap
 from kernel_gateway.network.policy import Floor
 from kernel_gateway.settings import Settings
 
@@ -60,6 +60,12 @@ def test_local_zones_are_told() -> None:
     floor = Floor(zones=("example.net",))
     told = list(_network(Settings(pip_index="https://index.example.net/simple"), "netns", "", floor))
     assert [each.level for each in told if "example.net" in each.what] == ["ok", "warn"]
+
+
+@pytest.mark.parametrize(("total", "level"), [("0 kB", "ok"), ("2097148 kB", "warn")])
+def test_swap_is_told(total: str, level: str) -> None:
+    """Doctor warns of swap, because it writes the memory of sandboxes to a disk."""
+    assert swap({"SwapTotal": f"    {total}"}).level == level
 
 
 def test_the_age_of_images_is_told(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -9,16 +10,20 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 import pytest
 
+from kernel_gateway.__main__ import refresh_images
 from kernel_gateway.images import image
 from kernel_gateway.images.cache import Cache
 from kernel_gateway.images.image import (
     BuildError,
     Cpio,
+    build_image,
     built_at,
     content_hash,
     dependencies,
@@ -243,6 +248,59 @@ async def test_a_tool_gets_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     await image.run(["sh", "-c", "env | sed 's/^/step: /'"], {"OUT": "/out"}, told.append)
     assert not [line for line in told if "secret" in line]
     assert {"OUT=/out", "https_proxy=http://proxy.example:3128", f"PATH={os.environ['PATH']}"} <= set(told)
+
+
+async def test_every_build_is_an_image_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that was damaged, and one that is built anew, get another name than the one before, because snapshots
+    of the one before do not fit them. The other one stays for servers that run."""
+
+    async def nothing(*_: object) -> None:
+        """No wheels are needed."""
+
+    async def built(template: Template, work: Path, *_: object) -> None:
+        (work / "tmp").mkdir()
+        (work / "root.erofs").write_bytes(os.urandom(100))
+        module(work / "boot/lib/modules/6.1.0", "erofs")
+        (work / "boot/bin").mkdir()
+        (work / "boot/bin/busybox").touch()
+
+    monkeypatch.setattr(image, "download_wheels", nothing)
+    monkeypatch.setattr(image, "_debian", built)
+    real_gmtime, moments = time.gmtime, itertools.count(1_800_000_000)
+    monkeypatch.setattr("kernel_gateway.images.image.time.gmtime", lambda: real_gmtime(next(moments)))
+    cache = Cache(tmp_path)
+
+    async def build(*, anew: bool = False) -> Path:
+        return await build_image(TEMPLATE, cache, None, lambda _: None, anew=anew)
+
+    first = await build()
+    assert await build() == first
+    (first / "root.erofs").write_bytes(b"damaged")
+    second = await build()
+    assert second != first
+    assert not first.exists()
+    third = await build(anew=True)
+    assert third not in (first, second)
+    assert second.exists()
+    assert await build() == third
+    assert {path.name[-16:] for path in (first, second, third)} == {image_key(TEMPLATE, None)}
+    cache.close()
+
+
+async def test_a_refresh_builds_each_image_once(tmp_path: Path) -> None:
+    """Templates with the same packages share an image, which is built once."""
+
+    class Building:
+        cache, ca_bundle = Cache(tmp_path), None
+        built: ClassVar[list[tuple[str, bool]]] = []
+
+        async def image(self, template: Template, step: Callable[[str], None], *, anew: bool) -> None:
+            self.built.append((template.id, anew))
+
+    replaced = msgspec.structs.replace
+    twin, other = replaced(TEMPLATE, id="twin"), replaced(TEMPLATE, id="other", debian=[])
+    await refresh_images(Building(), [TEMPLATE, twin, other], lambda _: None)  # type: ignore[arg-type]
+    assert Building.built == [("twin", True), ("other", True)]
 
 
 def test_the_newest_image_of_a_key_counts(tmp_path: Path) -> None:

@@ -82,6 +82,18 @@ def test_the_directory_of_claims_must_be_ours(tmp_path: Path, monkeypatch: pytes
         jail.claims_directory()
 
 
+def test_nobody_can_take_the_directory_of_claims_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a runtime directory the claims of a user are in that user's home, where no other user makes files."""
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    uid = os.geteuid() or 4242
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    place = tmp_path / f".local/state/cellvm-{uid}"
+    place.mkdir(parents=True)
+    os.chown(place, uid, -1)
+    assert jail.claims_directory() == place
+
+
 # -- leftovers
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,54 @@ async def test_events_that_nobody_waits_for_are_not_kept() -> None:
         with pytest.raises(DriverError, match="ended"):
             await asyncio.wait_for(question, 5)
     qmp.close()
+
+
+async def test_long_lines_are_read() -> None:
+    """A line may be longer than 64 KiB, which is where a reader of asyncio gives up by itself."""
+    qemu, qmp = await FakeQemu.open()
+    asking = asyncio.create_task(qmp.execute("query-version"))
+    await qemu.answer({"package": "x" * 200_000})
+    assert len((await asyncio.wait_for(asking, 5))["package"]) == 200_000
+    assert qemu.deaths == []
+    qmp.close()
+    await qemu.close()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *(b"no json\n", b"[]\n", b"1\n", b"\xff\n", b"[" * 100_000 + b"\n", b"x" * 3_000_000),
+        *(b'{"event": "MIGRATION", "data": 1}\n', b'{"error": 1}\n', b"{}\n", b'{"event": []}\n'),
+    ],
+    ids=lambda said: repr(said[:30]),
+)
+async def test_a_qemu_that_speaks_no_qmp(said: bytes) -> None:
+    """A QEMU that can't be controlled any more is ended. Whoever waits for an answer is told."""
+    qemu, qmp = await FakeQemu.open()
+    asking = asyncio.create_task(qmp.execute("cont"))
+    await qemu.reader.readline()
+    qemu.writer.write(said)
+    with pytest.raises(DriverError, match="ended"):
+        await asyncio.wait_for(asking, 5)
+    (why,) = qemu.deaths
+    assert why.startswith("its QEMU says what is no QMP")
+    assert len(why) <= 200
+    qmp.close()
+    with suppress(ConnectionError):  # bytes that were not read any more
+        await qemu.close()
+
+
+@pytest.mark.parametrize("said", [b"hello\n", b"{}\n", b'{"QMP": []}\n', b"x" * 3_000_000, b""])
+async def test_a_qemu_that_begins_otherwise(said: bytes) -> None:
+    """What does not begin as QEMU does is not controlled."""
+    ours, theirs = socket.socketpair()
+    _, writer = await asyncio.open_connection(sock=theirs)
+    writer.write(said)
+    if not said:
+        writer.write_eof()
+    with pytest.raises(DriverError, match=r"begin|ended before"):
+        await asyncio.wait_for(Qmp.open(ours, lambda why: None), 5)
+    writer.close()
 
 
 async def test_a_qemu_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ def test_a_flag_wins_over_its_variable_and_that_over_the_default() -> None:
         ("port", "65536"), ("port", "-1"), ("port", "eighty"), ("port", ""), ("port", "8_0"), ("port", "1e3"),
         ("port", "9" * 5000), ("port", "٣"), ("port", " 80"), ("pool_size", "-1"), ("pool_size", "1001"),
         ("max_sandboxes", "0"), ("max_sandboxes", "10001"), ("isolation", "docker"), ("isolation", ""),
+        ("bandwidth", "-1"), ("bandwidth", "100001"),
         ("log_level", "loud"), ("shutdown_timeout", "601"), ("shutdown_timeout", "1.5"),
     ],
 )  # fmt: skip
