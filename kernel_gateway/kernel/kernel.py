@@ -32,7 +32,7 @@ INTERRUPT_GRACE = 0.75
 """Seconds a cell gets to end after an interrupt before its kernel is killed, so that the reply comes within a second.
 An emulated machine gets twice as long, because a loop in it may need most of a second to notice."""
 REPLY_GRACE = 5.0
-"""Seconds in which the reply must follow the error of an interrupted cell, because the error shows that it stopped."""
+"""Seconds in which the reply of an interrupted cell must follow once its code has stopped. A traceback takes time."""
 MAX_SESSIONS = 1000
 """Number of client sessions whose place in the journal is remembered."""
 MAX_PENDING = 10_000
@@ -511,9 +511,11 @@ class Kernel:
             except TimeoutError:
                 if execution.outcome is not None:
                     break  # it ended in the same turn
-                if deadline is not None and self._pending[execution.id].is_told and not has_stopped:
+                if deadline is not None and not has_stopped and await self._has_stopped(execution):
                     has_stopped = True
                     deadline += REPLY_GRACE
+                elif execution.outcome is not None:
+                    break  # it ended while the guest was asked
                 elif deadline is not None:
                     self._end_request(execution.id, timed_out(execution.timeout, state_kept=False), Ending.UNKNOWN)
                     # The next cell waits for the next kernel. The reply to this one does not.
@@ -528,6 +530,16 @@ class Kernel:
             if execution.is_unwanted and execution.is_started and may_interrupt:
                 may_interrupt = False
                 await self.interrupt(execution.id)
+
+    async def _has_stopped(self, execution: Execution) -> bool:
+        """Whether the cell's code is over though its reply has not come: its error is told, or is made in the guest."""
+        if self._pending[execution.id].is_told:
+            return True
+        try:
+            return (await self._link.call(wire.GetStopped(target=execution.id), wire.Stopped)).is_stopped
+        except GuestFailure as error:
+            log.warning("a kernel could not be asked whether a cell has stopped: %.500s", error)
+            return False
 
     async def events(self, execution: Execution, after: int = 0) -> AsyncGenerator[StreamEvent, None]:
         """The events of a cell, from the journal's number `after` on, "end" last.

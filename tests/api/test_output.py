@@ -1,0 +1,126 @@
+"""What child processes, C libraries and threads print reaches the right answer, undamaged and in time."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.fakes import Service
+
+WIDE = "日本語テキスト"
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        "import subprocess; _ = subprocess.run(['cat', 'u.txt'])",
+        "import os; _ = os.system('cat u.txt')",
+        "import os; _ = os.write(1, open('u.txt', 'rb').read())",
+        "import ctypes; c = ctypes.CDLL(None); t = open('u.txt', 'rb').read(); _ = c.write(1, t, len(t))",
+        "import subprocess; _ = subprocess.run(['dd', 'if=u.txt', 'bs=1', 'count=4200', 'status=none'])",
+        "import subprocess; _ = subprocess.run('cat u.txt >&2', shell=True)",
+    ],
+)
+@pytest.mark.parametrize("text", [WIDE, "Привет, мир! ", "🙂é"])
+async def test_characters_of_children(real: Service, real_box: str, run: str, text: str) -> None:
+    """Characters that two reads of a pipe share are whole."""
+    count = 200 if "bs=1" in run else 3000
+    await real.execute(real_box, f"open('u.txt', 'w').write({text!r} * {count})")
+    cell = await real.execute(real_box, run)
+    printed = cell["stderr" if ">&2" in run else "stdout"]
+    whole = (text * count).encode()[: 4200 if "bs=1" in run else None].decode(errors="ignore")
+    assert (len(printed), "\ufffd" in printed) == (len(whole), False)
+    assert printed == whole
+
+
+@pytest.mark.parametrize(
+    ("code", "printed"),
+    [
+        ("import subprocess; _ = subprocess.run(['echo', 'LAST'])", "LAST\n"),
+        ("import os; _ = os.system('echo LAST')", "LAST\n"),
+        ("import ctypes; c = ctypes.CDLL(None); _ = c.printf(b'LAST'), c.fflush(None)", "LAST"),
+        ("import subprocess; _ = subprocess.run('seq 20000; echo LAST', shell=True)", "LAST\n"),
+        ("import os\npid = os.fork()\nif not pid: os.write(1, b'LAST'), os._exit(0)\n_ = os.waitpid(pid, 0)", "LAST"),
+    ],
+)
+async def test_last_words_of_children(real: Service, real_box: str, code: str, printed: str) -> None:
+    """What was written before the end of a cell is in its answer, every time."""
+    for _ in range(15):
+        cell = await real.execute(real_box, code)
+        assert cell["stdout"].endswith(printed), cell
+        assert cell["error"] is None
+
+
+async def test_last_words_on_stderr(real: Service, real_box: str) -> None:
+    """The same holds for the error stream, and for a cell that fails."""
+    for _ in range(15):
+        cell = await real.execute(real_box, "import os; _ = os.system('echo LAST >&2'); 1/0")
+        assert cell["stderr"] == "LAST\n"
+
+
+async def test_bytes_that_are_no_text(real: Service, real_box: str) -> None:
+    """Bytes that are no UTF-8 become U+FFFD, and the rest is as it was."""
+    cell = await real.execute(real_box, r"import os; _ = os.write(1, b'a\xffb\xe6\x97c\n')")
+    assert cell["stdout"] == "a\ufffdb\ufffdc\n"
+
+
+async def test_a_child_that_never_stops_printing(real: Service, real_box: str) -> None:
+    """A cell ends although its child prints on, and the kernel works."""
+    cell = await real.execute(real_box, "import subprocess; p = subprocess.Popen('yes', stdout=None); 5", timeout=10)
+    assert (cell["results"][0]["data"]["text/plain"], cell["error"]) == ("5", None)
+    await real.execute(real_box, "p.kill(); _ = p.wait()")
+    assert (await real.execute(real_box, "6"))["results"][0]["data"]["text/plain"] == "6"
+
+
+async def test_output_that_was_closed(real: Service, real_box: str) -> None:
+    """A cell that closes the descriptor breaks its children's output alone. `print` works on."""
+    await real.execute(real_box, "import os; copy = os.dup(1); os.close(1)")
+    assert (await real.execute(real_box, "print('here')"))["stdout"] == "here\n"
+    await real.call("POST", f"/api/kernels/{real.sandboxes.get(real.owner, real_box).kernel_id}/restart", {})
+    assert (await real.execute(real_box, "import os; _ = os.system('echo back')"))["stdout"] == "back\n"
+
+
+# -- argv
+
+
+@pytest.mark.parametrize(
+    ("code", "value"),
+    [
+        ("import sys; path = sys.argv[1] if len(sys.argv) > 1 else 'data.csv'; path", "'data.csv'"),
+        (
+            "import argparse; p = argparse.ArgumentParser(); p.add_argument('--n', default=3); p.parse_args().n",
+            "3",
+        ),
+        ("import sys; sys.argv", "['']"),
+        ("import sys; 'kernel_main' in ' '.join(sys.argv)", "False"),
+        ("import getopt, sys; getopt.getopt(sys.argv[1:], 'a')", "([], [])"),
+        (
+            "import unittest\nclass T(unittest.TestCase):\n    def test(self): pass\n"
+            "unittest.main(argv=[''], exit=False).result.testsRun",
+            "1",
+        ),
+    ],
+)
+async def test_argv(real: Service, real_box: str, code: str, value: str) -> None:
+    """Code that reads its arguments finds none, as in an interactive Python."""
+    cell: dict[str, Any] = await real.execute(real_box, code)
+    assert cell["error"] is None, cell
+    assert cell["results"][0]["data"]["text/plain"] == value
+
+
+async def test_unittest_main(real: Service, real_box: str) -> None:
+    """`unittest.main()` runs the tests of the cells, and ends its own cell as it ends a script."""
+    code = "import unittest\nclass T(unittest.TestCase):\n    def test(self): pass\nunittest.main()"
+    cell = await real.execute(real_box, code)
+    assert (cell["error"]["name"], "Ran 1 test" in cell["stderr"]) == ("SystemExit", True)
+
+
+async def test_two_streams_in_one_cell(real: Service, real_box: str) -> None:
+    """Output of Python and of children is told as events of the cell that it belongs to."""
+    headers = {"Accept": "application/x-ndjson"}
+    code = "import os\nprint('a')\n_ = os.system('echo b; echo c >&2')"
+    answer = await real.call("POST", f"/sandboxes/{real_box}/execute", {"code": code}, headers=headers)
+    events = [json.loads(line) for line in answer.body.splitlines()]
+    assert len({each["id"] for each in events}) == 1
+    texts = {name: "".join(e["text"] for e in events if e["type"] == name) for name in ("stdout", "stderr")}
+    assert (sorted(texts["stdout"].split()), texts["stderr"]) == (["a", "b"], "c\n")
