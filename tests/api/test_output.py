@@ -1,11 +1,13 @@
 """What child processes, C libraries and threads print reaches the right answer, undamaged and in time."""
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
 
-from tests.fakes import Service
+from kernel_gateway.kernel.journal import Record
+from tests.fakes import Service, eventually
 
 WIDE = "日本語テキスト"
 
@@ -124,3 +126,121 @@ async def test_two_streams_in_one_cell(real: Service, real_box: str) -> None:
     assert len({each["id"] for each in events}) == 1
     texts = {name: "".join(e["text"] for e in events if e["type"] == name) for name in ("stdout", "stderr")}
     assert (sorted(texts["stdout"].split()), texts["stderr"]) == (["a", "b"], "c\n")
+
+
+# -- output that comes late
+
+
+THREAD = "import threading, time\ndef tell(after, text):\n    time.sleep(after)\n    print(text, flush=True)\n"
+
+
+async def settled(real: Service, box: str, text: str) -> None:
+    """Return when the journal has that text."""
+    journal = real.sandboxes.get(real.owner, box).guest.kernel.journal
+
+    def has_come() -> bool:
+        after, found = 0, False
+        while records := journal.read(after):
+            after = records[-1].seq
+            found = found or any(text.encode() in part for r in records if isinstance(r, Record) for part in r.parts)
+        return found
+
+    await eventually(has_come, timeout=15)
+
+
+async def test_late_output_goes_to_whoever_asks_next(real: Service, real_box: str) -> None:
+    """What a thread prints after its cell ended is in the next answer, which says whose it is. It is told once."""
+    await real.execute(real_box, THREAD)
+    code = "threading.Thread(target=tell, args=(0.5, 'of a thread')).start()\nprint('now')"
+    first = await real.execute(real_box, code)
+    assert (first["stdout"], first["late"]) == ("now\n", [])
+    await settled(real, real_box, "of a thread\\n")
+    second = await real.execute(real_box, "print('mine')")
+    assert second["stdout"] == "mine\n"
+    assert [(each["executionCount"], each["stdout"]) for each in second["late"]] == [
+        (first["executionCount"], "of a thread\n")
+    ]
+    assert (await real.execute(real_box, "1"))["late"] == []
+
+
+async def test_late_output_of_children(real: Service, real_box: str) -> None:
+    """So is what a child prints that the cell has left running, also when a completion comes between."""
+    await real.execute(real_box, "import subprocess; p = subprocess.Popen('sleep 0.5; echo of a child', shell=True)")
+    await settled(real, real_box, "of a child\\n")
+    cell = await real.execute(real_box, "2")
+    assert [each["stdout"] for each in cell["late"]] == ["of a child\n"]
+
+
+async def test_late_displays_of_tasks(real: Service, real_box: str) -> None:
+    """A task of asyncio that goes on displays and fails late."""
+    code = """
+import asyncio
+from IPython.display import display
+async def later():
+    await asyncio.sleep(0.5)
+    print('printed'); display('dis' + 'played')
+task = asyncio.create_task(later())
+"""
+    await real.execute(real_box, code)
+    await settled(real, real_box, "displayed")
+    cell = await real.execute(real_box, "3")
+    (late,) = cell["late"]
+    assert (late["stdout"], [each["data"]["text/plain"] for each in late["results"]]) == ("printed\n", ["'displayed'"])
+
+
+async def test_late_output_in_a_stream(real: Service, real_box: str) -> None:
+    """Events of other cells are marked, and have the ids of their cells."""
+    await real.execute(real_box, THREAD)
+    path, headers = f"/sandboxes/{real_box}/execute", {"Accept": "application/x-ndjson"}
+    code = {"code": "threading.Thread(target=tell, args=(0.3, 'streamed late')).start()"}
+    first = await real.call("POST", path, code, headers={**headers, "Idempotency-Key": "whose"})
+    await settled(real, real_box, "streamed late\\n")
+    second = await real.call("POST", path, {"code": "print('own')"}, headers={**headers, "Idempotency-Key": "next"})
+    events = [json.loads(line) for line in second.body.splitlines()]
+    assert [(each["id"], each["text"]) for each in events if each.get("late")] == [("whose", "streamed late\n")]
+    assert {each["id"] for each in events if not each.get("late")} == {"next"}
+    again = await real.call("GET", f"/sandboxes/{real_box}/executions/next", headers=headers)
+    assert again.body == second.body
+    assert not any(json.loads(line).get("late") for line in first.body.splitlines())
+
+
+async def test_cells_that_wait_share_no_late_output(real: Service, real_box: str) -> None:
+    """Of many cells at once each piece of late output is told to one."""
+    await real.execute(real_box, THREAD)
+    code = "threading.Thread(target=tell, args=(0.35, 'piece {0}')).start(); time.sleep(0.1)"
+    cells = [asyncio.create_task(real.execute(real_box, code.format(number))) for number in range(8)]
+    answers = [await each for each in cells]
+    await settled(real, real_box, "piece 7\\n")
+    answers.append(await real.execute(real_box, "4"))
+    told = [text for each in answers for text in [each["stdout"], *(late["stdout"] for late in each["late"])]]
+    assert sorted("".join(told).split("\n")[:-1]) == [f"piece {number}" for number in range(8)]
+
+
+# -- kernels that end between cells
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import threading, os; zz = 1; threading.Timer(0.3, os._exit, [3]).start()",
+        "import subprocess, os; zz = 1; _ = subprocess.Popen(f'sleep 0.3; kill -9 {os.getpid()}', shell=True)",
+        "import asyncio, os; zz = 1; asyncio.get_running_loop().call_later(0.3, os._exit, 3)",
+    ],
+)
+async def test_a_kernel_that_ends_between_cells(real: Service, real_box: str, code: str) -> None:
+    """The next cell runs, and is told that the kernel is another one and why. The one after it is not."""
+    kernel = real.sandboxes.get(real.owner, real_box).guest.kernel
+    assert (await real.execute(real_box, code))["restarted"] is None
+    await eventually(lambda: kernel.state == "restarting", timeout=10)
+    cell = await real.execute(real_box, "'zz' in dir()")
+    assert (cell["results"][0]["data"]["text/plain"], cell["error"]) == ("False", None)
+    assert "the kernel" in cell["restarted"]
+    assert (await real.execute(real_box, "1"))["restarted"] is None
+
+
+async def test_a_death_that_was_told_is_not_told_again(real: Service, real_box: str) -> None:
+    """A cell that ends its kernel has an error. Neither the next cell nor one after a restart says it again."""
+    assert (await real.execute(real_box, "import os; os._exit(1)"))["error"]["code"] == "kernel_restarted"
+    assert (await real.execute(real_box, "1"))["restarted"] is None
+    await real.call("POST", f"/api/kernels/{real.sandboxes.get(real.owner, real_box).kernel_id}/restart", {})
+    assert (await real.execute(real_box, "1"))["restarted"] is None
