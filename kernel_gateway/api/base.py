@@ -11,8 +11,9 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from http import HTTPStatus
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from tornado.http1connection import HTTP1Connection
@@ -235,14 +236,47 @@ def refusal(request: HTTPServerRequest, guesses: Guesses) -> CellvmError:
     )
 
 
+@cache
+def fields_as_text(kind: Any) -> tuple[msgspec.json.Decoder[Any], dict[str, Any]]:
+    """A decoder that takes the fields of a struct as JSON text, and those fields that are structs themselves."""
+    fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+    texts = msgspec.defstruct("Texts", [(name, msgspec.Raw, msgspec.Raw(b"null")) for name in fields])
+    structs = {name: each for name, type_ in fields.items() for each in (type_, *get_args(type_)) if is_struct(each)}
+    return msgspec.json.Decoder(texts), structs
+
+
+def without_nulls(data: bytes, kind: Any) -> bytes:
+    """A JSON object without those fields of `kind` that are null. Other fields are left out, because nobody reads them.
+
+    Typed clients send null for what is not set.
+    """
+    decoder, structs = fields_as_text(kind)
+    found = decoder.decode(data)
+    kept = {name: getattr(found, name) for name in found.__struct_fields__}
+    kept = {name: text for name, text in kept.items() if bytes(text) != b"null"}
+    for name in structs.keys() & kept.keys():
+        if bytes(kept[name]).startswith(b"{"):
+            kept[name] = msgspec.Raw(without_nulls(bytes(kept[name]), structs[name]))
+    return msgspec.json.encode(kept)
+
+
+def is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+
+
 def decode(data: bytes, kind: Any) -> Any:
-    """A JSON body as its type. An empty body reads as `{}`.
+    """A JSON body as its type. An empty body reads as `{}`, and a field that is null as one that is absent.
 
     Raises:
         InvalidRequest: the body is not JSON, or not of the type; the message says where.
     """
     try:
-        return msgspec.json.decode(data or b"{}", type=kind)
+        try:
+            return msgspec.json.decode(data or b"{}", type=kind)
+        except msgspec.ValidationError:
+            if b"null" not in data or not is_struct(kind):
+                raise
+            return msgspec.json.decode(without_nulls(data, kind), type=kind)
     except msgspec.ValidationError as error:
         raise InvalidRequest(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -352,12 +386,13 @@ class Endpoint(Handler):
         """Check everything in the head of the request, before any of the body is read."""
         self.application.settings["requests"].add(self)
         try:
-            route = self._routes.get(self.request.method or "")
+            # Tornado sends the head alone of what answers a HEAD.
+            route = self._routes.get("GET" if self.is_head else self.request.method or "")
             if route is None and self._is_preflight():
                 return
             if route is None:
-                self.set_header("Allow", ", ".join(sorted(self._routes)))
-                raise MethodNotAllowed(f"{self.request.path} offers {', '.join(sorted(self._routes))}")
+                self.set_header("Allow", self._offered)
+                raise MethodNotAllowed(f"{self.request.path} offers {self._offered}")
             self._route = route
             names = [str(argument) for argument in self.path_args]
             mine = Access(self._sandboxes, self._store, NOBODY) if route.public else self.authenticate()
@@ -389,12 +424,22 @@ class Endpoint(Handler):
         may = self.request.headers.get("Origin") in self.application.settings["origins"]
         if self.request.method != "OPTIONS" or not may:
             return False
-        self.set_header("Access-Control-Allow-Methods", ", ".join(sorted(self._routes)))
+        self.set_header("Access-Control-Allow-Methods", self._offered)
         self.set_header("Access-Control-Allow-Headers", ALLOWED)
         self.set_header("Access-Control-Max-Age", "600")
         self.set_status(204)
         self.finish()
         return True
+
+    @property
+    def is_head(self) -> bool:
+        """Whether the client wants the head of the answer alone."""
+        return self.request.method == "HEAD"
+
+    @property
+    def _offered(self) -> str:
+        """The methods of this path."""
+        return ", ".join(sorted({*self._routes, *(["HEAD"] if "GET" in self._routes else [])}))
 
     @property
     def _announced(self) -> int:

@@ -187,9 +187,11 @@ def begin(call: Call, body: "StartCommand | RunProcess", **options: Any) -> Comm
     """Start a command, after a check of what no program can be given."""
     argv = [body.cmd, *body.args]
     check_env(body.envVars)
-    check_text(*argv, body.cwd)
+    check_text("cmd", body.cmd)
+    check_text("args", *body.args)
+    check_text("cwd", body.cwd)
     if "\0" in body.cwd:
-        raise InvalidRequest("a path can't hold a NUL")
+        raise InvalidRequest("`cwd`: a path can't hold a NUL")
     for argument in argv:
         if "\0" in argument:
             raise InvalidRequest("a command's arguments can't hold a NUL")
@@ -210,7 +212,7 @@ async def start_command(call: Call, body: StartCommand) -> None:
     framing = wanted_framing(call.http)
     if body.killOnHangUp and framing is None:
         raise InvalidRequest("`killOnHangUp` needs a stream", hint="send `Accept: application/x-ndjson`")
-    check_text(body.user or "")
+    check_text("user", body.user or "")
     if body.tag is not None and (body.tag.isdigit() or not LEGAL_ID.fullmatch(body.tag)):
         raise InvalidRequest("a command's tag has 1 to 128 letters, digits or any of _ . : - and is no number")
     command = begin(
@@ -252,7 +254,7 @@ async def get_command(call: Call) -> None:
 
 async def send_stdin(call: Call, body: Input) -> None:
     """Send text to a command's standard input, or to its terminal. It waits there until the command reads it."""
-    check_text(body.text)
+    check_text("text", body.text)
     found(call).write(body.text.encode())
 
 
@@ -359,7 +361,7 @@ async def send_result(http: Endpoint, end: ProcessEnd, outputs: dict[str, Output
 async def run_to_end(call: Call, body: RunProcess) -> tuple[ProcessEnd, dict[str, Output]]:
     """How a command ended, and its output by the stream's name."""
     text, body.stdin = body.stdin or "", None
-    check_text(text)
+    check_text("stdin", text)
     commands = call.sandbox.guest.commands
     command = begin(call, body, stdin=True)
     outputs = {name: Output(call.http.hold("output of commands")) for name in ("stdout", "stderr")}

@@ -417,7 +417,7 @@ async def start_session(call: Call, body: SessionBody) -> SessionModel:
     path = path_of(body)
     if not path:
         raise InvalidRequest("a session needs a `path`")
-    check_text(path, body.name or "", body.type or "")
+    check_names(path, body)
     sessions = sessions_of(call)
     for session, sandbox in sessions.live(call):
         if session.path == path:
@@ -459,6 +459,13 @@ async def get_session(call: Call) -> SessionModel:
     return session_model(*sessions_of(call).get(call))
 
 
+def check_names(path: str, body: SessionBody) -> None:
+    """Refuse names that can't be UTF-8."""
+    check_text("path", path)
+    check_text("name", body.name or "")
+    check_text("type", body.type or "")
+
+
 async def change_session(call: Call, body: SessionBody) -> SessionModel:
     """Rename or move a session, or give it another kernel.
 
@@ -466,7 +473,7 @@ async def change_session(call: Call, body: SessionBody) -> SessionModel:
     """
     sessions = sessions_of(call)
     session, sandbox = sessions.get(call)
-    check_text(path_of(body), body.name or "", body.type or "")
+    check_names(path_of(body), body)
     if body.kernel is not None and (body.kernel.id or body.kernel.name):
         before, sandbox = sandbox, await kernel_for(call, body.kernel)
         session.sandbox = sandbox.id

@@ -149,23 +149,23 @@ def check_env(env: Text) -> None:
     for name, value in env.items():
         if not name or "=" in name or "\0" in name + value:
             raise InvalidRequest(f"environment variable {name[:100]!r}: names need no `=`, and nothing may hold a NUL")
-    check_text(*env, *env.values())
+    check_text("envVars", *env, *env.values())
 
 
 def check_metadata(metadata: Text) -> None:
     """Refuse metadata that can't be UTF-8, or that are too long, because every listing repeats them."""
-    check_text(*metadata, *metadata.values())
+    check_text("metadata", *metadata, *metadata.values())
     if sum(len(text.encode()) for pair in metadata.items() for text in pair) > MAX_METADATA:
         raise TooLarge(f"metadata may have at most {MAX_METADATA} bytes in all", hint="store it as a file")
 
 
-def check_text(*texts: str) -> None:
-    """Refuse text that can't be UTF-8 (JSON allows lone surrogates)."""
+def check_text(field: str, *texts: str) -> None:
+    """Refuse text of a field that can't be UTF-8 (JSON allows lone surrogates)."""
     for text in texts:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise InvalidRequest("text with a lone surrogate can't be passed on") from None
+            raise InvalidRequest(f"`{field}`: text with a lone surrogate can't be passed on") from None
 
 
 def rfc3339(moment: datetime) -> str:
@@ -389,7 +389,7 @@ async def execute(call: Call, body: Execute) -> None:
     header `Idempotency-Key: <id>` the cell goes on instead, and the same request again attaches to it, so it is not run
     twice.
     """
-    check_text(body.code)
+    check_text("code", body.code)
     execution_id = call.http.request.headers.get("Idempotency-Key")
     check_id(execution_id)
     kernel = call.sandbox.guest.kernel
@@ -427,11 +427,26 @@ class Event(Protocol):
     def seq(self) -> int: ...
 
 
+LINE_ENDS = {"\u0085".encode(): rb"\u0085", "\u2028".encode(): rb"\u2028", "\u2029".encode(): rb"\u2029"}
+"""Characters that are no line ends in NDJSON and server-sent events, but that the readers of many clients split at."""
+
+
+def one_line(text: bytes) -> bytes:
+    """JSON with nothing in it that any reader takes for the end of a line.
+
+    A kernel's data is its own JSON text. A bare line end in it stands between tokens, where a blank means the same.
+    """
+    text = text.translate(bytes.maketrans(b"\n\r", b"  "))
+    for character, escaped in LINE_ENDS.items():
+        text = text.replace(character, escaped)
+    return text
+
+
 async def stream(http: Endpoint, framing: str, events: AsyncIterator[Event]) -> None:
     """Send events as they come. If the sandbox ends meanwhile, an error and an end are the last events."""
 
     async def send(event: Event) -> None:
-        line = msgspec.json.encode(event)
+        line = one_line(msgspec.json.encode(event))
         number = b"id: %d\n" % event.seq if event.seq >= 0 else b""
         http.write(line + b"\n" if framing == "application/x-ndjson" else number + b"data: " + line + b"\n\n")
         await http.flush()
@@ -439,6 +454,9 @@ async def stream(http: Endpoint, framing: str, events: AsyncIterator[Event]) -> 
     http.set_header("Content-Type", framing)
     http.set_header("Cache-Control", "no-store")
     await http.flush()
+    if http.is_head:
+        await http.finish()
+        return
     try:
         async for event in events:
             await send(event)
@@ -626,7 +644,7 @@ async def download(call: Call) -> None:
             raise RangeNotSatisfiable(f"the file has {size} bytes")
         http.set_status(206)
         http.set_header("Content-Range", f"bytes {offset}-{offset + length - 1}/{size}")
-    async with files.read(path, offset, length) as content:
+    async with files.read(path, offset, length, is_sent=not http.is_head) as content:
         call.http.hold("downloads", min(content.size or wire.INITIAL_CREDIT, wire.INITIAL_CREDIT))
         name = posixpath.basename(path)
         http.set_header("Content-Type", mimetypes.guess_type(name)[0] or "application/octet-stream")
@@ -635,6 +653,9 @@ async def download(call: Call) -> None:
         http.set_header("Accept-Ranges", "bytes")
         if content.size is not None:
             http.set_header("Content-Length", str(content.size))
+        if http.is_head:
+            await http.finish()
+            return
         async for data in content.pieces():
             http.write(data)
             await http.flush()
@@ -688,7 +709,7 @@ class Upload:
         if isinstance(event, MultipartSegment):
             if event.name == "file":
                 await self._settle(None)
-                await self._open(event.filename or "")
+                await self._open(file_name(event))
             elif event.name != "path":
                 raise InvalidRequest(f"unknown part {event.name[:100]!r}; an upload has `file` and `path`")
         elif event and self._writing is not None:
@@ -744,6 +765,23 @@ class Upload:
         if self._waiting is not None:
             with suppress(GuestFailure):  # not_found: it was never written
                 await self._files.delete(self._waiting[0])
+
+
+def file_name(part: MultipartSegment) -> str:
+    """The name of an uploaded file. Many clients send one that is not ASCII as RFC 5987 says, which RFC 7578 forbids.
+
+    Raises:
+        InvalidRequest: the name is not in the character set that it names.
+    """
+    unquoted = re.sub(r'"(\\.|[^\\"])*"', '""', part.header("Content-Disposition") or "")
+    extended = re.search(r"; *filename\* *= *([^';]*)'[^';]*'([^'; ]*)", unquoted, re.IGNORECASE)
+    if extended is None:
+        return part.filename or ""
+    charset, encoded = extended.groups()
+    try:
+        return unquote(encoded, charset, "strict")
+    except (UnicodeDecodeError, LookupError):
+        raise InvalidRequest(f"the file name {encoded[:200]!r} can't be read as {charset[:50]!r}") from None
 
 
 def file_path(path: str) -> str:

@@ -79,12 +79,12 @@ class AgentStream(Socket):
         match command:
             case Execute():
                 check_id(command.id)
-                check_text(command.code)
+                check_text("code", command.code)
                 self.kernel.run(
                     command.code, execution_id=command.id, timeout=command.timeout, with_input=command.allowInput
                 )
             case Input():
-                check_text(command.text)
+                check_text("text", command.text)
                 await self.kernel.answer_input(command.text)
             case Interrupt():
                 await self.kernel.interrupt()

@@ -155,14 +155,17 @@ class Files:
             raise error
 
     @asynccontextmanager
-    async def read(self, path: str, offset: int = 0, length: int = -1) -> AsyncIterator[Content]:
+    async def read(
+        self, path: str, offset: int = 0, length: int = -1, *, is_sent: bool = True
+    ) -> AsyncIterator[Content]:
         """Open a regular file for the time of the block.
 
         Args:
             length: bytes from `offset`; negative for all up to the file's end.
+            is_sent: False to learn how many bytes there are, and get none.
         """
         path = self.resolve(path)
-        async with self._link.ask(wire.Read(path=path, offset=offset, length=length)) as conversation:
+        async with self._link.ask(wire.Read(path=path, offset=offset, length=length if is_sent else 0)) as conversation:
             entry = await conversation.receive()
             if not isinstance(entry, Entry):
                 raise GuestUnresponsive("the guest answered a read with something that is not a file")

@@ -16,6 +16,11 @@ from kernel_gateway.outcome import Ending
 
 TEXT_LIMIT = 8 * 1024 * 1024
 RESULT_LIMIT = 64 * 1024 * 1024
+MAX_PAYLOAD = 4 * 1024 * 1024
+"""Bytes of a reply beyond which nothing in it is shown. The help for a large class has a tenth of it."""
+MAX_PAGES = 100
+OUTPUTS = frozenset({"stdout", "stderr", "result", "display", "error"})
+"""Events that a pending `clear` waits for."""
 JsonObject = Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": "object"})]
 """An object as JSON text."""
 
@@ -96,13 +101,15 @@ class Events:
         self._counts: dict[str, int | None] = {}
 
     def receive(self, seq: int, kind: str, execution: str, ends: bool, parts: Sequence[bytes]) -> list[StreamEvent]:
-        """The events of one message: none, one, the "end", or one and the "end"."""
-        events = []
+        """The events of one message: none, one, the "end", or some and the "end"."""
         if len(self._counts) > 1000:
             self._counts.pop(next(iter(self._counts)))
-        made = self._event(kind, execution, parts[message.CONTENT], parts[message.METADATA])
-        if made is not None:
-            events.append(msgspec.structs.replace(made, seq=seq, id=execution))
+        content = parts[message.CONTENT]
+        made = self._event(kind, execution, content, parts[message.METADATA])
+        told = [] if made is None else [made]
+        if kind == "execute_reply":
+            told += pages(content)
+        events = [msgspec.structs.replace(event, seq=seq, id=execution) for event in told]
         if ends:
             count = self._counts.pop(execution, None)
             outcome = ending(parts[message.METADATA])
@@ -184,6 +191,20 @@ class Rich(msgspec.Struct):
     execution_count: int | None = None
 
 
+class Payload(msgspec.Struct, gc=False):
+    """What a reply wants to be shown: a page of help has `data`, a proposal for the next cell (`%load`) has `text`."""
+
+    source: str
+    data: msgspec.Raw = msgspec.Raw(b"")
+    text: str = ""
+
+
+class Payloads(msgspec.Struct):
+    """The content of `execute_reply`, as far as it is to be shown."""
+
+    payload: list[Payload] = []
+
+
 class Failure(msgspec.Struct):
     """The content of `error`, and of a reply that tells one."""
 
@@ -229,6 +250,20 @@ def rich(kind: str, part: bytes) -> StreamEvent | None:
     )
 
 
+def pages(content: bytes) -> list[StreamEvent]:
+    """What a cell's reply wants to be shown, as displays, because no client of ours has a pager: `len?`, `%load`."""
+    if len(content) > MAX_PAYLOAD:
+        return []
+    found = []
+    for payload in message.read(content, Payloads).payload[:MAX_PAGES]:
+        data = message.json_object(payload.data) if payload.source == "page" else None
+        if payload.source == "set_next_input":
+            data = msgspec.Raw(msgspec.json.encode({"text/plain": payload.text}))
+        if data is not None:
+            found.append(StreamEvent("display", data=data, metadata=message.EMPTY))
+    return found
+
+
 def values(data: msgspec.Raw | None) -> dict[str, msgspec.Raw]:
     """The values of a MIME bundle by their types, each still as JSON text."""
     found: dict[str, msgspec.Raw] = msgspec.json.decode(data, type=dict[str, msgspec.Raw]) if data else {}
@@ -242,7 +277,10 @@ def cell_error(content: bytes) -> CellError:
 
 
 class Collector:
-    """The collector of a cell's events, within limits.
+    """The collector of a cell's events, within limits. It keeps what a notebook would show in the end.
+
+    So a `clear` takes away what was there, and an `update` replaces what it updates. An update of a display that
+    another cell has shown is a display of its own, because whoever asks here sees no other cell.
 
     Args:
         keep: asked before more bytes are kept, and told of fewer. Where it says no, the rest is left out and counted.
@@ -255,27 +293,37 @@ class Collector:
         keep: Callable[[int], bool] = lambda size: True,
     ) -> None:
         self._may_keep = keep
-        self._limits = {"stdout": text_limit, "stderr": text_limit}
-        self._text: dict[str, list[str]] = {"stdout": [], "stderr": []}
-        self._result_room = result_limit
-        self._dropped = Truncated()
+        self._text_limit, self._result_limit = text_limit, result_limit
         self._cell = Cell()
-        self._shown: dict[str, int] = {}
+        self._kept = 0
+        self._shown: dict[str, list[int]] = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        """Forget all output, and what of it was left out."""
+        self._is_clear_due = False
+        self._may_keep(-self._kept)
+        self._kept = 0
+        self._limits = {"stdout": self._text_limit, "stderr": self._text_limit}
+        self._text: dict[str, list[str]] = {"stdout": [], "stderr": []}
+        self._result_room = self._result_limit
+        self._dropped = Truncated()
+        self._cell.results = []
         self._sizes: list[int] = []
+        self._shown = {name: [] for name in self._shown}
 
     def add(self, event: StreamEvent) -> None:
+        if self._is_clear_due and event.type in OUTPUTS:
+            self._clear()
         match event.type:
             case "stdout" | "stderr":
-                text = event.text or ""
-                kept = text[: self._limits[event.type]]
-                if kept and not self._may_keep(sys.getsizeof(kept)):
-                    kept, self._limits[event.type] = "", 0
-                self._limits[event.type] -= len(kept)
-                self._text[event.type].append(kept)
-                dropped = getattr(self._dropped, event.type) + len(text) - len(kept)
-                setattr(self._dropped, event.type, dropped)
+                self._add_text(event.type, event.text or "")
             case "result" | "display" | "update":
                 self._add_result(event)
+            case "clear" if event.wait:
+                self._is_clear_due = True
+            case "clear":
+                self._clear()
             case "error":
                 self._cell.error = event.error
             case "gap":
@@ -284,24 +332,45 @@ class Collector:
                 self._cell.executionCount = event.executionCount or self._cell.executionCount
                 self._cell.outcome = event.outcome or self._cell.outcome
 
+    def _keeps(self, size: int) -> bool:
+        """Whether so many more bytes may be kept. They count from now on."""
+        may = self._may_keep(size)
+        self._kept += size if may else 0
+        return may
+
+    def _add_text(self, name: str, text: str) -> None:
+        kept = text[: self._limits[name]]
+        if kept and not self._keeps(sys.getsizeof(kept)):
+            kept, self._limits[name] = "", 0
+        self._limits[name] -= len(kept)
+        self._text[name].append(kept)
+        dropped = getattr(self._dropped, name) + len(text) - len(kept)
+        setattr(self._dropped, name, dropped)
+
     def _add_result(self, event: StreamEvent) -> None:
-        """Keep a result, in place of the one that it updates."""
+        """Keep a result. Everything that was shown under its display id becomes the same."""
         data, metadata = event.data or message.EMPTY, event.metadata or message.EMPTY
-        size = len(memoryview(data)) + len(memoryview(metadata))
-        index = self._shown.get(event.displayId or "") if event.type == "update" else None
-        freed = 0 if index is None else self._sizes[index]
-        if size > self._result_room + freed or not self._may_keep(size - freed):
+        shown = self._shown.get(event.displayId or "")
+        for index in shown or ():
+            if self._has_room(data, metadata, self._sizes[index]):
+                self._cell.results[index] = Result(self._cell.results[index].type, data, metadata)
+                self._sizes[index] = size_of(data, metadata)
+        if event.type == "update" and shown is not None:
+            return
+        if self._has_room(data, metadata, 0):
+            if event.displayId:
+                self._shown.setdefault(event.displayId, []).append(len(self._cell.results))
+            self._cell.results.append(Result("result" if event.type == "result" else "display", data, metadata))
+            self._sizes.append(size_of(data, metadata))
+
+    def _has_room(self, data: msgspec.Raw, metadata: msgspec.Raw, freed: int) -> bool:
+        """Take room for a result in place of one that took `freed` bytes, or count one more that is left out."""
+        more = size_of(data, metadata) - freed
+        if more > self._result_room or not self._keeps(more):
             self._dropped.results += 1
-            return
-        self._result_room += freed - size
-        result = Result("result" if event.type == "result" else "display", data, metadata)
-        if index is not None:
-            self._cell.results[index], self._sizes[index] = result, size
-            return
-        if event.displayId is not None:
-            self._shown[event.displayId] = len(self._cell.results)
-        self._cell.results.append(result)
-        self._sizes.append(size)
+            return False
+        self._result_room -= more
+        return True
 
     def cell(self) -> Cell:
         """The cell so far."""
@@ -309,3 +378,7 @@ class Collector:
         dropped = self._dropped
         self._cell.truncated = dropped if dropped != Truncated() else None
         return self._cell
+
+
+def size_of(data: msgspec.Raw, metadata: msgspec.Raw) -> int:
+    return len(memoryview(data)) + len(memoryview(metadata))

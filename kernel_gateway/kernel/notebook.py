@@ -69,7 +69,8 @@ class Outputs:
                 if event.type == "result":
                     item = {"output_type": "execute_result", "execution_count": count(event) or self.execution_count}
                 item |= {"data": bundle(event), "metadata": event.metadata or EMPTY}
-                if self._append(item) and event.displayId is not None:
+                self.update(event)  # what is displayed again under one id is the same everywhere
+                if self._append(item) and event.displayId:
                     self._displays.setdefault(event.displayId, []).append(item)
             case "error" if event.error is not None:
                 self.error = event.error

@@ -283,10 +283,9 @@ def test_many_updates_stay_within_the_limit() -> None:
 
 
 def test_what_is_not_part_of_an_outcome() -> None:
-    """Clears, statuses and input requests change nothing. The last error counts."""
+    """Statuses and input requests change nothing. The last error counts."""
     found = cell(
         shown("result", "1"),
-        StreamEvent("clear", wait=False),
         StreamEvent("status", state="dead"),
         StreamEvent("input_request", prompt="?"),
         StreamEvent("error", error=CellError("A", "")),
