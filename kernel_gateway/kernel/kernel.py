@@ -481,9 +481,7 @@ class Kernel:
             "allow_stdin": with_input,
             "stop_on_error": False,
         }
-        task = asyncio.get_running_loop().create_task(self._drive(execution, fields))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._begin(self._drive(execution, fields))
         return execution
 
     async def _drive(self, execution: Execution, fields: dict[str, Any]) -> None:
@@ -542,11 +540,23 @@ class Kernel:
                 else:
                     execution.timed_out = timed_out(execution.timeout, state_kept=True)
                     deadline = time.monotonic() + INTERRUPT_GRACE * min(self._link.time_scale, 2)
-                    await self.interrupt(execution.id)
+                    self._begin(self._interrupt_beside(execution.id))
                 continue
             if execution.is_unwanted and execution.is_started and may_interrupt:
                 may_interrupt = False
-                await self.interrupt(execution.id)
+                self._begin(self._interrupt_beside(execution.id))
+
+    async def _interrupt_beside(self, execution_id: str) -> None:
+        """Interrupt a cell while its watch goes on, because a guest that stands still would hold up the answer."""
+        try:
+            await self.interrupt(execution_id)
+        except CellvmError:
+            pass  # the link is broken, which has ended the cell
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _has_stopped(self, execution: Execution) -> bool:
         """Whether the cell's code is over though its reply has not come: its error is told, or is made in the guest."""

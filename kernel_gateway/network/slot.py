@@ -7,6 +7,7 @@ is closed, or when the server ends in any way.
 import asyncio
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -263,7 +264,7 @@ async def _set_up(argv: list[str], wanted: str) -> tuple[str, list[int]]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
         with theirs:
-            process = subprocess.Popen(argv, stdin=theirs.fileno(), stderr=subprocess.PIPE)
+            process = subprocess.Popen(argv, stdin=theirs.fileno(), stderr=subprocess.PIPE, start_new_session=True)
         answer, fds = b"", list[int]()
         with process:  # this waits for its end, which comes as soon as it has answered
             assert process.stderr
@@ -280,7 +281,7 @@ async def _set_up(argv: list[str], wanted: str) -> tuple[str, list[int]]:
                 return json.loads(answer)["error"] if answer else (told or ["it ended without a word"])[-1], fds
             finally:
                 if not fds:
-                    process.kill()
+                    os.killpg(process.pid, signal.SIGKILL)  # a program of it that hangs must not outlive it
 
 
 async def _readable(sock: socket.socket) -> None:

@@ -262,7 +262,7 @@ class Store:
             entries = list(self._unwritten.values())
             try:
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._write, entries)
-            except sqlite3.Error as error:
+            except (sqlite3.Error, OSError) as error:
                 if not self.trouble:
                     log.error("ends of sandboxes can't be written now; they are kept and tried again: %s", error)
                 self.trouble = str(error)
@@ -292,7 +292,8 @@ class Store:
         try:
             self._insert(entries)
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_FULL or not self._reserve.exists():
+            is_full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+            if not is_full or not self._reserve.exists():
                 raise
             self._reserve.unlink()
             self._insert(entries)

@@ -11,9 +11,11 @@ import json
 import math
 import os
 import signal
+import sqlite3
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from kernel_gateway.drivers.unisolated import Unisolated, UnisolatedVm
 from kernel_gateway.kernel.executions import Execution
 from kernel_gateway.kernel.kernel import Kernel
 from kernel_gateway.sandbox.sandbox import Sandbox, kernel_id
+from kernel_gateway.sandbox.store import Entry, Store
 from tests.api.clients import agent, raw
 from tests.fakes import Service, eventually, serving
 
@@ -74,8 +77,10 @@ WORK = "cell lines keyed watched attach command"
 PROGRAM = st.one_of(
     st.lists(steps(f"{CELLS} {BESIDE} restart restart cell keyed watched"), min_size=2, max_size=9),
     st.lists(steps(f"{CELLS} {BESIDE} restart restart cell keyed watched"), min_size=2, max_size=9),
-    st.lists(steps(f"{WORK} {WORK} delete expire die"), min_size=2, max_size=9),
-    st.lists(steps(f"{WORK} create create delete delete session session expire die"), min_size=2, max_size=7),
+    st.lists(steps(f"{WORK} {WORK} delete expire die trouble"), min_size=2, max_size=9),
+    st.lists(
+        steps(f"{WORK} create create delete delete session session expire die trouble trouble"), min_size=2, max_size=7
+    ),
 )
 
 
@@ -138,6 +143,20 @@ def objects() -> Counter[str]:
     return Counter(type(each).__name__ for each in gc.get_objects() if isinstance(each, Sandbox | Kernel | Execution))
 
 
+class Troubled(Store):
+    """A store that can't write until a moment: its writes fail, or stand still."""
+
+    until = 0.0
+    hangs = False
+
+    def _insert(self, entries: Iterable[Entry]) -> None:
+        while (left := self.until - time.monotonic()) > 0:
+            if not self.hangs:
+                raise sqlite3.OperationalError("disk I/O error")
+            time.sleep(min(left, 0.05))
+        super()._insert(entries)
+
+
 class World:
     """The service that all programs run against, and one sandbox that they share as long as it lives."""
 
@@ -181,6 +200,10 @@ class World:
         left = kept & {each.id for each in sandboxes.list(self.service.owner)}
         await eventually(lambda: {each.id for each in sandboxes._places} == left, PATIENCE)
         assert len(self.driver.alive) == len(left)
+        await self.service.store.flush(PATIENCE)
+        with closing(sqlite3.connect(self.service.store.path)) as db:
+            recorded = {name for (name,) in db.execute("SELECT id FROM sandboxes WHERE ended IS NULL")}
+        assert recorded == left, "a machine without a record, or a record without a machine"
 
     async def empty(self) -> None:
         """Delete all sandboxes, and see that nothing is left of them."""
@@ -426,6 +449,13 @@ class Run:
             sandbox.set_timeout(0)
             await sandbox.gone()
 
+    async def trouble(self, box: str, step: Step) -> None:
+        """For a moment the database can't be written."""
+        store = self.service.store
+        assert isinstance(store, Troubled)
+        store.hangs = step.which == 0
+        store.until = time.monotonic() + 0.3
+
     async def die(self, box: str, step: Step) -> None:
         self.causes.append(Cause("end", box))
         if (sandbox := self.service.sandboxes.find(box)) is not None:
@@ -538,13 +568,16 @@ ACTIONS: dict[str, Callable[[Run, str, Step], Awaitable[None]]] = {
     "delete": Run.delete,
     "expire": Run.expire,
     "die": Run.die,
+    "trouble": Run.trouble,
     "session": Run.session,
 }
 
 
 @pytest.mark.timeout(600 + 10 * PROGRAMS)
-async def test_random_programs(tmp_path: Path) -> None:
-    """Whatever overlaps, work ends once and truly, and places, processes, tasks and memory come back."""
+async def test_random_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever overlaps, work ends once and truly, and places, processes, tasks, memory and records come back."""
+    monkeypatch.setattr("tests.fakes.Store", Troubled)
+    monkeypatch.setattr("kernel_gateway.sandbox.store.RETRY", (0.02, 0.1))
     driver = Counted(tmp_path)
     (tmp_path / "ledger").touch()
     async with serving(tmp_path, driver, max_sandboxes=PLACES) as service:

@@ -509,6 +509,33 @@ async def test_a_policy_that_the_filter_refuses_changes_nothing(guest: Guest) ->
     assert await guest.ask(PUBLIC) == "reset"
 
 
+async def test_an_nft_that_hangs(slots: Slots, guest: Guest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is ended after its time, the old policy holds, and other networks work meanwhile."""
+    await guest.slot.apply(Policy(allow_internet=False))
+    program = tmp_path / "nft"
+    program.write_text(f"#!/bin/sh\necho $$ >> {tmp_path}/pids\nexec sleep 60\n")
+    program.chmod(0o755)
+    other = await slots.take()
+    try:
+        with monkeypatch.context() as patched:
+            patched.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+            for limit in ("COMMAND_TIMEOUT", "MAKE_TIMEOUT"):
+                patched.setattr(f"kernel_gateway.network.slot.{limit}", 2.0)
+            hanging = asyncio.create_task(guest.slot.apply(Policy()))
+            assert await Guest(other).ask(PUBLIC, 8080) == "open"
+            with pytest.raises(DriverError, match="did not end in 2 s"):
+                await hanging
+        async with asyncio.timeout(10):  # the network of the next machine is made meanwhile, and hangs too
+            while any(Path(f"/proc/{pid}").exists() for pid in (tmp_path / "pids").read_text().split()):
+                await asyncio.sleep(0.05)
+        assert guest.slot.policy == Policy(allow_internet=False)
+        assert await guest.ask(PUBLIC, 8080) == "reset"
+        await guest.slot.apply(Policy())
+        assert await guest.ask(PUBLIC, 8080) == "open"
+    finally:
+        other.close()
+
+
 async def test_the_hosts_addresses_are_followed(world: World, slots: Slots, guest: Guest) -> None:
     """An address that the host gets later is out of reach too."""
     assert await guest.ask(OTHER_PUBLIC) == "open"

@@ -503,6 +503,27 @@ async def test_the_next_resolver_is_asked() -> None:
         assert (await world.ask("a.example")).rcode() == dns.rcode.SERVFAIL
 
 
+async def test_an_answer_that_comes_too_late() -> None:
+    """An upstream resolver that answers after the limit fails this name in time. Other names don't wait for it."""
+    limits = Limits(attempt=0.5, total=1.0)
+
+    class Late(Upstream):
+        def reply(self, data: bytes) -> bytes | None:
+            answer = super().reply(data)
+            if answer is not None and self.asked[-1][0] == "late.example.":
+                asyncio.get_running_loop().call_later(2, answers.append, answer)
+                return None
+            return answer
+
+    answers: list[bytes] = []
+    good = answering(f"late.example. 60 A {PUBLIC}", f"good.example. 60 A {PUBLIC}")
+    async with World([Late(good)], limits=limits).run() as world:
+        late = asyncio.create_task(world.ask("late.example"))
+        assert told(await world.ask("good.example")) == [f"good.example. 60 IN A {PUBLIC}"]
+        assert not late.done()
+        assert (await late).rcode() == dns.rcode.SERVFAIL
+
+
 async def test_answers_to_other_questions_are_not_believed() -> None:
     """Answers with another number, another name or no question are ignored."""
 
