@@ -31,6 +31,8 @@ START_LIMIT = 120
 INTERRUPT_GRACE = 0.75
 """Seconds a cell gets to end after an interrupt before its kernel is killed, so that the reply comes within a second.
 An emulated machine gets twice as long, because a loop in it may need most of a second to notice."""
+ASK_LIMIT = 0.2
+"""Seconds that the guest has to tell whether a cell has stopped, because the answer must not wait for it."""
 REPLY_GRACE = 5.0
 """Seconds in which the reply of an interrupted cell must follow once its code has stopped. A traceback takes time."""
 MAX_SESSIONS = 1000
@@ -563,9 +565,10 @@ class Kernel:
         if self._pending[execution.id].is_told:
             return True
         try:
-            return (await self._link.call(wire.GetStopped(target=execution.id), wire.Stopped)).is_stopped
-        except GuestFailure as error:
-            log.warning("a kernel could not be asked whether a cell has stopped: %.500s", error)
+            async with asyncio.timeout(ASK_LIMIT * min(self._link.time_scale, 2)):
+                return (await self._link.call(wire.GetStopped(target=execution.id), wire.Stopped)).is_stopped
+        except (GuestFailure, TimeoutError) as error:
+            log.warning("a kernel could not be asked whether a cell has stopped: %.500r", error)
             return False
 
     async def events(self, execution: Execution, after: int = 0) -> AsyncGenerator[StreamEvent, None]:

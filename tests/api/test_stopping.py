@@ -1,12 +1,14 @@
 """Cells that are stopped keep their variables, and errors are told in good time, however deep they are."""
 
+import asyncio
 import re
 import time
 from typing import Any
 
 import pytest
 
-from tests.fakes import Service
+from guest_agent import wire
+from tests.fakes import Service, Stream
 
 
 def plain(cell: dict[str, Any]) -> str:
@@ -171,3 +173,21 @@ async def test_an_edited_file_is_shown_as_it_is(real: Service, real_box: str) ->
         await real.execute(real_box, f"open('changing.py', 'w').write({text!r})")
         cell = await real.execute(real_box, code)
         assert text.rpartition("# ")[2] in plain(cell)
+
+
+async def test_a_guest_that_does_not_say_whether_a_cell_has_stopped(service: Service, box: str) -> None:
+    """An agent that says nothing, or that every cell has stopped, holds the answer up for a bounded time."""
+
+    async def silent(stream: Stream, body: wire.GetStopped) -> None:
+        await asyncio.sleep(60)
+
+    async def lying(stream: Stream, body: wire.GetStopped) -> None:
+        await stream.reply(wire.Stopped(is_stopped=True))
+
+    service.guest(box).kernel.ignores_interrupts = True
+    for handler, limit in ((silent, 3), (lying, 10)):
+        service.guest(box).script.handlers[wire.GetStopped] = handler
+        started = time.monotonic()
+        cell = await service.execute(box, "time.sleep(60)", timeout=0.5)
+        assert (cell["error"]["code"], cell["error"]["stateKept"]) == ("exec_timeout", False)
+        assert time.monotonic() - started < limit
