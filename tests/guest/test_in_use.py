@@ -1,10 +1,12 @@
 """On an emulated machine, where all Python takes twenty times as long, errors and timeouts do not cost variables."""
 
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.guest.client import Sandbox
+from tests.guest.client import CELLVM, Sandbox
 
 
 @pytest.mark.parametrize(
@@ -50,3 +52,25 @@ def test_timeouts_in_libraries(box: Sandbox, code: str) -> None:
     assert (cell["error"]["code"], cell["error"]["stateKept"]) == ("exec_timeout", True)
     assert time.monotonic() - started < 15
     assert box.execute("kept")["results"][0]["data"]["text/plain"] == "2"
+
+
+def test_figures_of_a_script(tmp_path: Path) -> None:
+    """`cellvm run` saves what a script shows, and what it leaves open, and has the script's exit status."""
+    script = """
+import matplotlib.pyplot as plt
+for number in range(2):
+    plt.figure(); plt.plot([1, 2]); plt.title(f"figure {number}")
+plt.show()
+plt.bar(["a"], [1])
+print("drawn", flush=True)
+raise SystemExit(5)
+"""
+    (tmp_path / "plots.py").write_text(script)
+    ran = subprocess.run(
+        [CELLVM, "run", "plots.py", "--data-dir", tmp_path / "data", "--templates", "code_interpreter"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=170,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stdout) == (5, "drawn\n"), ran.stderr
+    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert pictures == ["plots-1.png", "plots-2.png", "plots-3.png"]
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
