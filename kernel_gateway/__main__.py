@@ -205,8 +205,7 @@ async def doctor(settings: Settings) -> int:
         building = builder(settings)
         with steps() as step, closing(building.cache):
             try:
-                async with building.cache.building(step, waits=False) as tell:
-                    found = await kvm.verdict(building, template, disks, tell, anew=True)
+                found = await kvm.verdict(building, template, disks, step, anew=True)
             except (BuildError, Busy) as error:
                 found = str(error)
     failed = False
