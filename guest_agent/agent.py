@@ -77,12 +77,8 @@ class Agent:
                 await self._files.answer(stream, body)
             case wire.GetMetrics():
                 stream.reply(self._metrics())
-            case wire.Interrupt():
-                self._kernel.interrupt(body.target)
-                stream.reply(wire.Done())
-            case wire.Restart():
-                await self._kernel.restart()
-                stream.reply(wire.Done())
+            case wire.Interrupt() | wire.GetStopped() | wire.Restart():
+                stream.reply(await self._kernel.answer(body))
             case wire.Resume():
                 stream.reply(await self._resume(body))
             case wire.Continue():

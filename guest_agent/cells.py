@@ -9,8 +9,8 @@ import hashlib
 import mmap
 from pathlib import Path
 
-RUNNING, ENDED, INTERRUPTED = range(3)
-SIZE = 3 * 8
+RUNNING, ENDED, INTERRUPTED, STOPPED = range(4)
+SIZE = 4 * 8
 
 
 def word(message_id: str) -> int:
@@ -22,7 +22,7 @@ class Cells:
     """The shared words. The agent creates the file, and the kernel opens it.
 
     `running` and `ended` are the cell that the kernel is in, and the one that it was in before. In the cell
-    `interrupted` a signal has arrived.
+    `interrupted` a signal has arrived. The user's code of the cell `stopped` is over by an error, which is being shown.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,6 +46,10 @@ class Cells:
     def interrupted(self) -> int:
         return self._words[INTERRUPTED]
 
+    @property
+    def stopped(self) -> int:
+        return self._words[STOPPED]
+
     # -- written by the kernel
 
     def begin(self, message_id: str) -> None:
@@ -57,6 +61,9 @@ class Cells:
 
     def signal_arrived(self) -> None:
         self._words[INTERRUPTED] = self._words[RUNNING]
+
+    def stop(self) -> None:
+        self._words[STOPPED] = self._words[RUNNING]
 
     # -- written by the agent
 

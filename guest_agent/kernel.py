@@ -316,6 +316,17 @@ class Kernel:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._pid, signal.SIGKILL)
 
+    async def answer(self, body: wire.Interrupt | wire.GetStopped | wire.Restart) -> wire.Done | wire.Stopped:
+        """Answer one request about the kernel."""
+        match body:
+            case wire.Interrupt():
+                self.interrupt(body.target)
+            case wire.GetStopped():
+                return wire.Stopped(is_stopped=self.has_stopped(body.target))
+            case wire.Restart():
+                await self.restart()
+        return wire.Done()
+
     async def restart(self) -> None:
         """Kill the kernel with all its children and start another. Its variables are lost."""
         async with self._starting:
@@ -337,6 +348,10 @@ class Kernel:
             self._aiming = asyncio.ensure_future(self._aim(self._cells, word(target)))
         else:
             self._signal()
+
+    def has_stopped(self, target: str) -> bool:
+        """Whether the code of the cell of that message id is over by an error."""
+        return self._cells is not None and self._cells.stopped == word(target)
 
     async def _aim(self, cells: Cells, target: int) -> None:
         """Wait until the kernel is in the cell `target`, then signal until it has noticed, twice at most."""

@@ -16,6 +16,7 @@ session id. A thread waits for the object, because the way over the control chan
 create pays for it.
 """
 
+import asyncio
 import contextlib
 import importlib
 import json
@@ -43,6 +44,8 @@ from jupyter_client.jsonutil import json_default
 from jupyter_client.session import Session, json_packer
 
 from guest_agent.cells import Cells
+from guest_agent.output import Output
+from guest_agent.tracebacks import Tracebacks
 
 TEXT_PIECE = 1024 * 1024
 
@@ -120,6 +123,7 @@ class SandboxKernel(IPythonKernel):
     """
 
     cells: Cells
+    _outputs: list[Output]
 
     def pre_handler_hook(self) -> None:
         """Leave SIGINT ignored. ipykernel would let it end the handling of any message, without an answer to it."""
@@ -147,24 +151,66 @@ class SandboxKernel(IPythonKernel):
         try:
             with self._interruptible():
                 return await super().do_execute(*args, **options)  # type: ignore[no-any-return, no-untyped-call]
-        except KeyboardInterrupt:  # it came before or after the user's code
+        except (KeyboardInterrupt, asyncio.CancelledError) as stopped:  # it came before or after the user's code
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            error = {"ename": "KeyboardInterrupt", "evalue": "", "traceback": ["KeyboardInterrupt"]}
+            name = type(stopped).__name__
+            error = {"ename": name, "evalue": "", "traceback": [name]}
             self.send_response(self.iopub_socket, "error", error)  # type: ignore[no-untyped-call]
             return {"status": "error", **error, "execution_count": self.execution_count, "payload": []}
         finally:
+            for output in self._outputs:
+                output.drain()
             self.cells.end()
+
+    @contextlib.contextmanager
+    def _cancel_on_sigint(self, future: "asyncio.Future[Any]") -> Iterator[None]:
+        """Let a signal stop a cell that awaits. ipykernel's own way does not wake a loop in which nothing happens.
+
+        Code that runs when the signal comes is interrupted there, because it may not return to the loop for long. In a
+        task of the user's that ends the task, since a KeyboardInterrupt out of a task would end the kernel.
+        """
+        loop = asyncio.get_running_loop()
+
+        def arrived(number: int, frame: FrameType | None) -> None:
+            self.cells.signal_arrived()
+            task = asyncio.current_task(loop)
+            if task is future:
+                signal.default_int_handler(number, frame)
+            future.cancel()  # at once, so that no other task of the cell begins
+            loop.call_soon_threadsafe(lambda: None)  # a loop that waits for events wakes up
+            if task is not None:
+                raise asyncio.CancelledError
+
+        before = signal.signal(signal.SIGINT, arrived)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def start(self) -> None:
         """Start, and connect the modules that the nursery imported before there was a shell."""
         super().start()  # type: ignore[no-untyped-call]
         reseed()
+        self._outputs = [each for each in (sys.stdout, sys.stderr) if isinstance(each, Output)]
         assert self.shell is not None
         if "matplotlib" in sys.modules:
             self.shell.run_line_magic("matplotlib", "inline")
         # Completions come from the live objects, because jedi would first read sources. That takes seconds in which no
         # cell runs, and half a minute in an emulated machine.
         self.shell.Completer.use_jedi = False
+        before = self.shell.InteractiveTB
+        self.shell.InteractiveTB = Tracebacks(  # type: ignore[no-untyped-call]
+            mode=before.mode, theme_name=before._theme_name, tb_offset=before.tb_offset
+        )
+        # IPython would render each traceback a second time for its history.
+        self.shell._format_exception_for_storage = lambda *_, **__: self.shell._last_traceback or []
+        show = self.shell.showtraceback
+
+        def showtraceback(*args: Any, **options: Any) -> Any:
+            self.cells.stop()
+            return show(*args, **options)
+
+        self.shell.showtraceback = showtraceback
         self.shell.ask_exit = leave  # `exit`, `quit` and `exit()` come here
         warnings.filterwarnings("ignore", message="To exit: use 'exit'")
         on_comm_message = self.shell_handlers["comm_msg"]
@@ -198,11 +244,16 @@ def run_kernel(connection_file: str, env: dict[str, str]) -> None:
     os.chdir(env["HOME"])
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("500")  # when memory runs out, the user's kernel ends, not the nursery
+    sys.argv = [""]  # as in an interactive Python, because our own arguments would be taken for the user's
     SandboxKernel.cells = Cells(Path(connection_file).with_name("cells"))
     session = SandboxSession()
     session.pack = pack
     app = IPKernelApp.instance(
-        connection_file=connection_file, kernel_class=SandboxKernel, session=session, parent_handle=0
+        connection_file=connection_file,
+        kernel_class=SandboxKernel,
+        session=session,
+        parent_handle=0,
+        outstream_class="guest_agent.output.Output",
     )
     app.initialize([])  # type: ignore[no-untyped-call]
     # There is no limit, because a slow reader must not cost output. Output waits in the sandbox's own memory.

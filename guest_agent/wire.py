@@ -413,6 +413,18 @@ class Interrupt(Body):
     target: str = ""
 
 
+class GetStopped(Body):
+    """Ask whether the code of the cell with message id `target` is over by an error. Its reply may take a while yet."""
+
+    target: str
+
+
+class Stopped(Body):
+    """The answer to GetStopped."""
+
+    is_stopped: bool
+
+
 class Restart(Body):
     """Kill the kernel and start a fresh one. The REPLY comes when that is usable."""
 
@@ -456,9 +468,9 @@ FAILURES = frozenset(
 
 Request = (
     Resume | Warm | Flush | Ping | Spawn | Stat | ListDir | Read | Write | MakeDir | Move | Delete | GetMetrics
-    | Interrupt | Restart | Connect | Signal | Resize | Hello | Quiesce | Continue
+    | Interrupt | GetStopped | Restart | Connect | Signal | Resize | Hello | Quiesce | Continue
 )  # fmt: skip
-Reply = Resumed | Done | Exited | Entry | Entries | Metrics | Welcome | Quiesced
+Reply = Resumed | Done | Exited | Entry | Entries | Metrics | Stopped | Welcome | Quiesced
 Event = Started | Entry | KernelStatus | Connected
 
 _encoder = msgspec.msgpack.Encoder()

@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import base64
 import ctypes
 import gc
 import logging
@@ -12,10 +11,10 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 
-import msgspec
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -24,13 +23,16 @@ from guest_agent import wire
 from kernel_gateway import __version__, kvm
 from kernel_gateway.drivers import DriverError
 from kernel_gateway.errors import CellvmError
+from kernel_gateway.guest.files import Files
 from kernel_gateway.guest.guest import Guest, Guests
+from kernel_gateway.guest.link import Conversation
+from kernel_gateway.held import Held
 from kernel_gateway.host import examine, install_packages, missing_packages
 from kernel_gateway.images.build import Builder
 from kernel_gateway.images.cache import Busy, Cache, in_thread
 from kernel_gateway.images.image import BuildError, image_key
 from kernel_gateway.images.templates import Template
-from kernel_gateway.kernel.events import CellError, values
+from kernel_gateway.kernel.events import CellError
 from kernel_gateway.kernel.notebook import Notebook, NotebookError, tags
 from kernel_gateway.kvm import Verdict
 from kernel_gateway.logs import Escaped
@@ -244,44 +246,78 @@ async def fresh_guest(settings: Settings, template_id: str) -> AsyncIterator[Gue
             await guest.kill()
 
 
-async def fetch(guest: Guest, paths: list[str]) -> None:
-    """Save files of the guest here, under their own names."""
-    for path in paths:
-        target = Path(Path(path).name)
-        with target.open("wb") as out:
-            async with guest.link.ask(wire.Read(path=os.path.join(guest.home, path))) as conversation:
-                await conversation.receive()
-                while isinstance(item := await conversation.receive(), tuple):
-                    out.write(item[1])
-        console.print(f"saved {target}")
+async def fetch(guest: Guest, path: str, target: Path) -> None:
+    """Save a file of the guest here."""
+    with target.open("wb") as out:
+        async with Files(guest).read(path) as content:
+            async for data in content.pieces():
+                out.write(data)
+    console.print(f"saved {target}", markup=False)
 
 
 def show_error(error: CellError) -> None:
     print("\n".join(error.traceback) or f"{error.name}: {error.value}", file=sys.stderr)
 
 
-async def run_file(settings: Settings, file: Path, get: list[str], template_id: str) -> int:
-    """Run a Python file in a sandbox of its own and end it; figures are saved beside, wanted files fetched."""
-    code = file.read_text()
-    figures = failed = 0
+FIGURES = ".cellvm-figures"
+"""The folder in the home of a sandbox that `cellvm run` takes figures from."""
+
+
+async def run_file(settings: Settings, file: Path, arguments: list[str], get: list[str], template_id: str) -> int:
+    """Run a Python file in a sandbox of its own, as `python3 FILE` does, and return its exit status.
+
+    Figures are saved beside, wanted files fetched.
+    """
+    content = file.read_bytes()
     async with fresh_guest(settings, template_id) as guest:
-        async for event in guest.kernel.execute(code):
-            if event.type in ("stdout", "stderr"):
-                print(event.text, end="", flush=True, file=sys.stdout if event.type == "stdout" else sys.stderr)
-            elif event.error is not None:
-                failed = 1
-                show_error(event.error)
-            elif event.data is not None:
-                shown = {mime: msgspec.json.decode(value) for mime, value in values(event.data).items()}
-                if "image/png" in shown:
-                    figures += 1
-                    picture = Path(f"{file.stem}-{figures}.png")
-                    picture.write_bytes(base64.b64decode(shown["image/png"]))
-                    console.print(f"saved {picture}")
-                else:
-                    print(shown.get("text/plain", ""))
-        await fetch(guest, get)
-    return failed
+        files, folder = Files(guest), os.path.join(guest.home, FIGURES)
+        await store(files, file.name, content)
+        await store(files, f"{FIGURES}/cellvm_figures.py", Path(__file__).with_name("figures.py").read_bytes())
+        env = {"CELLVM_FIGURES": folder, "MPLBACKEND": "module://cellvm_figures", "PYTHONPATH": folder}
+        if sys.stdout.isatty():
+            env["PYTHONUNBUFFERED"] = "1"  # as Python behaves on a terminal, more or less
+        request = wire.Spawn(argv=["python3", file.name, *arguments], env=env, cwd=guest.home)
+        async with guest.link.ask(request) as conversation:
+            Thread(target=feed, args=(conversation, asyncio.get_running_loop()), daemon=True).start()
+            while not isinstance(item := await conversation.receive(), wire.Exited):
+                if isinstance(item, tuple):
+                    out = sys.stdout if item[0] == wire.STDOUT else sys.stderr
+                    out.buffer.write(item[1])
+                    out.buffer.flush()
+        listing = await files.list(FIGURES, holding=Held().account("").hold("figures"))
+        pictures = [entry.name for entry in listing.entries if entry.name.endswith(".png")]
+        for number in range(1, len(pictures) + 1):
+            await fetch(guest, f"{FIGURES}/{number}.png", Path(f"{file.stem}-{number}.png"))
+        for path in get:
+            await fetch(guest, path, Path(Path(path).name))
+    return item.code
+
+
+async def store(files: Files, path: str, content: bytes) -> None:
+    """Write a file of the guest."""
+    async with files.write(path) as writing:
+        await writing.send(content)
+        await writing.finish()
+
+
+def feed(conversation: Conversation, loop: asyncio.AbstractEventLoop) -> None:
+    """Pass our standard input on, as fast as the program reads it. This runs in a thread, because reading may block."""
+
+    async def close() -> None:
+        conversation.end()
+
+    with suppress(RuntimeError):  # the loop is over, because the program has ended
+        while data := read_stdin():
+            asyncio.run_coroutine_threadsafe(conversation.send(data), loop).result()
+        asyncio.run_coroutine_threadsafe(close(), loop).result()
+
+
+def read_stdin() -> bytes:
+    """Some of our standard input; empty at its end, or when there is none."""
+    try:
+        return os.read(0, wire.CHUNK)
+    except OSError:
+        return b""
 
 
 async def run_notebook(settings: Settings, options: argparse.Namespace) -> int:
@@ -295,12 +331,13 @@ async def run_notebook(settings: Settings, options: argparse.Namespace) -> int:
     async with fresh_guest(settings, options.template) as guest:
         try:
             with cells_done(len(book.cells)) as begin:
+                numbers: dict[str, int] = {}
                 for number, cell in enumerate(book.cells):
                     begin(number, cell["source"])
                     if not cell["source"].strip():
                         continue
                     async for event in guest.kernel.execute(cell["source"], timeout=options.timeout):
-                        book.add(number, event)
+                        book.add(numbers.setdefault(event.id, number), event)  # late output goes to its own cell
                     error = book.outputs[number].error
                     is_allowed = options.allow_errors or "raises-exception" in tags(cell)
                     # What the gateway says of a cell (`code`), as that it ran out of time, is no exception of its own.
@@ -315,7 +352,8 @@ async def run_notebook(settings: Settings, options: argparse.Namespace) -> int:
         if error is not None:
             show_error(error)
             console.print(f"cell {number + 1} of {len(book.cells)} failed: {error.name}", markup=False)
-        await fetch(guest, options.get)
+        for path in options.get:
+            await fetch(guest, path, Path(Path(path).name))
     return int(error is not None)
 
 
@@ -461,7 +499,7 @@ def parser() -> argparse.ArgumentParser:
                 "--refresh", action="store_true", help="build new images, with Debian's security updates of today"
             )
         if name == "run":
-            command.add_argument("file", type=Path, help="the Python file")
+            command.add_argument("file", type=Path, help="the Python file; what follows `--` are its arguments")
         if name in ("run", "nb"):
             command.add_argument(
                 "--get", action="append", default=[], metavar="PATH", help="fetch this file afterwards"
@@ -491,10 +529,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    options = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    end = words.index("--") if "--" in words else len(words)
+    options, arguments = parser().parse_args(words[:end]), words[end + 1 :]
     # Debian's users have no directory of sbin in their PATH, where nft and mkfs.ext4 are.
     os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
     try:
+        if arguments and options.command != "run":
+            raise SettingsError("`--` and what follows are for `cellvm run`")
         settings = Settings.load(vars(options), os.environ)
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(Escaped())
@@ -508,7 +550,7 @@ def main(argv: list[str] | None = None) -> int:
             case "doctor":
                 return asyncio.run(doctor(settings))
             case "run":
-                return asyncio.run(run_file(settings, options.file, options.get, options.template))
+                return asyncio.run(run_file(settings, options.file, arguments, options.get, options.template))
             case "nb":
                 return asyncio.run(run_notebook(settings, options))
             case "cache":

@@ -300,6 +300,9 @@ class FakeGuest:
         self.kernel.interrupt()
         await stream.reply(wire.Done())
 
+    async def _do_getstopped(self, stream: Stream, body: wire.GetStopped) -> None:
+        await stream.reply(wire.Stopped(is_stopped=False))
+
     async def _do_restart(self, stream: Stream, body: wire.Restart) -> None:
         await self.kernel.restart()
         await stream.reply(wire.Done())

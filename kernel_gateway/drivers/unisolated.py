@@ -84,6 +84,7 @@ class Unisolated:
                 ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # `cellvm run` prints there what the script prints
                 env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent)},
                 start_new_session=True,
             )  # fmt: skip

@@ -21,6 +21,8 @@ MAX_PAYLOAD = 4 * 1024 * 1024
 MAX_PAGES = 100
 OUTPUTS = frozenset({"stdout", "stderr", "result", "display", "error"})
 """Events that a pending `clear` waits for."""
+RESTARTED = "restarted"
+"""The state in the status that tells a cell that its kernel is another one than the cell before had."""
 JsonObject = Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": "object"})]
 """An object as JSON text."""
 
@@ -56,8 +58,21 @@ class Truncated(msgspec.Struct):
     messages: int = 0
 
 
+class Late(msgspec.Struct, frozen=True):
+    """What an earlier cell has put out since it ended, because its threads or tasks go on."""
+
+    id: str
+    executionCount: int | None
+    stdout: str
+    stderr: str
+    results: list[Result]
+
+
 class Cell(msgspec.Struct):
-    """What one execution gave. `outcome` is finished, or unknown if its kernel ended before it was over."""
+    """What one execution gave. `outcome` is finished, or unknown if its kernel ended before it was over.
+
+    `late` is what earlier cells have put out since. `restarted` says why the kernel is not the one of the cell before.
+    """
 
     results: list[Result] = []
     stdout: str = ""
@@ -66,6 +81,8 @@ class Cell(msgspec.Struct):
     executionCount: int | None = None
     truncated: Truncated | None = None
     outcome: str = Ending.FINISHED
+    late: list[Late] = []
+    restarted: str | None = None
 
 
 class StreamEvent(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -92,6 +109,7 @@ class StreamEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     signal: int | None = None
     messages: int | None = None
     outcome: str | None = None
+    late: bool | None = None
 
 
 class Events:
@@ -297,6 +315,7 @@ class Collector:
         self._cell = Cell()
         self._kept = 0
         self._shown: dict[str, list[int]] = {}
+        self._late: dict[str, Collector] = {}
         self._clear()
 
     def _clear(self) -> None:
@@ -313,6 +332,13 @@ class Collector:
         self._shown = {name: [] for name in self._shown}
 
     def add(self, event: StreamEvent) -> None:
+        """Take the next event. A late one is kept with those of its own cell."""
+        if event.late:
+            if event.id not in self._late:
+                self._late[event.id] = Collector(self._text_limit, self._result_limit, self._may_keep)
+            self._late[event.id].add(msgspec.structs.replace(event, late=None))
+            self._late[event.id]._cell.executionCount = event.executionCount
+            return
         if self._is_clear_due and event.type in OUTPUTS:
             self._clear()
         match event.type:
@@ -326,6 +352,8 @@ class Collector:
                 self._clear()
             case "error":
                 self._cell.error = event.error
+            case "status" if event.state == RESTARTED:
+                self._cell.restarted = event.reason
             case "gap":
                 self._dropped.messages += event.messages or 0
             case "started" | "end":
@@ -377,6 +405,10 @@ class Collector:
         self._cell.stdout, self._cell.stderr = "".join(self._text["stdout"]), "".join(self._text["stderr"])
         dropped = self._dropped
         self._cell.truncated = dropped if dropped != Truncated() else None
+        late = [(name, each.cell()) for name, each in self._late.items()]
+        self._cell.late = [
+            Late(name, each.executionCount, each.stdout, each.stderr, each.results) for name, each in late
+        ]
         return self._cell
 
 

@@ -20,7 +20,8 @@ class Execution:
     `id` is its Jupyter message id, and clients know it by that. `code` is kept, as bytes that are held for the owner,
     until the kernel has got it. `after` is the journal's number before its first message. `outcome` is None until it is
     over, and `last` is then the number of the last message to show. `timed_out` is the error to tell in place of the
-    interrupt that the gateway has sent. `clock` is when its time began.
+    interrupt that the gateway has sent. `clock` is when its time began. `count` is its number in the kernel, once it is
+    over. `restarted` says why its kernel is another one than the execution before had.
     """
 
     def __init__(self, execution_id: str, code: str, after: int, timeout: float | None) -> None:
@@ -37,6 +38,8 @@ class Execution:
         self.is_started = False
         self.is_unwanted = False
         self.clock = time.monotonic()
+        self.count: int | None = None
+        self.restarted = ""
         self.changed = asyncio.Event()
 
     @property
@@ -102,6 +105,20 @@ class Executions:
 
     def unfinished(self) -> Iterator[Execution]:
         return (each for each in self._by_id.values() if each.outcome is None)
+
+    def is_late(self, parent: str, seq: int) -> bool:
+        """Whether message `seq` of the execution `parent` has come after its end."""
+        of = self._by_id.get(parent)
+        return of is not None and of.outcome is not None and seq > of.last
+
+    def is_told_to(self, execution: Execution, seq: int) -> bool:
+        """Whether that execution is the one to tell a late message to: the first that ends after it."""
+        for each in self._by_id.values():
+            if each is execution:
+                return True
+            if each.outcome is None or seq <= each.last:
+                return False
+        return False
 
     def add(self, execution: Execution) -> None:
         """Remember an execution. The oldest one that is over is forgotten for it.

@@ -16,9 +16,9 @@ from kernel_gateway.errors import CellvmError, Conflict, GuestFailure, SandboxDi
 from kernel_gateway.guest.link import Link
 from kernel_gateway.held import Account, Held, Holding
 from kernel_gateway.kernel import message
-from kernel_gateway.kernel.events import CellError, Events, StreamEvent, cell_error
+from kernel_gateway.kernel.events import RESTARTED, CellError, Events, StreamEvent, cell_error
 from kernel_gateway.kernel.executions import Execution, Executions
-from kernel_gateway.kernel.journal import Gap, Journal
+from kernel_gateway.kernel.journal import Gap, Journal, Record
 from kernel_gateway.kernel.message import CHANNEL, CONTENT, HEADER, PARENT
 from kernel_gateway.kernel.pages import pages
 from kernel_gateway.kernel.state import WAITING, Event, State, decide
@@ -31,8 +31,10 @@ START_LIMIT = 120
 INTERRUPT_GRACE = 0.75
 """Seconds a cell gets to end after an interrupt before its kernel is killed, so that the reply comes within a second.
 An emulated machine gets twice as long, because a loop in it may need most of a second to notice."""
+ASK_LIMIT = 0.2
+"""Seconds that the guest has to tell whether a cell has stopped, because the answer must not wait for it."""
 REPLY_GRACE = 5.0
-"""Seconds in which the reply must follow the error of an interrupted cell, because the error shows that it stopped."""
+"""Seconds in which the reply of an interrupted cell must follow once its code has stopped. A traceback takes time."""
 MAX_SESSIONS = 1000
 """Number of client sessions whose place in the journal is remembered."""
 MAX_PENDING = 10_000
@@ -46,6 +48,8 @@ UNTRACKED = frozenset(
     "execute_result error status clear_output debug_event input_request input_reply".split()
 )
 """Kinds of messages that are no activity of a user. jupyter_server has the same list."""
+OUTPUT = frozenset({"stream", "display_data", "update_display_data", "execute_result", "error"})
+"""Kinds of messages that are told to a later cell when they come late."""
 SHOWN_AS = {State.CLOSED: "dead"}
 """Jupyter's word for a state, where it is not the state's own name."""
 
@@ -92,6 +96,8 @@ class Kernel:
         self._restarting: asyncio.Task[CellvmError | None] | None = None
         self._overdue: asyncio.TimerHandle | None = None
         self._is_ending = False
+        self._untold = ""
+        self._late = 0
         self._pending: dict[str, Pending] = {}
         self._busy: dict[str, str] = {}
         self._turn = asyncio.Lock()
@@ -141,6 +147,8 @@ class Kernel:
         if following is None:
             return False
         if lost is not None:
+            is_unasked = event in (Event.ENDED, Event.FAILED)
+            self._untold = reason if is_unasked and not self._pending else ""
             self._lose(lost)
         self._state = following
         self.reason = "" if following is State.IDLE else reason
@@ -255,10 +263,7 @@ class Kernel:
         else:
             session = pending.session if pending else parent.session
             if pending and head.msg_type.endswith("_reply"):
-                pending.is_replied = True
-                if parent.msg_id in self.executions:
-                    failed = message.read(parts[CONTENT], message.Reply).status == "error"
-                    pending.failure = cell_error(parts[CONTENT]) if failed else None
+                self._reply_received(parent.msg_id, pending, parts[CONTENT])
         execution = self.executions.get(parent.msg_id)
         if execution is not None:
             execution.start()
@@ -270,12 +275,22 @@ class Kernel:
         if ends and execution is not None:
             self._publish_failure(execution)
         record = self.journal.append(parts, head.msg_type, parent.msg_id, session, ends)
+        if head.msg_type in OUTPUT and self.executions.is_late(parent.msg_id, record.seq):
+            self._late = self._late or record.seq
         if ends:
             self._forget(parent.msg_id)
             if execution is not None:
                 execution.end(FINISHED, record.seq)
         if self._is_ending and head.msg_type == "shutdown_reply" and pending and pending.is_replied:
             self.on_shutdown()
+
+    def _reply_received(self, msg_id: str, pending: Pending, content: bytes) -> None:
+        pending.is_replied = True
+        execution = self.executions.get(msg_id)
+        if execution is not None:
+            reply = message.read(content, message.Reply)
+            execution.count = reply.execution_count
+            pending.failure = cell_error(content) if reply.status == "error" else None
 
     def _status_received(self, parent: message.Header, state: str, pending: Pending | None) -> None:
         # The kernel before may be heard after its end. What it said it had begun is over, and no `idle` follows.
@@ -456,8 +471,11 @@ class Kernel:
             raise SandboxDied(self.reason, outcome=Ending.NOT_STARTED)
         if execution_id in self._pending:
             raise Conflict("this id was used for another cell", hint="choose a new one for every cell")
-        execution = Execution(execution_id or uuid.uuid4().hex, code, self.journal.last, timeout)
+        is_waited_for = any(self.executions.unfinished())  # whoever runs is told what comes late
+        after = self.journal.last if is_waited_for or not self._late else self._late - 1
+        execution = Execution(execution_id or uuid.uuid4().hex, code, after, timeout)
         self.executions.add(execution)
+        self._late = 0
         fields = {
             "silent": False,
             "store_history": not quiet,
@@ -490,6 +508,7 @@ class Kernel:
         del fields
         self._remember(execution.id, Pending(self._session, "shell", parts[HEADER], "execute_request"))
         execution.is_sent = True
+        execution.restarted, self._untold = self._untold, ""
         execution.clock = time.monotonic()
         await self._link.send_kernel_message(parts)
         execution.drop_code()
@@ -509,9 +528,11 @@ class Kernel:
             except TimeoutError:
                 if execution.outcome is not None:
                     break  # it ended in the same turn
-                if deadline is not None and self._pending[execution.id].is_told and not has_stopped:
+                if deadline is not None and not has_stopped and await self._has_stopped(execution):
                     has_stopped = True
                     deadline += REPLY_GRACE
+                elif execution.outcome is not None:
+                    break  # it ended while the guest was asked
                 elif deadline is not None:
                     self._end_request(execution.id, timed_out(execution.timeout, state_kept=False), Ending.UNKNOWN)
                     # The next cell waits for the next kernel. The reply to this one does not.
@@ -539,8 +560,22 @@ class Kernel:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def _has_stopped(self, execution: Execution) -> bool:
+        """Whether the cell's code is over though its reply has not come: its error is told, or is made in the guest."""
+        if self._pending[execution.id].is_told:
+            return True
+        try:
+            async with asyncio.timeout(ASK_LIMIT * min(self._link.time_scale, 2)):
+                return (await self._link.call(wire.GetStopped(target=execution.id), wire.Stopped)).is_stopped
+        except (GuestFailure, TimeoutError) as error:
+            log.warning("a kernel could not be asked whether a cell has stopped: %.500r", error)
+            return False
+
     async def events(self, execution: Execution, after: int = 0) -> AsyncGenerator[StreamEvent, None]:
         """The events of a cell, from the journal's number `after` on, "end" last.
+
+        Among them is, marked as late, what earlier cells of ours have put out since they ended. A status says if the
+        kernel was replaced since the cell before and nobody was told.
 
         Raises:
             CellvmError: the cell could not be run, or the sandbox ended. The error's `outcome` says whether it has run.
@@ -561,13 +596,26 @@ class Kernel:
                         for event in translate.receive(
                             record.seq, record.kind, record.parent, record.ends, record.parts
                         ):
+                            if event.type == "started" and execution.restarted:
+                                yield StreamEvent(
+                                    "status", event.seq, execution.id, state=RESTARTED, reason=execution.restarted
+                                )
                             yield event
                             if event.type == "end":
                                 return
+                    elif record.kind in OUTPUT and self._is_late_for(execution, record):
+                        earlier = self.executions.get(record.parent)
+                        count = None if earlier is None else earlier.count
+                        for event in translate.receive(record.seq, record.kind, record.parent, False, record.parts):
+                            yield msgspec.structs.replace(event, late=True, executionCount=count)
         assert execution.outcome is not None  # a journal ends after all executions have
         if execution.outcome.error is not None:
             raise execution.outcome.error
         yield StreamEvent("end", seq=execution.last, id=execution.id, outcome=execution.outcome.ending)
+
+    def _is_late_for(self, execution: Execution, record: Record) -> bool:
+        """Whether a record is late output that this execution is to be told."""
+        return self.executions.is_late(record.parent, record.seq) and self.executions.is_told_to(execution, record.seq)
 
     async def execute(
         self, code: str, *, timeout: float | None = None, quiet: bool = False

@@ -50,6 +50,8 @@ async def test_a_cell(service: Service, box: str) -> None:
         "executionCount": 1,
         "truncated": None,
         "outcome": "finished",
+        "late": [],
+        "restarted": None,
     }
     cell = await service.execute(box, "x")
     assert (cell["results"][0]["data"], cell["executionCount"]) == ({"text/plain": "41"}, 2)

@@ -54,7 +54,7 @@ def build_and_run(program: Path, tmp_path: Path) -> None:
     """Build `base` with this QEMU and run a file in it."""
     version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
     assert " 10." in version
-    (tmp_path / "cell.py").write_text("import os, sys\nprint(sys.version_info[:2], os.getcwd())\n6 * 7\n")
+    (tmp_path / "cell.py").write_text("import os, sys\nprint(sys.version_info[:2], os.getcwd())\nprint(6 * 7)\n")
     command = [CELLVM, "run", "cell.py", "--template", "base", "--templates", "base", "--qemu", program]
     result = subprocess.run(
         [*command, "--data-dir", tmp_path / "data"], cwd=tmp_path, capture_output=True, text=True, timeout=170
