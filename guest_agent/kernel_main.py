@@ -46,6 +46,7 @@ from jupyter_client.session import Session, json_packer
 
 from guest_agent.cells import Cells
 from guest_agent.startup import INLINE, Imported, python_path
+from guest_agent.views import Views
 
 TEXT_PIECE = 1024 * 1024
 
@@ -199,6 +200,7 @@ class SandboxKernel(IPythonKernel):
 
         self.shell_handlers["comm_msg"] = comm_message
         self.shell.events.register("post_execute", show_agg_figures)
+        Views().connect(self.shell)
 
 
 def await_resumes(channel: socket.socket, session: Any, shell: Any, path: list[str]) -> None:
