@@ -344,7 +344,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
 
 async def make_rest(settings: Settings, templates: Templates, preparation: Preparation) -> None:
     """What a server does after it is ready: make its other templates, then delete what is old in the cache."""
-    await preparation.make_all(template for template in templates if template is not templates.default)
+    await preparation.make_all(template for template in templates.built_unasked if template is not templates.default)
     log.info("the other templates have had their turn")
     if settings.cache_days and settings.boots_machines:
         try:
