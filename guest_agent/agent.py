@@ -10,8 +10,8 @@ from guest_agent.channel import AgentError, Channel, Stream
 from guest_agent.files import Files
 from guest_agent.kernel import Kernel
 
-# Cells that warm the paths of first cells (parse, run, display, publish; format a traceback). The last clears `_`.
-EXERCISES = ("1 + 1", "1 / 0", "1 / 0", "get_ipython().displayhook.flush()")
+# Cells that warm the paths of first cells (parse, run, display, publish; format a traceback). The last clears results.
+EXERCISES = ("1 + 1", "1 / 0", "1 / 0", "get_ipython().displayhook.flush(); del _0")
 
 CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 

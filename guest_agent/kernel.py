@@ -24,7 +24,7 @@ from typing import Any
 
 import zmq
 
-from guest_agent import limits, wire
+from guest_agent import limits, startup, wire
 from guest_agent.cells import Cells, word
 from guest_agent.channel import AgentError, Channel, Stream
 from guest_agent.wire import KernelStatus
@@ -44,6 +44,8 @@ SIGNAL_AGAIN = 0.5
 """Seconds after which a signal is repeated if the kernel has not noticed it. A thread that is about to wait in the
 system when a signal comes would wait on."""
 PORTS = ("shell", "iopub", "stdin", "control", "hb")
+NURSERY = "import sys; sys.path[:] = [{!r}, *filter(None, sys.path)]; from guest_agent.kernel_main import main; main()"
+"""What the nursery runs. The user's files in the working directory must not be taken for modules of the kernel's."""
 
 
 class Connection:
@@ -173,6 +175,8 @@ class Kernel:
         self._count = 0
         self._nursery: asyncio.StreamWriter | None = None
         self._nursery_process: subprocess.Popen[bytes] | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._started_with: dict[str, str] = {}
         self._answers: deque[asyncio.Future[dict[str, Any]]] = deque()
         self._own: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._starting = asyncio.Lock()
@@ -190,12 +194,21 @@ class Kernel:
     # -- the nursery
 
     async def start_nursery(self, modules: list[str]) -> None:
-        """Start the process that kernels fork from and let it import `modules`."""
+        """Start the process that kernels fork from and let it import `modules`. One before it ends, with its kernel."""
+        if self._nursery_process is not None and self._nursery is not None and self._watch is not None:
+            self._watch.cancel()
+            self._kill()
+            self._pid = 0
+            self._nursery_process.kill()
+            await asyncio.to_thread(self._nursery_process.wait)
+            self._nursery.close()
         ours, theirs = socket.socketpair()
+        self._started_with = startup.read_once(self.env)
         with limits.limited_to(limits.FOR_KERNELS) if self._uid is not None else contextlib.nullcontext():
             self._nursery_process = subprocess.Popen(
-                [sys.executable, "-m", "guest_agent.kernel_main", str(theirs.fileno())],
-                env={**self.env, "PYTHONPATH": str(Path(__file__).parent.parent)},
+                [sys.executable, "-c", NURSERY.format(str(Path(__file__).parent.parent)), str(theirs.fileno())],
+                # A kernel adds PYTHONPATH for its user's modules. Its own come from where they are installed.
+                env={name: value for name, value in self.env.items() if name != "PYTHONPATH"},
                 cwd=self.env["HOME"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -208,6 +221,14 @@ class Kernel:
         reader, self._nursery = await asyncio.open_connection(sock=ours)
         self._watch = asyncio.ensure_future(self._watch_nursery(reader))
         await self._ask_nursery(warm=modules)
+
+    async def _is_nursery_current(self) -> bool:
+        """Whether a fork of the nursery is what a freshly started interpreter would be."""
+        if self._nursery_process is None or self._nursery_process.poll() is not None:
+            return False
+        if self._started_with != startup.read_once(self.env):
+            return False
+        return bool((await self._ask_nursery(is_current=self.env))["current"])
 
     async def _ask_nursery(self, **request: Any) -> dict[str, Any]:
         assert self._nursery is not None
@@ -240,7 +261,7 @@ class Kernel:
             await self._start()
 
     async def _start(self) -> None:
-        if self._nursery_process is None or self._nursery_process.poll() is not None:
+        if not await self._is_nursery_current():
             await self.start_nursery([])
         self._disconnect()
         self._count += 1
@@ -476,7 +497,13 @@ class Kernel:
         return await answer
 
     async def resume(self) -> None:
-        """Make the kernel's random state, session and environment the sandbox's own."""
+        """Make the kernel's random state, session and environment the sandbox's own.
+
+        The kernel is replaced if its process must have been started with that environment.
+        """
+        if self._started_with != startup.read_once(self.env):
+            self._expected_exit = self._pid
+            await self.start()
         if self._resumes is None:
             raise AgentError("kernel_unavailable", "the kernel is not running")
         reader, writer = self._resumes

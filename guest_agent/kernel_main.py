@@ -7,6 +7,7 @@ first, and each after a restart) is a fork of it. The nursery itself never runs 
 Agent and nursery talk in JSON lines on the socket FD:
 
     {"warm": [modules]}                       -> {"warmed": seconds}
+    {"is_current": {environment}}             -> {"current": whether a fork is what a fresh interpreter would be}
     {"fork": connection_file, "env": {...}}   -> {"pid": n}
                                   unasked     -> {"exited": pid, "status": wait status}
 
@@ -20,6 +21,7 @@ import asyncio
 import contextlib
 import importlib
 import json
+import locale
 import os
 import random
 import selectors
@@ -33,6 +35,7 @@ import time
 import traceback
 import uuid
 import warnings
+from collections import ChainMap
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -44,10 +47,34 @@ from jupyter_client.jsonutil import json_default
 from jupyter_client.session import Session, json_packer
 
 from guest_agent.cells import Cells
+from guest_agent.completion import imported
 from guest_agent.output import Output
+from guest_agent.startup import INLINE, Imported, python_path
 from guest_agent.tracebacks import Tracebacks
+from guest_agent.views import Views
 
 TEXT_PIECE = 1024 * 1024
+
+
+def adopt(env: dict[str, str], path: list[str]) -> None:
+    """Make `env` the environment, and read again what a process reads of it when it starts.
+
+    Args:
+        path: `sys.path` of an interpreter that was started without PYTHONPATH.
+    """
+    before = os.environ.get("MPLBACKEND", INLINE)
+    coerced = {name: value for name, value in os.environ.items() if name == "LC_CTYPE"}  # the interpreter sets it
+    os.environ.clear()
+    os.environ.update(coerced | env)
+    time.tzset()
+    with contextlib.suppress(locale.Error):  # the machine has no such locale; an interpreter starts all the same
+        locale.setlocale(locale.LC_CTYPE, "")
+    sys.dont_write_bytecode = bool(env.get("PYTHONDONTWRITEBYTECODE"))
+    sys.path[:] = [*python_path(env), *path]
+    importlib.invalidate_caches()
+    backend = os.environ.setdefault("MPLBACKEND", INLINE)
+    if backend != before and "matplotlib" in sys.modules:
+        sys.modules["matplotlib"].use(backend)
 
 
 def reseed() -> None:
@@ -188,16 +215,23 @@ class SandboxKernel(IPythonKernel):
         finally:
             signal.signal(signal.SIGINT, before)
 
+    def do_complete(self, code: str, cursor_pos: int | None) -> dict[str, Any]:  # type: ignore[override]  # as above it
+        """Complete code, also by what its imports will bind. The user's own names come first."""
+        assert self.shell is not None
+        known = imported(code[:cursor_pos])
+        self.shell.Completer.global_namespace = ChainMap(self.shell.user_global_ns, known)
+        return super().do_complete(code, cursor_pos)  # type: ignore[no-any-return, no-untyped-call]
+
     def start(self) -> None:
         """Start, and connect the modules that the nursery imported before there was a shell."""
         super().start()  # type: ignore[no-untyped-call]
         reseed()
         self._outputs = [each for each in (sys.stdout, sys.stderr) if isinstance(each, Output)]
         assert self.shell is not None
-        if "matplotlib" in sys.modules:
+        if "matplotlib" in sys.modules and os.environ["MPLBACKEND"] == INLINE:
             self.shell.run_line_magic("matplotlib", "inline")
-        # Completions come from the live objects, because jedi would first read sources. That takes seconds in which no
-        # cell runs, and half a minute in an emulated machine.
+        # Completions come from live objects and from `completion`, because jedi would first read sources. That takes
+        # seconds in which no cell runs, and half a minute in an emulated machine.
         self.shell.Completer.use_jedi = False
         before = self.shell.InteractiveTB
         self.shell.InteractiveTB = Tracebacks(  # type: ignore[no-untyped-call]
@@ -222,15 +256,15 @@ class SandboxKernel(IPythonKernel):
 
         self.shell_handlers["comm_msg"] = comm_message
         self.shell.events.register("post_execute", show_agg_figures)
+        Views().connect(self.shell)
 
 
-def await_resumes(channel: socket.socket, session: Any) -> None:
+def await_resumes(channel: socket.socket, session: Any, shell: Any, path: list[str]) -> None:
     """Make this kernel another sandbox's whenever the agent says so."""
     for line in channel.makefile("rb"):
         reseed()
-        os.environ.clear()
-        os.environ.update(json.loads(line))
-        os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+        adopt(json.loads(line), path)
+        shell.init_environment()  # what the shell itself sets
         session.session = uuid.uuid4().hex
         channel.sendall(json.dumps(session.session).encode() + b"\n")
 
@@ -240,9 +274,9 @@ def run_kernel(connection_file: str, env: dict[str, str]) -> None:
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    os.environ.clear()
-    os.environ.update(env)
     os.chdir(env["HOME"])
+    adopt(env, list(sys.path))
+    sys.orig_argv[1:] = ["-m", "ipykernel_launcher", "-f", connection_file]
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("500")  # when memory runs out, the user's kernel ends, not the nursery
     sys.argv = [""]  # as in an interactive Python, because our own arguments would be taken for the user's
@@ -257,11 +291,14 @@ def run_kernel(connection_file: str, env: dict[str, str]) -> None:
         outstream_class="guest_agent.output.Output",
     )
     app.initialize([])  # type: ignore[no-untyped-call]
+    path = [part for part in sys.path if part not in python_path(env)]  # with '', which the shell has put in
     # There is no limit, because a slow reader must not cost output. Output waits in the sandbox's own memory.
     app.iopub_thread.socket.sndhwm = 0
     channel = socket.socket(socket.AF_UNIX)
     channel.connect(os.path.join(os.path.dirname(connection_file), "resume"))
-    threading.Thread(target=await_resumes, args=(channel, app.session), daemon=True, name="resume").start()
+    threading.Thread(
+        target=await_resumes, args=(channel, app.session, app.shell, path), daemon=True, name="resume"
+    ).start()
     app.start()  # type: ignore[no-untyped-call]
 
 
@@ -287,6 +324,8 @@ def serve(channel: socket.socket) -> None:
     selector.register(wake_read, selectors.EVENT_READ)
     lines = channel.makefile("rwb", buffering=0)
     children: set[int] = set()
+    unasked = set(sys.modules)
+    imported = Imported(unasked)
 
     def tell(**message: Any) -> None:
         lines.write(json.dumps(message).encode() + b"\n")
@@ -309,15 +348,21 @@ def serve(channel: socket.socket) -> None:
             request = json.loads(line)
             if "warm" in request:
                 started = time.monotonic()
-                os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+                os.environ["MPLBACKEND"] = INLINE
                 for module in request["warm"]:
                     importlib.import_module(module)
+                imported = Imported(unasked)
                 tell(warmed=time.monotonic() - started)
+            elif "is_current" in request:
+                env = request["is_current"]
+                tell(current=imported.are_current([*python_path(env), *sys.path], env["HOME"]))
             else:
                 pid = fork()
                 if pid == 0:
                     signal.set_wakeup_fd(-1)
                     selector.close()
+                    os.close(wake_read)
+                    os.close(wake_write)
                     channel.close()
                     lines.close()
                     try:
@@ -330,6 +375,8 @@ def serve(channel: socket.socket) -> None:
                 tell(pid=pid)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Be the nursery. The agent starts it by `python -c`, with the way to our package first in `sys.path`."""
+    del sys.path[0]
     with contextlib.suppress(BrokenPipeError):  # the agent has gone, so nobody asks for a kernel any more
         serve(socket.socket(fileno=int(sys.argv[1])))

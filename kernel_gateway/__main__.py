@@ -167,7 +167,7 @@ def greet(server: Server) -> None:
 
 
 async def build(settings: Settings, *, refresh: bool) -> None:
-    """Build every template, so that `serve` only verifies.
+    """Build every template that `serve` builds unasked, so that it only verifies.
 
     Args:
         refresh: build new images of the Debian packages of today, though the cache has images.
@@ -179,9 +179,9 @@ async def build(settings: Settings, *, refresh: bool) -> None:
         await install_packages(settings.qemu, step)
         templates = load_templates(settings)
         if refresh:
-            await refresh_images(builder(settings), templates, step)
+            await refresh_images(builder(settings), templates.built_unasked, step)
         async with opened_driver(settings, templates.default, step) as opened:
-            for template in sorted(templates, key=lambda template: template is not templates.default):
+            for template in sorted(templates.built_unasked, key=lambda template: template is not templates.default):
                 await opened.prepare(template, step)
     console.print("all templates are built")
 
@@ -207,8 +207,7 @@ async def doctor(settings: Settings) -> int:
         building = builder(settings)
         with steps() as step, closing(building.cache):
             try:
-                async with building.cache.building(step, waits=False) as tell:
-                    found = await kvm.verdict(building, template, disks, tell, anew=True)
+                found = await kvm.verdict(building, template, disks, step, anew=True)
             except (BuildError, Busy) as error:
                 found = str(error)
     failed = False

@@ -16,6 +16,7 @@ from kernel_gateway.drivers import DriverError
 from kernel_gateway.drivers.jail import Jail
 from kernel_gateway.drivers.qemu import Qemu
 from kernel_gateway.images.build import Builder
+from kernel_gateway.images.cache import in_thread
 from kernel_gateway.images.image import Progress
 from kernel_gateway.images.templates import Template
 
@@ -57,14 +58,17 @@ def refused() -> str:
     return ""
 
 
-async def verdict(builder: Builder, template: Template, disks: Path, step: Progress, *, anew: bool = False) -> Verdict:
+async def verdict(
+    builder: Builder, template: Template, disks: Path, progress: Progress, *, anew: bool = False
+) -> Verdict:
     """Whether to use KVM: found out by booting the real guest, then remembered for this host, QEMU, machine and image.
 
     Args:
-        anew: try it now, whatever was found before.
+        anew: try it now, whatever was found before, and don't wait for another process that builds.
 
     Raises:
         BuildError: the guest's image can't be built.
+        Busy: another process builds, and this one does not wait.
     """
     if why := refused():
         return Verdict(False, why)
@@ -79,17 +83,20 @@ async def verdict(builder: Builder, template: Template, disks: Path, step: Progr
                 f"the users that machines run as can't open /dev/kvm ({why}): give the server CAP_MKNOD, or give the "
                 "device to a group that may read and write it",
             )
-        directory = await builder.image(template, step)
-        path = builder.cache.root / "kvm" / builder.kvm_key(template, directory)
-        if not anew and (found := _remembered(path)):
+        there = None if anew else await in_thread(builder.image_there, template)
+        if there and (found := _remembered(builder.verdict_path(template, there))):
             return found
-        why = await builder.probe_kvm(template, Qemu(builder.binary, "kvm", disks, jail), step)
+        async with builder.cache.building(progress, waits=not anew) as step:
+            path = builder.verdict_path(template, await builder.image(template, step))
+            if not anew and (found := _remembered(path)):
+                return found
+            why = await builder.probe_kvm(template, Qemu(builder.binary, "kvm", disks, jail), step)
+            found = Verdict(not why, why)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(msgspec.json.encode(found))
+            return found
     finally:
         jail.close()
-    found = Verdict(not why, why)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(msgspec.json.encode(found))
-    return found
 
 
 def _remembered(path: Path) -> Verdict | None:

@@ -144,8 +144,7 @@ async def opened_driver(settings: Settings, first: Template, progress: Progress)
         return
     building = builder(settings)
     with closing(building.cache):
-        async with building.cache.building(progress) as step:
-            accelerator = await _accelerator(settings, first, building, disks, step)
+        accelerator = await _accelerator(settings, first, building, disks, progress)
         # The jail is first: the server may have to leave its control group to it, which it can only while it is alone.
         with closing(Jail.open(building.binary, kvm=accelerator == "kvm")) as jail:
             if accelerator == "kvm" and (why := jail.kvm_refused()):
@@ -154,8 +153,7 @@ async def opened_driver(settings: Settings, first: Template, progress: Progress)
                 driver = Qemu(building.binary, accelerator, disks, jail, nics=slots)
 
                 async def prepare(template: Template, progress: Progress) -> None:
-                    async with building.cache.building(progress) as step:
-                        await building.ready(template, driver, step)
+                    await building.ready(template, driver, progress)
 
                 yield Opened(driver, slots, prepare)
 
@@ -346,7 +344,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
 
 async def make_rest(settings: Settings, templates: Templates, preparation: Preparation) -> None:
     """What a server does after it is ready: make its other templates, then delete what is old in the cache."""
-    await preparation.make_all(template for template in templates if template is not templates.default)
+    await preparation.make_all(template for template in templates.built_unasked if template is not templates.default)
     log.info("the other templates have had their turn")
     if settings.cache_days and settings.boots_machines:
         try:

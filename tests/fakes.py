@@ -1035,7 +1035,7 @@ async def eventually(check: Callable[[], Any], timeout: float = 5.0) -> None:
 def error_of(answer: HTTPResponse) -> dict[str, Any]:
     """The body of an error, checked against its schema."""
     body = json.loads(answer.body)
-    assert set(body) <= {"code", "message", "error", "hint", "outcome"}, body
+    assert set(body) <= {"code", "message", "error", "reason", "hint", "outcome"}, body
     assert body["code"] == answer.code
     assert isinstance(body["message"], str)
     assert body["message"]

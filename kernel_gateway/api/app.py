@@ -19,7 +19,7 @@ from kernel_gateway.api.openapi import document, serve_document
 from kernel_gateway.api.ports import Preview
 from kernel_gateway.api.socket import NOT_ALLOWED, Socket, Sockets
 from kernel_gateway.api.stream import AgentStream
-from kernel_gateway.errors import Misdirected, NotFound
+from kernel_gateway.errors import CellvmError, Misdirected, NotFound
 from kernel_gateway.kernel.events import Cell
 from kernel_gateway.ports import NONE, place_of_host, place_of_path
 from kernel_gateway.sandbox.lifecycle import Event
@@ -41,6 +41,8 @@ SESSION = "/api/sessions/{session}"
 ROUTES = [
     Route("GET", "/health", rest.health, answer=rest.Health, public=True),
     Route("GET", "/openapi.json", serve_document, answer=dict, public=True),
+    Route("GET", "/api/swagger.json", serve_document, answer=dict, public=True),
+    Route("GET", "/api/spec.yaml", serve_document, answer=dict, public=True),
     Route("GET", "/limits", rest.limits, answer=rest.LimitsModel),
     Route("GET", "/templates", rest.list_templates, answer=list[rest.TemplateModel]),
     Route("GET", "/templates/aliases/{template}", rest.get_template, answer=rest.TemplateModel, errors=(404,)),
@@ -114,6 +116,7 @@ ROUTES = [
     Route("POST", "/events/webhooks", rest.later, status=204, errors=(501,)),
     Route("DELETE", "/events/webhooks/{webhook}", rest.later, status=204, errors=(501,)),
     Route("GET", "/api", jupyter.api_version, answer=jupyter.ApiVersion, public=True),
+    Route("GET", "/api/me", jupyter.me, answer=jupyter.Me),
     Route("GET", "/api/status", jupyter.status, answer=jupyter.ServerStatus),
     Route("GET", "/api/kernelspecs", jupyter.list_specs, answer=jupyter.Specs),
     Route("GET", "/api/kernelspecs/{name}", jupyter.get_spec, answer=jupyter.SpecModel, errors=(404,)),
@@ -163,9 +166,11 @@ class Gateway(Application):
                 f"this server is not known as {request.host_name!r:.100}",
                 hint="the operator allows the name with --allow-host; a proxy may send `Host: localhost` instead",
             )
-            args = {**self.settings["default_handler_args"], "error": error}
-            return self.get_handler_delegate(request, Missing, args)
-        path = request.path.removeprefix(self.settings["base_url"])
+            return self._missing(request, error)
+        base = self.settings["base_url"]
+        if base and not f"{request.path}/".startswith(f"{base}/"):
+            return self._missing(request, NotFound(f"all paths of this server begin with {base}"))
+        path = request.path.removeprefix(base)
         before = request.path.removesuffix(path)
         found = re.fullmatch(r"/+t/([^/]+)(/.*)?", path)
         if found is not None:
@@ -177,6 +182,9 @@ class Gateway(Application):
             return Preview(self.settings, request, place, rest, key_in_path=found is not None)
         request.path = path
         return super().find_handler(request, **kwargs)
+
+    def _missing(self, request: HTTPServerRequest, error: CellvmError) -> Any:
+        return self.get_handler_delegate(request, Missing, {**self.settings["default_handler_args"], "error": error})
 
 
 def is_ours(host: str, hosts: frozenset[str] | None) -> bool:

@@ -85,11 +85,14 @@ EXPOSED = (
     "Content-Disposition, Content-Range, Location, Retry-After, X-More, "
     "X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset"
 )
-ALLOWED = "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, Range, X-API-Key"
+ALLOWED = "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, Range, X-API-Key, X-XSRFToken"
+"""Headers that web pages of allowed origins may send. Jupyter's pages send X-XSRFToken; nothing here reads it."""
 
 
 class ErrorBody(msgspec.Struct, omit_defaults=True):
     """The body of every error. `code` is the HTTP status, `error` is the stable word of docs/errors.md.
+
+    `reason` is the status in words, for Jupyter's clients.
 
     `outcome` is "unknown" when the work may have been done before the error, in part or as a whole, and "not_started"
     when it was accepted and then never begun, so that repeating it is safe.
@@ -98,6 +101,7 @@ class ErrorBody(msgspec.Struct, omit_defaults=True):
     code: int
     message: str
     error: str
+    reason: str
     hint: str | None = None
     outcome: str | None = None
 
@@ -334,7 +338,7 @@ class Handler(RequestHandler):
             self.set_header("X-RateLimit-Limit", str(error.limit))
             self.set_header("X-RateLimit-Remaining", "0")
             self.set_header("X-RateLimit-Reset", str(error.retry_after))
-        body = msgspec.json.encode(ErrorBody(status, str(error), error.code, error.hint, error.outcome))
+        body = msgspec.json.encode(ErrorBody(status, str(error), error.code, phrase(status), error.hint, error.outcome))
         self.set_header("Content-Type", "application/json")
         self.set_header("Content-Length", str(len(body)))
         return body
@@ -342,7 +346,8 @@ class Handler(RequestHandler):
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Answer an error that Tornado finds itself: a malformed path, an unknown method."""
         known = {400: "invalid_request", 405: "method_not_allowed"}
-        body = ErrorBody(status_code, phrase(status_code), known.get(status_code, "internal"))
+        reason = phrase(status_code)
+        body = ErrorBody(status_code, reason, known.get(status_code, "internal"), reason)
         self.set_header("Content-Type", "application/json")
         self.finish(msgspec.json.encode(body))
 
@@ -353,6 +358,8 @@ class Handler(RequestHandler):
         origin = self.request.headers.get("Origin", "")
         if origin in self.application.settings["origins"]:
             self.set_header("Access-Control-Allow-Origin", origin)
+            # Some pages let the browser send cookies, and it then wants this word. No cookie is a key here.
+            self.set_header("Access-Control-Allow-Credentials", "true")
             self.set_header("Access-Control-Expose-Headers", EXPOSED)
             self.set_header("Vary", "Origin")
 

@@ -10,7 +10,7 @@ from kernel_gateway.kernel import layout, message
 from kernel_gateway.kernel.journal import Gap, Record
 from kernel_gateway.kernel.message import CHANNEL, METADATA
 from kernel_gateway.sandbox.access import Access
-from kernel_gateway.sandbox.sandbox import Sandbox, sandbox_id
+from kernel_gateway.sandbox.sandbox import Sandbox
 
 STOCK_LIMIT = 10 * 1024 * 1024
 """Bytes of a message over which jupyter_server's own client closes the connection."""
@@ -33,7 +33,7 @@ class Channels(Socket):
     """All channels of one kernel, for one client session."""
 
     def find(self, mine: Access, name: str) -> Sandbox:
-        return mine.get(sandbox_id(name))
+        return mine.of_kernel(name)
 
     def select_subprotocol(self, subprotocols: list[str]) -> str | None:
         self.is_binary = layout.V1 in subprotocols

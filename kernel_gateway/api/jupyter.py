@@ -29,6 +29,8 @@ DEAD_FOR = 3600
 """Seconds that a kernel which died stays listed as dead."""
 MAX_SESSIONS, MAX_MAKING = 1000, 100
 """Sessions that one key may have, and that may be in the making for one key at once."""
+ARGV = ["python3", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+"""What clients read in a kernelspec. Nobody runs it, because a sandbox's kernel is there already."""
 LOGO = (Path(__file__).parent / "logo.svg").read_bytes()
 
 
@@ -39,6 +41,29 @@ class ApiVersion(Struct):
 async def api_version(call: Call) -> ApiVersion:
     """The server's version."""
     return ApiVersion(__version__)
+
+
+class Identity(Struct):
+    """Whose key it is. Only the names mean something; the other fields are there for Jupyter's clients."""
+
+    username: str
+    name: str
+    display_name: str
+    initials: str | None = None
+    avatar_url: str | None = None
+    color: str | None = None
+
+
+class Me(Struct):
+    """An identity. Permissions are empty, because CellVM has scopes of keys instead."""
+
+    identity: Identity
+    permissions: Text
+
+
+async def me(call: Call) -> Me:
+    """Who you are: the owner of your key."""
+    return Me(Identity(call.owner, call.owner, call.owner), {})
 
 
 class ServerStatus(Struct):
@@ -92,7 +117,7 @@ class Specs(Struct):
 def spec(call: Call, name: str) -> SpecModel:
     base = call.http.application.settings["base_url"]
     shown = "Python 3 (ipykernel)" if name == ANY_PYTHON else f"Python 3 in a VM ({name})"
-    body = SpecBody([], shown, "python", {}, {"debugger": True}, "signal")
+    body = SpecBody(ARGV, shown, "python", {}, {"debugger": True}, "signal")
     return SpecModel(name, body, {"logo-svg": f"{base}/kernelspecs/{name}/logo-svg.svg"})
 
 
@@ -139,11 +164,15 @@ def named(call: Call, name: str | None) -> Template:
 
 
 class StartKernel(Struct):
-    """A new kernel. `env` is seen by every process of its sandbox; `path`, a place on the client, is ignored."""
+    """A new kernel. `env` is seen by every process of its sandbox; `path`, a place on the client, is ignored.
+
+    `kernel_id` may name a kernel that lives. It is the answer then, and nothing is started.
+    """
 
     name: str | None = None
     env: Text | None = None
     path: str | None = None
+    kernel_id: str | None = None
 
 
 class KernelModel(Struct, omit_defaults=True):
@@ -196,7 +225,7 @@ def dead(call: Call, name: str | None = None) -> list[KernelModel]:
 
 def sandbox_of(call: Call) -> Sandbox:
     """The sandbox of the kernel that the path names, if the key may see it."""
-    return call.mine.get(sandbox_id(call.path["kernel"]))
+    return call.mine.of_kernel(call.path["kernel"])
 
 
 async def list_kernels(call: Call) -> list[KernelModel]:
@@ -210,6 +239,14 @@ async def list_kernels(call: Call) -> list[KernelModel]:
 
 async def start_kernel(call: Call, body: StartKernel) -> KernelModel:
     """Start a kernel in a sandbox of its own. It lives as long as it is used, and a while longer, within a limit."""
+    if body.kernel_id:
+        try:
+            return model(call.mine.of_kernel(body.kernel_id))
+        except NotFound:
+            raise InvalidRequest(
+                f"there is no kernel {body.kernel_id!r:.100}, and a new one gets its id from the server",
+                hint="leave `kernel_id` out, and take the id from the answer",
+            ) from None
     sandbox = await new_kernel(call, body.name, body.env or {})
     call.http.set_header("Location", f"{call.http.application.settings['base_url']}/api/kernels/{sandbox.kernel_id}")
     return model(sandbox)
@@ -378,13 +415,26 @@ class Sessions:
         self._sessions = {name: each for name, each in self._sessions.items() if each.sandbox in mine}
         return [(each, mine[each.sandbox]) for each in self._sessions.values()]
 
+    def listed(self, call: Call) -> list[tuple[Session, Sandbox]]:
+        """The live sessions, and one for each sandbox that has none, because VS Code finds kernels by sessions only.
+
+        Such a session has the sandbox's id as its path and the kernel's id as its own. It is kept when it is changed.
+        """
+        live = self.live(call)
+        taken = {session.sandbox for session, _ in live}
+        return live + [
+            (Session(sandbox.kernel_id, sandbox.id, sandbox.id, "notebook", sandbox.id), sandbox)
+            for sandbox in call.mine.list()
+            if sandbox.id not in taken and sandbox.kernel_id not in self._sessions
+        ]
+
     def get(self, call: Call) -> tuple[Session, Sandbox]:
         """The session that the path names.
 
         Raises:
             NotFound: the key has no such session.
         """
-        for session, sandbox in self.live(call):
+        for session, sandbox in self.listed(call):
             if session.id == call.path["session"]:
                 return session, sandbox
         raise NotFound("session not found")
@@ -405,8 +455,8 @@ def session_model(session: Session, sandbox: Sandbox) -> SessionModel:
 
 
 async def list_sessions(call: Call) -> list[SessionModel]:
-    """Your sessions."""
-    return [session_model(*each) for each in sessions_of(call).live(call)]
+    """Your sessions, and one for each of your sandboxes that has none."""
+    return [session_model(*each) for each in sessions_of(call).listed(call)]
 
 
 async def start_session(call: Call, body: SessionBody) -> SessionModel:
@@ -419,7 +469,7 @@ async def start_session(call: Call, body: SessionBody) -> SessionModel:
         raise InvalidRequest("a session needs a `path`")
     check_names(path, body)
     sessions = sessions_of(call)
-    for session, sandbox in sessions.live(call):
+    for session, sandbox in sessions.listed(call):
         if session.path == path:
             return session_model(session, sandbox)
     making = sessions.making.get(path)
@@ -450,7 +500,7 @@ async def make_session(call: Call, sessions: Sessions, path: str, body: SessionB
 async def kernel_for(call: Call, wanted: KernelRef) -> Sandbox:
     """The kernel of that id, or a new one."""
     if wanted.id:
-        return call.mine.get(sandbox_id(wanted.id))
+        return call.mine.of_kernel(wanted.id)
     return await new_kernel(call, wanted.name, {})
 
 
@@ -485,6 +535,7 @@ async def change_session(call: Call, body: SessionBody) -> SessionModel:
         session.name if body.name is None else body.name,
         body.type or session.type,
     )
+    sessions.add(session)
     return session_model(session, sandbox)
 
 

@@ -24,7 +24,7 @@ from tornado.httputil import HTTPHeaders, HTTPMessageDelegate, HTTPServerRequest
 from tornado.iostream import IOStream, StreamClosedError
 
 from guest_agent import wire
-from kernel_gateway.api.base import DROPPED_BODY, STATUS, Call, ErrorBody, Requests, refusal
+from kernel_gateway.api.base import DROPPED_BODY, STATUS, Call, ErrorBody, Requests, phrase, refusal
 from kernel_gateway.api.guesses import Guesses
 from kernel_gateway.errors import (
     CellvmError,
@@ -482,7 +482,7 @@ class Preview(HTTPMessageDelegate):
             log.error("%r failed", self, exc_info=error)
             error = CellvmError("the server failed; its log says why")
         status = STATUS[error.code]
-        body = msgspec.json.encode(ErrorBody(status, str(error), error.code, error.hint, error.outcome))
+        body = msgspec.json.encode(ErrorBody(status, str(error), error.code, phrase(status), error.hint, error.outcome))
         headers = [
             ("Server", "CellVM"),
             ("X-Content-Type-Options", "nosniff"),

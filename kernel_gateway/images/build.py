@@ -33,7 +33,10 @@ from kernel_gateway.images.image import (
     build_image,
     build_initrd,
     content_hash,
+    damage,
     finished,
+    initrd_there,
+    newest_image,
 )
 from kernel_gateway.images.snapshot import (
     FILES,
@@ -149,6 +152,11 @@ class Builder:
     binary: str
     ca_bundle: Path | None
 
+    def image_there(self, template: Template) -> Path | None:
+        """The template's image, if the cache has it whole."""
+        found = newest_image(template, self.cache, self.ca_bundle)
+        return None if found is None or damage(found) else self.cache.use(found)
+
     async def image(self, template: Template, step: Progress, *, anew: bool = False) -> Path:
         return await build_image(template, self.cache, self.ca_bundle, step, anew=anew)
 
@@ -157,20 +165,52 @@ class Builder:
         kernel = next((directory / "boot/boot").glob("vmlinuz-*"))
         return Image(*opened_for_machines([kernel, initrd, directory / "root.erofs"]))
 
-    async def ready(self, template: Template, driver: Qemu, step: Progress) -> None:
+    async def ready(self, template: Template, driver: Qemu, progress: Progress) -> None:
         """Build what is missing, verify, offer the template on the driver, and see a first machine answer.
 
-        A cached snapshot that fails any of this is deleted and made again, once.
+        A cached snapshot that fails any of this is deleted and made again, once. Only who has to build waits for
+        others who build or prune.
 
         Raises:
             BuildError: a step failed.
         """
 
-        def told(text: str) -> None:
-            step(f"{template.id}: {text}")
+        def named(step: Progress) -> Progress:
+            return lambda text: step(f"{template.id}: {text}")
 
-        directory = await self.image(template, told)
-        initrd = await in_thread(build_initrd, directory, self.cache)
+        if await self._is_there(template, driver, named(progress)):
+            return
+        async with self.cache.building(progress) as step:
+            directory = await self.image(template, named(step))
+            initrd = await in_thread(build_initrd, directory, self.cache)
+            await self._snapshot(template, driver, directory, initrd, named(step))
+
+    async def _is_there(self, template: Template, driver: Qemu, step: Progress) -> bool:
+        """Offer the template if the cache has all of it. What is pruned meanwhile is not there any more."""
+        try:
+            directory = await in_thread(self.image_there, template)
+            initrd = directory and await in_thread(initrd_there, directory, self.cache)
+            if directory is None or initrd is None:
+                return False
+            machine = await in_thread(machine_of, template, driver.capabilities.accelerator)
+            manifest = await in_thread(self._expected, template, driver, machine, directory, initrd)
+            path = snapshot_path(self.cache, manifest)
+            if not path.is_dir():
+                return False
+            image = self.open_image(directory, initrd)
+        except OSError:
+            return False
+        try:
+            await self._offer(template, driver, path, manifest, image, machine, step)
+        except BaseException as error:
+            image.close()
+            if isinstance(error, HostRefused) or not isinstance(error, (BuildError, OSError)):
+                raise
+            return False  # whoever may delete it says why
+        return True
+
+    async def _snapshot(self, template: Template, driver: Qemu, directory: Path, initrd: Path, step: Progress) -> None:
+        """Offer the template from its snapshot, which is made if there is none of use. Within `building`."""
         machine = await in_thread(machine_of, template, driver.capabilities.accelerator)
         # In a thread, because a server may be at work already.
         manifest = await in_thread(self._expected, template, driver, machine, directory, initrd)
@@ -179,15 +219,15 @@ class Builder:
         try:
             if path.is_dir():
                 try:
-                    await self._offer(template, driver, path, manifest, image, machine, told)
+                    await self._offer(template, driver, path, manifest, image, machine, step)
                     return
                 except HostRefused:
                     raise
                 except BuildError as error:
                     log.warning("the cached snapshot of %s is of no use and is made again: %s", template.id, error)
                     self.cache.drop(path)
-            await self._make(template, driver, image, machine, manifest, path, told)
-            await self._offer(template, driver, path, manifest, image, machine, told)
+            await self._make(template, driver, image, machine, manifest, path, step)
+            await self._offer(template, driver, path, manifest, image, machine, step)
         except BaseException:
             image.close()
             raise
@@ -312,10 +352,11 @@ class Builder:
             raise BuildError(f"mkfs.ext4 failed: {getattr(error, 'stderr', error)}") from error
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
-    def kvm_key(self, template: Template, image: Path) -> str:
-        """What a verdict on this host's KVM holds for."""
+    def verdict_path(self, template: Template, image: Path) -> Path:
+        """Where a verdict on this host's KVM lies. It holds for this processor, QEMU, machine and image."""
         argv = _argv(machine_of(template, "kvm"), network=False)
-        return content_hash(this_cpu(), qemu_version(self.binary), firmware(self.binary), argv, image.name)
+        key = content_hash(this_cpu(), qemu_version(self.binary), firmware(self.binary), argv, image.name)
+        return self.cache.root / "kvm" / key
 
     async def probe_kvm(self, template: Template, driver: Qemu, step: Progress) -> str:
         """Why the real guest does not boot on this host's KVM, with what it printed last; empty when it does."""

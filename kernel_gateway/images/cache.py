@@ -8,8 +8,8 @@
     kvm/KEY                  whether this host's KVM runs the guest
 
 Many servers may share a cache. One of them builds at a time, behind the file `lock`, and writes its steps into it for
-those who wait. A server holds a shared lock on each entry that it uses, so that pruning leaves the entry alone. An
-entry's modification time tells when it was last used.
+those who wait. Who finds all that it needs does not wait. A server holds a shared lock on each entry that it uses, so
+that pruning leaves the entry alone. An entry's modification time tells when it was last used.
 Names with a dot in front are unfinished work: whoever holds `lock` may delete those of builders that were killed.
 """
 
@@ -181,7 +181,7 @@ class Cache:
         for entry in self.entries():
             if entry.is_held or time.time() - entry.used_at < days * DAY:
                 continue
-            # A server that starts now waits for `building`, so nobody begins to use the entry meanwhile.
+            # A server that begins to use the entry at this moment has its files open already, or finds none and builds.
             _delete(entry.path)
             yield entry
 

@@ -44,6 +44,7 @@ WHEEL_PLATFORMS = (
 )  # fmt: skip
 
 INITRD = "initrd.cpio.gz"
+AGENT = Path(__file__).parents[2] / "guest_agent"
 DIES_WITH_US = ("setpriv", "--pdeathsig=TERM", "--")
 """The prefix of a command that ends when this process is killed."""
 ALONE = (
@@ -388,14 +389,24 @@ async def download_wheels(requirements: str, directory: Path, step: Progress) ->
 # -- the initramfs
 
 
+def _initrd_directory(image: Path, cache: Cache) -> Path:
+    rootfs = rootfs_dir()
+    key = content_hash(image.name, AGENT, rootfs / "init", rootfs / "main", repr(MODULES))
+    return cache.root / "initrd" / key
+
+
+def initrd_there(image: Path, cache: Cache) -> Path | None:
+    """The first file system of an image, if the cache has it whole."""
+    directory = _initrd_directory(image, cache)
+    return None if not directory.is_dir() or damage(directory) else cache.use(directory) / INITRD
+
+
 def build_initrd(image: Path, cache: Cache) -> Path:
     """The first file system: busybox, the kernel modules, our init and the agent."""
-    rootfs, agent = rootfs_dir(), Path(__file__).parents[2] / "guest_agent"
-    key = content_hash(image.name, agent, rootfs / "init", rootfs / "main", repr(MODULES))
-    directory = cache.root / "initrd" / key
+    if found := initrd_there(image, cache):
+        return found
+    rootfs, directory = rootfs_dir(), _initrd_directory(image, cache)
     if directory.is_dir():
-        if not damage(directory):
-            return cache.use(directory) / INITRD
         cache.drop(directory)
     archive = Cpio()
     archive.add("init", (rootfs / "init").read_bytes(), 0o755)
@@ -406,7 +417,7 @@ def build_initrd(image: Path, cache: Cache) -> Path:
         order.append(module.name)
         archive.add(f"modules/{module.name}", module.read_bytes())
     archive.add("modules/order", "".join(f"{name}\n" for name in order).encode())
-    for file in sorted(agent.glob("*.py")):
+    for file in sorted(AGENT.glob("*.py")):
         archive.add(f"agent/guest_agent/{file.name}", file.read_bytes())
     with finished(directory) as work:
         (work / INITRD).write_bytes(gzip.compress(archive.close(), 6, mtime=0))

@@ -1,7 +1,7 @@
 """Templates: what a sandbox is made of, read from small files (`rootfs/templates/`). Adding one is adding a file."""
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import msgspec
@@ -12,6 +12,7 @@ class Template(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `memory_mb` and `disk_mb` in MiB. `debian` and `python` are packages beyond those every guest has, the latter with
     versions pinned in `rootfs/requirements.lock`. `warm` is imported and `exercise` run once before the snapshot.
+    A template `on_request` is not built before somebody names it.
     """
 
     id: str
@@ -24,6 +25,7 @@ class Template(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     python: list[str] = []
     warm: list[str] = []
     exercise: str = ""
+    on_request: bool = False
 
 
 def rootfs_dir() -> Path:
@@ -33,11 +35,19 @@ def rootfs_dir() -> Path:
 
 
 class Templates:
-    """The templates this server offers, by id or alias."""
+    """The templates this server offers, by id or alias.
 
-    def __init__(self, templates: list[Template]) -> None:
+    `built_unasked` are those that need no request: all but those `on_request`, which an operator has not named.
+    """
+
+    def __init__(self, templates: list[Template], named: Collection[str] = ()) -> None:
         self._by_id = {template.id: template for template in templates}
         self._ids = {alias: template.id for template in templates for alias in (template.id, *template.aliases)}
+        self.built_unasked = [
+            template
+            for template in templates
+            if not template.on_request or template.id in named or template is self.default
+        ]
 
     @property
     def default(self) -> Template:
@@ -61,7 +71,7 @@ class Templates:
         for wanted in only or []:
             if wanted not in known:
                 raise ValueError(f"no template {wanted!r}; there are {', '.join(sorted(known))}")
-        return cls([template for template in templates if only is None or template.id in only])
+        return cls([template for template in templates if only is None or template.id in only], only or ())
 
     def find(self, name: str) -> Template | None:
         """The template of that id or alias."""

@@ -5,7 +5,7 @@ from typing import Any
 from kernel_gateway.errors import NotFound
 from kernel_gateway.images.templates import Template
 from kernel_gateway.sandbox.key import Key
-from kernel_gateway.sandbox.sandbox import Sandbox
+from kernel_gateway.sandbox.sandbox import Sandbox, sandbox_id
 from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Entry, Store
 
@@ -17,6 +17,17 @@ class Access:
         self.key = key
         self._sandboxes = sandboxes
         self._store = store
+
+    def of_kernel(self, kernel: str) -> Sandbox:
+        """The sandbox of the kernel of that id.
+
+        Raises:
+            NotFound: as `get`; a text that can be no id counts as one that is unknown.
+        """
+        try:
+            return self.get(sandbox_id(kernel))
+        except NotFound as error:
+            raise NotFound(f"kernel not found: {kernel!r:.100}", hint=error.hint) from None
 
     def get(self, sandbox_id: str) -> Sandbox:
         """The sandbox of that id.

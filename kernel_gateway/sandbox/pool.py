@@ -20,7 +20,7 @@ RETRY_AFTER_FAILURE = (1.0, 30.0)
 QUIET = 1.0
 """Seconds without a create after which a stock that is not empty is refilled."""
 # The first cell warms the caches. The second one clears `_`, because it must be empty.
-EXERCISE = ("1 + 1", "get_ipython().displayhook.flush()")
+EXERCISE = ("1 + 1", "get_ipython().displayhook.flush(); del _0")
 
 
 class Pool:

@@ -4,9 +4,12 @@ This package runs beside JupyterLab, on the client's machine. It needs jupyter_s
 It speaks HTTP with CellVM, and uses the address and the key that `jupyter lab --gateway-url` was given.
 """
 
+from pathlib import Path
+
 from jupyter_server.gateway.gateway_client import GatewayClient
 from jupyter_server.serverapp import ServerApp
 
+from cellvm_lab.cells import routes
 from cellvm_lab.connection import GatewayConnection
 from cellvm_lab.contents import SandboxContents
 from cellvm_lab.kernels import GatewayKernels
@@ -20,10 +23,12 @@ CLASSES = {
     "contents_manager_class": SandboxContents,
 }
 """The settings of ServerApp that name the classes."""
+PAGES = str(Path(__file__).with_name("labextensions"))
+"""What JupyterLab's pages load."""
 
 
 def _link_jupyter_server_extension(app: ServerApp) -> None:
-    """Set the classes, before the app makes anything of them.
+    """Set the classes and the folder of what pages load, before the app makes anything of them.
 
     A class that the user has configured stays. Without a gateway nothing is set, because the classes need one.
     """
@@ -31,7 +36,10 @@ def _link_jupyter_server_extension(app: ServerApp) -> None:
         for name, kind in CLASSES.items():
             if name not in app.config.ServerApp:
                 setattr(app, name, kind)
+        app.config.LabServerApp.extra_labextensions_path.append(PAGES)
 
 
 def _load_jupyter_server_extension(app: ServerApp) -> None:
-    """Do nothing. jupyter_server demands this function of every extension, and calls it too late for the classes."""
+    """Add the routes that pages ask for output. jupyter_server calls this too late for the classes."""
+    if GatewayClient.instance(parent=app).gateway_enabled:
+        app.web_app.add_handlers(".*$", list(routes(app.base_url)))

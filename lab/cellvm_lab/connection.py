@@ -6,6 +6,7 @@ import json
 import random
 import struct
 import time
+from typing import Any
 from urllib.parse import urlencode
 
 from jupyter_server.gateway.gateway_client import GatewayClient
@@ -13,6 +14,8 @@ from jupyter_server.services.kernels.connection.base import BaseKernelWebsocketC
 from jupyter_server.utils import url_path_join
 from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.websocket import WebSocketClientConnection, WebSocketClosedError, websocket_connect
+
+from cellvm_lab.cells import Cell, Cells, cells_of
 
 LARGEST_MESSAGE = 256 * 1024 * 1024
 """Bytes of one kernel message, either way. Tornado's own limit, 10 MiB, is less than one large figure."""
@@ -58,6 +61,7 @@ class GatewayConnection(BaseKernelWebsocketConnection):
 
     def handle_incoming_message(self, incoming_msg: str | bytes) -> None:
         """Called with each message of the browser."""
+        self._note_cell(incoming_msg)
         if self._gateway is not None:
             with contextlib.suppress(WebSocketClosedError):  # the gateway was lost, and nobody has noticed yet
                 self._gateway.write_message(incoming_msg, isinstance(incoming_msg, bytes))
@@ -68,6 +72,18 @@ class GatewayConnection(BaseKernelWebsocketConnection):
             self._waiting.clear()
             self._left.set()  # a later message must not reach the kernel without those that were dropped
             self.websocket_handler.close(1001, "too much waits for the gateway")
+
+    def _note_cell(self, frame: str | bytes) -> None:
+        try:
+            message = read(frame, self._protocol)
+            if message["header"]["msg_type"] != "execute_request":
+                return
+            request, cell = message["header"]["msg_id"], message["metadata"].get("cellId")
+        except (LookupError, TypeError, AttributeError, ValueError, struct.error):
+            return  # it is malformed, and the gateway will say so
+        if cell:
+            new = Cell(self.kernel_id, request, self.session_id, cell, self._last_messages.get(self._key, 0))
+            self._cells.sent(new)
 
     async def _relay(self) -> None:
         client = GatewayClient.instance()
@@ -117,8 +133,10 @@ class GatewayConnection(BaseKernelWebsocketConnection):
             while not self._left.is_set() and (frame := await gateway.read_message()) is not None:
                 await self.websocket_handler.write_message(frame, isinstance(frame, bytes))
                 self._misses = 0
-                if number := number_of(frame, self._protocol):
+                told = read(frame, self._protocol)
+                if number := told["metadata"].get("cellvm", {}).get("seq"):
                     self._remember(number)
+                self._cells.arrived(told, self.session_id)
         except WebSocketClosedError:
             return False  # the browser has left
         finally:
@@ -131,6 +149,10 @@ class GatewayConnection(BaseKernelWebsocketConnection):
     @property
     def _key(self) -> tuple[str, str]:
         return self.kernel_id, self.session_id
+
+    @property
+    def _cells(self) -> Cells:
+        return cells_of(self.websocket_handler.settings)
 
     @property
     def _last_messages(self) -> dict[tuple[str, str], int]:
@@ -146,15 +168,22 @@ class GatewayConnection(BaseKernelWebsocketConnection):
             del last[next(iter(last))]
 
 
-def number_of(frame: str | bytes, protocol: str | None) -> int | None:
-    """A message's number in the journal that CellVM keeps for each kernel; None for another gateway's message."""
-    if isinstance(frame, str):
-        metadata = json.loads(frame)["metadata"]
-    elif protocol:  # u64 count; u64 offsets of channel, header, parent_header, metadata, content, …
-        start, end = struct.unpack_from("<2Q", frame, 8 * 4)
-        metadata = json.loads(frame[start:end])
-    else:  # u32 count; u32 offsets of the JSON and of the buffers
-        start, end = struct.unpack_from(">2I", frame, 4)
-        metadata = json.loads(frame[start:end])["metadata"]
-    number: int | None = metadata.get("cellvm", {}).get("seq")
-    return number
+def read(frame: str | bytes, protocol: str | None) -> dict[str, Any]:
+    """A message without its buffers. Of the newer layout only what is small is read: the content only of a status."""
+    message: dict[str, Any]
+    if isinstance(frame, str) or not protocol:
+        if isinstance(frame, bytes):  # u32 count; u32 offsets of the JSON and of the buffers
+            start, end = struct.unpack_from(">2I", frame, 4)
+            frame = frame[start:end]
+        message = json.loads(frame)
+        return message
+    # u64 count; u64 offsets of channel, header, parent_header, metadata, content, and of what follows
+    _, header, parent, metadata, content, end = struct.unpack_from("<6Q", frame, 8)
+    message = {
+        "header": json.loads(frame[header:parent]),
+        "parent_header": json.loads(frame[parent:metadata]),
+        "metadata": json.loads(frame[metadata:content]),
+    }
+    if message["header"].get("msg_type") == "status":
+        message["content"] = json.loads(frame[content:end])
+    return message

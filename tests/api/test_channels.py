@@ -102,6 +102,37 @@ async def test_requests(client: Client, kind: str, content: dict[str, Any], expe
     assert [message.state for message in answer.messages if message.channel == "iopub"] == ["busy", "idle"]
 
 
+@pytest.mark.parametrize(
+    ("code", "match"),
+    [
+        ("import json; json.lo", "loads"),
+        ("import json\njson.lo", "loads"),
+        ("import colorsys as c\nc.rgb_to_h", "rgb_to_hsv"),
+        ("from os import path\nprint(path.joi", "join"),
+        ("from collections import Counter\nCounter().most_c", "most_common"),
+        ("from collections import Counter as Tally\nTal", "Tally"),
+        ("class A:\n    def method(self): pass\na = A()\na.me", "method"),
+    ],
+)
+async def test_completion_in_the_first_cell(client: Client, code: str, match: str) -> None:
+    """What a cell imports is completed before the cell has run, and nothing is imported for it."""
+    await client.run("import sys; before = set(sys.modules)")
+    answer = await client.ask("complete_request", {"code": code, "cursor_pos": len(code)})
+    assert match in [text.rpartition(".")[2] for text in answer.reply["matches"]]
+    assert (await client.run("'colorsys' in set(sys.modules) - before, 'json' in globals()")).value == "(False, False)"
+
+
+async def test_completion_of_the_users_own_names(client: Client) -> None:
+    """A name of the user's own comes before an import of the same name, and goes with its variable."""
+    await client.run("json = 'text'")
+    code = "import json\njson."
+    matches = (await client.ask("complete_request", {"code": code, "cursor_pos": len(code)})).reply["matches"]
+    assert any(text.endswith("upper") for text in matches)
+    await client.run("del json")
+    matches = (await client.ask("complete_request", {"code": code, "cursor_pos": len(code)})).reply["matches"]
+    assert any(text.endswith("loads") for text in matches)
+
+
 ECHO = """
 from comm import create_comm
 def opened(comm, message):

@@ -1,6 +1,7 @@
 """Jupyter's REST operations, as every client may rely on them: models, keys, origins, the server's address."""
 
 import asyncio
+import base64
 import json
 import logging
 import re
@@ -94,7 +95,7 @@ async def test_the_server_tells_its_status(service: Service) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{}", b'{"name": null, "path": null}', b'{"name": "base", "kernel_id": "mine", "path": "/a", "x": [1]}',
+    [b"", b"{}", b'{"name": null, "path": null}', b'{"name": "base", "kernel_id": null, "path": "/a", "x": [1]}',
      b'{"name": "ci-v1", "env": {"KERNEL_LAUNCH_TIMEOUT": "40", "KERNEL_WORKING_DIR": "/no/such"}}'],
 )  # fmt: skip
 async def test_starts_of_all_clients(service: Service, body: bytes) -> None:
@@ -389,11 +390,13 @@ async def test_a_foreign_kernel_is_like_none(service: Service) -> None:
     other = service.other_key
     assert await get(service, "/api/kernels", key=other) == []
     routes = [("GET", ""), ("DELETE", ""), ("POST", "/interrupt"), ("POST", "/restart"), ("GET", "/journal")]
+    names = (kernel["id"], UNKNOWN, "no-kernel")
     for method, rest in routes:
         answers: list[HTTPResponse] = [
-            await service.call(method, f"/api/kernels/{name}{rest}", key=other) for name in (kernel["id"], UNKNOWN, "x")
+            await service.call(method, f"/api/kernels/{name}{rest}", key=other) for name in names
         ]
-        assert {(answer.code, answer.body) for answer in answers} == {(404, answers[0].body)}
+        told = {answer.body.replace(name.encode(), b"ID") for name, answer in zip(names, answers, strict=True)}
+        assert ({answer.code for answer in answers}, len(told)) == ({404}, 1)
     answer = await service.call("POST", "/api/sessions", {"path": "a", "kernel": {"id": kernel["id"]}}, key=other)
     assert answer.code == 404
     foreign = (f"/api/kernels/{kernel['id']}/channels", f"/sandboxes/{kernel['sandbox_id']}/stream")
@@ -401,8 +404,9 @@ async def test_a_foreign_kernel_is_like_none(service: Service) -> None:
     for path in (*foreign, f"/api/kernels/{UNKNOWN}/channels"):
         with pytest.raises(InvalidStatus) as refused:
             await opening(address(service, path), other)
-        refusals.append((refused.value.response.status_code, refused.value.response.body))
-    assert refusals == [(404, refusals[0][1])] * 3
+        refusals.append((refused.value.response.status_code, json.loads(refused.value.response.body)))
+    told = {(status, re.sub("'.*'", "ID", error["message"]), error.get("hint")) for status, error in refusals}
+    assert told == {(404, "kernel not found: ID", None), (404, "sandbox not found", None)}
     assert (await service.execute(kernel["sandbox_id"], "1"))["error"] is None
 
 
@@ -574,3 +578,140 @@ async def test_the_kernel_before_ends_with_its_last_session(service: Service) ->
     answer = await service.call("PATCH", f"/api/sessions/{third['id']}", {"kernel": {"name": "base"}})
     assert answer.code == 200
     assert service.sandboxes.find(box) is not None
+
+
+# -- what other Jupyter servers do
+
+
+@pytest.mark.parametrize("wanted", [UNKNOWN, "mine", "../x", "x" * 500])
+async def test_the_server_chooses_ids(service: Service, wanted: str) -> None:
+    """An id that a client chooses for a new kernel is refused and not passed over, because the client relies on it."""
+    answer = await service.call("POST", "/api/kernels", {"kernel_id": wanted})
+    assert (answer.code, error_of(answer)["error"]) == (400, "invalid_request")
+    assert "kernel_id" in error_of(answer)["hint"]
+    assert service.driver.machines == []
+
+
+async def test_a_start_with_the_id_of_a_kernel(service: Service) -> None:
+    """The id of a kernel that lives gets this kernel, as from jupyter_server. It must be the key's own."""
+    kernel = await start(service, {"name": "base"})
+    assert await start(service, {"kernel_id": kernel["id"]}) == kernel
+    answer = await service.call("POST", "/api/kernels", {"kernel_id": kernel["id"]}, key=service.other_key)
+    assert answer.code == 400
+    assert len(service.sandboxes) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "reason"),
+    [("GET", f"/api/kernels/{UNKNOWN}", None, 404, "Not Found"),
+     ("POST", "/api/kernels", {"name": "julia"}, 404, "Not Found"),
+     ("GET", "/api/nope", None, 404, "Not Found"), ("PUT", "/api/kernels", {}, 405, "Method Not Allowed"),
+     ("POST", "/api/sessions", {}, 400, "Bad Request")],
+)  # fmt: skip
+async def test_errors_have_a_reason(
+    service: Service, method: str, path: str, body: Any, status: int, reason: str
+) -> None:
+    """Errors have `reason` and `message`, which Jupyter's clients show."""
+    answer = await service.call(method, path, body)
+    assert (answer.code, error_of(answer)["reason"]) == (status, reason)
+    assert error_of(answer)["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "name"),
+    [("GET", "/api/kernels/{}", UNKNOWN), ("DELETE", "/api/kernels/{}", "nope"),
+     ("POST", "/api/kernels/{}/restart", UNKNOWN), ("GET", "/api/kernels/{}/journal", "nope")],
+)  # fmt: skip
+async def test_the_error_names_the_kernel(service: Service, method: str, path: str, name: str) -> None:
+    """An error of an unknown kernel says that a kernel is unknown, and which."""
+    answer = await service.call(method, path.format(name))
+    assert (answer.code, error_of(answer)["message"]) == (404, f"kernel not found: '{name}'")
+
+
+async def test_what_clients_look_for(service: Service) -> None:
+    """The descriptions of the API, where other servers have them; the identity; a kernelspec's command. No contents."""
+    document = await get(service, "/openapi.json")
+    for path in ("/api/swagger.json", "/api/spec.yaml"):  # JSON is YAML, too
+        assert await get(service, path, key=None) == document
+    me = await get(service, "/api/me")
+    assert (me["identity"]["username"], me["permissions"]) == (service.owner, {})
+    assert {"name", "display_name", "initials", "avatar_url", "color"} <= set(me["identity"])
+    assert (await service.call("GET", "/api/me", key=None)).code == 401
+    assert "{connection_file}" in (await get(service, "/api/kernelspecs/python3"))["spec"]["argv"]
+    assert (await service.call("GET", "/api/contents")).code == 404  # VS Code takes 405 for an error
+
+
+@pytest.mark.parametrize(
+    "carried",
+    [{"credentials": "include"}, {"header": "X-XSRFToken"}, {"header": "x-xsrftoken, authorization"},
+     {"header": "X-XSRFToken", "method": "DELETE"}],
+)  # fmt: skip
+async def test_web_pages_with_credentials(tmp_path: Path, carried: dict[str, str]) -> None:
+    """A page of an allowed origin may let the browser send credentials, and Jupyter's header. No other page may."""
+    good, bad = "https://lab.example:8443", "https://evil.example"
+    async with serving(tmp_path, origins=frozenset({good})) as service:
+        asked = {"Access-Control-Request-Method": carried.get("method", "POST")}
+        asked |= {"Access-Control-Request-Headers": carried["header"]} if "header" in carried else {}
+        for origin, allowed in ((good, "true"), (bad, None), ("null", None)):
+            answers = [
+                await service.call("OPTIONS", "/api/kernels/x", key=None, headers={"Origin": origin, **asked}),
+                await service.call("GET", "/api/kernels", headers={"Origin": origin}),
+                await service.call("GET", "/api/kernels", key=None, headers={"Origin": origin, "Cookie": "a=b"}),
+            ]
+            assert [each.headers.get("Access-Control-Allow-Credentials") for each in answers] == [allowed] * 3
+            assert "*" not in answers[0].headers.get_list("Access-Control-Allow-Origin")
+            may = {
+                name.strip().lower() for name in answers[0].headers.get("Access-Control-Allow-Headers", "").split(",")
+            }
+            for name in carried.get("header", "authorization").split(","):
+                assert (name.strip().lower() in may) is bool(allowed)
+
+
+@pytest.mark.parametrize("made", ["by REST", "as a kernel", "by a session", "twice"])
+async def test_every_kernel_has_a_session(service: Service, made: str) -> None:
+    """VS Code finds kernels by their sessions. One that nobody has made a session for is listed with one."""
+    if made == "by a session":
+        await service.call("POST", "/api/sessions", {"path": "x.ipynb", "kernel": {"name": "base"}})
+    else:
+        box = await service.create() if made != "as a kernel" else (await start(service))["sandbox_id"]
+        if made == "twice":
+            await service.call("POST", "/api/sessions", {"path": "x.ipynb", "kernel": {"id": kernel_id(box)}})
+    (session,) = await get(service, "/api/sessions")
+    expected = "x.ipynb" if made in ("by a session", "twice") else session["kernel"]["sandbox_id"]
+    assert (session["path"], session["notebook"]["path"]) == (expected, expected)
+    assert checked(session["kernel"])["execution_state"] == "idle"
+    assert await get(service, f"/api/sessions/{session['id']}") == session
+    assert await get(service, "/api/sessions", key=service.other_key) == []
+    again = await service.call("POST", "/api/sessions", {"path": session["path"]})
+    assert json.loads(again.body) == session
+    assert (await service.call("DELETE", f"/api/sessions/{session['id']}")).code == 204
+    assert (await get(service, "/api/sessions"), await get(service, "/sandboxes")) == ([], [])
+
+
+async def test_a_sandboxes_session_is_changed(service: Service) -> None:
+    """What a client changes in the session of an agent's sandbox stays. The sandbox outlives another kernel there."""
+    box = await service.create()
+    path = f"/api/sessions/{kernel_id(box)}"
+    assert (await service.call("PATCH", path, {"path": "a.ipynb"})).code == 200
+    assert [each["path"] for each in await get(service, "/api/sessions")] == ["a.ipynb"]
+    changed = json.loads((await service.call("PATCH", path, {"kernel": {"name": "base"}})).body)
+    assert (changed["kernel"]["name"], len(service.sandboxes)) == ("base", 2)
+    assert len({each["id"] for each in await get(service, "/api/sessions")}) == len(await get(service, "/api/sessions"))
+    assert service.sandboxes.find(box) is not None
+
+
+@pytest.mark.parametrize("outside", ["/api", "/health", "/", "/some/Wherever/api", "/some", "/t/KEY/api/kernels"])
+async def test_outside_of_the_path(tmp_path: Path, outside: str) -> None:
+    """With a base URL the rest of the host is not the server's."""
+    async with serving(tmp_path, base_url="/some/Where") as service:
+        answer = await service.call("GET", outside.replace("KEY", service.key))
+        assert (answer.code, "/some/Where" in error_of(answer)["message"]) == (404, True)
+        assert (await service.call("GET", "/some/Where/api")).code == 200
+
+
+async def test_no_key_by_basic(service: Service) -> None:
+    """A key as the password of HTTP Basic is refused, because browsers send such a password for any page."""
+    for name in ("", "user", service.key):
+        carried = base64.b64encode(f"{name}:{service.key}".encode()).decode()
+        answer = await service.call("GET", "/api/kernels", key=None, headers={"Authorization": f"Basic {carried}"})
+        assert (answer.code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")

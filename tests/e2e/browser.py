@@ -1,10 +1,9 @@
 """Uses JupyterLab in Chromium like somebody at a keyboard. It runs in the virtual environment that has playwright.
 
-    python browser.py ADDRESS SCREENSHOT [KERNEL]
+    python browser.py ADDRESS SCREENSHOT STEPS [KERNEL]
 
-ADDRESS is JupyterLab's, with its token. KERNEL is the id of a kernel that somebody else has started. With it, this also
-tries the features that need the classes of cellvm_lab. Each step prints one JSON object on a line. The first
-step that fails is the last.
+ADDRESS is JupyterLab's, with its token. STEPS is a name in SETS. KERNEL is the id of a kernel that somebody else has
+started; the steps `ours` need it. Each step prints one JSON object on a line. The first step that fails is the last.
 """
 
 import json
@@ -73,6 +72,26 @@ class Notebook:
         self.page.keyboard.press("Escape")
         for key in keys:
             self.page.keyboard.press(key)
+
+    def save(self) -> None:
+        with self.page.expect_response(
+            lambda answer: answer.request.method == "PUT" and "/api/contents/" in answer.url
+        ):
+            self.page.keyboard.press("Control+s")
+
+    def cell(self, mark: str) -> Locator:
+        """The cell with that text in its code."""
+        return self.panel.locator(".jp-CodeCell", has=self.page.locator(".cm-content", has_text=mark))
+
+    def ended(self, mark: str) -> Locator:
+        """The output of the cell with that text in its code, when it has ended."""
+        self.has_ended(self.cell(mark))
+        return self.cell(mark).locator(".jp-Cell-outputArea")
+
+    def answer(self, cell: Locator, text: str) -> None:
+        box = cell.locator("input.jp-Stdin-input").last
+        box.fill(text)
+        box.press("Enter")
 
     def restart(self) -> None:
         self.press("00")
@@ -174,12 +193,70 @@ class Steps:
         self.notebook.accept()
         return {"text": self.notebook.run("print(secret)").inner_text().strip()}
 
+    def reload(self) -> dict[str, Any]:
+        """The page is loaded again while a cell prints and another one waits. Both get all of their output."""
+        self.notebook = Notebook(self.page, self.address, "reload.ipynb")
+        cell = self.notebook.start("import time\nfor n in range(40): print(n, flush=True); time.sleep(0.2)")
+        self.notebook.start('print("second", 6 * 7)')
+        self.notebook.save()
+        expect(cell.locator(".jp-Cell-outputArea")).to_contain_text("3")
+        self.page.reload()
+        outputs = [self.notebook.ended(mark) for mark in ("range(40)", '"second"')]
+        return {"numbers": outputs[0].inner_text().split(), "second": outputs[1].inner_text().strip()}
+
+    def away(self) -> dict[str, Any]:
+        """No page is there until a cell has ended. A page that comes then has its text and picture as they ended."""
+        code = 'for n in range(20): clear_output(wait=True); print("step", n); time.sleep(0.2)\nImage(png)'
+        self.notebook.start(f"{PICTURE}from IPython.display import Image, clear_output\n{code}")
+        self.notebook.save()
+        self.page.goto("about:blank")
+        time.sleep(6)
+        self.notebook = Notebook(self.page, self.address, "reload.ipynb")
+        output = self.notebook.ended("clear_output")
+        text = output.locator(".jp-RenderedText").first.inner_text()
+        return {"text": text.strip(), "png": picture_size(output.locator("img"))}
+
+    def question(self) -> dict[str, Any]:
+        """A cell that asks something asks it again on the new page."""
+        cell = self.notebook.start('time.sleep(3); print("got", input("first? "), input("name? "))')
+        self.notebook.save()  # JupyterLab saves nothing while a question is open
+        self.notebook.answer(cell, "one")
+        expect(cell.locator(".jp-Stdin-prompt", has_text="name?")).to_be_visible()
+        self.page.reload()
+        cell = self.notebook.cell("input(")
+        expect(cell.locator("input.jp-Stdin-input")).to_have_count(1)
+        self.notebook.answer(cell, "two")
+        return {"text": self.notebook.ended("input(").locator("pre", has_text="got").inner_text().strip()}
+
+    def unsaved(self) -> dict[str, Any]:
+        """Output that came, but was not saved before the reload, comes again. What was cleared and saved does not."""
+        for text in ("kept", "cleared"):
+            self.notebook.run(f'print("{text}", 1)')
+        self.notebook.save()
+        self.page.get_by_role("menuitem", name="Edit").click()
+        self.page.get_by_role("menuitem", name="Clear Cell Output", exact=True).click()
+        self.notebook.save()
+        cell = self.notebook.cell('"kept"')
+        cell.locator(".cm-content").click()
+        self.page.keyboard.press("Control+Enter")
+        self.notebook.has_ended(cell)
+        prompt = cell.locator(".jp-InputArea-prompt").inner_text()
+        self.page.reload()
+        self.notebook.is_idle()
+        cell = self.notebook.cell('"kept"')
+        expect(cell.locator(".jp-InputArea-prompt")).to_have_text(prompt)
+        cleared = self.notebook.cell('"cleared"').locator(".jp-OutputArea-output")
+        return {"text": cell.locator(".jp-Cell-outputArea").inner_text().strip(), "cleared": cleared.count()}
+
     def prompt(self) -> str:
         return self.notebook.panel.locator(".jp-CodeCell .jp-InputArea-prompt").last.inner_text()
 
 
-STOCK = ("text", "figure", "restart")
-OURS = ("text", "table", "figure", "input", "widget", "large", "interrupt", "files", "restart", "attach")
+SETS = {
+    "stock": ("text", "figure", "restart"),
+    "ours": ("text", "table", "figure", "input", "widget", "large", "interrupt", "files", "restart", "attach"),
+    "reload": ("reload", "away", "question", "unsaved"),
+}
 
 
 def picture_size(image: Locator) -> list[int]:
@@ -191,14 +268,15 @@ def picture_size(image: Locator) -> list[int]:
     return size
 
 
-def main(address: str, screenshot: str, kernel: str = "") -> int:
+def main(address: str, screenshot: str, names: str, kernel: str = "") -> int:
     expect.set_options(timeout=SECONDS * 1000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS.split())
         page = browser.new_page(viewport={"width": 1400, "height": 2200})
         page.set_default_timeout(SECONDS * 1000)
+        page.on("dialog", lambda dialog: dialog.accept())  # a browser asks before it leaves what is not saved
         steps = Steps(page, address, kernel)
-        for name in OURS if kernel else STOCK:
+        for name in SETS[names]:
             began = time.monotonic()
             try:
                 found = getattr(steps, name)()

@@ -38,7 +38,9 @@ class Lab:
     def __init__(self, python: Path, packages: Path, directory: Path, gateway: str, *options: str) -> None:
         self.directory = directory / "files"
         self.directory.mkdir()
-        (self.directory / "test.ipynb").write_text(json.dumps({**NOTEBOOK, "nbformat": 4, "nbformat_minor": 5}))
+        for name in ("test", "reload"):
+            notebook = json.dumps({**NOTEBOOK, "nbformat": 4, "nbformat_minor": 5})
+            (self.directory / f"{name}.ipynb").write_text(notebook)
         self.log = directory / "lab.log"
         homes = {f"JUPYTER_{name}_DIR": str(directory / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
         command = [python, "-m", "jupyterlab", "--no-browser", "--allow-root", "--port=0", f"--gateway-url={gateway}"]
@@ -248,26 +250,26 @@ async def kernel(lab: Lab) -> AsyncIterator[str]:
     await asyncio.to_thread(lab.request, "DELETE", f"api/kernels/{model['id']}")
 
 
-async def browse(python: Path, lab: Lab, *kernel: str) -> dict[str, dict[str, Any]]:
-    """Run browser.py, and return the result of each step."""
+async def browse(python: Path, lab: Lab, steps: str, *kernel: str) -> dict[str, dict[str, Any]]:
+    """Run those steps of browser.py, and return the result of each."""
     SCREENSHOT.parent.mkdir(exist_ok=True)
     address = f"{lab.url}/lab?token={TOKEN}"
     process = await asyncio.create_subprocess_exec(
-        python, Path(__file__).with_name("browser.py"), address, SCREENSHOT, *kernel, stdout=subprocess.PIPE
+        python, Path(__file__).with_name("browser.py"), address, SCREENSHOT, steps, *kernel, stdout=subprocess.PIPE
     )
     output, _ = await process.communicate()
     print(output.decode())
-    steps = {step.pop("step"): step for step in map(json.loads, output.splitlines())}
-    errors = [f"{name}: {step['error']}" for name, step in steps.items() if "error" in step]
+    found = {step.pop("step"): step for step in map(json.loads, output.splitlines())}
+    errors = [f"{name}: {step['error']}" for name, step in found.items() if "error" in step]
     assert not errors, "\n".join([*errors, lab.log.read_text()[-5000:]])
     assert process.returncode == 0
-    return steps
+    return found
 
 
 async def test_jupyterlab_as_it_comes(server: Server, running: Running, lab_python: Path, tmp_path: Path) -> None:
     """Text, a figure and a restart work without the flag that sets our classes."""
     async with running(tmp_path, server.url) as lab:
-        steps = await browse(lab_python, lab)
+        steps = await browse(lab_python, lab, "stock")
     assert steps["text"]["text"] == "hello 42"
     assert min(steps["figure"]["png"]) > 100
     assert steps["restart"] | {"text": "False", "prompt": "[1]:"} == steps["restart"]
@@ -277,7 +279,7 @@ async def test_jupyterlab_with_our_classes(server: Server, lab: Lab, lab_python:
     """A notebook can do everything, the file browser shows a sandbox's file, and an agent's kernel can be used."""
     with server.sandbox() as box:
         box.execute("secret = 6 * 7")
-        steps = await browse(lab_python, lab, box.get("").json()["kernelID"])
+        steps = await browse(lab_python, lab, "ours", box.get("").json()["kernelID"])
     assert steps["text"]["text"] == "hello 42"
     assert steps["table"]["cells"] == ["1", "x", "2", "y"]
     assert min(steps["figure"]["png"]) > 100
@@ -288,6 +290,16 @@ async def test_jupyterlab_with_our_classes(server: Server, lab: Lab, lab_python:
     assert steps["files"]["text"] == "from the browser"
     assert steps["restart"] | {"text": "False", "prompt": "[1]:"} == steps["restart"]
     assert steps["attach"]["text"] == "42"
+
+
+async def test_pages_that_are_loaded_again(lab: Lab, lab_python: Path) -> None:
+    """A page that comes after a cell was started shows all of its output: what came, what comes, and questions."""
+    steps = await browse(lab_python, lab, "reload")
+    assert steps["reload"]["numbers"] == [str(number) for number in range(40)]
+    assert steps["reload"]["second"] == "second 42"
+    assert steps["away"] | {"text": "step 19", "png": [37, 23]} == steps["away"]
+    assert steps["question"]["text"] == "got one two"
+    assert steps["unsaved"] | {"text": "kept 1", "cleared": 0} == steps["unsaved"]
 
 
 @pytest.mark.parametrize("layout", [V1, None], ids=["v1", "legacy"])

@@ -1,5 +1,6 @@
 """The first start on real machines: when it is interrupted, and when the cache is damaged or from elsewhere."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -62,6 +63,13 @@ def test_a_copied_cache_is_used(cache: Path, tmp_path: Path) -> None:
         subprocess.run(["cp", "--sparse=always", file, file.with_suffix(".sparse")], check=True)
         file.with_suffix(".sparse").rename(file)
     assert MADE_AGAIN not in run_in(cache, tmp_path)
+
+
+def test_a_start_that_builds_nothing_waits_for_nobody(cache: Path, tmp_path: Path) -> None:
+    """While another process builds, a template that is there is used at once."""
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "wait for another build" not in run_in(cache, tmp_path)
 
 
 def test_a_cache_of_two_hosts(cache: Path, tmp_path: Path) -> None:

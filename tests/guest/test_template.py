@@ -73,6 +73,39 @@ LIBRARIES: dict[str, tuple[str, Any]] = {
         "[slider.value, ipywidgets.Image(value=bytes(range(256))).value == bytes(range(256))]",
         [3, True],
     ),
+    "tqdm": (
+        "import contextlib, io\nfrom tqdm import tqdm\nout = io.StringIO()\n"
+        "for _ in tqdm(range(3), file=out): pass\n'3/3' in out.getvalue()",
+        True,
+    ),
+    "tabulate": (
+        "import pandas as pd\npd.DataFrame({'a': [1]}).to_markdown(index=False)",
+        "|   a |\n|----:|\n|   1 |",
+    ),
+    "lxml": (
+        "import io, pandas as pd\ntable = '<table><tr><th>a</th></tr><tr><td>1</td></tr></table>'\n"
+        "xml = pd.read_xml(io.StringIO('<r><i><b>2</b></i></r>'))\n"
+        "[pd.read_html(io.StringIO(table), flavor=f)[0].a.item() for f in ('lxml', 'html5lib')] + [xml.b.item()]",
+        [1, 1, 2],
+    ),
+    "pyarrow": (
+        "import pandas as pd, polars as pl\nframe = pd.DataFrame({'a': [1, 2], 'b': ['x', None]})\n"
+        "frame.to_parquet('a.parquet'); frame.to_feather('a.feather')\n"
+        "[pd.read_parquet('a.parquet').equals(frame), pd.read_feather('a.feather').equals(frame),"
+        " pl.from_pandas(frame).to_pandas().a.sum().item()]",
+        [True, True, 3],
+    ),
+    "xlsxwriter": (
+        "import pandas as pd\nframe = pd.DataFrame({'a': [1]})\n"
+        "frame.to_excel('w.xlsx', engine='xlsxwriter', index=False)\n"
+        "import xlrd\n[pd.read_excel('w.xlsx').equals(frame), xlrd.__name__]",
+        [True, "xlrd"],
+    ),
+    "time zones": (
+        "import datetime, pytz, zoneinfo\nzones = [pytz.timezone('Asia/Tokyo'), zoneinfo.ZoneInfo('Asia/Tokyo')]\n"
+        "[datetime.datetime.fromtimestamp(0, zone).hour for zone in zones]",
+        [9, 9],
+    ),
     "jinja2": ("import jinja2\njinja2.Template('{% for n in x %}{{ n }};{% endfor %}').render(x=[1, 2])", "1;2;"),
 }
 
@@ -165,6 +198,116 @@ def test_chart(box: Sandbox) -> None:
     code = "import matplotlib.pyplot as plt; plt.bar(['a', 'b'], [1, 2]); plt.savefig('bars.png')"
     assert box.run("python3", "-c", code)["exitCode"] == 0
     assert box.download("bars.png").content.startswith(b"\x89PNG")
+
+
+# -- fonts, tools, locales
+
+SCRIPTS = {
+    "Chinese, Japanese, Korean": "import matplotlib.pyplot as plt\nplt.title('销售额 売上 매출')",
+    "emoji": "import matplotlib.pyplot as plt\nplt.title('up 📈 down 📉')",
+    "seaborn's styles": "import seaborn as sns, matplotlib.pyplot as plt\nsns.set_theme()\nplt.title('销售额')",
+    "a style of matplotlib": "import matplotlib.pyplot as plt\nplt.style.use('classic')\nplt.title('売上')",
+    "the usual advice": (
+        "import matplotlib.pyplot as plt\nplt.rcParams['font.sans-serif'] = ['SimHei']\n"
+        "plt.rcParams['axes.unicode_minus'] = False\nplt.title('销售额')"
+    ),
+    "Arial": "import matplotlib.pyplot as plt\nplt.rcParams['font.family'] = 'Arial'\nplt.title('title')",
+    "Times": "import matplotlib.pyplot as plt\nplt.title('title', fontname='Times New Roman')",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_fonts(box: Sandbox, script: str) -> None:
+    """A plot in any writing has glyphs, and fonts of other systems have substitutes: no warning is printed."""
+    cell = box.execute(f"{SCRIPTS[script]}\nplt.show()\nplt.rcdefaults()")
+    assert cell["stderr"] == ""
+    assert cell["error"] is None
+    assert "image/png" in cell["results"][0]["data"]
+
+
+def test_fonts_of_commands(box: Sandbox) -> None:
+    """A command draws without making a list of fonts first, and Pillow finds a font by its name."""
+    code = (
+        "import matplotlib.pyplot as plt; plt.title('销售额'); plt.savefig('c.png')\n"
+        "from PIL import ImageFont; print(ImageFont.truetype('DejaVuSans.ttf', 20).getname()[0])"
+    )
+    answer = box.run("python3", "-W", "error", "-c", code)
+    assert (answer["stdout"], answer["stderr"]) == ("DejaVu Sans\n", "")
+
+
+def test_locales(box: Sandbox) -> None:
+    """The locales that scripts name are there."""
+    code = "import locale; print(locale.setlocale(locale.LC_ALL, ''), locale.format_string('%d', 12345, grouping=True))"
+    assert box.shell(f'python3 -c "{code}"', envVars={"LC_ALL": "en_US.UTF-8"}) == "en_US.UTF-8 12,345\n"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "tar cJf a.tar.xz /etc/hostname && tar tf a.tar.xz",
+        "tar cjf a.tar.bz2 /etc/hostname && tar tf a.tar.bz2",
+        "zip -q a.zip /etc/debian_version && unzip -l a.zip",
+        "wget --version && vi --version",
+        "ping -c 1 127.0.0.1",
+    ],
+)
+def test_tools(box: Sandbox, script: str) -> None:
+    """The small tools that scripts take for granted are there, and work."""
+    box.shell(script)
+
+
+def test_progress_bars(box: Sandbox) -> None:
+    """A progress bar for notebooks is text in an answer, and the text is its end."""
+    cell = box.execute("from tqdm.auto import tqdm\nfor _ in tqdm(range(5)): pass")
+    shown = cell["stderr"] + "".join(result["data"].get("text/plain", "") for result in cell["results"])
+    assert "5/5" in shown
+    assert "100%" in shown
+
+
+# -- a kernel is what a freshly started interpreter would be
+
+
+def test_variables_that_are_read_at_start(server: Server) -> None:
+    """Kernels from a snapshot act on variables that Python and its libraries read only when they start."""
+    variables = {"TZ": "Asia/Tokyo", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+    with server.sandbox(envVars=variables) as sandbox:
+        code = "import time, os\n[time.tzname[0], time.localtime(0).tm_hour, hash('text')]"
+        command = "import time; print(time.tzname[0], time.localtime(0).tm_hour, hash('text'))"
+        expected = sandbox.run("python3", "-c", command)["stdout"].split()
+        assert [str(value) for value in sandbox.value(code)] == expected
+        assert (
+            sandbox.value(
+                "import numpy\nfrom threadpoolctl import threadpool_info\n"
+                "max(pool['num_threads'] for pool in threadpool_info())"
+            )
+            == 1
+        )
+
+
+def test_time_zone_costs_nothing(server: Server) -> None:
+    """A time zone leaves the kernel warm, before and after a restart."""
+    with server.sandbox(envVars={"TZ": "Asia/Tokyo"}) as sandbox:
+        code = "import sys, time\n[time.tzname[0], 'pandas' in sys.modules]"
+        assert sandbox.value(code) == ["JST", True]
+        restart(sandbox)
+        assert sandbox.value(code) == ["JST", True]
+
+
+def test_a_package_that_has_changed(server: Server) -> None:
+    """After a restart a kernel has what is installed, though the snapshot had imported something else."""
+    with server.sandbox() as sandbox:
+        sandbox.shell(
+            "sed -i 's/^__version__ = .*/__version__ = \"0.1\"/' /opt/venv/lib/python3.11/site-packages/"
+            "requests/__version__.py"
+        )
+        restart(sandbox)
+        assert sandbox.value("import requests\nrequests.__version__") == "0.1"
+        assert sandbox.value("import pandas\npandas.DataFrame({'a': [1]}).a.sum().item()") == 1
+
+
+def restart(sandbox: Sandbox) -> None:
+    (kernel,) = (each for each in sandbox.server.get("/api/kernels").json() if each["sandbox_id"] == sandbox.id)
+    assert sandbox.server.post(f"/api/kernels/{kernel['id']}/restart").status_code == 200
 
 
 # -- a fresh kernel

@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 import websockets
+from jupyter_server.auth import AllowAllAuthorizer, IdentityProvider
 from jupyter_server.gateway.gateway_client import GatewayClient
 from jupyter_server.gateway.managers import GatewayMappingKernelManager
 from jupyter_server.serverapp import ServerApp
 from jupyter_server.services.contents.largefilemanager import AsyncLargeFileManager
+from jupyter_server.services.kernels.connection import base as wire
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
 from tornado import web
+from tornado.httpclient import AsyncHTTPClient
 from tornado.httpserver import HTTPServer
 from tornado.testing import bind_unused_port
 from tornado.websocket import WebSocketHandler
@@ -26,10 +29,13 @@ from traitlets.config import Config, LoggingConfigurable
 
 import cellvm_lab
 import kernel_gateway
-from cellvm_lab import GatewayConnection, GatewayKernels, SandboxContents, connection
+from cellvm_lab import GatewayConnection, GatewayKernels, SandboxContents, cells, connection
+from cellvm_lab.cells import Cell, cells_of, routes
 
 ROOT = Path(__file__).parents[2]
 SOMEWHERE = "http://127.0.0.1:1"
+KERNEL = "00000000-0000-0000-0000-000000000001"
+V1 = "v1.kernel.websocket.jupyter.org"
 STARTED = """
 import sys
 from jupyter_server.serverapp import ServerApp
@@ -54,6 +60,7 @@ class Gateway:
         self.frames = [frame(1)]
         """What each connection is sent at its start."""
         self.refuses = False
+        self.journal: list[dict[str, Any]] = []
 
     def start_kernel(self) -> str:
         """A kernel that somebody has started."""
@@ -102,14 +109,26 @@ class Channels(WebSocketHandler):
 
     def open(self) -> None:
         for each in self.gateway.frames:
-            self.write_message(each)
+            self.write_message(each, isinstance(each, bytes))
+
+    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
+        return subprotocols[0] if subprotocols else None
 
     def on_message(self, message: str | bytes) -> None:
         self.gateway.heard.append(message)
 
 
+class Journal(web.RequestHandler):
+    def initialize(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+
+    def get(self) -> None:
+        self.gateway.asked.append(self.get_argument("since"))
+        self.finish({"messages": self.gateway.journal, "next": 9, "last": 9, "missing": 0})
+
+
 class Kernel(LoggingConfigurable):
-    kernel_id = "kernel"
+    kernel_id = KERNEL
 
 
 class Browsers(WebSocketHandler):
@@ -123,6 +142,9 @@ class Browsers(WebSocketHandler):
         self.connection.session.session = self.get_argument("session_id")
         await self.connection.connect()
         self.relaying.append(self.connection._relaying)
+
+    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
+        return subprotocols[0] if subprotocols else None
 
     def on_message(self, message: str | bytes) -> None:
         self.connection.handle_incoming_message(message)
@@ -177,6 +199,7 @@ async def gateway(listen: Callable[[list[Any]], str], client: Callable[..., Gate
     gateway = Gateway()
     routes = [
         (r"/api/kernels/[^/]+/channels", Channels),
+        (r"/api/kernels/[^/]+/journal", Journal),
         (r"/api/kernels", Kernels),
         (r"/api/kernels/([^/]+)", Kernels),
     ]
@@ -207,6 +230,10 @@ def test_version_and_license_are_the_servers() -> None:
     assert {kernel_gateway.__version__, cellvm_lab.__version__} == versions
     assert len({project["license"] for project in projects}) == 1
     assert (ROOT / "lab" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    for page in Path(cellvm_lab.PAGES).glob("*/package.json"):
+        described = json.loads(page.read_text())
+        assert {described["version"]} == versions
+        assert (page.parent / described["jupyterlab"]["_build"]["load"]).is_file()
 
 
 def test_one_flag_sets_the_classes(tmp_path: Path) -> None:
@@ -239,6 +266,16 @@ def test_without_a_gateway_nothing_changes(client: object, monkeypatch: pytest.M
     app = linked({})
     assert app.kernel_manager_class is AsyncMappingKernelManager
     assert app.contents_manager_class is AsyncLargeFileManager
+    assert app.config.LabServerApp == {}
+
+
+@pytest.mark.parametrize("own", [[], ["/mine"]])
+def test_pages_get_their_part(client: object, own: list[str]) -> None:
+    """JupyterLab and Notebook are told of the folder, besides the folders that the user has named."""
+    config: dict[str, Any] = {"GatewayClient": {"url": SOMEWHERE}}
+    app = linked(config | ({"LabServerApp": {"extra_labextensions_path": own.copy()}} if own else {}))
+    given = app.config.LabServerApp.extra_labextensions_path
+    assert (given if own else given.get_value([])) == [*own, cellvm_lab.PAGES]
 
 
 def test_a_configured_class_stays(client: object) -> None:
@@ -324,3 +361,174 @@ async def test_kernels_that_have_ended_are_forgotten(gateway: Gateway) -> None:
     assert kernels._own == set(kernels._kernel_connections) == set(kernels._kernels) == {own[2]}
     await kernels.shutdown_all()
     assert gateway.kernels == kernels._kernels == {}
+
+
+# -- pages that are loaded again
+
+
+def sent(cell: str | None, request: str, layout: str | None) -> str | bytes:
+    """A page's request to run a cell, in either layout. None is code that belongs to no cell."""
+    header = {"msg_id": request, "msg_type": "execute_request", "session": "s"}
+    metadata = {"cellId": cell} if cell else {}
+    parts = {"header": header, "parent_header": {}, "metadata": metadata, "content": {"code": "1"}}
+    return packed(parts, "shell", layout)
+
+
+def came(kind: str, request: str, layout: str | None = None) -> str | bytes:
+    """A kernel's message for a request: a type, or the state of a status."""
+    is_state = kind in ("busy", "idle")
+    header = {"msg_id": "x", "msg_type": "status" if is_state else kind}
+    content = {"execution_state": kind} if is_state else {}
+    parts = {"header": header, "parent_header": {"msg_id": request}, "metadata": {"cellvm": {"seq": 7}}}
+    return packed(parts | {"content": content}, "iopub", layout)
+
+
+def packed(parts: dict[str, Any], channel: str, layout: str | None) -> str | bytes:
+    if layout:
+        packed: bytes = wire.serialize_msg_to_ws_v1([json.dumps(each).encode() for each in parts.values()], channel)
+        return b"".join(packed) if isinstance(packed, list) else packed
+    return json.dumps({**parts, "channel": channel})
+
+
+class JupyterServer:
+    """The routes that pages ask, and the cells behind them."""
+
+    def __init__(self, url: str, settings: dict[str, Any]) -> None:
+        self.url = url
+        self.cells = cells_of(settings)
+
+    async def ask(self, path: str, method: str = "GET", token: str = "tok") -> tuple[int, Any]:
+        url = f"{self.url}/cellvm/kernels/{KERNEL}/{path}"
+        headers = {"Authorization": f"token {token}"} if token else {}
+        answer = await AsyncHTTPClient().fetch(url, method=method, headers=headers, raise_error=False)
+        return answer.code, json.loads(answer.body) if answer.body and answer.code == 200 else None
+
+    async def listed(self) -> list[str]:
+        _, told = await self.ask("cells")
+        return [each["cell"] for each in told["cells"]]
+
+
+@pytest.fixture
+async def jupyter(gateway: Gateway, relaying: list[asyncio.Task[None]]) -> AsyncIterator[JupyterServer]:
+    """A Jupyter server with pages at `/` and our routes, that uses the gateway."""
+    settings = {
+        "identity_provider": IdentityProvider(token="tok"),
+        "authorizer": AllowAllAuthorizer(),
+        "config_manager": None,
+        "base_url": "/",
+        "local_hostnames": ["127.0.0.1"],
+        "cookie_secret": b"x",
+    }
+    socket, port = bind_unused_port()
+    application = web.Application([(r"/", Browsers, {"relaying": relaying}), *routes("/")], **settings)
+    server = HTTPServer(application)
+    server.add_socket(socket)
+    yield JupyterServer(f"http://127.0.0.1:{port}", application.settings)
+    server.stop()
+    await server.close_all_connections()
+
+
+def page_of(jupyter: JupyterServer, session: str = "s", layout: str | None = None) -> websockets.connect:
+    url = f"{jupyter.url.replace('http', 'ws')}/?session_id={session}"
+    return websockets.connect(url, subprotocols=[websockets.Subprotocol(layout)] if layout else None)
+
+
+@pytest.mark.parametrize("layout", [None, V1])
+async def test_cells_that_a_page_may_lack(gateway: Gateway, jupyter: JupyterServer, layout: str | None) -> None:
+    """A cell is known from its request until a page has all of its output and has saved it."""
+    gateway.frames = [came("status", "", layout)]
+    async with page_of(jupyter, layout=layout) as page:
+        await page.recv()
+        for cell, request in (("a", "1"), ("b", "2"), (None, "3")):
+            await page.send(sent(cell, request, layout))
+        await until(lambda: len(gateway.heard) == 3)
+        assert await jupyter.ask("cells") == (
+            200, {"cells": [{"request": "1", "cell": "a"}, {"request": "2", "cell": "b"}], "since": 7}
+        )  # fmt: skip
+        assert (await jupyter.ask("cells", "DELETE"))[0] == 204
+        assert await jupyter.listed() == ["a", "b"]  # they have not ended
+    gateway.frames = [came("busy", "1", layout), came("execute_reply", "1", layout), came("idle", "2", layout)]
+    async with page_of(jupyter, layout=layout) as page:
+        for _ in gateway.frames:
+            await page.recv()
+        await jupyter.ask("cells", "DELETE")
+        assert await jupyter.listed() == ["a", "b"]  # the reply or the end is missing
+    gateway.frames = [came("idle", "1", layout)]
+    async with page_of(jupyter, layout=layout) as page:
+        await page.recv()
+        await until(lambda: not jupyter.cells._all["1"].missing)
+        assert await jupyter.listed() == ["a", "b"]  # it is not saved
+        await jupyter.ask("cells", "DELETE")
+        assert await jupyter.listed() == ["b"]
+
+
+async def test_another_page_has_other_cells(gateway: Gateway, jupyter: JupyterServer) -> None:
+    """What another session gets is not what the page has that sent the cell."""
+    gateway.frames = []
+    async with page_of(jupyter) as page:
+        await page.send(sent("a", "1", None))
+        await until(lambda: len(gateway.heard) == 1)
+    gateway.frames = [came("execute_reply", "1"), came("idle", "1")]
+    async with page_of(jupyter, "other") as page:
+        for _ in gateway.frames:
+            await page.recv()
+        await jupyter.ask("cells", "DELETE")
+        assert await jupyter.listed() == ["a"]
+
+
+async def test_a_cell_that_runs_again(jupyter: JupyterServer) -> None:
+    """Of a cell only the last run counts."""
+    for request in "12":
+        jupyter.cells.sent(Cell(KERNEL, request, "s", "a", 0))
+        jupyter.cells.sent(Cell("another", request + "0", "s", "a", 0))
+    assert [each.request for each in jupyter.cells.of(KERNEL)] == ["2"]
+
+
+async def test_cells_are_bounded(jupyter: JupyterServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest cells are forgotten."""
+    monkeypatch.setattr(cells, "MOST", 3)
+    for number in range(5):
+        jupyter.cells.sent(Cell(KERNEL, f"{number}", "s", f"cell {number}", number))
+    assert await jupyter.listed() == ["cell 2", "cell 3", "cell 4"]
+
+
+async def test_a_page_gets_messages_from_the_journal(gateway: Gateway, jupyter: JupyterServer) -> None:
+    """They are those of the known cells, and a page that got the last ones has the cell."""
+    for request in "12":
+        jupyter.cells.sent(Cell(KERNEL, request, "s", f"cell {request}", 3))
+    foreign = came("execute_reply", "3")
+    mine = [json.loads(came(kind, "1")) for kind in ("execute_input", "execute_reply", "idle")]
+    gateway.journal = [json.loads(foreign), *mine, json.loads(came("idle", "2"))]
+    status, page = await jupyter.ask("messages?since=3")
+    assert (status, page["messages"], page["next"], gateway.asked) == (200, gateway.journal[1:], 9, ["3"])
+    await jupyter.ask("cells", "DELETE")
+    assert await jupyter.listed() == ["cell 2"]
+
+
+@pytest.mark.parametrize("path", ["cells", "messages?since=0"])
+async def test_only_who_may_use_the_jupyter_server(gateway: Gateway, jupyter: JupyterServer, path: str) -> None:
+    """Without the Jupyter server's token there is nothing, and the gateway is not asked."""
+    assert (await jupyter.ask(path, token=""))[0] == 403
+    assert (await jupyter.ask(path, token="other"))[0] == 403
+    assert gateway.asked == []
+
+
+@pytest.mark.parametrize("since", ["", "-1", "x", "0&wait=600", "1/../../x"])
+async def test_a_number_is_a_number(gateway: Gateway, jupyter: JupyterServer, since: str) -> None:
+    """Nothing but a number becomes part of the gateway's address."""
+    status, _ = await jupyter.ask(f"messages?since={since}")
+    assert (status, gateway.asked) == ((200, ["0"]) if "&" in since else (400, []))
+
+
+@pytest.mark.parametrize(
+    "bad", ["", "[]", "null", '{"header": 3}', '{"header": {"msg_type": "execute_request"}}', b"", b"\0" * 99]
+)
+async def test_messages_that_are_none(gateway: Gateway, jupyter: JupyterServer, bad: str | bytes) -> None:
+    """A browser's malformed message passes, because the gateway says what is wrong with it. No cell comes of it."""
+    for layout in (None, V1):
+        async with page_of(jupyter, layout=layout) as page:
+            await page.recv()
+            await page.send(bad)
+            await until(lambda: bad in gateway.heard)
+        gateway.heard.clear()
+    assert await jupyter.listed() == []

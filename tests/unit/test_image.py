@@ -33,6 +33,7 @@ from kernel_gateway.images.image import (
     locked,
     modules_in_order,
     newest_image,
+    python_packages,
     without_comments,
 )
 from kernel_gateway.images.templates import Template, Templates, rootfs_dir
@@ -352,6 +353,32 @@ def test_the_templates_that_come_with_it() -> None:
     assert (found.vcpus, found.memory_mb, found.disk_mb) == (2, 2048, 10240)
     assert templates.find("nope") is None
     assert templates.find("") is None
+
+
+def test_a_template_on_request_is_built_when_it_is_named() -> None:
+    """The full template is offered, but neither `serve` nor `build` makes it before somebody names it."""
+    directory = rootfs_dir() / "templates"
+    offered = Templates.load(directory)
+    assert offered.find("code_interpreter_full") is not None
+    assert {template.id for template in offered.built_unasked} == {"code_interpreter", "base"}
+    named = Templates.load(directory, ["code_interpreter", "code_interpreter_full"])
+    assert {template.id for template in named.built_unasked} == {"code_interpreter", "code_interpreter_full"}
+    alone = Templates([Template(id="a", description="d", vcpus=1, memory_mb=1, disk_mb=1, on_request=True)])
+    assert alone.built_unasked == [alone.default]  # the server is ready with the first, so it must be built
+
+
+def test_the_full_template_has_what_the_usual_one_has() -> None:
+    """Every package of `code_interpreter` is in `code_interpreter_full`, and the lock file has all of its own."""
+    templates = Templates.load(rootfs_dir() / "templates")
+    usual, full = templates.find("code_interpreter"), templates.find("code_interpreter_full")
+    assert usual is not None
+    assert full is not None
+    assert set(full.python) > set(usual.python)
+    assert set(full.debian) > set(usual.debian)
+    assert (full.warm, full.exercise, full.memory_mb) == (usual.warm, usual.exercise, usual.memory_mb)
+    pins = locked(python_packages(full))
+    for name in ("networkx", "pypdf", "python-docx", "python-pptx", "reportlab", "statsmodels", "sympy", "pyarrow"):
+        assert f"\n{name}==" in f"\n{pins}"
 
 
 def test_a_template_file_that_is_wrong_is_named(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from kernel_gateway import kvm
 from kernel_gateway.drivers.jail import Jail
 from kernel_gateway.host import Finding, kvm_finding
 from kernel_gateway.images.build import Builder, cpu_identity
-from kernel_gateway.images.cache import Cache
+from kernel_gateway.images.cache import Busy, Cache
 from kernel_gateway.images.templates import Template
 from kernel_gateway.kvm import Verdict
 from kernel_gateway.settings import Settings
@@ -129,11 +129,14 @@ class Probe:
         self.key = "key"
         self.answers: list[str] = []
 
+    def image_there(self, template: Template) -> Path | None:
+        return self.cache.root / "images"
+
     async def image(self, template: Template, step: Callable[[str], None]) -> Path:
         return self.cache.root / "images"
 
-    def kvm_key(self, template: Template, image: Path) -> str:
-        return self.key
+    def verdict_path(self, template: Template, image: Path) -> Path:
+        return self.cache.root / "kvm" / self.key
 
     async def probe_kvm(self, *_: object) -> str:
         return self.answers.pop(0)
@@ -184,6 +187,16 @@ async def test_a_verdict_is_remembered_with_its_reason(probe: Probe, ask: Ask) -
     assert await ask(anew=True) == await ask() == Verdict(False, "dead again")
 
 
+async def test_a_remembered_verdict_waits_for_nobody(probe: Probe, ask: Ask) -> None:
+    """While another process builds, a verdict that is there is told at once. Doctor does not wait for a new one."""
+    probe.answers = ["MSR 0x10a"]
+    found = await ask()
+    async with Cache(probe.cache.root).building(lambda _: None):
+        assert await ask() == found
+        with pytest.raises(Busy):
+            await ask(anew=True)
+
+
 async def test_a_no_holds_a_day(probe: Probe, ask: Ask) -> None:
     """A refusal is tried again after a day, and an unreadable verdict at once. A yes holds for ever."""
     probe.answers = ["full disk", "", "never asked"]
@@ -229,13 +242,13 @@ def test_the_key_of_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return Builder(Cache(tmp_path / "cache"), str(program), None)
 
     image = Path("image")
-    keys = [builder("same").kvm_key(TEMPLATE, image)]
-    assert builder("again").kvm_key(TEMPLATE, image) == keys[0]
-    keys.append(builder("image").kvm_key(TEMPLATE, Path("other")))
-    keys.append(builder("machine").kvm_key(msgspec.structs.replace(TEMPLATE, vcpus=2), image))
+    keys = [builder("same").verdict_path(TEMPLATE, image)]
+    assert builder("again").verdict_path(TEMPLATE, image) == keys[0]
+    keys.append(builder("image").verdict_path(TEMPLATE, Path("other")))
+    keys.append(builder("machine").verdict_path(msgspec.structs.replace(TEMPLATE, vcpus=2), image))
     for name, value in (("version", "7.2.22 (Debian 2)"), ("firmware", b"b"), ("cpu", "y")):
         told[name] = value
-        keys.append(builder(name).kvm_key(TEMPLATE, image))
+        keys.append(builder(name).verdict_path(TEMPLATE, image))
     assert len(set(keys)) == len(keys)
 
 
