@@ -48,7 +48,7 @@ from jupyter_client.session import Session, json_packer
 
 from guest_agent.cells import Cells
 from guest_agent.completion import imported
-from guest_agent.output import Output
+from guest_agent.output import OutStream
 from guest_agent.startup import INLINE, Imported, python_path
 from guest_agent.tracebacks import Tracebacks
 from guest_agent.views import Views
@@ -150,7 +150,7 @@ class SandboxKernel(IPythonKernel):
     """
 
     cells: Cells
-    _outputs: list[Output]
+    _outputs: list[OutStream]
 
     def pre_handler_hook(self) -> None:
         """Leave SIGINT ignored. ipykernel would let it end the handling of any message, without an answer to it."""
@@ -226,7 +226,7 @@ class SandboxKernel(IPythonKernel):
         """Start, and connect the modules that the nursery imported before there was a shell."""
         super().start()  # type: ignore[no-untyped-call]
         reseed()
-        self._outputs = [each for each in (sys.stdout, sys.stderr) if isinstance(each, Output)]
+        self._outputs = [each for each in (sys.stdout, sys.stderr) if isinstance(each, OutStream)]
         assert self.shell is not None
         if "matplotlib" in sys.modules and os.environ["MPLBACKEND"] == INLINE:
             self.shell.run_line_magic("matplotlib", "inline")
@@ -288,7 +288,7 @@ def run_kernel(connection_file: str, env: dict[str, str]) -> None:
         kernel_class=SandboxKernel,
         session=session,
         parent_handle=0,
-        outstream_class="guest_agent.output.Output",
+        outstream_class="guest_agent.output.OutStream",
     )
     app.initialize([])  # type: ignore[no-untyped-call]
     path = [part for part in sys.path if part not in python_path(env)]  # with '', which the shell has put in

@@ -6,13 +6,13 @@ import select
 import threading
 from typing import Any
 
-from ipykernel.iostream import OutStream
+from ipykernel import iostream
 
 PIPE = 64 * 1024
 """Bytes that a pipe of Linux holds."""
 
 
-class Output(OutStream):
+class OutStream(iostream.OutStream):
     """One output stream. A thread reads the pipe that stands in place of the process's descriptor.
 
     ipykernel decodes each read by itself, which damages characters that two reads share. It also lets a cell end while

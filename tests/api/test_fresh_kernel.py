@@ -7,6 +7,7 @@ import ast
 import json
 import os
 import shutil
+import subprocess
 import sys
 import venv
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -95,7 +96,8 @@ async def pooled(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
 async def reference(env: dict[str, str], home: Path) -> Any:
     """What the probes say in a kernel that Jupyter has started."""
     manager = AsyncKernelManager(kernel_name="python3", connection_file=str(home / "connection.json"))
-    await manager.start_kernel(env={**env, "HOME": str(home)}, cwd=str(home))
+    # An agent's standard output is nowhere, too.
+    await manager.start_kernel(env={**env, "HOME": str(home)}, cwd=str(home), stdout=subprocess.DEVNULL)
     client = manager.client()
     client.start_channels()
     try:

@@ -403,7 +403,7 @@ async def test_unknown_paths_and_methods(service: Service) -> None:
         answer = await service.call(method, "/sandboxes")
         assert answer.code == 405, method
         assert error_of(answer)["error"] == "method_not_allowed"
-        assert answer.headers["Allow"] == "GET, POST"
+        assert answer.headers["Allow"] == "GET, HEAD, POST"
     answer = await service.call("BREW", "/sandboxes")
     assert answer.code == 405
     assert error_of(answer)["error"] == "method_not_allowed"
