@@ -193,18 +193,19 @@ class SandboxKernel(IPythonKernel):
     def _cancel_on_sigint(self, future: "asyncio.Future[Any]") -> Iterator[None]:
         """Let a signal stop a cell that awaits. ipykernel's own way does not wake a loop in which nothing happens.
 
-        Code that runs when the signal comes is interrupted there, because it may not return to the loop for long. In a
-        task of the user's that ends the task, since a KeyboardInterrupt out of a task would end the kernel.
+        Code that runs when the signal comes is stopped there, because it may not return to the loop for long. It is
+        stopped by a CancelledError, because a KeyboardInterrupt that leaves a task ends the loop, and so the kernel.
         """
         loop = asyncio.get_running_loop()
 
         def arrived(number: int, frame: FrameType | None) -> None:
             self.cells.signal_arrived()
+            if self.cells.stopped == self.cells.running:
+                return  # its traceback is being made
             task = asyncio.current_task(loop)
-            if task is future:
-                signal.default_int_handler(number, frame)
-            future.cancel()  # at once, so that no other task of the cell begins
-            loop.call_soon_threadsafe(lambda: None)  # a loop that waits for events wakes up
+            if task is not future:
+                future.cancel()  # at once, so that no other task of the cell begins
+                loop.call_soon_threadsafe(lambda: None)  # a loop that waits for events wakes up
             if task is not None:
                 raise asyncio.CancelledError
 

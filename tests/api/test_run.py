@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 
 SCRIPTS = {
@@ -87,3 +88,29 @@ def test_arguments_are_for_scripts(tmp_path: Path, command: list[str]) -> None:
     """Other commands refuse what follows `--`."""
     ran = subprocess.run([sys.executable, "-m", "kernel_gateway", *command], capture_output=True, text=True, timeout=30)
     assert (ran.returncode, "cellvm run" in ran.stderr) == (1, True)
+
+
+def run_notebook(folder: Path, *sources: str) -> "tuple[int, list[nbformat.NotebookNode]]":
+    """The exit status of `cellvm nb run`, and the cells that it has written."""
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    nbformat.write(book, folder / "book.ipynb")
+    settings = ["--isolation", "unisolated", "--data-dir", str(folder / "data"), "--cache-dir", str(folder / "cache")]
+    command = [sys.executable, "-m", "kernel_gateway", "nb", "run", "book.ipynb", *settings]
+    ran = subprocess.run(command, cwd=folder, capture_output=True, timeout=60)
+    return ran.returncode, nbformat.read(folder / "book.out.ipynb", as_version=4).cells
+
+
+@pytest.mark.parametrize("code", ["raise ExceptionGroup('g', [ValueError(1)])", "%nosuch", "%%sql\nSELECT 1", "exit()"])
+def test_a_notebook_ends_at_its_failure(tmp_path: Path, code: str) -> None:
+    """A cell whose failure only the reply tells ends the run, too."""
+    status, cells = run_notebook(tmp_path, code, "print('ran')")
+    assert (status, cells[1].execution_count, cells[1].outputs) == (1, None, [])
+    assert cells[0].outputs[-1].output_type == "error"
+
+
+def test_late_output_is_in_its_own_cell(tmp_path: Path) -> None:
+    """What a thread prints while a later cell runs is in the cell that prints it or in the one that runs, once."""
+    code = "import threading, time\nthreading.Timer(0.3, print, ['late']).start()"
+    status, cells = run_notebook(tmp_path, code, "time.sleep(1)")
+    texts = [output.text for cell in cells for output in cell.outputs if output.output_type == "stream"]
+    assert (status, texts) == (0, ["late\n"])

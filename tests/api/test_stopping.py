@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from guest_agent import wire
-from tests.fakes import Service, Stream
+from tests.fakes import Service, Stream, eventually
 
 
 def plain(cell: dict[str, Any]) -> str:
@@ -77,6 +77,27 @@ async def test_library_code_that_blocks(real: Service, real_box: str, code: str)
     """Code that waits in a library is stopped there."""
     cell = await stopped(real, real_box, code)
     assert (cell["error"]["code"], cell["error"]["stateKept"], cell["outcome"]) == ("exec_timeout", True, "finished")
+
+
+@pytest.mark.parametrize(
+    "code", ["await asyncio.sleep(0)\ntime.sleep(60)", "await asyncio.sleep(60)", "time.sleep(60)"]
+)
+async def test_interrupts_in_quick_succession(real: Service, real_box: str, code: str) -> None:
+    """However many interrupts come, and whenever, they stop the cell and leave the kernel."""
+    await real.execute(real_box, "import asyncio, time; keep = 1")
+    kernel = real.sandboxes.get(real.owner, real_box).guest.kernel
+    for pause in (0.0, 0.001, 0.003, 0.01, 0.03, 0.1):
+        running = asyncio.create_task(real.execute(real_box, code))
+        await eventually(lambda: kernel.state == "busy")
+        for _ in range(5):
+            await kernel.interrupt()
+            await asyncio.sleep(pause)
+        cell = await running
+        assert (cell["error"]["name"], cell["outcome"]) in [
+            ("KeyboardInterrupt", "finished"),
+            ("CancelledError", "finished"),
+        ]
+        assert (await real.execute(real_box, "keep"))["results"][0]["data"]["text/plain"] == "1"
 
 
 async def test_a_traceback_that_takes_long(real: Service, real_box: str) -> None:
