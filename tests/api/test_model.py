@@ -212,7 +212,7 @@ class World:
         await eventually(lambda: not processes_in(self.directory), PATIENCE)
         await eventually(lambda: self.service.sandboxes.held.size == 0, PATIENCE)
         await eventually(lambda: len(asyncio.all_tasks()) <= self._tasks + 1, PATIENCE)  # this one, too
-        assert objects() == self._objects
+        await eventually(lambda: objects() == self._objects, PATIENCE)
 
 
 class Run:

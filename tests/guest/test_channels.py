@@ -56,6 +56,23 @@ get_ipython().kernel.comm_manager.register_target("echo", opened)
     assert (await client.until_kind("comm_msg", 60)).buffers == buffers
 
 
+@pytest.mark.parametrize(
+    ("code", "match"),
+    [
+        ("import pandas as pd\npd.read_cs", "read_csv"),
+        ("import numpy as np; np.linsp", "linspace"),
+        ("import matplotlib.pyplot as plt\nplt.scat", "scatter"),
+        ("import wave\nwave.op", "open"),
+    ],
+)
+async def test_completion_in_the_first_cell(client: Client, code: str, match: str) -> None:
+    """What a cell imports is completed before it has run, of warm modules and of others."""
+    begun = time.monotonic()
+    answer = await client.answer(await client.send("complete_request", {"code": code, "cursor_pos": len(code)}), 60)
+    print(f"completed in {time.monotonic() - begun:.2f} s")
+    assert match in [text.rpartition(".")[2] for text in answer.reply["matches"]]
+
+
 async def test_widgets_are_there(client: Client) -> None:
     """ipywidgets opens its comms as JupyterLab expects them."""
     answer = await client.run("import ipywidgets; ipywidgets.IntSlider()", 120)

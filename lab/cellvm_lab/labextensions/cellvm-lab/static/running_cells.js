@@ -109,10 +109,30 @@
         futures.set(request, new Future(kernel, request, waiting.get(request)));
         waiting.delete(request);
       };
+      const gap = count => {
+        const running = [...futures.values()].find(each => !each.isDisposed);
+        const text = `[${count} messages of output are not kept any more]\n`;
+        running?.onIOPub({
+          ...running.msg,
+          header: { msg_type: "stream" },
+          content: { name: "stderr", text },
+        });
+      };
+      // The kernel answers this page's first request after all cells that were sent before.
+      let hasAnswered = false;
+      kernel.info.then(
+        () => (hasAnswered = true),
+        () => {} // the connection was given up, and `isOpen` tells that
+      );
       const isOpen = () => !panel.isDisposed && panel.sessionContext.session?.kernel === kernel;
       try {
         while (isOpen() && (waiting.size || [...futures.values()].some(each => !each.isDisposed))) {
+          const isOver = hasAnswered;
           page = await ask(kernel, `messages?since=${page.next}`);
+          if (page.missing) {
+            [...waiting.keys()].slice(0, 1).forEach(attach);
+            gap(page.missing);
+          }
           for (const message of page.messages.map(decoded)) {
             const request = message.parent_header.msg_id;
             if (waiting.has(request)) {
@@ -127,6 +147,9 @@
             if (future && !future.isDisposed) {
               await future.take(message);
             }
+          }
+          if (page.next >= page.last && isOver) {
+            break; // what is still waited for is not kept any more
           }
           if (page.next >= page.last) {
             [...waiting.keys()].forEach(attach); // they wait in the kernel's queue
