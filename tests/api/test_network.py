@@ -142,7 +142,6 @@ BAD = [
     ({"allowOut": "a.b"}, "allowOut"),
     ({"allowOut": [1]}, "allowOut[0]"),
     ({"denyOut": [None]}, "denyOut[0]"),
-    ({"allowOut": None}, "allowOut"),
     ({"allowPublicTraffic": "yes"}, "allowPublicTraffic"),
 ]
 

@@ -520,8 +520,13 @@ def named(route: Route) -> str:
     return f"{route.method} {route.path}"
 
 
-NO_SANDBOX = (404, b'{"code":404,"message":"sandbox not found","error":"not_found"}')
-NO_SESSION = (404, b'{"code":404,"message":"session not found","error":"not_found"}')
+NO_SANDBOX = (404, b'{"code":404,"message":"sandbox not found","error":"not_found","reason":"Not Found"}')
+NO_SESSION = (404, b'{"code":404,"message":"session not found","error":"not_found","reason":"Not Found"}')
+
+
+def no_kernel(kernel: str) -> tuple[int, bytes]:
+    """The answer for a kernel that one does not have. It repeats the id that was asked for."""
+    return 404, NO_SANDBOX[1].replace(b"sandbox not found", f"kernel not found: '{kernel}'".encode())
 
 
 @pytest.mark.parametrize("route", routes_with("id"), ids=named)
@@ -539,7 +544,7 @@ async def test_r28_a_foreign_kernel_is_like_none(service: Service, route: Route)
     """The same holds for kernels, also for an id that no kernel can have."""
     foreign, ended = await foreign_boxes(service)
     for kernel in (kernel_id(foreign), kernel_id(ended), kernel_id("sbx" + "a" * 20), foreign, "x"):
-        assert await every_answer(service, route, route.path.format(kernel=kernel)) == NO_SANDBOX
+        assert await every_answer(service, route, route.path.format(kernel=kernel)) == no_kernel(kernel)
     answer = await service.call("GET", f"/api/kernels/{kernel_id(foreign)}", key=service.other_key)
     assert json.loads(answer.body)["execution_state"] == "idle"
 
@@ -558,7 +563,7 @@ async def test_r28_a_foreign_session_is_like_none(service: Service, route: Route
     assert mine["id"] != session
     for method, path in (("POST", "/api/sessions"), ("PATCH", f"/api/sessions/{mine['id']}")):
         answer = await service.call(method, path, {"path": "b.ipynb", "kernel": kernel})
-        assert (answer.code, answer.body) == NO_SANDBOX
+        assert (answer.code, answer.body) == no_kernel(kernel["id"])
     assert (await service.call("GET", f"/api/sessions/{session}", key=service.other_key)).code == 200
 
 
@@ -568,9 +573,10 @@ async def test_r28_foreign_sockets_are_like_none(service: Service, query: str) -
     foreign, ended = await foreign_boxes(service)
     for box in (foreign, ended, "sbx" + "a" * 20, "x"):
         kernel = kernel_id(box) if box != "x" else "x"
-        for path in (f"/api/kernels/{kernel}/channels", f"/sandboxes/{box}/stream"):
+        paths = {f"/api/kernels/{kernel}/channels": no_kernel(kernel), f"/sandboxes/{box}/stream": NO_SANDBOX}
+        for path, none in paths.items():
             answer = await service.call("GET", path + query, headers=UPGRADE)
-            assert (answer.code, answer.body) == NO_SANDBOX, path
+            assert (answer.code, answer.body) == none, path
             answer = await service.call("GET", path + query, headers=UPGRADE, key=None)
             assert (answer.code, error_of(answer)["error"]) == (401, "unauthorized")
 
