@@ -544,7 +544,8 @@ class Kernel:
                     deadline = time.monotonic() + INTERRUPT_GRACE * min(self._link.time_scale, 2)
                     self._begin(self._interrupt_beside(execution.id))
                 continue
-            if execution.is_unwanted and execution.is_started and may_interrupt:
+            runs = execution.is_started and execution.outcome is None
+            if execution.is_unwanted and runs and may_interrupt:
                 may_interrupt = False
                 self._begin(self._interrupt_beside(execution.id))
 

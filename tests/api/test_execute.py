@@ -421,3 +421,12 @@ async def test_an_export_has_a_limit(service: Service, box: str, monkeypatch: py
     assert "messages of output are missing" in first[-1]["text"]
     assert sum(len(output.get("text", "")) for output in first) < 100_000
     assert second[0]["data"]["text/plain"] == "42"
+
+
+async def test_a_cell_that_ends_is_not_interrupted(service: Service, box: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a request interrupts its cell only if that still runs."""
+    interrupts: list[float] = []
+    monkeypatch.setattr(service.guest(box).kernel, "interrupt", lambda: interrupts.append(time.monotonic()))
+    for timeout in (None, 5, None, 5):
+        assert (await service.execute(box, "7", timeout=timeout))["error"] is None
+    assert interrupts == []
