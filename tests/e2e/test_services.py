@@ -10,7 +10,7 @@ import pytest
 from tests.guest.client import KEY, Server
 
 EXPECTED: dict[str, dict[str, Any]] = {
-    "specs": {"default": "code_interpreter", "names": ["base", "code_interpreter", "python3"]},
+    "specs": {"default": "code_interpreter", "names": ["base", "code_interpreter", "code_interpreter_full", "python3"]},
     "start": {"status": "ok", "language": "python", "debugger": True},
     "execute": {
         "status": "ok",

@@ -30,7 +30,7 @@ from kernel_gateway.drivers.jail import (
     opened_for_machines,
     working_view,
 )
-from tests.guest.client import KEY, Sandbox, Server, comm, until
+from tests.guest.client import CELLVM, KEY, Sandbox, Server, comm, until
 
 CANARY = "canary-" + secrets.token_hex(5)
 NAMESPACES = ("mnt", "net", "ipc", "uts")
@@ -562,6 +562,7 @@ def test_files_of_the_server_are_private(server: Server) -> None:
     assert server.data.stat().st_mode & 0o077 == 0
     for path in server.data.rglob("*"):
         assert path.stat().st_mode & 0o077 == 0 or path.parent.stat().st_mode & 0o077 == 0, path
+    subprocess.run([CELLVM, "keys", "add", "hashed", "--data-dir", server.data], check=True, stdout=subprocess.DEVNULL)
     with closing(sqlite3.connect(f"file:{server.data}/cellvm.db?mode=ro", uri=True)) as database:
-        ((stored,),) = database.execute("SELECT hash FROM keys").fetchall()
+        ((stored,),) = database.execute("SELECT hash FROM keys WHERE name = 'hashed'").fetchall()
     assert len(stored) == 32

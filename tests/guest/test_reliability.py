@@ -27,7 +27,7 @@ StartServer = Callable[..., Server]
 
 def sockets_and_files(data: Path) -> list[str]:
     """The remains of a server: files of machines in its data directory, and sockets with a name in it."""
-    known = {"lock", "cellvm.db", "cellvm.db-wal", "cellvm.db-shm"}
+    known = {"lock", "reserve", "cellvm.db", "cellvm.db-wal", "cellvm.db-shm"}
     files = [str(path) for path in data.rglob("*") if not path.is_dir() and path.name not in known]
     return files + [line for line in Path("/proc/net/unix").read_text().splitlines() if str(data) in line]
 
