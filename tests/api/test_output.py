@@ -1,8 +1,6 @@
 """What child processes, C libraries and threads print reaches the right answer, undamaged and in time."""
 
-import asyncio
 import json
-import re
 from typing import Any
 
 import pytest
@@ -206,20 +204,6 @@ async def test_late_output_in_a_stream(real: Service, real_box: str) -> None:
     again = await real.call("GET", f"/sandboxes/{real_box}/executions/next", headers=headers)
     assert again.body == second.body
     assert not any(json.loads(line).get("late") for line in first.body.splitlines())
-
-
-async def test_cells_that_wait_share_no_late_output(real: Service, real_box: str) -> None:
-    """Of many cells at once each piece of late output that the kernel tells is told to one."""
-    await real.execute(real_box, THREAD)
-    code = "threading.Thread(target=tell, args=(0.35, 'piece {0}')).start(); time.sleep(0.1)"
-    cells = [asyncio.create_task(real.execute(real_box, code.format(number))) for number in range(8)]
-    answers = [await each for each in cells]
-    await settled(real, real_box, "piece 7\\n")
-    await asyncio.sleep(1)
-    said = re.findall(rb"(piece \d)\\n", parts_of(real, real_box))
-    answers.append(await real.execute(real_box, "4"))
-    told = [text for each in answers for text in [each["stdout"], *(late["stdout"] for late in each["late"])]]
-    assert sorted("".join(told).split("\n")[:-1]) == sorted(text.decode() for text in said) != []
 
 
 # -- kernels that end between cells
