@@ -99,9 +99,9 @@ class Attack:
         while self.goes_on:
             begun = time.monotonic()
             with contextlib.suppress(OSError, WebSocketException, TimeoutError):
+                self.done[what] += 1
                 async with asyncio.timeout(max(self.until - time.monotonic(), 0.1)):
                     await attack(*args)
-                    self.done[what] += 1
             await asyncio.sleep(max(0.2 - (time.monotonic() - begun), 0))
 
     # -- hostile guests

@@ -7,6 +7,7 @@ differs between them is what the attack does to the server, and not what it take
 import asyncio
 import contextlib
 import json
+import os
 import statistics
 import sys
 import time
@@ -200,7 +201,7 @@ async def besieged(
             siege.phase("siege")
             attackers = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "tests.siege.attackers", server.url, str(seconds), attacks, *keys,
-                stdout=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONASYNCIODEBUG": ""},
             )  # fmt: skip
             said = asyncio.create_task(attackers.communicate())
             await siege.live_for(seconds)
