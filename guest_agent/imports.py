@@ -58,7 +58,7 @@ class Fresh:
         self.importers = {part for part in sys.path_importer_cache if part != sys.path[0]}
         self.filters = list(_warnings.filters)  # type: ignore[attr-defined]
         self.environ = dict(os.environ)
-        self.main = dict(vars(sys.modules["__main__"]))
+        self.main = {name for name in vars(sys.modules["__main__"]) if name.startswith("__")}
 
 
 class Trace:
@@ -200,6 +200,9 @@ class Stash:
         self._read = {name for trace in traces.values() for name in trace.reads} - written
         self._lock = _thread.RLock()
         self._finders = list(fresh.meta_path)
+        self._atexit = sys.modules["atexit"]
+        self._given: dict[str, int] = {}
+        self.on_arrival: dict[str, Callable[..., object]] = {}
         self._unbind()
 
     @property
@@ -225,12 +228,27 @@ class Stash:
         return True
 
     def open(self) -> None:
-        """Show what a fresh interpreter has, and hand over the rest on request."""
+        """Show what a fresh interpreter has, and hand over the rest on request.
+
+        The zygote does this once, because a fork is quick as long as it writes to few pages.
+        """
+        fresh = self._fresh
+        self._atexit._clear()
+        self._atexit.register(self._release)  # the first of all, so it is called last
+        if "weakref" in sys.modules:
+            sys.modules["weakref"].finalize._registered_with_atexit = False
         sys.modules.clear()
-        sys.modules.update(self._fresh.modules)
+        sys.modules.update(fresh.modules)
+        sys.path[:], sys.meta_path[:], sys.path_hooks[:] = fresh.path, fresh.meta_path, fresh.path_hooks
+        for part in sys.path_importer_cache.keys() - fresh.importers:
+            del sys.path_importer_cache[part]
+        for finder in sys.path_importer_cache.values():
+            if finder is not None:
+                finder.invalidate_caches()
+        _warnings.filters[:] = fresh.filters  # type: ignore[attr-defined]
+        _warnings._filters_mutated()  # type: ignore[attr-defined]
         stash = self
         manager = bootstrap._ModuleLockManager  # type: ignore[attr-defined]
-        self._close = lambda: setattr(bootstrap, "_ModuleLockManager", manager)
 
         class _ModuleLockManager(manager):  # type: ignore[misc, valid-type]
             def __enter__(self) -> None:
@@ -250,7 +268,8 @@ class Stash:
                     return
                 order = self._order(name, sys.modules)
             for each in order:
-                self._hand_over(each)
+                if each in self._left:  # it may have come with another
+                    self._hand_over(each)
 
     def _order(self, name: str, present: Container[str]) -> list[str]:
         """What the import of `name` would load, in the order in which it would be ready.
@@ -343,9 +362,15 @@ class Stash:
 
     def _hand_over(self, name: str) -> None:
         module = sys.modules[name] = self._left.pop(name)
+        if name not in self._fixed:
+            self._given[name] = len(vars(module))
         parent, _, child = name.rpartition(".")
         if parent and parent in sys.modules and (parent, child) in self._unbound:
             setattr(sys.modules[parent], child, module)
+            if parent in self._given:
+                self._given[parent] += 1
+        if name in self.on_arrival:
+            self.on_arrival[name](module)
         trace = self._traces.get(name)
         if trace is None or not trace.has_effects:
             return
@@ -360,7 +385,22 @@ class Stash:
         sys.meta_path += trace.finders
         self._finders += trace.finders
         for function, args, options in trace.at_exit:
-            sys.modules["atexit"].register(function, *args, **options)
+            self._atexit.register(function, *args, **options)
+
+    def _release(self) -> None:
+        """Leave modules as they are when the interpreter ends, if the program has put nothing into them.
+
+        It would write to the pages of each, to free memory that goes with the process.
+        """
+        caller = sys._getframe().f_back
+        if caller is not None and caller.f_globals["__name__"].split(".")[0] != PACKAGE:
+            return  # the program calls the functions of `atexit` itself
+        for name, size in self._given.items():
+            module = self._all[name]
+            if sys.modules.get(name) is module and len(vars(module)) == size:
+                del sys.modules[name]
+            elif os.environ.get("ZDEBUG"): print("kept", name, size, len(vars(module)), name in sys.modules)
+        if os.environ.get("ZDEBUG"): print(len(sys.modules))
 
     def _unbind(self) -> None:
         """Take modules out of their packages where the import of the package alone would not have put them."""
@@ -375,7 +415,7 @@ class Stash:
             if name not in inside[parent]:
                 self._unbound.add((parent, child))
         for parent, child in self._unbound:
-            delattr(self._all[parent], child)
+            vars(self._all[parent]).pop(child, None)  # one module may have two names
 
 
 def main(fd: int, modules: list[str]) -> None:

@@ -174,50 +174,38 @@ class Bottom:
         return self._run
 
 
-def finish(failed: int) -> None:
-    """End as the interpreter does after its program. SystemExit has ended it already.
+class Last:
+    """The last thing that the interpreter takes apart of what a program can see. Then it ends the process.
 
-    After a KeyboardInterrupt it ends by that signal. It does so by itself when we return.
+    The interpreter would go on to take itself apart, and would write to each page that it shares with the zygote.
     """
-    if failed and getattr(sys, "last_type", None) is not KeyboardInterrupt:
-        _python.Py_Exit(1)
-    if "threading" in sys.modules:
-        sys.modules["threading"]._shutdown()
+
+    def __init__(self, status: int, leave: Callable[[int], object]) -> None:
+        self._status = ctypes.c_int(status)
+        self._leave = leave
+
+    def __del__(self, flush: Callable[[object], object] = _libc.fflush) -> None:
+        try:
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+        except Exception:  # noqa: BLE001  the interpreter tries again, tells of it, and changes the status
+            return
+        flush(None)
+        self._leave(self._status)
 
 
-def run_module(name: str) -> None:
-    """Run `-m name`."""
-    try:
-        runpy._run_module_as_main(name)  # type: ignore[attr-defined]
-    except SystemExit as stop:
-        code = stop.code
-        if code is not None and not isinstance(code, int):
-            print(code, file=sys.stderr)
-            code = 1
-        _python.Py_Exit(ctypes.c_int(code or 0))
-    except BaseException as error:  # noqa: BLE001  the interpreter shows any
-        sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
-        assert error.__traceback__ is not None
-        sys.last_traceback = error.__traceback__.tb_next
-        sys.excepthook(sys.last_type, error, sys.last_traceback)
-        _python.Py_Exit(1)
-    finish(0)
+def libraries_loaded() -> int:
+    """The number of shared libraries that this process has ever loaded, counted by the loader."""
+    counts = []
 
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_uint64), ctypes.c_size_t, ctypes.c_void_p)
+    def take(info: Any, size: int, data: object) -> int:
+        counts.append(info[4])  # dlpi_adds
+        return 1
 
-def run_text(text: bytes) -> Callable[[], object]:
-    """What runs `-c text`."""
-    run = ctypes.pythonapi["PyRun_SimpleStringFlags"]
-    run.restype = finish
-    return partial(run, ctypes.c_char_p(text), ctypes.byref(CompilerFlags(IGNORE_COOKIE, sys.version_info.minor)))
-
-
-def run_file(file: int, name: str) -> Callable[[], object]:
-    """What runs the program in an open file."""
-    run = ctypes.pythonapi["PyRun_AnyFileExFlags"]
-    run.restype = finish
-    stream = ctypes.c_void_p(_libc.fdopen(file, b"rb"))
-    flags = ctypes.byref(CompilerFlags(0, sys.version_info.minor))
-    return partial(run, stream, ctypes.c_char_p(os.fsencode(name)), ctypes.c_int(1), flags)
+    _libc.dl_iterate_phdr(take, None)
+    return int(counts[0])
 
 
 class Zygote:
@@ -230,6 +218,7 @@ class Zygote:
         files = {name: file for name, module in fresh.modules.items() if os.path.exists(file := file_of(module))}
         read = [os.path.join(part, name) for part in folders for name in os.listdir(part) if name.endswith(".pth")]
         self._read = {file: stamp(file) for file in [*files.values(), *read, os.path.join(sys.prefix, "pyvenv.cfg")]}
+        self._libraries = libraries_loaded()
         self._first = files.keys() | {"sitecustomize", "usercustomize"}
 
     def is_current(self) -> bool:
@@ -253,27 +242,17 @@ class Zygote:
         locale.setlocale(locale.LC_CTYPE, "")
         first, run = self._prepared(program)
         self._set_sys(request, program)
-        sys.path[:] = [*first, *path, *self._fresh.path]
-        for part in sys.path_importer_cache.keys() - self._fresh.importers:
-            del sys.path_importer_cache[part]
-        importlib.invalidate_caches()
+        sys.path[:0] = [*first, *path]
         set_standard_streams(program.unbuffered)
-        main = vars(sys.modules["__main__"])
-        for name in main.keys() - self._fresh.main.keys():
-            del main[name]
-        if "numpy.random" in sys.modules:
-            sys.modules["numpy.random"].seed(list(os.urandom(32)))
-        self._stash.open()
-        keep(self)
         sys.modules["threading"] = Bottom(run)  # type: ignore[assignment]
 
     def _prepared(self, program: Program) -> tuple[list[str], Callable[[], object]]:
         """What comes first in `sys.path`, and what runs the program."""
         if program.kind == "command":
             self._read_text(text := program.what.encode())
-            return [""], run_text(text)
+            return [""], self._run_text(text)
         if program.kind == "module":
-            return [os.getcwd()], partial(run_module, program.what)
+            return [os.getcwd()], partial(self._run_module, program.what)
         if program.kind == "stdin":
             file = os.memfd_create("stdin")
             while data := os.read(0, 65536):
@@ -284,7 +263,7 @@ class Zygote:
             except NotHere:
                 os.dup2(file, 0)  # for the interpreter that reads it in our place
                 raise
-            return [""], run_file(file, "<stdin>")
+            return [""], self._run_file(file, "<stdin>")
         script = program.what
         if not os.path.isfile(script) or script.endswith(".pyc"):
             raise NotHere("it is no file with a program's text")
@@ -295,8 +274,7 @@ class Zygote:
             self._read_text(text.read())
         name = os.path.join(os.getcwd(), script.removeprefix("./"))
         sys.path_importer_cache[script] = None
-        self._fresh.importers.add(script)
-        return [os.path.dirname(os.path.realpath(script))], run_file(os.open(script, os.O_RDONLY | os.O_CLOEXEC), name)
+        return [os.path.dirname(os.path.realpath(script))], self._run_file(os.open(script, os.O_RDONLY | os.O_CLOEXEC), name)
 
     def _read_text(self, text: bytes) -> None:
         if variables := names_variables(text.decode("utf-8", "replace"), self._stash.reads):
@@ -314,6 +292,58 @@ class Zygote:
             sys.dont_write_bytecode = True
             place, one = ctypes.c_ssize_t(NO_BYTECODE), ctypes.py_object(1)
             _python.PyStructSequence_SetItem(ctypes.py_object(sys.flags), place, one)
+
+    # -- the end
+
+    def _end(self, status: int) -> None:
+        """End as the interpreter does.
+
+        The libraries of the zygote do not free their memory (`_exit`). One that the program has loaded may have
+        something to do, as to write a file.
+        """
+        leave = _libc._exit if libraries_loaded() == self._libraries else _libc.exit
+        vars(sys)["_last"] = Last(status, leave)
+        _python.Py_Exit(ctypes.c_int(status))
+
+    def _finish(self, failed: int) -> None:
+        """End after the program. SystemExit has ended it already. After KeyboardInterrupt the interpreter ends it."""
+        if not failed or getattr(sys, "last_type", None) is not KeyboardInterrupt:
+            self._end(int(failed != 0))
+        if "threading" in sys.modules:
+            sys.modules["threading"]._shutdown()
+
+    def _run_text(self, text: bytes) -> Callable[[], object]:
+        """What runs `-c text`."""
+        run = _python["PyRun_SimpleStringFlags"]
+        run.restype = self._finish
+        return partial(run, ctypes.c_char_p(text), ctypes.byref(CompilerFlags(IGNORE_COOKIE, sys.version_info.minor)))
+
+    def _run_file(self, file: int, name: str) -> Callable[[], object]:
+        """What runs the program in an open file."""
+        run = _python["PyRun_AnyFileExFlags"]
+        run.restype = self._finish
+        stream = ctypes.c_void_p(_libc.fdopen(file, b"rb"))
+        flags = ctypes.byref(CompilerFlags(0, sys.version_info.minor))
+        return partial(run, stream, ctypes.c_char_p(os.fsencode(name)), ctypes.c_int(1), flags)
+
+    def _run_module(self, name: str) -> None:
+        """Run `-m name`, and end."""
+        status = 0
+        try:
+            runpy._run_module_as_main(name)  # type: ignore[attr-defined]
+        except SystemExit as stop:
+            if isinstance(stop.code, int):
+                status = stop.code
+            elif stop.code is not None:
+                print(stop.code, file=sys.stderr)
+                status = 1
+        except BaseException as error:  # noqa: BLE001  the interpreter shows any
+            assert error.__traceback__ is not None
+            error.__traceback__ = error.__traceback__.tb_next  # our own frame
+            sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
+            sys.excepthook(sys.last_type, error, sys.last_traceback)
+            status = 1
+        self._end(status)
 
 
 def be(zygote: Zygote, request: dict[str, Any], descriptors: list[int]) -> None:
@@ -343,17 +373,22 @@ def serve(fd: int, modules: list[str], fresh: Fresh, recorder: Recorder) -> None
             with contextlib.suppress(ImportError):  # driver `unisolated`: the host may not have the package
                 importlib.import_module(module)
     recorder.stop()
-    if os.fork() == 0:  # threads that a library has started end before a fork, and begin again when they are needed
-        os._exit(0)
-    os.wait()
-    if len(os.listdir("/proc/self/task")) > 1:
-        os._exit(1)
     stash = Stash(fresh, recorder.traces)
     zygote = Zygote(fresh, stash)
+    stash.on_arrival["numpy.random"] = lambda module: module.seed(list(os.urandom(32)))
+    stash.open()
+    main = vars(sys.modules["__main__"])
+    for name in main.keys() - fresh.main:
+        del main[name]
+    keep(zygote)
     gc.collect()
     gc.freeze()
     channel = socket.socket(fileno=fd)
-    channel.sendall(b"r")
+    channel.sendall(b"\n")
+    # The agent waits for orphans now. Libraries have started threads, and only the fork of their process has none.
+    if not channel.recv(1) or os.fork():
+        os._exit(0)
+    channel.sendall(b"%d\n" % os.getpid())
     while True:
         data, descriptors, _, _ = socket.recv_fds(channel, 1, 5)
         if not data or not zygote.is_current():
