@@ -307,7 +307,9 @@ class Stash:
 
     def _wrong(self, order: list[str]) -> set[str]:
         """The modules among them that an import would not find as they are, or that would come out otherwise."""
-        wrong = {name for name in order if name in self._stamps and stamp(self._stamps[name][0]) != self._stamps[name][1]}
+        wrong = {
+            name for name in order if name in self._stamps and stamp(self._stamps[name][0]) != self._stamps[name][1]
+        }
         differ = {name for name in self._read if os.environ.get(name) != self._fresh.environ.get(name)}
         asked: dict[str, list[str]] = {}
         for name in order:
@@ -399,8 +401,10 @@ class Stash:
             module = self._all[name]
             if sys.modules.get(name) is module and len(vars(module)) == size:
                 del sys.modules[name]
-            elif os.environ.get("ZDEBUG"): print("kept", name, size, len(vars(module)), name in sys.modules)
-        if os.environ.get("ZDEBUG"): print(len(sys.modules))
+            elif os.environ.get("ZDEBUG"):
+                print("kept", name, size, len(vars(module)), name in sys.modules)
+        if os.environ.get("ZDEBUG"):
+            print(len(sys.modules))
 
     def _unbind(self) -> None:
         """Take modules out of their packages where the import of the package alone would not have put them."""

@@ -136,9 +136,7 @@ def set_standard_streams(unbuffered: bool) -> None:
         buffer: Any = open(number, mode + "b", 0 if raw else -1, closefd=False)  # noqa: SIM115  the process closes it
         (buffer if raw else buffer.raw).name = f"<{name}>"
         by_line = not unbuffered and (buffer.isatty() or number == 2)
-        stream: Any = io.TextIOWrapper(
-            buffer, "utf-8", errors, "\n", line_buffering=by_line, write_through=unbuffered
-        )
+        stream: Any = io.TextIOWrapper(buffer, "utf-8", errors, "\n", line_buffering=by_line, write_through=unbuffered)
         stream.mode = mode
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
@@ -274,7 +272,9 @@ class Zygote:
             self._read_text(text.read())
         name = os.path.join(os.getcwd(), script.removeprefix("./"))
         sys.path_importer_cache[script] = None
-        return [os.path.dirname(os.path.realpath(script))], self._run_file(os.open(script, os.O_RDONLY | os.O_CLOEXEC), name)
+        return [os.path.dirname(os.path.realpath(script))], self._run_file(
+            os.open(script, os.O_RDONLY | os.O_CLOEXEC), name
+        )
 
     def _read_text(self, text: bytes) -> None:
         if variables := names_variables(text.decode("utf-8", "replace"), self._stash.reads):
@@ -357,7 +357,8 @@ def be(zygote: Zygote, request: dict[str, Any], descriptors: list[int]) -> None:
             raise NotHere("its arguments are not known")
         zygote.become(request, chosen)
     except Exception:  # noqa: BLE001  whatever it is, the interpreter itself can do it
-        if os.environ.get("ZDEBUG"): __import__("traceback").print_exc()
+        if os.environ.get("ZDEBUG"):
+            __import__("traceback").print_exc()
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # the interpreter ignores them
             signal.signal(number, signal.SIG_DFL)
         os.execve(request["executable"], request["argv"], request["env"])
@@ -400,6 +401,7 @@ def serve(fd: int, modules: list[str], fresh: Fresh, recorder: Recorder) -> None
             pid = fork()
         except OSError:  # there are too many processes
             pid = -1
+            os.write(descriptors[-1], b"0")
         if pid == 0:
             channel.detach()
             be(zygote, request, descriptors)
