@@ -55,7 +55,7 @@ class Fresh:
         self.path = sys.path[1:]  # the first is the way to our package
         self.meta_path = list(sys.meta_path)
         self.path_hooks = list(sys.path_hooks)
-        self.importers = {part for part in sys.path_importer_cache if part != sys.path[0]}
+        self.importers = {part for part in sys.path_importer_cache if not part.startswith(sys.path[0])}
         self.filters = list(_warnings.filters)  # type: ignore[attr-defined]
         self.environ = dict(os.environ)
         self.main = {name for name in vars(sys.modules["__main__"]) if name.startswith("__")}
@@ -64,12 +64,11 @@ class Fresh:
 class Trace:
     """What one module did when it was imported, without what the modules did that it loaded.
 
-    `needs` are the modules that it asked for, in order. `brings` are those that it put into `sys.modules` by itself.
+    `needs` are the modules that it asked for, or put into `sys.modules` by itself, in order.
     """
 
     def __init__(self) -> None:
         self.needs: dict[str, None] = {}
-        self.brings: list[str] = []
         self.reads: set[str] = set()
         self.environ: dict[str, str] = {}
         self.filters: list[object] = []
@@ -78,7 +77,7 @@ class Trace:
 
     @property
     def has_effects(self) -> bool:
-        return bool(self.brings or self.environ or self.filters or self.finders or self.at_exit)
+        return bool(self.environ or self.filters or self.finders or self.at_exit)
 
 
 class Recorder:
@@ -116,7 +115,9 @@ class Recorder:
             return find_and_load(name, import_)
 
         def recorded_load(name: str, import_: object) -> object:
+            self._top.needs.pop(name, None)
             self._attribute()
+            self._need(name)
             self._loading.append(name)
             try:
                 return load(name, import_)
@@ -167,7 +168,7 @@ class Recorder:
         if len(sys.modules) != len(self._known):
             brought = [name for name in sys.modules if name not in self._known and name not in self._loading]
             if brought:
-                self._top.brings += brought
+                self._top.needs.update(dict.fromkeys(brought))
                 self._known.update(brought)
         environ, decode = os.environ._data, os.fsdecode  # type: ignore[attr-defined]
         if environ != self._environ:
@@ -191,7 +192,12 @@ class Stash:
     def __init__(self, fresh: Fresh, traces: dict[str, Trace]) -> None:
         self._fresh = fresh
         self._traces = traces
-        self._all = {name: module for name, module in sys.modules.items() if name.split(".")[0] != PACKAGE}
+        # The program's own module goes when the program ends, so nothing else may hold it.
+        self._all = {
+            name: module for name, module in sys.modules.items() if name.split(".")[0] not in (PACKAGE, "__main__")
+        }
+        if "__mp_main__" in self._all:  # its second name in `multiprocessing`
+            self._all["__mp_main__"] = None  # type: ignore[assignment]
         self._left = {name: module for name, module in self._all.items() if name not in fresh.modules}
         self._stamps = {name: (file, stamp(file)) for name, module in self._left.items() if (file := file_of(module))}
         self._fixed = {name for name, (file, _) in self._stamps.items() if file.endswith(".so")}
@@ -239,6 +245,7 @@ class Stash:
             sys.modules["weakref"].finalize._registered_with_atexit = False
         sys.modules.clear()
         sys.modules.update(fresh.modules)
+        del fresh.modules["__main__"]
         sys.path[:], sys.meta_path[:], sys.path_hooks[:] = fresh.path, fresh.meta_path, fresh.path_hooks
         for part in sys.path_importer_cache.keys() - fresh.importers:
             del sys.path_importer_cache[part]
@@ -268,8 +275,7 @@ class Stash:
                     return
                 order = self._order(name, sys.modules)
             for each in order:
-                if each in self._left:  # it may have come with another
-                    self._hand_over(each)
+                self._hand_over(each)
 
     def _order(self, name: str, present: Container[str]) -> list[str]:
         """What the import of `name` would load, in the order in which it would be ready.
@@ -363,8 +369,8 @@ class Stash:
                 left += needed_by.get(name, ())
 
     def _hand_over(self, name: str) -> None:
-        module = sys.modules[name] = self._left.pop(name)
-        if name not in self._fixed:
+        module = sys.modules[name] = self._left.pop(name) or sys.modules["__main__"]
+        if name in self._stamps and name not in self._fixed:
             self._given[name] = len(vars(module))
         parent, _, child = name.rpartition(".")
         if parent and parent in sys.modules and (parent, child) in self._unbound:
@@ -376,9 +382,6 @@ class Stash:
         trace = self._traces.get(name)
         if trace is None or not trace.has_effects:
             return
-        for each in trace.brings:
-            if each in self._left:
-                sys.modules[each] = self._left.pop(each)
         os.environ.update(trace.environ)
         if trace.filters:
             for item in reversed(trace.filters):
@@ -394,17 +397,12 @@ class Stash:
 
         It would write to the pages of each, to free memory that goes with the process.
         """
-        caller = sys._getframe().f_back
-        if caller is not None and caller.f_globals["__name__"].split(".")[0] != PACKAGE:
+        if sys._getframe().f_back is not None:
             return  # the program calls the functions of `atexit` itself
         for name, size in self._given.items():
             module = self._all[name]
             if sys.modules.get(name) is module and len(vars(module)) == size:
                 del sys.modules[name]
-            elif os.environ.get("ZDEBUG"):
-                print("kept", name, size, len(vars(module)), name in sys.modules)
-        if os.environ.get("ZDEBUG"):
-            print(len(sys.modules))
 
     def _unbind(self) -> None:
         """Take modules out of their packages where the import of the package alone would not have put them."""

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -90,8 +91,13 @@ class ZygoteProcess:
             streams: its standard input, output and error, or one terminal.
         """
         fields = {
-            "argv": argv, "env": env, "cwd": cwd, "terminal": terminal, "executable": executable(argv[0], env, cwd)
-        }  # fmt: skip
+            "argv": argv,
+            "env": env,
+            "cwd": cwd,
+            "terminal": terminal,
+            "executable": executable(argv[0], env, cwd),
+            "processes": resource.getrlimit(resource.RLIMIT_NPROC),  # the zygote's may be higher
+        }
         ours, theirs = socket.socketpair()
         with ours:
             request = os.memfd_create("request")

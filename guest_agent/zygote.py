@@ -27,7 +27,6 @@ import locale
 import mmap
 import os
 import resource
-import runpy
 import signal
 import socket
 import struct
@@ -40,7 +39,6 @@ from functools import partial
 from typing import Any
 
 from guest_agent.imports import Fresh, Recorder, Stash, file_of, stamp, stems
-from guest_agent.limits import PROCESSES
 from guest_agent.startup import Program, names_variables, program, python_path
 
 CLONE_PARENT, CLONE_CHILD_CLEARTID, CLONE_CHILD_SETTID = 0x8000, 0x200000, 0x1000000
@@ -151,10 +149,7 @@ def take_place(request: dict[str, Any], descriptors: list[int]) -> None:
     os.setsid()
     if request["terminal"]:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    # We may have a higher limit than programs, so that the first of many is forked when there are too many already.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
-    if 0 <= PROCESSES < hard:
-        resource.setrlimit(resource.RLIMIT_NPROC, (min(soft, PROCESSES), PROCESSES))
+    resource.setrlimit(resource.RLIMIT_NPROC, request["processes"])
 
 
 # -- the program at the bottom of the stack ------------------------------------------------------------------------
@@ -271,7 +266,7 @@ class Zygote:
         with open(script, "rb") as text:
             self._read_text(text.read())
         name = os.path.join(os.getcwd(), script.removeprefix("./"))
-        sys.path_importer_cache[script] = None
+        sys.path_importer_cache[name] = None
         return [os.path.dirname(os.path.realpath(script))], self._run_file(
             os.open(script, os.O_RDONLY | os.O_CLOEXEC), name
         )
@@ -296,21 +291,22 @@ class Zygote:
     # -- the end
 
     def _end(self, status: int) -> None:
-        """End as the interpreter does.
+        """Let the interpreter end with this status. It goes on to shut down when we return.
 
         The libraries of the zygote do not free their memory (`_exit`). One that the program has loaded may have
         something to do, as to write a file.
         """
-        leave = _libc._exit if libraries_loaded() == self._libraries else _libc.exit
-        vars(sys)["_last"] = Last(status, leave)
-        _python.Py_Exit(ctypes.c_int(status))
-
-    def _finish(self, failed: int) -> None:
-        """End after the program. SystemExit has ended it already. After KeyboardInterrupt the interpreter ends it."""
-        if not failed or getattr(sys, "last_type", None) is not KeyboardInterrupt:
-            self._end(int(failed != 0))
+        vars(sys)["_last"] = Last(status, _libc._exit if libraries_loaded() == self._libraries else _libc.exit)
         if "threading" in sys.modules:
             sys.modules["threading"]._shutdown()
+
+    def _finish(self, failed: int) -> None:
+        """End after the program. SystemExit has ended it already. After KeyboardInterrupt the interpreter does it."""
+        if failed and getattr(sys, "last_type", None) is KeyboardInterrupt:
+            if "threading" in sys.modules:
+                sys.modules["threading"]._shutdown()
+        else:
+            self._end(int(failed != 0))
 
     def _run_text(self, text: bytes) -> Callable[[], object]:
         """What runs `-c text`."""
@@ -328,6 +324,8 @@ class Zygote:
 
     def _run_module(self, name: str) -> None:
         """Run `-m name`, and end."""
+        import runpy  # as a program does
+
         status = 0
         try:
             runpy._run_module_as_main(name)  # type: ignore[attr-defined]
