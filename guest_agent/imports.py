@@ -11,14 +11,17 @@ This file imports only what every interpreter has imported when it starts, so th
 """
 
 import _frozen_importlib as bootstrap
-import _imp
 import _thread
 import _warnings
 import builtins
 import os
 import sys
 from _collections_abc import Callable, Container, Iterable, Iterator
+from _frozen_importlib_external import FileFinder, PathFinder
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # a fresh interpreter has not imported `typing`
+    from typing import Any
 Stamp = tuple[int, int, int]
 Call = tuple[Callable[..., object], tuple[object, ...], dict[str, object]]
 PACKAGE = "guest_agent"
@@ -55,24 +58,26 @@ class Fresh:
         self.path = sys.path[1:]  # the first is the way to our package
         self.meta_path = list(sys.meta_path)
         self.path_hooks = list(sys.path_hooks)
-        self.importers = {part for part in sys.path_importer_cache if not part.startswith(sys.path[0])}
-        self.filters = list(_warnings.filters)  # type: ignore[attr-defined]
+        self.importers = {
+            part for part in sys.path_importer_cache if not part.endswith(PACKAGE) and part != sys.path[0]
+        }
+        self.filters = list(_warnings.filters)
         self.environ = dict(os.environ)
-        self.main = {name for name in vars(sys.modules["__main__"]) if name.startswith("__")}
+        self.main = {name: value for name, value in vars(sys.modules["__main__"]).items() if name.startswith("__")}
 
 
 class Trace:
     """What one module did when it was imported, without what the modules did that it loaded.
 
-    `needs` are the modules that it asked for, or put into `sys.modules` by itself, in order.
+    `needs` are the modules that it asked for (True), or put into `sys.modules` by itself (False), in order.
     """
 
     def __init__(self) -> None:
-        self.needs: dict[str, None] = {}
+        self.needs: dict[str, bool] = {}
         self.reads: set[str] = set()
         self.environ: dict[str, str] = {}
-        self.filters: list[object] = []
-        self.finders: list[object] = []
+        self.filters: list[Any] = []
+        self.finders: list[Any] = []
         self.at_exit: list[Call] = []
 
     @property
@@ -91,23 +96,22 @@ class Recorder:
         self._undo: list[Callable[[], None]] = []
         import atexit  # built in, so it is no file; a fresh interpreter does not show it
 
-        find_and_load, load, register = bootstrap._find_and_load, bootstrap._find_and_load_unlocked, atexit.register  # type: ignore[attr-defined]
-        importing, get, list_names = builtins.__import__, os._Environ.__getitem__, os._Environ.__iter__
+        find_and_load, load = bootstrap._find_and_load, bootstrap._find_and_load_unlocked  # type: ignore[attr-defined]
+        resolve, package_of = bootstrap._resolve_name, bootstrap._calc___package__  # type: ignore[attr-defined]
+        register = atexit.register
+        importing, get = builtins.__import__, os._Environ.__getitem__
 
-        def recorded_import(  # type: ignore[no-untyped-def]
-            name, globals=None, locals=None, fromlist=(), level=0
-        ):
+        def recorded_import(name, globals=None, locals=None, fromlist=(), level=0):  # type: ignore[no-untyped-def]  # noqa: A002
             try:
-                whole = bootstrap._resolve_name(name, bootstrap._calc___package__(globals), level) if level else name  # type: ignore[attr-defined]
+                whole = resolve(name, package_of(globals), level) if level else name
             except ImportError:
                 return importing(name, globals, locals, fromlist, level)
             self._need(whole)
             module = importing(name, globals, locals, fromlist, level)
-            if fromlist:
-                names = getattr(module, "__all__", ()) if "*" in fromlist else fromlist
-                for each in names:
-                    if f"{whole}.{each}" in sys.modules:
-                        self._need(f"{whole}.{each}")
+            names = getattr(module, "__all__", ()) if "*" in (fromlist or ()) else fromlist
+            for each in names or ():
+                if f"{whole}.{each}" in sys.modules:
+                    self._need(f"{whole}.{each}")
             return module
 
         def recorded_find(name: str, import_: object) -> object:
@@ -156,11 +160,11 @@ class Recorder:
 
     def _need(self, name: str) -> None:
         if name != self._loading[-1]:
-            self._top.needs.setdefault(name)
+            self._top.needs.setdefault(name, True)
 
     def _state(self) -> None:
         self._environ = dict(os.environ._data)  # type: ignore[attr-defined]
-        self._filters = list(_warnings.filters)  # type: ignore[attr-defined]
+        self._filters = list(_warnings.filters)
         self._finders = list(sys.meta_path)
 
     def _attribute(self) -> None:
@@ -168,14 +172,14 @@ class Recorder:
         if len(sys.modules) != len(self._known):
             brought = [name for name in sys.modules if name not in self._known and name not in self._loading]
             if brought:
-                self._top.needs.update(dict.fromkeys(brought))
+                self._top.needs.update(dict.fromkeys(brought, False))
                 self._known.update(brought)
         environ, decode = os.environ._data, os.fsdecode  # type: ignore[attr-defined]
         if environ != self._environ:
             changed = {k: v for k, v in environ.items() if self._environ.get(k) != v}
             self._top.environ |= {decode(name): decode(value) for name, value in changed.items()}
-        if _warnings.filters != self._filters:  # type: ignore[attr-defined]
-            self._top.filters += [each for each in _warnings.filters if each not in self._filters]  # type: ignore[attr-defined]
+        if _warnings.filters != self._filters:
+            self._top.filters += [each for each in _warnings.filters if each not in self._filters]
         if sys.meta_path != self._finders:
             self._top.finders += [each for each in sys.meta_path if each not in self._finders]
         self._state()
@@ -192,7 +196,7 @@ class Stash:
     def __init__(self, fresh: Fresh, traces: dict[str, Trace]) -> None:
         self._fresh = fresh
         self._traces = traces
-        # The program's own module goes when the program ends, so nothing else may hold it.
+        # The program's own module is made for it, and goes when it ends.
         self._all = {
             name: module for name, module in sys.modules.items() if name.split(".")[0] not in (PACKAGE, "__main__")
         }
@@ -226,9 +230,8 @@ class Stash:
         tops = {name.partition(".")[0] for name in [*self._all, *(n for t in self._traces.values() for n in t.needs)]}
         tops |= {"sitecustomize", "usercustomize"}
         for part in changed:
-            before, listed = self._listings[part]
             new = stems(part)
-            if (new - listed) & tops:
+            if (new - self._listings[part][1]) & tops:
                 return False
             self._listings[part] = (stamp(part), new)
         return True
@@ -245,14 +248,13 @@ class Stash:
             sys.modules["weakref"].finalize._registered_with_atexit = False
         sys.modules.clear()
         sys.modules.update(fresh.modules)
-        del fresh.modules["__main__"]
         sys.path[:], sys.meta_path[:], sys.path_hooks[:] = fresh.path, fresh.meta_path, fresh.path_hooks
         for part in sys.path_importer_cache.keys() - fresh.importers:
             del sys.path_importer_cache[part]
         for finder in sys.path_importer_cache.values():
-            if finder is not None:
+            if isinstance(finder, FileFinder):
                 finder.invalidate_caches()
-        _warnings.filters[:] = fresh.filters  # type: ignore[attr-defined]
+        _warnings.filters[:] = fresh.filters
         _warnings._filters_mutated()  # type: ignore[attr-defined]
         stash = self
         manager = bootstrap._ModuleLockManager  # type: ignore[attr-defined]
@@ -285,8 +287,7 @@ class Stash:
         """
         order: list[str] = []
         seen: set[str] = set()
-        path: list[tuple[str, Iterator[str]]] = [(name, self._asks(name))]
-        seen.add(name)
+        path = [("", self._with_packages(name))]
         while path:
             current, rest = path[-1]
             for each in rest:
@@ -297,19 +298,23 @@ class Stash:
             else:
                 order.append(current)
                 path.pop()
-        return order
+        return order[:-1]
+
+    def _with_packages(self, name: str) -> Iterator[str]:
+        at = name.find(".")
+        while at > 0:
+            yield name[:at]
+            at = name.find(".", at + 1)
+        yield name
 
     def _asks(self, name: str) -> Iterator[str]:
-        parent = name.rpartition(".")[0]
-        if parent:
-            yield parent
+        """The modules that the import of this one asks for."""
         if name in self._traces:
-            for each in self._traces[name].needs:
-                at = each.find(".")
-                while at > 0:
-                    yield each[:at]
-                    at = each.find(".", at + 1)
-                yield each
+            for each, is_asked in self._traces[name].needs.items():
+                if is_asked:
+                    yield from self._with_packages(each)
+                else:
+                    yield each
 
     def _wrong(self, order: list[str]) -> set[str]:
         """The modules among them that an import would not find as they are, or that would come out otherwise."""
@@ -345,8 +350,7 @@ class Stash:
             elif os.path.isdir(part or "."):
                 found |= stems(part) & set(tops)
             elif os.path.exists(part):
-                finder = sys.path_importer_cache.get(part) or next(iter(sys.path_hooks))(part)
-                found |= {top for top in tops if finder and finder.find_spec(top) is not None}
+                found |= {top for top in tops if PathFinder.find_spec(top, [part]) is not None}
         for finder in sys.meta_path:
             if finder not in self._finders:
                 found |= {top for top in tops if finder.find_spec(top, None) is not None}
@@ -359,7 +363,7 @@ class Stash:
         """
         needed_by: dict[str, list[str]] = {}
         for name in self._left:
-            for each in self._asks(name):
+            for each in (*self._with_packages(name), *self._asks(name)):
                 needed_by.setdefault(each, []).append(name)
         left = list(wrong)
         while left:
@@ -385,7 +389,7 @@ class Stash:
         os.environ.update(trace.environ)
         if trace.filters:
             for item in reversed(trace.filters):
-                _warnings.filters.insert(0, item)  # type: ignore[attr-defined]
+                _warnings.filters.insert(0, item)
             _warnings._filters_mutated()  # type: ignore[attr-defined]
         sys.meta_path += trace.finders
         self._finders += trace.finders

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from importlib import invalidate_caches
 from importlib.machinery import PathFinder
 
+from guest_agent.imports import file_of, stamp
+
 INLINE = "module://matplotlib_inline.backend_inline"
 READ_ONCE = re.compile(
     # Python. PYTHONPATH and PYTHONDONTWRITEBYTECODE are read again. Four change nothing in a kernel: its output goes
@@ -33,8 +35,6 @@ READ_ONCE = re.compile(
 LOCALES = ("C.UTF-8", "en_US.UTF-8")
 TAKEN_ON = {"MPLBACKEND": ("agg", "Agg", INLINE), "LANG": LOCALES, "LC_ALL": LOCALES, "LC_CTYPE": LOCALES}
 """Values that a fork can take on, though it can't take on every value."""
-
-Stamp = tuple[int, int, int]
 
 
 def read_once(env: dict[str, str]) -> dict[str, str]:
@@ -130,8 +130,8 @@ class Imported:
     """
 
     def __init__(self, unasked: Iterable[str]) -> None:
-        files = {name: file for name, module in list(sys.modules.items()) if (file := _file(module))}
-        self._stamps = {file: _stamp(file) for file in files.values()}
+        files = {name: file for name, module in list(sys.modules.items()) if (file := file_of(module))}
+        self._stamps = {file: stamp(file) for file in files.values()}
         self._firsts = {name: files[name] for name in files.keys() - set(unasked) if "." not in name}
 
     def are_current(self, path: list[str], directory: str) -> bool:
@@ -142,7 +142,7 @@ class Imported:
         """
         at = next((at for at, part in enumerate(path) if part.endswith("-packages")), 0)
         path = [*path[:at], directory, *path[at:]]
-        if any(_stamp(file) != stamp for file, stamp in self._stamps.items()):
+        if any(stamp(file) != before for file, before in self._stamps.items()):
             return False
         invalidate_caches()
         for name, file in self._firsts.items():
@@ -150,17 +150,3 @@ class Imported:
             if spec is not None and spec.origin != file:  # None: it was put into sys.modules by another module
                 return False
         return True
-
-
-def _file(module: object) -> str:
-    file = getattr(module, "__dict__", {}).get("__file__")  # no getattr, because lazy modules would import themselves
-    return file if isinstance(file, str) else ""
-
-
-def _stamp(file: str) -> Stamp | None:
-    """None if there is no such file."""
-    try:
-        found = os.stat(file)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_ctime_ns, found.st_size

@@ -48,6 +48,8 @@ IGNORE_COOKIE = 0x0200
 """The compiler's flag for `-c`, whose text is UTF-8 whatever a comment in it says."""
 NO_BYTECODE = 4
 """The place of that flag in `sys.flags`."""
+CALLS_BELOW = 2
+"""How deep in calls the interpreter believes to be when the program begins. It shall have as many as any."""
 OF_KERNELS = ("matplotlib_inline",)
 """Packages that a template names for its kernels. They import IPython, which no program needs."""
 
@@ -164,6 +166,8 @@ class Bottom:
     @property
     def _shutdown(self) -> Callable[[], object]:
         del sys.modules["threading"]
+        for _ in range(CALLS_BELOW):
+            _python.Py_LeaveRecursiveCall()
         return self._run
 
 
@@ -173,7 +177,7 @@ class Last:
     The interpreter would go on to take itself apart, and would write to each page that it shares with the zygote.
     """
 
-    def __init__(self, status: int, leave: Callable[[int], object]) -> None:
+    def __init__(self, status: int, leave: Callable[..., object]) -> None:
         self._status = ctypes.c_int(status)
         self._leave = leave
 
@@ -190,15 +194,15 @@ class Last:
 
 def libraries_loaded() -> int:
     """The number of shared libraries that this process has ever loaded, counted by the loader."""
-    counts = []
+    counts: list[int] = []
 
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_uint64), ctypes.c_size_t, ctypes.c_void_p)
     def take(info: Any, size: int, data: object) -> int:
         counts.append(info[4])  # dlpi_adds
-        return 1
+        return 1  # enough
 
-    _libc.dl_iterate_phdr(take, None)
-    return int(counts[0])
+    kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_uint64), ctypes.c_size_t, ctypes.c_void_p)
+    _libc.dl_iterate_phdr(kind(take), None)
+    return counts[0]
 
 
 class Zygote:
@@ -242,8 +246,9 @@ class Zygote:
     def _prepared(self, program: Program) -> tuple[list[str], Callable[[], object]]:
         """What comes first in `sys.path`, and what runs the program."""
         if program.kind == "command":
-            self._read_text(text := program.what.encode())
-            return [""], self._run_text(text)
+            command = program.what.encode()
+            self._read_text(command)
+            return [""], self._run_text(command)
         if program.kind == "module":
             return [os.getcwd()], partial(self._run_module, program.what)
         if program.kind == "stdin":
@@ -265,7 +270,7 @@ class Zygote:
             raise NotHere("it is an archive")
         with open(script, "rb") as text:
             self._read_text(text.read())
-        name = os.path.join(os.getcwd(), script.removeprefix("./"))
+        name = os.path.join(os.getcwd(), script)
         sys.path_importer_cache[name] = None
         return [os.path.dirname(os.path.realpath(script))], self._run_file(
             os.open(script, os.O_RDONLY | os.O_CLOEXEC), name
@@ -278,11 +283,12 @@ class Zygote:
     def _set_sys(self, request: dict[str, Any], program: Program) -> None:
         sys.argv = list(program.argv)
         sys.orig_argv = request["argv"]
-        sys.executable = request["executable"]
-        home = os.path.dirname(sys._base_executable)  # type: ignore[attr-defined]
-        base = os.path.join(home, os.path.basename(sys.executable))
-        if os.path.isfile(base):
-            sys._base_executable = base  # type: ignore[attr-defined]
+        base = sys._base_executable  # type: ignore[attr-defined]
+        if base != os.path.realpath(sys.executable):  # in early versions of 3.11 it has the name that was called
+            base = os.path.join(os.path.dirname(base), os.path.basename(request["executable"]))
+        sys.executable, sys._base_executable = request["executable"], base  # type: ignore[attr-defined]
+        main = sys.modules["__main__"] = type(sys)("__main__")  # a new one, which the collector of garbage sees
+        vars(main).update({**self._fresh.main, "__annotations__": {}})
         if program.no_bytecode:
             sys.dont_write_bytecode = True
             place, one = ctypes.c_ssize_t(NO_BYTECODE), ctypes.py_object(1)
@@ -290,23 +296,22 @@ class Zygote:
 
     # -- the end
 
-    def _end(self, status: int) -> None:
+    def _end(self, status: int, error: type[BaseException] | None = None) -> None:
         """Let the interpreter end with this status. It goes on to shut down when we return.
 
         The libraries of the zygote do not free their memory (`_exit`). One that the program has loaded may have
         something to do, as to write a file.
         """
-        vars(sys)["_last"] = Last(status, _libc._exit if libraries_loaded() == self._libraries else _libc.exit)
+        leave = _libc._exit if libraries_loaded() == self._libraries else _libc.exit
+        if error is KeyboardInterrupt:  # the shell shall see that it was interrupted
+            status, leave = signal.SIGINT, _libc["raise"]
+        vars(sys)["_last"] = Last(status, leave)
         if "threading" in sys.modules:
             sys.modules["threading"]._shutdown()
 
     def _finish(self, failed: int) -> None:
-        """End after the program. SystemExit has ended it already. After KeyboardInterrupt the interpreter does it."""
-        if failed and getattr(sys, "last_type", None) is KeyboardInterrupt:
-            if "threading" in sys.modules:
-                sys.modules["threading"]._shutdown()
-        else:
-            self._end(int(failed != 0))
+        """End after the program. SystemExit has ended it already."""
+        self._end(int(failed != 0), getattr(sys, "last_type", None) if failed else None)
 
     def _run_text(self, text: bytes) -> Callable[[], object]:
         """What runs `-c text`."""
@@ -326,7 +331,7 @@ class Zygote:
         """Run `-m name`, and end."""
         import runpy  # as a program does
 
-        status = 0
+        status, kind = 0, None
         try:
             runpy._run_module_as_main(name)  # type: ignore[attr-defined]
         except SystemExit as stop:
@@ -336,12 +341,12 @@ class Zygote:
                 print(stop.code, file=sys.stderr)
                 status = 1
         except BaseException as error:  # noqa: BLE001  the interpreter shows any
-            assert error.__traceback__ is not None
-            error.__traceback__ = error.__traceback__.tb_next  # our own frame
+            if error.__traceback__ is not None:
+                error.__traceback__ = error.__traceback__.tb_next  # the first is our own frame
             sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
             sys.excepthook(sys.last_type, error, sys.last_traceback)
-            status = 1
-        self._end(status)
+            status, kind = 1, type(error)
+        self._end(status, kind)
 
 
 def be(zygote: Zygote, request: dict[str, Any], descriptors: list[int]) -> None:
@@ -355,11 +360,9 @@ def be(zygote: Zygote, request: dict[str, Any], descriptors: list[int]) -> None:
             raise NotHere("its arguments are not known")
         zygote.become(request, chosen)
     except Exception:  # noqa: BLE001  whatever it is, the interpreter itself can do it
-        if os.environ.get("ZDEBUG"):
-            __import__("traceback").print_exc()
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # the interpreter ignores them
             signal.signal(number, signal.SIG_DFL)
-        os.execve(request["executable"], request["argv"], request["env"])
+        os.execve(request["executable"], request["argv"], request["env"])  # noqa: S606  no shell is wanted
 
 
 def serve(fd: int, modules: list[str], fresh: Fresh, recorder: Recorder) -> None:
@@ -376,9 +379,7 @@ def serve(fd: int, modules: list[str], fresh: Fresh, recorder: Recorder) -> None
     zygote = Zygote(fresh, stash)
     stash.on_arrival["numpy.random"] = lambda module: module.seed(list(os.urandom(32)))
     stash.open()
-    main = vars(sys.modules["__main__"])
-    for name in main.keys() - fresh.main:
-        del main[name]
+    stash.on_arrival["threading"] = lambda module: module.main_thread()._set_native_id()  # no fork does it
     keep(zygote)
     gc.collect()
     gc.freeze()

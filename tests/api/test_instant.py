@@ -142,7 +142,7 @@ PROGRAMS = [
     "import importlib; print(importlib.import_module('xml.dom.minidom').__name__)",
     "import xml.dom.minidom as m, xml; print(m is xml.dom.minidom, xml.dom.minidom.parseString('<a/>').toxml())",
     "import sys\nclass F:\n    def find_spec(self, name, path, target=None): print('asked', name); return None\nsys.meta_path.insert(0, F())\nimport colorsys",
-    "import builtins\nwas = builtins.__import__\nbuiltins.__import__ = lambda n, *a: (print(n), was(n, *a))[1]\nimport json, colorsys",
+    "import builtins\nwas = builtins.__import__\nbuiltins.__import__ = lambda n, *a: (print(n), was(n, *a))[1]\nimport colorsys",
     "import pickle, decimal, collections\nprint(pickle.loads(pickle.dumps(decimal.Decimal(1))), collections.__all__)",
     "import os\nos.environ['A'] = 'b'; os.system('echo $A')",
     "import time, os\nos.environ['TZ'] = 'Asia/Tokyo'; time.tzset(); print(time.tzname)",
@@ -168,7 +168,10 @@ PROGRAMS = [
 MODES: list[tuple[list[str], str]] = [
     (["python", "-c", "import sys; print(sys.argv, sys.orig_argv, sys.executable)", "-c", "x"], ""),
     (["python3.11", "-c", "import sys; print(sys.orig_argv, sys.executable, sys._base_executable)"], ""),
-    (["python3", "-uc", "import sys; print(sys.stdout.line_buffering, sys.stdout.write_through, sys.stdout.buffer)"], ""),
+    (
+        ["python3", "-uc", "import sys; print(sys.stdout.line_buffering, sys.stdout.write_through, sys.stdout.buffer)"],
+        "",
+    ),
     (["python3", "-u", "-B", "-c", "import sys; print(sys.flags, sys.dont_write_bytecode, sys.stderr.buffer)"], ""),
     (["python3", "-Bcprint(1)", "a"], ""),
     (["python3", "script.py", "a", "-c"], ""),
