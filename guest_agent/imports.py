@@ -43,9 +43,10 @@ def stamp(file: str) -> Stamp | None:
 
 
 def stems(directory: str) -> frozenset[str]:
-    """The names of top-level modules that a directory may have."""
+    """The names of top-level modules that a directory may have, and of its files that extend `sys.path`."""
     try:
-        return frozenset(name.partition(".")[0] for name in os.listdir(directory or "."))
+        names = os.listdir(directory or ".")
+        return frozenset(name if name.endswith(".pth") else name.partition(".")[0] for name in names)
     except OSError:
         return frozenset()
 
@@ -231,7 +232,8 @@ class Stash:
         tops |= {"sitecustomize", "usercustomize"}
         for part in changed:
             new = stems(part)
-            if (new - self._listings[part][1]) & tops:
+            added = new - self._listings[part][1]
+            if added & tops or any(name.endswith(".pth") for name in added):
                 return False
             self._listings[part] = (stamp(part), new)
         return True

@@ -148,7 +148,6 @@ def take_place(request: dict[str, Any], descriptors: list[int]) -> None:
         os.dup2(descriptor, number)
     os.closerange(3, 1024)
     os.chdir(request["cwd"])
-    os.setsid()
     if request["terminal"]:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     resource.setrlimit(resource.RLIMIT_NPROC, request["processes"])
@@ -352,6 +351,7 @@ class Zygote:
 def be(zygote: Zygote, request: dict[str, Any], descriptors: list[int]) -> None:
     """Be the program that is asked for: by `become`, or else by `execve`."""
     *streams, told = descriptors
+    os.setsid()  # before anybody can know the group and kill it
     os.write(told, str(os.getpid()).encode())
     try:
         take_place(request, streams)

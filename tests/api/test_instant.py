@@ -4,7 +4,6 @@ Every program runs twice: as a fork, and with the switch that turns forks off. O
 """
 
 import asyncio
-import json
 import os
 import re
 import shutil
@@ -19,8 +18,9 @@ from typing import Any
 import pytest
 
 from kernel_gateway.drivers.unisolated import Unisolated
+from tests.api.test_commands import attached, record, start, write
 from tests.api.test_fresh_kernel import venv_with
-from tests.fakes import Service, eventually, serving
+from tests.fakes import Service, serving
 
 WARM = (
     "json asyncio logging.handlers unittest.mock decimal sqlite3 multiprocessing.pool concurrent.futures email.message "
@@ -273,8 +273,9 @@ class Forking:
 
     async def is_fork(self, *argv: str, **env: str) -> bool:
         answer = await self.service.run(self.box, *(argv or ("python3",)), "-c", IS_FORK, envVars=env)
-        assert answer["stdout"] in ("True\n", "False\n"), answer
-        return str(answer["stdout"]) == "True\n"
+        (*_, last) = answer["stdout"].splitlines()
+        assert last in ("True", "False"), answer
+        return str(last) == "True"
 
     async def ready(self) -> None:
         """Wait until there is a zygote. The first command that could use one starts it."""
@@ -362,3 +363,158 @@ async def test_they_are_forks(forking: Forking) -> None:
         assert not await forking.is_fork(*argv), argv
     for env in ({SWITCH: "0"}, {"PYTHONHASHSEED": "1"}, {"LC_ALL": "C"}, {"OMP_NUM_THREADS": "1"}):
         assert not await forking.is_fork(**env), env
+
+
+# -- terminals, groups, the zygote's end, pairs
+
+
+async def test_a_terminal(forking: Forking) -> None:
+    """A program with a terminal owns it, is interrupted by its keys, and is line buffered."""
+    code = "import os, sys\nprint(sys.stdout.line_buffering, os.tcgetpgrp(0) == os.getpid(), os.ttyname(0), os.environ['TERM'])"
+    for fork in (False, True):
+        made = await start(
+            forking.service, forking.box, "python3", "-c", f"{code}\n{IS_FORK}\ninput('? ')",
+            pty={"cols": 80, "rows": 24}, envVars={SWITCH: "yes" if fork else "0"},
+        )  # fmt: skip
+        async with attached(forking.service, forking.box, made["pid"]) as follower:
+            shown = await follower.until(r"\? ")
+            assert shown.startswith("True True /dev/pts/")
+            assert f"xterm-256color\r\n{fork}" in shown
+            assert await write(forking.service, forking.box, made["pid"], "\x03") == 204
+            await follower.end()
+        ended = await record(forking.service, forking.box, made["pid"])
+        assert (ended["exitCode"], ended["signal"]) == (130, 2)
+
+
+async def test_a_timeout_ends_the_group(forking: Forking) -> None:
+    """A fork has a process group of its own, which a timeout ends."""
+    code = "import os, time\nif os.fork(): print(os.getpgrp() == os.getpid(), flush=True)\ntime.sleep(60)"
+    answer = await forking.service.run(forking.box, "python3", "-c", code, timeout=1)
+    assert (answer["stdout"], answer["exitCode"], answer["timedOut"]) == ("True\n", 124, True)
+
+
+async def test_killed_while_it_starts(forking: Forking) -> None:
+    """A command that is killed at once ends, and leaves no process."""
+    for _ in range(10):
+        answer = await forking.service.run(forking.box, "python3", "-c", "import time; time.sleep(60)", timeout=0.001)
+        assert answer["timedOut"], answer
+    assert await forking.is_fork()
+
+
+async def test_many_at_once(forking: Forking) -> None:
+    """Programs that start at the same moment do not mix, and share no random state."""
+    code = "import random, sys; print(sys.argv[1], sys.stdin.read(), random.random(), file=sys.stderr)"
+    answers = await asyncio.gather(
+        *(forking.service.run(forking.box, "python3", "-c", code, str(n), stdin=f"in {n}") for n in range(12))
+    )
+    texts = [answer["stderr"].split() for answer in answers]
+    assert [text[:3] for text in texts] == [[str(n), "in", str(n)] for n in range(12)]
+    assert len({text[3] for text in texts}) == 12
+
+
+async def zygote(forking: Forking) -> int:
+    """The zygote's process id, which a program finds as anybody could."""
+    code = (
+        "import os\nfor pid in filter(str.isdigit, os.listdir('/proc')):\n    try:\n"
+        "        text, stat = open(f'/proc/{pid}/cmdline').read(), open(f'/proc/{pid}/stat').read()\n"
+        "    except OSError: continue\n"
+        "    if 'guest_agent.imports' in text and pid != str(os.getpid()) and stat.rpartition(')')[2].split()[1] == str(os.getppid()): print(pid)"
+    )
+    answer = await forking.service.run(forking.box, "python3", "-c", code, envVars={SWITCH: "0"})
+    return int(answer["stdout"])
+
+
+async def test_a_killed_zygote_costs_speed(forking: Forking) -> None:
+    """Programs that run go on and are told about, the next one runs, and later ones are forks again."""
+    running = asyncio.create_task(
+        forking.service.run(forking.box, "python3", "-c", "import time, sys; time.sleep(1); sys.exit(7)")
+    )
+    await asyncio.sleep(0.3)
+    os.kill(await zygote(forking), signal.SIGKILL)
+    assert not await forking.is_fork()
+    assert (await running)["exitCode"] == 7
+    await forking.ready()
+
+
+async def test_a_stopped_zygote_costs_seconds(forking: Forking) -> None:
+    """A zygote that does not answer is given up, and the program runs once."""
+    os.kill(await zygote(forking), signal.SIGSTOP)
+    begun = time.monotonic()
+    answers = await asyncio.gather(
+        *(forking.service.run(forking.box, "python3", "-c", "print('ran')", timeout=20) for _ in range(2))
+    )
+    assert [answer["stdout"] for answer in answers] == ["ran\n"] * 2
+    assert time.monotonic() - begun < 12
+    await forking.ready()
+
+
+# -- packages that change
+
+COLOUR = "import colour.names; print(colour.VERSION, colour.names.RED)"
+
+
+@pytest.fixture
+async def changing(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[Forking, Path]]:
+    """A sandbox whose zygote has imported `colour`, and its site-packages."""
+    directory = tmp_path_factory.mktemp("changing")
+    packages = venv_with(directory / "venv")
+    argv = [str(directory / "venv/bin/python3"), "-m", "guest_agent"]
+    driver = Unisolated(directory, argv, warm={"code_interpreter": ["colour.names"]})
+    async with serving(directory, driver) as running:
+        box = await running.create()
+        found = Forking(running, box, Path(running.sandboxes.get(running.owner, box).guest.home))
+        await found.ready()
+        assert (await found.run(["python3", "-c", COLOUR], True))["stdout"] == "1 red\n"
+        yield found, packages
+
+
+def rename(packages: Path, home: Path) -> None:
+    (packages / "colour").rename(packages / "color")
+
+
+def replace(packages: Path, home: Path) -> None:
+    """As pip does: the old package goes, a new one and its metadata come."""
+    shutil.rmtree(packages / "colour")
+    (packages / "colour").mkdir()
+    (packages / "colour/__init__.py").write_text("VERSION = 2\n")
+    (packages / "colour/names.py").write_text("RED = 'rouge'\n")
+    (packages / "colour-2.dist-info").mkdir()
+
+
+def append(file: Path, text: str) -> None:
+    file.write_text(file.read_text() + text)
+
+
+CHANGES: dict[str, Callable[[Path, Path], object]] = {
+    "replaced": replace,
+    "removed": rename,
+    "edited": lambda packages, _: (packages / "colour/names.py").write_text("RED = 'crimson'\n"),
+    "edited package": lambda packages, _: (packages / "colour/__init__.py").write_text("VERSION = 22\n"),
+    "sitecustomize": lambda packages, _: (packages / "sitecustomize.py").write_text("print('customized')\n"),
+    "pth": lambda packages, _: (packages / "new.pth").write_text("import sys; print('path')\n"),
+    "edited pth": lambda packages, _: append(packages / "all.pth", "import sys; print('more')\n"),
+    "another module": lambda packages, _: (packages / "other.py").write_text(""),
+    "a module of the user's": lambda _, home: (home / "colour.py").write_text("VERSION = 'mine'"),
+    "configuration": lambda packages, _: append(packages.parents[2] / "pyvenv.cfg", "\n# changed\n"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+async def test_changes(changing: tuple[Forking, Path], change: str) -> None:
+    """The next process sees what has changed among its packages."""
+    forking, packages = changing
+    CHANGES[change](packages, forking.home)
+    for _ in range(2):
+        await forking.both(["python3", "-c", COLOUR])
+    await forking.ready()  # with what is there now
+    await forking.both(["python3", "-c", COLOUR])
+
+
+async def test_a_change_while_a_program_runs(changing: tuple[Forking, Path]) -> None:
+    """A program that has not imported a package yet gets the new one."""
+    forking, packages = changing
+    code = f"import time\ntime.sleep(1)\n{COLOUR}\n{IS_FORK}"
+    running = asyncio.create_task(forking.service.run(forking.box, "python3", "-c", code))
+    await asyncio.sleep(0.5)
+    replace(packages, forking.home)
+    assert (await running)["stdout"] == "2 rouge\nTrue\n"
