@@ -258,7 +258,9 @@ async def connect(call: Call, body: Connect) -> SandboxModel:
 
 async def set_timeout(call: Call, body: SetTimeout) -> None:
     """Let the sandbox end that many seconds from now."""
-    call.sandbox.set_timeout(body.timeout)
+    sandbox = call.sandbox
+    sandbox.set_timeout(body.timeout)
+    call.sandboxes.changed(sandbox, {"reason": "timeout", "endAt": rfc3339(sandbox.ends_at)})
 
 
 async def refresh(call: Call, body: Refresh) -> None:
@@ -270,7 +272,7 @@ async def later(call: Call) -> None:
     """Not offered yet."""
     if "id" in call.path:
         _ = call.sandbox  # an id that is not yours is 404 here too
-    raise Unavailable("this server does not offer pause, resume, events and webhooks yet")
+    raise Unavailable("this server does not offer pause and resume yet")
 
 
 # -- the network

@@ -34,8 +34,9 @@ BACKOFF = (1.0, 60.0)
 SCHEMA = (
     "CREATE TABLE events ("
     " seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, sandbox TEXT NOT NULL,"
-    " template TEXT NOT NULL, type TEXT NOT NULL, data TEXT NOT NULL, created REAL NOT NULL) STRICT",
-    "CREATE INDEX events_of_owner ON events (owner, seq)",
+    " template TEXT NOT NULL, type TEXT NOT NULL, data TEXT NOT NULL, created REAL NOT NULL,"
+    " number INTEGER NOT NULL) STRICT",
+    "CREATE INDEX events_of_owner ON events (owner, number)",
     "CREATE INDEX events_of_sandbox ON events (sandbox, seq)",
     "CREATE TABLE webhooks ("
     " id TEXT PRIMARY KEY, owner TEXT NOT NULL, name TEXT NOT NULL, url TEXT NOT NULL, types TEXT NOT NULL,"
@@ -55,9 +56,10 @@ NONE: Mapping[str, object] = {}
 
 
 class Event(NamedTuple):
-    """A fact about a sandbox. `seq` is its place among all events of the server, 0 until it is written.
+    """A fact about a sandbox. `created` is in seconds since 1970, `data` is a JSON object.
 
-    `created` is in seconds since 1970, `data` is a JSON object.
+    `seq` is its place among all events of the server, and `number` its place among its owner's, which are none of the
+    others' business. Both are 0 until it is written.
     """
 
     seq: int
@@ -68,6 +70,7 @@ class Event(NamedTuple):
     type: str
     data: str
     created: float
+    number: int = 0
 
 
 class Webhook(NamedTuple):
@@ -117,9 +120,10 @@ def record(db: sqlite3.Connection, events: Iterable[Event]) -> None:
     """Write events, each into the outbox of the webhooks that want it. The caller has begun a transaction."""
     for each in events:
         written = db.execute(
-            "INSERT INTO events (id, owner, sandbox, template, type, data, created) VALUES (?, ?, ?, ?, ?, ?, ?)"
+            "INSERT INTO events (id, owner, sandbox, template, type, data, created, number) VALUES"
+            " (?1, ?2, ?3, ?4, ?5, ?6, ?7, (SELECT coalesce(max(number), 0) + 1 FROM events WHERE owner = ?2))"
             " ON CONFLICT (id) DO NOTHING",
-            each[1:],
+            each[1:-1],
         )
         if not written.rowcount:
             continue
@@ -175,22 +179,22 @@ def events(
     Args:
         sandbox, template: of these alone, unless they are empty.
         types: of these types alone, unless there are none.
-        after: those with a greater `seq`.
+        after: those with a greater `number`.
     """
     wanted = json.dumps([*types])
     direction = "ASC" if oldest_first else "DESC"
     query = (
-        "SELECT * FROM events WHERE owner = ?1 AND seq > ?2 AND (?3 = '' OR template = ?3)"  # noqa: S608  no values in it
+        "SELECT * FROM events WHERE owner = ?1 AND number > ?2 AND (?3 = '' OR template = ?3)"  # noqa: S608  no values in it
         " AND (?4 = '[]' OR type IN (SELECT value FROM json_each(?4)))"
-        f" {'AND sandbox = ?7' if sandbox else ''} ORDER BY seq {direction} LIMIT ?5 OFFSET ?6"
+        f" {'AND sandbox = ?7' if sandbox else ''} ORDER BY number {direction} LIMIT ?5 OFFSET ?6"
     )
     values = (owner, after, template, wanted, limit, offset, *([sandbox] if sandbox else []))
     return [Event(*row) for row in db.execute(query, values)]
 
 
-def last_seq(db: sqlite3.Connection) -> int:
-    """The place of the newest event of all."""
-    return int(db.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
+def last_number(db: sqlite3.Connection, owner: str) -> int:
+    """The number of an owner's newest event."""
+    return int(db.execute("SELECT coalesce(max(number), 0) FROM events WHERE owner = ?", (owner,)).fetchone()[0])
 
 
 def webhooks(db: sqlite3.Connection, owner: str) -> list[Webhook]:
@@ -210,18 +214,22 @@ def deliveries(db: sqlite3.Connection, webhook: str, limit: int) -> list[tuple[D
 
 
 def due(
-    db: sqlite3.Connection, now: float, limit: int, busy: Iterable[tuple[str, str]] = ()
+    db: sqlite3.Connection, now: float, limit: int, busy: Iterable[tuple[str, str]], full: Iterable[str]
 ) -> list[tuple[Delivery, Event, Webhook]]:
-    """The first event of each lane whose time has come.
+    """The first event of each lane whose time has come, `limit` of them at most.
 
     Args:
         busy: lanes whose event is on its way already.
+        full: webhooks whose lanes must wait.
     """
-    found = []
-    lanes = "SELECT webhook, sandbox FROM lanes WHERE due <= ? ORDER BY due LIMIT ?"
+    found: list[tuple[Delivery, Event, Webhook]] = []
+    lanes = (
+        "SELECT webhook, sandbox FROM lanes"
+        " WHERE due <= ? AND webhook NOT IN (SELECT value FROM json_each(?)) ORDER BY due LIMIT ?"
+    )
     width, second = len(Delivery._fields), len(Delivery._fields) + len(Event._fields)
     taken = set(busy)
-    for lane in db.execute(lanes, (now, limit + len(taken))).fetchall():
+    for lane in db.execute(lanes, (now, json.dumps([*full]), limit + len(taken))).fetchall():
         if lane in taken:
             continue
         row = db.execute(
@@ -268,14 +276,14 @@ def remove(db: sqlite3.Connection, owner: str, webhook: str = "") -> bool:
     return bool(found)
 
 
-def tried(db: sqlite3.Connection, delivery: Delivery, status: int | None, error: str | None) -> None:
-    """Take note of an attempt.
+def tried(db: sqlite3.Connection, delivery: Delivery, status: int | None, error: str | None, now: float) -> None:
+    """Take note of an attempt at this moment.
 
     Args:
         status: the answer's; None without one.
         error: what went wrong; None if the receiver has the event.
     """
-    now, lane = time.time(), (delivery.webhook, delivery.sandbox)
+    lane = (delivery.webhook, delivery.sandbox)
     db.execute(
         "UPDATE deliveries SET attempts = attempts + 1, status = ?, error = ?, ended = ? WHERE webhook = ? AND seq = ?",
         (status, error, None if error else now, delivery.webhook, delivery.seq),

@@ -352,7 +352,7 @@ class Store:
     # -- events and webhooks; `outbox` has the statements
 
     async def read(self, query: Callable[..., T], *arguments: object, **options: object) -> T:
-        """The result of one of `outbox`'s look-ups, made outside of the event loop, because there may be many events."""
+        """The result of one of `outbox`'s look-ups, made outside of the event loop, because events may be many."""
         return await asyncio.get_running_loop().run_in_executor(
             self._thread, lambda: query(self._writing_db, *arguments, **options)
         )
