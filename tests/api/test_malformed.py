@@ -34,6 +34,13 @@ VALID: dict[str, dict[str, object]] = {
     "SetTimeout": {"timeout": 60},
     "Connect": {"timeout": 60},
     "Refresh": {"duration": 60},
+    "WebhookBody": {
+        "name": "a",
+        "url": "https://example.com/",
+        "signatureSecret": "s",
+        "resourceType": "sandbox",
+        "events": ["sandbox.lifecycle.killed"],
+    },
     "RunProcess": {"cmd": "true", "args": ["a"], "envVars": {"A": "b"}, "cwd": "/tmp", "timeout": 5, "stdin": "x"},
     "StartCommand": {
         "cmd": "true",
