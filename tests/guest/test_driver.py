@@ -89,7 +89,7 @@ class Bench:
         path = tmp_path / "state"
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            await self.driver.save(vm, fd)
+            await self.driver.save_template(vm, fd)
         finally:
             os.close(fd)
         state = self.file("state", path.read_bytes()[:kept])

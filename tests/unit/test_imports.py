@@ -151,7 +151,8 @@ def test_the_api_knows_only_policies_of_the_network(name: str) -> None:
 @pytest.mark.parametrize("name", below("kernel_gateway.drivers"))
 def test_drivers_know_nothing_above_them(name: str) -> None:
     """A driver knows snapshots and other driver modules, but no sandboxes, no HTTP and no kernel."""
-    allowed = ("kernel_gateway.drivers", "kernel_gateway.images.snapshot")
+    allowed = ("kernel_gateway.drivers", "kernel_gateway.images.snapshot", "kernel_gateway.images.cache")
+    allowed += ("kernel_gateway.private",)
     assert all(each.startswith(allowed) for each in ours(name)), ours(name)
 
 
