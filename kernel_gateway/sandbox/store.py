@@ -41,6 +41,7 @@ SCHEMA = (
         "ALTER TABLE keys ADD COLUMN scope TEXT NOT NULL DEFAULT ''",
         "UPDATE keys SET id = owner",
     ),
+    ("ALTER TABLE sandboxes ADD COLUMN paused TEXT",),
 )
 """What makes each version of the database from the one before."""
 KEPT_DAYS = 30
@@ -226,7 +227,9 @@ class Store:
     def ended_since(self, owner: str, moment: float) -> list[Entry]:
         """The owner's sandboxes that ended after `moment`, but not by a request, the last one first."""
         rows = self._db.execute(
-            "SELECT * FROM sandboxes WHERE owner = ? AND ended > ? ORDER BY ended DESC LIMIT ?", (owner, moment, LISTED)
+            "SELECT id, owner, template, created, ended, reason FROM sandboxes"
+            " WHERE owner = ? AND ended > ? ORDER BY ended DESC LIMIT ?",
+            (owner, moment, LISTED),
         )
         entries = {entry.id: entry for entry in (Entry(*row) for row in rows)} | self._unwritten
         found = [
@@ -240,14 +243,32 @@ class Store:
         """Close the entries that an earlier server left open, and return how many there were. Forget old ones."""
         old = time.time() - KEPT_DAYS * 24 * 3600
         self._db.execute("DELETE FROM sandboxes WHERE ended < ?", (old,))
-        query = "UPDATE sandboxes SET ended = ?, reason = ? WHERE ended IS NULL"
+        query = "UPDATE sandboxes SET ended = ?, reason = ? WHERE ended IS NULL AND paused IS NULL"
         return self._db.execute(query, (time.time(), reason)).rowcount
+
+    async def sandbox_paused(self, sandbox_id: str, record: str | None) -> None:
+        """Write down that a sandbox is paused, and how it can be resumed; None for one that runs again.
+
+        Raises:
+            HostFull: the database can't be written. The entry is as it was, or will be when the write was only late.
+        """
+        try:
+            async with asyncio.timeout(CREATE_LIMIT):
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._write_paused, sandbox_id, record)
+        except (sqlite3.Error, TimeoutError) as error:
+            raise HostFull(f"the server's database can't be written: {str(error) or 'it is locked'}") from error
+
+    def paused(self) -> dict[str, str]:
+        """The records of paused sandboxes by their ids."""
+        query = "SELECT id, paused FROM sandboxes WHERE paused IS NOT NULL AND ended IS NULL"
+        return dict(self._db.execute(query).fetchall())
 
     def entry(self, sandbox_id: str) -> Entry | None:
         """What is written down of a sandbox, whoever owns it. The caller must check what its client may know."""
         if sandbox_id in self._unwritten:
             return self._unwritten[sandbox_id]
-        row = self._db.execute("SELECT * FROM sandboxes WHERE id = ?", (sandbox_id,)).fetchone()
+        query = "SELECT id, owner, template, created, ended, reason FROM sandboxes WHERE id = ?"
+        row = self._db.execute(query, (sandbox_id,)).fetchone()
         return Entry(*row) if row else None
 
     def _note(self, entry: Entry) -> None:
@@ -301,7 +322,16 @@ class Store:
     def _insert(self, entries: Iterable[Entry]) -> None:
         """Insert entries, each in place of an older one of the same sandbox."""
         self._writing_db.executemany(
-            "INSERT INTO sandboxes VALUES (?, ?, ?, ?, ?, ?)"
-            " ON CONFLICT (id) DO UPDATE SET ended = excluded.ended, reason = excluded.reason",
+            "INSERT INTO sandboxes (id, owner, template, created, ended, reason) VALUES (?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT (id) DO UPDATE SET ended = excluded.ended, reason = excluded.reason, paused = NULL",
             entries,
         )
+
+    def _write_paused(self, sandbox_id: str, record: str | None) -> None:
+        """Write a pause or its end so that a loss of power can't undo it. This runs in the thread."""
+        self._writing_db.execute("PRAGMA synchronous=FULL")
+        try:
+            query = "UPDATE sandboxes SET paused = ? WHERE id = ? AND ended IS NULL"
+            self._writing_db.execute(query, (record, sandbox_id))
+        finally:
+            self._writing_db.execute("PRAGMA synchronous=NORMAL")

@@ -180,7 +180,7 @@ async def test_a_state_that_can_not_be_written(bench: Bench, counting: QemuVm) -
     try:
         async with asyncio.timeout(20):
             with pytest.raises(DriverError, match="could not be moved"):
-                await bench.driver.save(counting, full)
+                await bench.driver.save_template(counting, full)
     finally:
         os.close(full)
 
