@@ -61,6 +61,8 @@ T = TypeVar("T")
 _CAPABILITIES = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
 HEADER, FULL_SECTION = 8, b"\x04"
 """Bytes of the header of a machine's state, and the type of a section with a whole device."""
+NO_DESCRIPTION = b"\x06\0\0\0\0"
+"""The section of a state's description, empty. QEMU complains on the console of a state without one."""
 IMAGE = ("kernel", "initrd", "root")
 """The names of an image's files where a saved machine keeps them, in the order of Image's fields."""
 HOSTS = {"qemu": "QEMU", "firmware": "firmware", "argv": "QEMU's arguments", "cpu": "processor"}
@@ -269,6 +271,9 @@ async def _whole_or_nothing(vm: QemuVm) -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(START_TIMEOUT):
             yield
+    except (Damaged, NoSpace):
+        await vm.kill()
+        raise
     except (TimeoutError, DriverError) as error:
         await vm.kill()
         raise DriverError(f"the machine did not start: {error}\n{vm.console_text[-2000:]}") from error
@@ -327,7 +332,7 @@ def _with_small_memory(template: int, devices: int) -> bytes:
     first = own[HEADER : HEADER + 6 + own[HEADER + 5]]
     if own[:HEADER] != whole[:HEADER] or first[:1] != FULL_SECTION or whole.count(first) != 1:
         raise DriverError("QEMU wrote a state of the machine's devices that has not the form of its template's")
-    return whole[: whole.index(first)] + own[HEADER:]
+    return whole[: whole.index(first)] + own[HEADER:] + NO_DESCRIPTION
 
 
 def _held(content: bytes) -> int:

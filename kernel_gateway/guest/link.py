@@ -328,6 +328,8 @@ class Link(asyncio.Protocol):
             for piece in pieces:
                 self._joiners[number].receive(Frame(FrameType.DATA, wire.MORE, number, piece))
         self._held += rest.held
+        for number in self._joiners:
+            self._grant(number)  # nobody holds the kernel any more
         self._conversations = {number: Conversation.of(self, number, was) for number, was in rest.conversations.items()}
 
     # -- asking

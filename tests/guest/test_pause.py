@@ -40,9 +40,10 @@ received = int(far.recv(100))
 opened.write("%d\\n" % n); opened.flush()
 before = ticks
 time.sleep(0.5)
-{{"hash": hashlib.sha256(open("/dev/shm/t/blob", "rb").read()).hexdigest(), "ticks": ticks, "before": before,
+found = {{"hash": hashlib.sha256(open("/dev/shm/t/blob", "rb").read()).hexdigest(), "ticks": ticks, "before": before,
   "received": received, "sum": objects["f"](1) + objects["a"][0], "written": open("/home/user/opened").read(),
   "files": sorted(os.listdir("/home/user/cycles")), "clock": time.time(), "pid": os.getpid()}}
+found
 """
 
 
@@ -68,7 +69,7 @@ class Shell:
     """A bash on a terminal, started as a command."""
 
     def __init__(self, box: Sandbox) -> None:
-        self._box = box
+        self.box = box
         body = {"cmd": "bash", "args": ["--norc"], "pty": {"rows": 24, "cols": 80}, "tag": "shell"}
         answer = box.post("/commands", json=body)
         assert answer.status_code == 201, answer.text
@@ -76,9 +77,9 @@ class Shell:
 
     def ask(self, line: str, mark: str) -> None:
         """Type a line, and wait until the terminal shows the mark."""
-        since = self._box.get("/commands/shell").json()["seq"]
-        assert self._box.post("/commands/shell/stdin", json={"text": line + "\n"}).status_code == 204
-        stream = self._box.get(
+        since = self.box.get("/commands/shell").json()["seq"]
+        assert self.box.post("/commands/shell/stdin", json={"text": line + "\n"}).status_code == 204
+        stream = self.box.get(
             "/commands/shell", params={"since": since}, headers={"Accept": "application/x-ndjson"}, stream=True
         )
         seen = ""
@@ -90,6 +91,7 @@ class Shell:
         raise AssertionError(seen)
 
 
+@pytest.mark.timeout(120 + 120 * CYCLES, func_only=True)
 def test_cycles(start_server: Callable[..., Server]) -> None:
     """R20: after each cycle all is as it was, and goes on: by request, by expiry, under load, over a killed server."""
     server = start_server(pool_size=0)
@@ -119,7 +121,7 @@ def test_cycles(start_server: Callable[..., Server]) -> None:
             server.process.send_signal(signal.SIGKILL)
             server.process.wait()
             server = start_server(pool_size=0)
-            box = Sandbox(server, server.get(f"/sandboxes/{box.id}").json())
+            shell.box = box = Sandbox(server, server.get(f"/sandboxes/{box.id}").json())
         assert paused(box)
         until(partial(without_machines, server), 10)
         resume(box)
@@ -181,6 +183,7 @@ def test_damage(server: Server, name: str) -> None:
     """A bit that differs in any file is found, and the sandbox stays paused. With the right file it goes on."""
     with server.sandbox("base") as box:
         box.execute("x = 'whole'")
+        box.shell("seq 100000 > numbers; sync")
         pause(box)
         path = server.data / "paused" / box.id / name
         kept = path.read_bytes()
