@@ -96,8 +96,9 @@ class Sandbox:
     reason, when its owner has seen the last of it. `vacated` is called when a machine of it is gone, and `discard` when
     files of its pause are of no more use.
 
-    With `auto_pause` it is paused when its lifetime is over, and with `auto_resume` every request wakes it. `work` is
-    the task that pauses or resumes it. Paused time does not count: a resume begins a new lifetime.
+    With `auto_pause` it is paused when its lifetime is over, and with `auto_resume` every request wakes it. So it is,
+    too, if it `was_stopped`: paused with its server, and not for its owner. `work` is the task that pauses or resumes
+    it. Paused time does not count: a resume begins a new lifetime.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class Sandbox:
         self.idle_timeout = idle_timeout
         self.auto_pause = auto_pause
         self.auto_resume = auto_resume
+        self.was_stopped = False
         self.pauses_failed = 0
         self.has_files = False
         self.work: asyncio.Task[None] | None = None

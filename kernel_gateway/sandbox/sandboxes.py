@@ -86,6 +86,7 @@ class Record(msgspec.Struct):
     longest_life: float | None
     auto_pause: bool
     auto_resume: bool
+    was_stopped: bool
     allow_internet: bool
     allow_out: list[str]
     deny_out: list[str]
@@ -522,8 +523,9 @@ class Sandboxes:
             for client in list(guest.kernel.clients):
                 client.leave()
             async with shelf.filled(sandbox.id) as directory, self._guests.saved(guest, directory):
-                await shelf.put(directory, sandbox.id)
+                self._check_room_for_pause()
                 try:
+                    await shelf.put(directory, sandbox.id)
                     await self._store.sandbox_paused(sandbox.id, record_of(sandbox))
                 except BaseException:
                     await shelf.discard(sandbox.id)
@@ -540,6 +542,16 @@ class Sandboxes:
             ) from error
         finally:
             sandbox.apply(Event.PAUSE_FAILED)
+
+    def _check_room_for_pause(self) -> None:
+        """See that the files leave room for the sandboxes that run.
+
+        Raises:
+            NoSpace: one of them would soon be ended for want of space.
+        """
+        free, floor = self._space()
+        if free < floor // 2:
+            raise NoSpace(f"it would leave {free >> 20} MiB of the server's disk, and running sandboxes need more")
 
     async def resume(self, sandbox: Sandbox, timeout: float | None = None) -> bool:
         """Let a paused sandbox go on, and return whether it was paused. One that runs lives at least `timeout` seconds.
@@ -581,7 +593,7 @@ class Sandboxes:
             Asleep: it did not.
             CellvmError: as `resume`.
         """
-        if not sandbox.auto_resume:
+        if not (sandbox.auto_resume or sandbox.was_stopped):
             _ = sandbox.guest
         await self.resume(sandbox, max(sandbox.timeout, AUTO_RESUME_LIFE))
 
@@ -605,7 +617,7 @@ class Sandboxes:
                 await guest.kill()
                 raise SandboxDied("the sandbox was ended while it was resumed")
             sandbox.set_timeout(sandbox.timeout if timeout is None else timeout)
-            sandbox.pauses_failed = 0
+            sandbox.pauses_failed, sandbox.was_stopped = 0, False
             sandbox.has_files = False
             sandbox.started(guest, Event.RESUMED)
             self._keep(asyncio.create_task(shelf.discard(sandbox.id)))
@@ -659,6 +671,7 @@ class Sandboxes:
                 if sandbox.state is State.PAUSING and sandbox.work is not None:
                     await asyncio.wait({sandbox.work})
                 elif sandbox.state is State.RUNNING:
+                    sandbox.was_stopped = True
                     try:
                         await self.pause(sandbox)
                     except CellvmError as error:
@@ -704,7 +717,7 @@ class Sandboxes:
             discard=self._discard,
         )
         sandbox.open_ports, sandbox.all_ports_open = record.open_ports, record.all_ports_open
-        sandbox.kernel_name = record.kernel_name
+        sandbox.kernel_name, sandbox.was_stopped = record.kernel_name, record.was_stopped
         sandbox.started_at, sandbox.paused_at, sandbox.has_files = record.started_at, record.paused_at, True
         return sandbox
 
@@ -750,6 +763,7 @@ def record_of(sandbox: Sandbox) -> str:
         longest_life=sandbox.life_left,
         auto_pause=sandbox.auto_pause,
         auto_resume=sandbox.auto_resume,
+        was_stopped=sandbox.was_stopped,
         allow_internet=sandbox.policy.allow_internet,
         allow_out=list(sandbox.policy.allow_out),
         deny_out=list(sandbox.policy.deny_out),
