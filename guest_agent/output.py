@@ -22,7 +22,8 @@ class OutStream(iostream.OutStream):
     def __init__(self, *args: Any, **options: Any) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._draining = threading.Lock()
-        super().__init__(*args, **options)  # type: ignore[no-untyped-call]
+        # By itself ipykernel leaves the descriptor alone in an environment that looks like a test's.
+        super().__init__(*args, **options | {"watchfd": "force"})  # type: ignore[no-untyped-call]
 
     _fid: int
 

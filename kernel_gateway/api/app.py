@@ -11,7 +11,7 @@ from urllib.parse import unquote
 from tornado.httputil import HTTPServerRequest
 from tornado.web import Application
 
-from kernel_gateway.api import commands, jupyter, ports, rest
+from kernel_gateway.api import commands, figures, jupyter, ports, rest
 from kernel_gateway.api.base import NOBODY, Endpoint, Missing, Requests, Route
 from kernel_gateway.api.channels import Channels
 from kernel_gateway.api.guesses import Guesses
@@ -43,6 +43,7 @@ ROUTES = [
     Route("GET", "/openapi.json", serve_document, answer=dict, public=True),
     Route("GET", "/api/swagger.json", serve_document, answer=dict, public=True),
     Route("GET", "/api/spec.yaml", serve_document, answer=dict, public=True),
+    Route("GET", "/metrics", figures.figures, produces="text/plain", errors=(403,)),
     Route("GET", "/limits", rest.limits, answer=rest.LimitsModel),
     Route("GET", "/templates", rest.list_templates, answer=list[rest.TemplateModel]),
     Route("GET", "/templates/aliases/{template}", rest.get_template, answer=rest.TemplateModel, errors=(404,)),
@@ -233,6 +234,7 @@ def application(
         hosts: names that clients may call the server by, besides IP addresses and localhost; None for all.
         stripped: matches headers, in small letters, that services in sandboxes do not get.
     """
+    sandboxes.metrics.registry.register(figures.Present(sandboxes))
     shared = {"sandboxes": sandboxes, "store": store}
     by_path: dict[str, dict[str, Route]] = {}
     for route in ROUTES:
@@ -298,7 +300,8 @@ def cut_others(settings: dict[str, Any], keys: set[str], owners: set[str]) -> No
 
 
 def log_request(handler: Endpoint) -> None:
-    """Log one line a request, without the query, because a query may hold secrets."""
+    """Count a request, and log a line of it, without the query, because a query may hold secrets."""
     request = handler.request
+    handler.count()
     path = re.sub("/t/[^/]+", "/t/…", request.path, flags=re.IGNORECASE)  # a key in a misspelt address
     log.info("%s %s %s %d ms", request.method, path, handler.get_status(), round(request.request_time() * 1000))

@@ -297,6 +297,14 @@ class Handler(RequestHandler):
     def initialize(self, sandboxes: Sandboxes, store: Store) -> None:
         self._sandboxes = sandboxes
         self._store = store
+        self._route: Route | None = None
+
+    def count(self) -> None:
+        """Count the request, which is over. Only a route gives it a name, because anybody can invent paths."""
+        method, path = (self._route.method, self._route.path) if self._route else ("", "")
+        metrics = self._sandboxes.metrics
+        metrics.requests.labels(method, path, str(self.get_status())).inc()
+        metrics.request_seconds.labels(method, path).observe(self.request.request_time())
 
     def authenticate(self) -> Access:
         """What the request's key may see and create.
@@ -333,6 +341,7 @@ class Handler(RequestHandler):
             log.error("%s %s failed", self.request.method, self.request.path, exc_info=error)
             error = CellvmError("the server failed; its log says why")
         status = STATUS[error.code]
+        self._sandboxes.metrics.errors.labels(error.code).inc()
         self.set_status(status)
         if status == HTTPStatus.UNAUTHORIZED:
             self.set_header("WWW-Authenticate", "Bearer")
@@ -540,6 +549,7 @@ class Endpoint(Handler):
 
     async def _run(self) -> None:
         route = self._route
+        assert route is not None
         arguments = [self.call]
         try:
             if route.body is not None:

@@ -34,6 +34,7 @@ from kernel_gateway.guest.guest import Guest, Guests
 from kernel_gateway.held import Held
 from kernel_gateway.images.preparation import Preparation
 from kernel_gateway.images.templates import Template, Templates
+from kernel_gateway.metrics import Metrics
 from kernel_gateway.network.policy import Floor, Policy, Refusal, parse_policy
 from kernel_gateway.rate import Rate
 from kernel_gateway.sandbox.lifecycle import ASLEEP, ENDED, Event, State
@@ -130,6 +131,7 @@ class Sandboxes:
 
     `journals` is the directory for kernels' output that memory does not hold. It is on the disk that sandboxes use.
     `held` counts what waits in the server for each owner, and one owner creates `creates_per_minute` sandboxes at most.
+    `metrics` counts creates and ends.
     `network` is None if machines have no network card, `preparation` is None if every template is ready from the start.
     `paused` is the directory of paused sandboxes; None if none can be paused. An owner may have `max_paused` of them.
     With `pause_at_close` sandboxes that run are paused when the server goes down, as far as they can be.
@@ -147,6 +149,7 @@ class Sandboxes:
         journals: Path | None = None,
         held: Held | None = None,
         creates_per_minute: int = 600,
+        metrics: Metrics | None = None,
         network: Network | None = None,
         preparation: Preparation | None = None,
         paused: Path | None = None,
@@ -168,6 +171,7 @@ class Sandboxes:
         self._pause_at_close = pause_at_close
         self.held = held or Held()
         self.creates = Rate(creates_per_minute)
+        self.metrics = metrics or Metrics()
         self._sandboxes: dict[str, Sandbox] = {}
         self._places: set[Sandbox] = set()
         self._place_is_free = asyncio.Event()
@@ -189,6 +193,11 @@ class Sandboxes:
     def trouble(self) -> str:
         """What is amiss with the server; empty if nothing is."""
         return self._store.trouble or self._lack_of_space()
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the host's disk that all sandboxes take."""
+        return sum(each.disk_bytes for each in self._places)
 
     def _lack_of_space(self) -> str:
         free, floor = self._space()
@@ -348,9 +357,11 @@ class Sandboxes:
         """A guest from the pool, or else from a restore. If a machine fails the handshake, another is tried."""
         env = {**sandbox.env, "E2B_SANDBOX_ID": sandbox.id, "E2B_TEMPLATE_ID": sandbox.template.id}
         pool = self.pools.get(sandbox.template.id)
+        began = time.monotonic()
         for attempt in range(START_ATTEMPTS):
             try:
-                guest = (await pool.take() if pool else None) or await self._guests.start(sandbox.template.id)
+                in_stock = await pool.take() if pool else None
+                guest = in_stock or await self._guests.start(sandbox.template.id)
                 try:
                     if sandbox.policy != DEFAULT_POLICY:  # every filter begins with the default
                         await self._enforce(guest.vm, sandbox.policy)
@@ -358,8 +369,11 @@ class Sandboxes:
                 except BaseException:
                     await guest.kill()
                     raise
+                path = "pool" if in_stock else "restore"
+                self.metrics.creates.labels(sandbox.template.id, path).observe(time.monotonic() - began)
                 return guest
             except (DriverError, CellvmError) as error:
+                self.metrics.failed_starts.labels(sandbox.template.id).inc()
                 log.error("sandbox %s: start %d failed: %.500s", sandbox.id, attempt + 1, error)
         raise HostFull("no machine could be started for the sandbox", hint="the server's log says why")
 
@@ -463,6 +477,7 @@ class Sandboxes:
 
     def _ended(self, sandbox: Sandbox, reason: str) -> None:
         self._store.sandbox_ended(sandbox.id, sandbox.owner, sandbox.template.id, reason)
+        self.metrics.ends.labels(str(reason)).inc()
         del self._sandboxes[sandbox.id]
 
     def _vacated(self, sandbox: Sandbox) -> None:

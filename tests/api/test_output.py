@@ -1,5 +1,6 @@
 """What child processes, C libraries and threads print reaches the right answer, undamaged and in time."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -204,6 +205,21 @@ async def test_late_output_in_a_stream(real: Service, real_box: str) -> None:
     again = await real.call("GET", f"/sandboxes/{real_box}/executions/next", headers=headers)
     assert again.body == second.body
     assert not any(json.loads(line).get("late") for line in first.body.splitlines())
+
+
+async def test_cells_that_wait_share_no_late_output(real: Service, real_box: str) -> None:
+    """Of many cells at once each piece of late output is told to one, also a piece that comes as a cell ends."""
+    # One write, because a cell may end between the two writes of `print`. Its line end then has another cell's name.
+    await real.execute(
+        real_box, "import sys, threading, time\ndef tell(text): time.sleep(0.35); sys.stdout.write(text)"
+    )
+    code = "threading.Thread(target=tell, args=('piece {0}\\n',)).start(); time.sleep(0.1)"
+    cells = [asyncio.create_task(real.execute(real_box, code.format(number))) for number in range(8)]
+    answers = [await each for each in cells]
+    await settled(real, real_box, "piece 7\\n")
+    answers.append(await real.execute(real_box, "4"))
+    told = [text for each in answers for text in [each["stdout"], *(late["stdout"] for late in each["late"])]]
+    assert sorted("".join(told).splitlines()) == [f"piece {number}" for number in range(8)]
 
 
 # -- kernels that end between cells

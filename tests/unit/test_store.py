@@ -130,7 +130,7 @@ def test_scopes_are_read_as_they_are_written(text: str) -> None:
 @pytest.mark.parametrize("text", ["readonly", "template=", "sandbox=a b", "template=a,sandbox=b", "owner=x", " "])
 def test_what_is_no_scope(text: str) -> None:
     """It is refused, and is not taken for no limits."""
-    with pytest.raises(InvalidRequest, match="read-only, template=ID or sandbox=ID"):
+    with pytest.raises(InvalidRequest, match="read-only, metrics, template=ID or sandbox=ID"):
         parse_scope(text)
 
 
