@@ -294,6 +294,9 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 creates_per_minute=settings.max_creates_per_minute,
                 network=opened.network,
                 preparation=preparation,
+                paused=private(settings.data_path / "paused"),
+                max_paused=settings.max_paused_per_key,
+                pause_at_close=settings.at_shutdown == "pause",
             )
             floor = await surroundings(settings, opened.network)
             targets = Targets(floor, settings.webhook_exceptions)

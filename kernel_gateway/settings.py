@@ -50,6 +50,9 @@ class Settings:
     max_sandboxes_per_key: int = setting(
         0, "Sandboxes that one key may have at once; beyond, creates answer 429. 0: all there are.", low=0, high=10000
     )
+    max_paused_per_key: int = setting(
+        100, "Paused sandboxes that one key may have; beyond, pauses answer 429.", low=1, high=100_000
+    )
     max_creates_per_minute: int = setting(
         600, "Sandboxes that one key may create within a minute; beyond, creates answer 429.", low=1, high=1000000
     )
@@ -129,6 +132,11 @@ class Settings:
     tls_key: str = setting("", "The certificate's key file, if it is not in the same file.")
     shutdown_timeout: int = setting(
         10, "Seconds that running requests get when the server is stopped.", low=0, high=600
+    )
+    at_shutdown: str = setting(
+        "pause",
+        "What a server that is stopped does with its sandboxes: pause, where it can, or end.",
+        choices=("pause", "end"),
     )
     log_level: str = setting("info", "debug, info, warning or error.", choices=("debug", "info", "warning", "error"))
 

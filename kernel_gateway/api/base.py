@@ -33,7 +33,7 @@ from kernel_gateway.errors import (
 from kernel_gateway.held import SMALL, Holding
 from kernel_gateway.sandbox.access import Access
 from kernel_gateway.sandbox.key import Key
-from kernel_gateway.sandbox.sandbox import Sandbox
+from kernel_gateway.sandbox.sandbox import Asleep, Sandbox
 from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
 
@@ -56,6 +56,10 @@ STATUS: dict[str, int] = {
     "forbidden": 403,
     "not_found": 404,
     "conflict": 409,
+    "sandbox_paused": 409,
+    "snapshot_corrupt": 409,
+    "snapshot_incompatible": 409,
+    "insufficient_storage": 507,
     "too_many_requests": 429,
     "not_implemented": 501,
     "template_not_ready": 503,
@@ -546,11 +550,15 @@ class Endpoint(Handler):
     async def _run(self) -> None:
         route = self._route
         assert route is not None
+        arguments = [self.call]
         try:
             if route.body is not None:
-                result = await route.operation(self.call, self._decoded(route.body))
-            else:
-                result = await route.operation(self.call)
+                arguments.append(self._decoded(route.body))
+            try:
+                result = await route.operation(*arguments)
+            except Asleep as paused:
+                await self._sandboxes.wake(paused.sandbox)
+                result = await route.operation(*arguments)
             if route.produces is None and not self._finished:
                 if self.get_status() == 200:
                     self.set_status(route.status)

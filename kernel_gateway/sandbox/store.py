@@ -43,7 +43,7 @@ SCHEMA = (
         "ALTER TABLE keys ADD COLUMN scope TEXT NOT NULL DEFAULT ''",
         "UPDATE keys SET id = owner",
     ),
-    outbox.SCHEMA,
+    ("ALTER TABLE sandboxes ADD COLUMN paused TEXT", *outbox.SCHEMA),
 )
 """What makes each version of the database from the one before."""
 KEPT_DAYS = 30
@@ -250,7 +250,9 @@ class Store:
     def ended_since(self, owner: str, moment: float) -> list[Entry]:
         """The owner's sandboxes that ended after `moment`, but not by a request, the last one first."""
         rows = self._db.execute(
-            "SELECT * FROM sandboxes WHERE owner = ? AND ended > ? ORDER BY ended DESC LIMIT ?", (owner, moment, LISTED)
+            "SELECT id, owner, template, created, ended, reason FROM sandboxes"
+            " WHERE owner = ? AND ended > ? ORDER BY ended DESC LIMIT ?",
+            (owner, moment, LISTED),
         )
         entries = {entry.id: entry for entry in (Entry(*row) for row in rows)} | self._unwritten
         found = [
@@ -264,10 +266,12 @@ class Store:
         """Close the entries that an earlier server left open, and return how many there were. Forget old ones."""
         self._db.execute("DELETE FROM sandboxes WHERE ended < ?", (self._oldest,))
         with transaction(self._db):
-            left = self._db.execute("SELECT id, owner, template FROM sandboxes WHERE ended IS NULL").fetchall()
-            query = "UPDATE sandboxes SET ended = ?, reason = ? WHERE ended IS NULL"
-            self._db.execute(query, (time.time(), reason))
-            outbox.record(self._db, (_killed(owner, box, template, reason) for box, owner, template in left))
+            left = self._db.execute(
+                "UPDATE sandboxes SET ended = ?, reason = ? WHERE ended IS NULL AND paused IS NULL"
+                " RETURNING owner, id, template",
+                (time.time(), reason),
+            ).fetchall()
+            outbox.record(self._db, (_killed(owner, box, template, reason) for owner, box, template in left))
         return len(left)
 
     @property
@@ -275,11 +279,26 @@ class Store:
         """When the oldest entries were made that are kept."""
         return time.time() - KEPT_DAYS * 24 * 3600
 
+    async def sandbox_paused(self, sandbox_id: str, record: str | None) -> None:
+        """Write down that a sandbox is paused, and how it can be resumed; None for one that runs again.
+
+        Raises:
+            HostFull: the database can't be written. The entry is as it was, or will be when the write was only late.
+        """
+        await self._in_thread(self._write_paused, sandbox_id, record)
+        self._wake()
+
+    def paused(self) -> dict[str, str]:
+        """The records of paused sandboxes by their ids."""
+        query = "SELECT id, paused FROM sandboxes WHERE paused IS NOT NULL AND ended IS NULL"
+        return dict(self._db.execute(query).fetchall())
+
     def entry(self, sandbox_id: str) -> Entry | None:
         """What is written down of a sandbox, whoever owns it. The caller must check what its client may know."""
         if sandbox_id in self._unwritten:
             return self._unwritten[sandbox_id]
-        row = self._db.execute("SELECT * FROM sandboxes WHERE id = ?", (sandbox_id,)).fetchone()
+        query = "SELECT id, owner, template, created, ended, reason FROM sandboxes WHERE id = ?"
+        row = self._db.execute(query, (sandbox_id,)).fetchone()
         return Entry(*row) if row else None
 
     def _note(self, entry: Entry) -> None:
@@ -339,8 +358,8 @@ class Store:
         """Insert entries, each in place of an older one of the same sandbox, and the events that tell of them."""
         with transaction(self._writing_db):
             self._writing_db.executemany(
-                "INSERT INTO sandboxes VALUES (?, ?, ?, ?, ?, ?)"
-                " ON CONFLICT (id) DO UPDATE SET ended = excluded.ended, reason = excluded.reason",
+                "INSERT INTO sandboxes (id, owner, template, created, ended, reason) VALUES (?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT (id) DO UPDATE SET ended = excluded.ended, reason = excluded.reason, paused = NULL",
                 entries,
             )
             outbox.record(self._writing_db, events)
@@ -348,6 +367,18 @@ class Store:
                 self._writing_db,
                 (_killed(each.owner, each.id, each.template, each.reason or "") for each in entries if each.ended),
             )
+
+    def _write_paused(self, sandbox_id: str, record: str | None) -> None:
+        """Write a pause or its end so that a loss of power can't undo it. This runs in the thread."""
+        self._writing_db.execute("PRAGMA synchronous=FULL")
+        try:
+            with transaction(self._writing_db):
+                query = "UPDATE sandboxes SET paused = ? WHERE id = ? AND ended IS NULL RETURNING owner, template"
+                for owner, template in self._writing_db.execute(query, (record, sandbox_id)).fetchall():
+                    kind = "resumed" if record is None else "paused"
+                    outbox.record(self._writing_db, [outbox.event(kind, owner, sandbox_id, template)])
+        finally:
+            self._writing_db.execute("PRAGMA synchronous=NORMAL")
 
     # -- events and webhooks; `outbox` has the statements
 

@@ -202,6 +202,39 @@ async def test_old_entries_are_deleted_at_a_start(store: Store) -> None:
     assert rows(store) == [("open", "host_restart"), ("young", "died")]
 
 
+async def test_pauses(store: Store) -> None:
+    """A paused sandbox stays open at a start, its record is there, and its end or its resume removes it."""
+    for name in ("sbx1", "sbx2", "sbx3"):
+        await store.sandbox_created(name, "me", "base")
+        await store.sandbox_paused(name, f"record of {name}")
+    await store.sandbox_paused("sbx2", None)
+    store.sandbox_ended("sbx3", "me", "base", "kill")
+    await store.flush(10)
+    await store.sandbox_paused("sbx3", "too late")
+    assert store.end_all("host_restart") == 1
+    assert store.paused() == {"sbx1": "record of sbx1"}
+    assert store.end_of("sbx1", "me") is None
+    assert store.end_of("sbx2", "me")[1] == "host_restart"  # type: ignore[index]
+
+
+@pytest.mark.parametrize("version", range(len(SCHEMA)))
+async def test_a_database_of_an_earlier_version(tmp_path: Path, version: int) -> None:
+    """Entries of every earlier version are kept, and sandboxes can be paused in it."""
+    with closing(sqlite3.connect(tmp_path / "db")) as db, db:
+        for statements in SCHEMA[:version]:
+            for statement in statements:
+                db.execute(statement)
+        if version:
+            db.execute("INSERT INTO sandboxes (id, owner, template, created) VALUES ('sbx0', 'me', 'base', 1.0)")
+        db.execute(f"PRAGMA user_version = {version}")
+    store = Store(tmp_path / "db")
+    await store.sandbox_created("sbx1", "me", "base")
+    await store.sandbox_paused("sbx1", "record")
+    assert store.end_all("host_restart") == bool(version)
+    assert list(store.paused()) == ["sbx1"]
+    store.close()
+
+
 @contextmanager
 def locked(store: Store) -> Iterator[None]:
     """Another process holds the database, as a backup does."""
