@@ -50,7 +50,8 @@ class Program:
 
     def __post_init__(self) -> None:
         text = self.path.read_text()
-        for kind, source in re.findall(r"^# %%(.*)\n((?:(?!# %%).*\n)*)", text, re.MULTILINE):
+        _, *parts = re.split(r"^# %%( notebook| script|)\n", text, flags=re.MULTILINE)
+        for kind, source in zip(parts[::2], parts[1::2], strict=True):
             if kind == " notebook":
                 source = re.sub(r"^# ?", "", source, flags=re.MULTILINE)
             if kind != " script":
@@ -68,7 +69,10 @@ class Program:
     @property
     def needs_machine(self) -> bool:
         """Whether the program needs packages that only the guest image has."""
-        return re.search(r"^(import|from) (numpy|pandas|matplotlib|sklearn|openpyxl|scipy|PIL)\b", self.script, re.M) is not None
+        return (
+            re.search(r"^(import|from) (numpy|pandas|matplotlib|sklearn|openpyxl|scipy|PIL)\b", self.script, re.M)
+            is not None
+        )
 
 
 @dataclass
@@ -113,10 +117,10 @@ def by_python(program: Program, folder: Path) -> Outcome:
     """The right outcome, which the programs have here in an empty folder."""
     file = folder / program.path.name
     file.write_text(program.script)
-    ran = subprocess.run([sys.executable, file.name], cwd=folder, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run([sys.executable, file.name], cwd=folder, capture_output=True, timeout=60)
     file.unlink()
-    files = subprocess.run(["sh", "-c", TAKE_FILES], cwd=folder, capture_output=True, text=True, check=True)
-    return ended(ran.stdout, ran.stderr, ran.returncode, files.stdout)
+    files = subprocess.run(["sh", "-c", TAKE_FILES], cwd=folder, capture_output=True, check=True)
+    return ended(ran.stdout.decode(), ran.stderr.decode(), ran.returncode, files.stdout.decode())
 
 
 def command(box: Sandbox, *argv: str, **fields: Any) -> Outcome:
@@ -152,7 +156,9 @@ def as_cells(box: Sandbox, program: Program) -> Outcome:
         outputs.append([{"output_type": "stream", "name": name, "text": cell[name]} for name in ("stdout", "stderr")])
         outputs[-1] += [{"output_type": each["type"], "data": each["data"]} for each in cell["results"]]
         if cell["error"] is not None:
-            outputs[-1].append({"output_type": "error", "ename": cell["error"]["name"], "evalue": cell["error"]["value"]})
+            outputs[-1].append(
+                {"output_type": "error", "ename": cell["error"]["name"], "evalue": cell["error"]["value"]}
+            )
             break
     return shown(outputs, box.shell(TAKE_FILES))
 
@@ -169,14 +175,20 @@ WAYS: dict[str, Callable[[Sandbox, Program], Outcome]] = {
 def shown(cells: list[list[dict[str, Any]]], files: str) -> Outcome:
     """The outcome of a notebook, from the outputs of its cells."""
     outputs = [each for cell in cells for each in cell]
-    values = [each["data"]["text/plain"] + "\n" for each in cells[-1] if each["output_type"] in ("result", "execute_result")]
+    values = [
+        each["data"]["text/plain"] + "\n" for each in cells[-1] if each["output_type"] in ("result", "execute_result")
+    ]
     text = {
         name: "".join(each["text"] for each in outputs if each.get("name") == name) for name in ("stdout", "stderr")
     }
     errors = [f"{each['ename']}: {each['evalue']}" for each in outputs if each["output_type"] == "error"]
     error = next((each for each in errors if each != "SystemExit: 0"), "")
     return Outcome(
-        text["stdout"] + "".join(values), text["stderr"], error, files, [each["data"] for each in outputs if "data" in each]
+        text["stdout"] + "".join(values),
+        text["stderr"],
+        error,
+        files,
+        [each["data"] for each in outputs if "data" in each],
     )
 
 
