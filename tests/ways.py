@@ -14,15 +14,12 @@ As a module this is a process that runs notebooks by nbclient through a gateway,
 
 import ast
 import asyncio
-import base64
-import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +54,7 @@ class Program:
             if kind != " script":
                 self.cells.append(source.strip())
         last = ast.parse(text).body[-1]
-        lines = text.splitlines()[: last.end_lineno]
+        lines = text.split("\n")[: last.end_lineno]
         if isinstance(last, ast.Expr):
             lines[last.lineno - 1 :] = ["print(repr(", *lines[last.lineno - 1 :], "))"]
         self.script = "\n".join(lines) + "\n"
@@ -68,11 +65,8 @@ class Program:
 
     @property
     def needs_machine(self) -> bool:
-        """Whether the program needs packages that only the guest image has."""
-        return (
-            re.search(r"^(import|from) (numpy|pandas|matplotlib|sklearn|openpyxl|scipy|PIL)\b", self.script, re.M)
-            is not None
-        )
+        """Whether it imports packages that only the guest image has."""
+        return re.search(r"^(import|from) (numpy|openpyxl|pandas|PIL|sklearn)\b", self.script, re.MULTILINE) is not None
 
 
 @dataclass
@@ -193,7 +187,7 @@ def shown(cells: list[list[dict[str, Any]]], files: str) -> Outcome:
 
 
 class Notebooks:
-    """A process in which nbclient runs notebooks, one after the other, in a sandbox of its own with a new kernel for each.
+    """A process in which nbclient runs notebooks, one after the other, in a sandbox of its own. Each has a new kernel.
 
     `server` has `url` and `request`, as that of a `Sandbox`.
     """

@@ -2,7 +2,6 @@
 
 # %%
 import asyncio
-import time
 
 active = most = 0
 

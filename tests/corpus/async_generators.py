@@ -27,6 +27,7 @@ async def ticks(count):
 #     async for number in ticks(2):
 #         print("tick", number)
 
+
 # %% script
 async def main():
     async with connection("db") as name:

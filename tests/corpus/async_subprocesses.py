@@ -8,7 +8,9 @@ CODE = "import sys\nfor n in range(3): print(sys.argv[1], n, flush=True)\nsys.ex
 
 
 async def run(name, code):
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", CODE, name, str(code), stdout=asyncio.subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", CODE, name, str(code), stdout=asyncio.subprocess.PIPE
+    )
     lines = [line.decode().strip() async for line in process.stdout]
     return name, lines, await process.wait()
 

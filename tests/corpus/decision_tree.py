@@ -6,8 +6,13 @@ import unittest
 from collections import Counter
 from math import log2
 
-ROWS = [row.split() for row in """sunny hot high no|sunny hot high no|overcast hot high yes|rain mild high yes|rain cool normal yes
-sunny mild high no|sunny cool normal yes|rain mild normal yes|overcast mild high yes|overcast hot normal yes""".replace("\n", "|").split("|")]
+ROWS = [
+    row.split()
+    for row in """sunny hot high no|sunny hot high no|overcast hot high yes|rain mild high yes|rain cool normal yes
+sunny mild high no|sunny cool normal yes|rain mild normal yes|overcast mild high yes|overcast hot normal yes""".replace(
+        "\n", "|"
+    ).split("|")
+]
 
 
 def entropy(labels):
@@ -34,7 +39,10 @@ def tree(rows, columns):
         return sum(len(part) / len(rows) * entropy(part) for part in parts)
 
     best = min(columns, key=rest)
-    return {(best, kind): tree([row for row in rows if row[best] == kind], [each for each in columns if each != best]) for kind in sorted({row[best] for row in rows})}
+    return {
+        (best, kind): tree([row for row in rows if row[best] == kind], [each for each in columns if each != best])
+        for kind in sorted({row[best] for row in rows})
+    }
 
 
 # %%

@@ -33,7 +33,9 @@ db = sqlite3.connect(":memory:")
 print("loaded:", load(db, transform(extract("orders.csv.gz"))))
 
 # %%
-db.execute("CREATE VIEW best AS SELECT customer, round(sum(total), 2) AS total FROM fact GROUP BY customer ORDER BY total DESC")
+db.execute(
+    "CREATE VIEW best AS SELECT customer, round(sum(total), 2) AS total FROM fact GROUP BY customer ORDER BY total DESC"
+)
 for customer, total in db.execute("SELECT * FROM best"):
     print(f"{customer} {total:>10,.2f}")
 list(db.execute("SELECT customer FROM best LIMIT 1"))

@@ -5,7 +5,15 @@ import difflib
 import unicodedata
 from itertools import combinations
 
-CUSTOMERS = ["Müller GmbH", "Mueller GmbH", "ACME Inc.", "Acme, Inc", "Société Générale", "Societe Generale SA", "Zeta Ltd"]
+CUSTOMERS = [
+    "Müller GmbH",
+    "Mueller GmbH",
+    "ACME Inc.",
+    "Acme, Inc",
+    "Société Générale",
+    "Societe Generale SA",
+    "Zeta Ltd",
+]
 
 
 # %%

@@ -32,7 +32,8 @@ print(f"area {area:.2f}, perimeter {around:.2f}")
 # %%
 dots = "".join(f'<circle cx="{x}" cy="{y}" r="1"/>' for x, y in points)
 corners = " ".join(f"{x},{y}" for x, y in hull)
-svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 100 100"><polygon points="{corners}" fill="none" stroke="red"/>{dots}</svg>'
+shape = f'<polygon points="{corners}" fill="none" stroke="red"/>'
+svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 100 100">{shape}{dots}</svg>'
 with open("hull.svg", "w") as file:
     file.write(svg)
 

@@ -5,7 +5,17 @@ import heapq
 import math
 from graphlib import CycleError, TopologicalSorter
 
-ROADS = {("A", "B"): 7, ("A", "C"): 9, ("A", "F"): 14, ("B", "C"): 10, ("B", "D"): 15, ("C", "D"): 11, ("C", "F"): 2, ("D", "E"): 6, ("E", "F"): 9}
+ROADS = {
+    ("A", "B"): 7,
+    ("A", "C"): 9,
+    ("A", "F"): 14,
+    ("B", "C"): 10,
+    ("B", "D"): 15,
+    ("C", "D"): 11,
+    ("C", "F"): 2,
+    ("D", "E"): 6,
+    ("E", "F"): 9,
+}
 near = {}
 for (one, other), length in ROADS.items():
     near.setdefault(one, {})[other] = length

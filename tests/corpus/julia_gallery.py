@@ -28,7 +28,10 @@ def julia(c):
 
 
 # %%
-pictures = {name: png(list(julia(c))) for name, c in {"rabbit": -0.123 + 0.745j, "dust": 0.3 + 0.5j, "san_marco": -0.75 + 0j}.items()}
+pictures = {
+    name: png(list(julia(c)))
+    for name, c in {"rabbit": -0.123 + 0.745j, "dust": 0.3 + 0.5j, "san_marco": -0.75 + 0j}.items()
+}
 for name, picture in pictures.items():
     with open(f"{name}.png", "wb") as file:
         file.write(picture)

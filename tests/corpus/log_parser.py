@@ -14,7 +14,8 @@ a broken line
 10.0.0.1 - - [12/Mar/2024:12:00:00 +0000] "GET /index.html HTTP/1.1" 304 -
 """
 LINE = re.compile(
-    r'(?P<host>\S+) \S+ (?P<user>\S+) \[(?P<time>[^\]]+)\] "(?P<method>\w+) (?P<path>\S+) [^"]+" (?P<status>\d{3}) (?P<size>\d+|-)'
+    r'(?P<host>\S+) \S+ (?P<user>\S+) \[(?P<time>[^\]]+)\] '
+    r'"(?P<method>\w+) (?P<path>\S+) [^"]+" (?P<status>\d{3}) (?P<size>\d+|-)'
 )
 
 # %%

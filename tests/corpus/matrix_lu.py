@@ -26,7 +26,9 @@ def solve(matrix, right):
     for row in range(len(rows)):
         found[row] -= sum(rows[row][column] * found[column] for column in range(row))
     for row in reversed(range(len(rows))):
-        found[row] = (found[row] - sum(rows[row][column] * found[column] for column in range(row + 1, len(rows)))) / rows[row][row]
+        found[row] = (
+            found[row] - sum(rows[row][column] * found[column] for column in range(row + 1, len(rows)))
+        ) / rows[row][row]
     return found
 
 

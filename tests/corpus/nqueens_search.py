@@ -12,7 +12,9 @@ def queens(size, row=0, columns=0, down=0, up=0, placed=()):
     while free:
         bit = free & -free
         free ^= bit
-        yield from queens(size, row + 1, columns | bit, (down | bit) << 1, (up | bit) >> 1, (*placed, bit.bit_length() - 1))
+        yield from queens(
+            size, row + 1, columns | bit, (down | bit) << 1, (up | bit) >> 1, (*placed, bit.bit_length() - 1)
+        )
 
 
 first = next(queens(8))

@@ -28,5 +28,8 @@ def implied(price, *terms):
     return low
 
 
-smile = {strike: round(implied(call(100, strike, 0.03, 0.2 + (strike - 100) ** 2 / 1e4, 0.5), 100, strike, 0.03, 0.5), 4) for strike in (80, 100, 120)}
+smile = {
+    strike: round(implied(call(100, strike, 0.03, 0.2 + (strike - 100) ** 2 / 1e4, 0.5), 100, strike, 0.03, 0.5), 4)
+    for strike in (80, 100, 120)
+}
 smile

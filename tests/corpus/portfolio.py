@@ -13,7 +13,10 @@ WEIGHTS = {"stocks": 0.6, "bonds": 0.4}
 def year(weights):
     value = 1.0
     for _ in range(12):
-        value *= 1 + sum(share * random.gauss(ASSETS[name][0] / 12, ASSETS[name][1] / math.sqrt(12)) for name, share in weights.items())
+        value *= 1 + sum(
+            share * random.gauss(ASSETS[name][0] / 12, ASSETS[name][1] / math.sqrt(12))
+            for name, share in weights.items()
+        )
     return value - 1
 
 

@@ -45,7 +45,9 @@ thread.start()
 def post(body, token="secret", tries=5):
     for attempt in range(tries):
         request = urllib.request.Request(
-            f"http://127.0.0.1:{server.server_port}/things", json.dumps(body).encode(), {"Authorization": f"Bearer {token}"}
+            f"http://127.0.0.1:{server.server_port}/things",
+            json.dumps(body).encode(),
+            {"Authorization": f"Bearer {token}"},
         )
         try:
             with urllib.request.urlopen(request, timeout=10) as answer:

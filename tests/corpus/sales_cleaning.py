@@ -42,7 +42,14 @@ for row in csv.DictReader(io.StringIO(RAW), delimiter=";"):
         continue
     seen.add(row["order"])
     city = row["city"].strip().title() or "unknown"
-    rows.append({"order": int(row["order"]), "date": parse_date(row["date"]), "city": city, "amount": parse_amount(row["amount"])})
+    rows.append(
+        {
+            "order": int(row["order"]),
+            "date": parse_date(row["date"]),
+            "city": city,
+            "amount": parse_amount(row["amount"]),
+        }
+    )
 len(rows)
 
 # %%

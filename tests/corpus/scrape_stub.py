@@ -18,7 +18,10 @@ class Shop(BaseHTTPRequestHandler):
             self.send_header("Location", "/list?page=1")
             self.end_headers()
             return
-        items = "".join(f'<li class="item"><a href="/item/{n}">Thing № {n}</a><b>{n * 3}.50 €</b></li>' for n in range(page * 3, page * 3 + 3))
+        items = "".join(
+            f'<li class="item"><a href="/item/{n}">Thing № {n}</a><b>{n * 3}.50 €</b></li>'
+            for n in range(page * 3, page * 3 + 3)
+        )
         link = f'<a rel="next" href="?page={page + 1}">next</a>' if page < 3 else ""
         body = f"<html><ul>{items}</ul>{link}</html>".encode() if where.path == "/list" else b"gone"
         self.send_response(200 if where.path == "/list" else 404)

@@ -5,8 +5,12 @@ import math
 from collections import Counter
 
 TRAINING = [
-    ("a wonderful film with great actors", 1), ("great fun and a wonderful story", 1), ("I loved every minute", 1),
-    ("boring and far too long", 0), ("a terrible story with bad actors", 0), ("I hated the boring plot", 0),
+    ("a wonderful film with great actors", 1),
+    ("great fun and a wonderful story", 1),
+    ("I loved every minute", 1),
+    ("boring and far too long", 0),
+    ("a terrible story with bad actors", 0),
+    ("I hated the boring plot", 0),
 ]
 
 
@@ -22,7 +26,9 @@ class Bayes:
     def score(self, text, label):
         total = sum(self.words[label].values())
         prior = math.log(self.labels[label] / sum(self.labels.values()))
-        return prior + sum(math.log((self.words[label][word] + 1) / (total + self.known)) for word in text.lower().split())
+        return prior + sum(
+            math.log((self.words[label][word] + 1) / (total + self.known)) for word in text.lower().split()
+        )
 
     def predict(self, text):
         return max((0, 1), key=lambda label: self.score(text, label))

@@ -5,9 +5,17 @@ import os
 import subprocess
 import sys
 
-print("sorted:", subprocess.run("printf 'b\\nc\\na\\n' | sort -r", shell=True, capture_output=True, text=True).stdout.split())
+print(
+    "sorted:",
+    subprocess.run("printf 'b\\nc\\na\\n' | sort -r", shell=True, capture_output=True, text=True).stdout.split(),
+)
 print("code:", subprocess.run([sys.executable, "-c", "raise SystemExit(7)"]).returncode)
-print("env:", subprocess.check_output(["sh", "-c", "echo $GREETING"], env={**os.environ, "GREETING": "grüß dich"}, text=True).strip())
+print(
+    "env:",
+    subprocess.check_output(
+        ["sh", "-c", "echo $GREETING"], env={**os.environ, "GREETING": "grüß dich"}, text=True
+    ).strip(),
+)
 
 # %%
 try:

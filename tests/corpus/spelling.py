@@ -3,7 +3,15 @@
 # %%
 from collections import Counter
 
-WORDS = Counter(("spelling " * 9 + "correct " * 7 + "corrected " * 3 + "bicycle " * 4 + "inconvenient arranged poetry poetry word words").split())
+WORDS = Counter(
+    (
+        "spelling " * 9
+        + "correct " * 7
+        + "corrected " * 3
+        + "bicycle " * 4
+        + "inconvenient arranged poetry poetry word words"
+    ).split()
+)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 

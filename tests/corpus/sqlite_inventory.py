@@ -11,7 +11,9 @@ CREATE TABLE move (item INTEGER REFERENCES item, day TEXT, count INTEGER);
 """)
 with db:
     db.executemany("INSERT INTO item (name, price) VALUES (?, ?)", [("bolt", 0.12), ("nut", 0.08), ("gear", 14.5)])
-    db.executemany("INSERT INTO move VALUES (?, ?, ?)", [(n % 3 + 1, f"2024-01-{n + 1:02d}", (n * 7) % 11 - 3) for n in range(12)])
+    db.executemany(
+        "INSERT INTO move VALUES (?, ?, ?)", [(n % 3 + 1, f"2024-01-{n + 1:02d}", (n * 7) % 11 - 3) for n in range(12)]
+    )
 db.execute("SELECT count(*) FROM move").fetchone()[0]
 
 # %%

@@ -3,7 +3,11 @@
 # %%
 from pathlib import Path
 
-TEXTS = {"german.txt": ("Grüße aus Köln", "cp1252"), "greek.txt": ("Καλημέρα", "iso8859-7"), "japanese.txt": ("日本語のテキスト", "shift_jis")}
+TEXTS = {
+    "german.txt": ("Grüße aus Köln", "cp1252"),
+    "greek.txt": ("Καλημέρα", "iso8859-7"),
+    "japanese.txt": ("日本語のテキスト", "shift_jis"),
+}
 TEXTS |= {"bom.txt": ("with a mark", "utf-8-sig"), "wide.txt": ("wide 🎉", "utf-16")}
 for name, (text, encoding) in TEXTS.items():
     Path(name).write_bytes(text.encode(encoding))

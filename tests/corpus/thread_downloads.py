@@ -19,7 +19,9 @@ def download(name, seconds):
 
 # %%
 with ThreadPoolExecutor(4) as pool:
-    futures = {pool.submit(download, name, delay): name for name, delay in {"slow": 0.15, "fast": 0.0, "bad": 0.07}.items()}
+    futures = {
+        pool.submit(download, name, delay): name for name, delay in {"slow": 0.15, "fast": 0.0, "bad": 0.07}.items()
+    }
     for future in as_completed(futures):
         print(futures[future], future.exception() or future.result())
 log

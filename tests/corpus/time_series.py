@@ -18,7 +18,9 @@ for when, value in readings:
 medians = {hour: statistics.median(values) for hour, values in hours.items()}
 center = statistics.median(value for _, value in readings)
 spread = statistics.median(abs(value - center) for _, value in readings)
-outliers = [(when.strftime("%d %H:%M"), round(value, 1)) for when, value in readings if abs(value - center) > 6 * spread]
+outliers = [
+    (when.strftime("%d %H:%M"), round(value, 1)) for when, value in readings if abs(value - center) > 6 * spread
+]
 print("outliers:", outliers)
 
 # %%
