@@ -4,8 +4,9 @@ A program is a notebook and a script at once: a Python file whose cells begin at
 outcome. This is what differs by nature:
 
 - A notebook shows the values of its cells. A script shows none, so we let it print the last one.
-- Only a notebook can await in a cell, show a figure or use a magic. A cell that begins at `# %% notebook` is for that.
-  It is commented out, because it need not be Python. A cell that begins at `# %% script` takes its place in scripts.
+- Only a notebook shows figures. A script warns that it can't.
+- Only a notebook can await in a cell or use a magic. A cell that begins at `# %% notebook` is for that. It is commented
+  out, because it need not be Python. A cell that begins at `# %% script` takes its place in scripts.
 - A script has an exit status, where a cell has an error. An exit with 0 is an error in a notebook only.
 - A warning tells where it was raised, and a test how long it took.
 
@@ -14,6 +15,7 @@ As a module this is a process that runs notebooks by nbclient through a gateway,
 
 import ast
 import asyncio
+import base64
 import json
 import os
 import re
@@ -29,7 +31,7 @@ import nbformat
 from tests.guest.client import Sandbox
 
 CORPUS = Path(__file__).with_name("corpus")
-PICTURES = ("image/png", "image/jpeg", "image/svg+xml")
+NOT_SHOWN = "UserWarning: FigureCanvasAgg is non-interactive, and thus cannot be shown\n"
 TAKE_FILES = r"""
 find . -type f ! -path '*/.*' ! -path '*/__pycache__/*' -exec sha256sum {} + | sort -k 2
 find . -mindepth 1 -maxdepth 1 ! -name '.*' -exec rm -r {} +
@@ -82,11 +84,12 @@ class Outcome:
     def __post_init__(self) -> None:
         self.stderr = re.sub(r" in [\d.]+s$", "", self.stderr, flags=re.MULTILINE)
         self.stderr = re.sub(r"^\S*:\d+: (\w+Warning: .*\n)(  .*\n)?", r"\1", self.stderr, flags=re.MULTILINE)
+        self.stderr = self.stderr.replace(NOT_SHOWN, "")
 
     @property
-    def figures(self) -> list[tuple[str, int]]:
-        """The type and size of each picture that is shown."""
-        return [(kind, len(data[kind])) for data in self.shown for kind in PICTURES if kind in data]
+    def pictures(self) -> list[bytes]:
+        """The PNG files that are shown."""
+        return [base64.b64decode(data["image/png"]) for data in self.shown if "image/png" in data]
 
 
 def programs(*, on_machine: bool = False) -> list[Program]:

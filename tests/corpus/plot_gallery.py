@@ -33,4 +33,4 @@ print("drawn")
 import os
 
 os.remove("bars.svg")  # its ids are random
-len(plt.get_fignums())
+fig.get_size_inches().tolist()
