@@ -10,7 +10,7 @@ outcome. This is what differs by nature:
 - A script has an exit status, where a cell has an error. An exit with 0 is an error in a notebook only.
 - A warning tells where it was raised, and a test how long it took.
 
-As a module this is a process that runs notebooks by nbclient through a gateway, or without one for comparison.
+As a module this is a process in which nbclient runs notebooks through a gateway.
 """
 
 import ast
@@ -114,10 +114,15 @@ def by_python(program: Program, folder: Path) -> Outcome:
     """The right outcome, which the programs have here in an empty folder."""
     file = folder / program.path.name
     file.write_text(program.script)
-    ran = subprocess.run([sys.executable, file.name], cwd=folder, capture_output=True, timeout=60)
+    ran = subprocess.run([sys.executable, file.name], cwd=folder, env=environment(), capture_output=True, timeout=60)
     file.unlink()
     files = subprocess.run(["sh", "-c", TAKE_FILES], cwd=folder, capture_output=True, check=True)
     return ended(ran.stdout.decode(), ran.stderr.decode(), ran.returncode, files.stdout.decode())
+
+
+def environment() -> dict[str, str]:
+    """Ours without asyncio's debug mode, which tells on the error stream what is slow."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONASYNCIODEBUG"}
 
 
 def command(box: Sandbox, *argv: str, **fields: Any) -> Outcome:
@@ -196,11 +201,10 @@ class Notebooks:
     """
 
     def __init__(self, server: Any, key: str) -> None:
-        env = {name: value for name, value in os.environ.items() if name != "PYTHONASYNCIODEBUG"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.ways"],
             # nbclient's WebSocket sends no headers, so the key is in the address.
-            env=env | {"JUPYTER_GATEWAY_URL": f"{server.url}/t/{key}"},
+            env=environment() | {"JUPYTER_GATEWAY_URL": f"{server.url}/t/{key}"},
             cwd=Path(__file__).parents[1],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

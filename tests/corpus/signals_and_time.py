@@ -32,9 +32,9 @@ signal.raise_signal(signal.SIGUSR1)
 print(got == [signal.SIGUSR1])
 
 # %%
-plan, order = sched.scheduler(time.monotonic, time.sleep), []
+plan, order, begun = sched.scheduler(time.monotonic, time.sleep), [], time.monotonic()
 for delay, name in ((0.03, "late"), (0.01, "soon"), (0.02, "later")):
-    plan.enter(delay, 1, order.append, (name,))
+    plan.enterabs(begun + delay, 1, order.append, (name,))
 plan.run()
 timer = threading.Timer(0.01, order.append, ["timer"])
 timer.start()

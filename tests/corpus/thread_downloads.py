@@ -19,12 +19,12 @@ def download(name, seconds):
 
 # %%
 with ThreadPoolExecutor(4) as pool:
-    futures = {
-        pool.submit(download, name, delay): name for name, delay in {"slow": 0.15, "fast": 0.0, "bad": 0.07}.items()
-    }
-    for future in as_completed(futures):
-        print(futures[future], future.exception() or future.result())
-log
+    delays = {"slow": 0.03, "fast": 0.0, "bad": 0.01}
+    futures = {pool.submit(download, name, delay): name for name, delay in delays.items()}
+    found = {futures[future]: future.exception() or future.result() for future in as_completed(futures)}
+for name, result in sorted(found.items()):
+    print(name, repr(result))
+sorted(log)
 
 # %%
 ready, local = threading.Event(), threading.local()
