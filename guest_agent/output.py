@@ -4,6 +4,7 @@ import codecs
 import os
 import select
 import threading
+import time
 from collections import defaultdict
 from io import StringIO
 from typing import Any
@@ -12,6 +13,8 @@ from ipykernel import iostream
 
 PIPE = 64 * 1024
 """Bytes that a pipe of Linux holds."""
+PATIENCE = 1.0
+"""Seconds that a cell waits at most for the thread that reads the pipe."""
 
 
 class OutStream(iostream.OutStream):
@@ -24,7 +27,9 @@ class OutStream(iostream.OutStream):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._draining = threading.RLock()  # a signal's handler may print while a cell drains
+        self._draining = threading.Lock()
+        self._is_moving = False
+        self._reads = 0
         self._thread = threading.get_ident()
         self._waiting = select.poll()
         super().__init__(*args, **options)  # type: ignore[no-untyped-call]
@@ -34,7 +39,7 @@ class OutStream(iostream.OutStream):
 
     def _forked(self) -> None:
         """Forget what the parent has yet to send, and the locks of its threads, which do not run here."""
-        self._draining, self._buffer_lock = threading.RLock(), threading.RLock()
+        self._draining, self._buffer_lock = threading.Lock(), threading.RLock()
         self._buffers = defaultdict(StringIO)
 
     def _watch_pipe_fd(self) -> None:
@@ -48,13 +53,17 @@ class OutStream(iostream.OutStream):
     def drain(self) -> bool:
         """Take what is in the pipe, and return whether more may come. It takes a pipe's size at most."""
         with self._draining:
+            self._is_moving = True
             try:
                 data = os.read(self._fid, PIPE)
+                if text := self._decoder.decode(data, final=not data):
+                    super().write(text)
+                self._reads += 1
+                return bool(data)
             except BlockingIOError:
                 return True
-            if text := self._decoder.decode(data, final=not data):
-                super().write(text)
-            return bool(data)
+            finally:
+                self._is_moving = False
 
     def write(self, string: str) -> int:
         """Write text. What children have written before comes before it."""
@@ -68,11 +77,14 @@ class OutStream(iostream.OutStream):
         super().flush()  # type: ignore[no-untyped-call]
 
     def _let_children_speak(self) -> None:
+        """Wait until the thread has moved what is in the pipe. A cell does not do it, because an interrupt may come."""
         if threading.get_ident() != self._thread:  # its output may belong to another cell than that of children
             return
-        with self._draining:  # what has been read may not be written yet
-            if self._waiting.poll(0) and os.getpid() == self._master_pid:
-                self.drain()
+        enough, until = self._reads + 2, time.monotonic() + PATIENCE  # a read takes all that a pipe holds
+        while self._waiting.poll(0) or self._is_moving:
+            if self._reads >= enough or time.monotonic() > until or not self.watch_fd_thread.is_alive():
+                return
+            time.sleep(0)  # gives way to the thread
 
     def set_parent(self, parent: dict[str, Any]) -> None:
         """Set the request that output belongs to. What children and threads print belongs to the newest cell."""

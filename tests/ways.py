@@ -210,8 +210,15 @@ class Notebooks:
             stdout=subprocess.PIPE,
             text=True,
         )
-        kernel = server.request("GET", f"/api/kernels/{self._ask(None)}").json()
-        self.box = Sandbox(server, {"sandboxID": kernel["sandbox_id"]})
+        try:
+            kernel = server.request("GET", f"/api/kernels/{self._ask(None)}").json()
+            self.box = Sandbox(server, {"sandboxID": kernel["sandbox_id"]})
+            # nbclient takes a kernel behind a gateway for dead that does not answer its first question in a second.
+            self.box.execute("None")
+            self._ask(["None"])
+        except BaseException:
+            self.close()
+            raise
 
     def _ask(self, request: Any) -> Any:
         assert self._process.stdin is not None
@@ -235,18 +242,21 @@ async def main() -> None:
     from nbclient.exceptions import CellExecutionError
 
     client = NotebookClient(nbformat.v4.new_notebook(), kernel_manager_class=GatewayKernelManager)
-    async with client.async_setup_kernel():
-        while line := await asyncio.to_thread(sys.stdin.readline):
-            answer: Any = client.km.kernel_id
-            if (cells := json.loads(line)) is not None:
+    client.create_kernel_manager()
+    await client.async_start_new_kernel()
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        answer: Any = client.km.kernel_id
+        if (cells := json.loads(line)) is not None:
+            if client.kc is not None:
                 await client.km.restart_kernel()
-                client.nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
-                try:
-                    await client.async_execute(cleanup_kc=False)
-                except CellExecutionError:
-                    pass  # the cell's outputs tell it
-                answer = [cell.outputs for cell in client.nb.cells if cell.execution_count is not None]
-            print(json.dumps(answer), flush=True)
+            client.nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+            try:
+                await client.async_execute(cleanup_kc=False)
+            except CellExecutionError:
+                pass  # the cell's outputs tell it
+            answer = [cell.outputs for cell in client.nb.cells if cell.execution_count is not None]
+        print(json.dumps(answer), flush=True)
+    await client._async_cleanup_kernel()
 
 
 if __name__ == "__main__":
