@@ -41,6 +41,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import zmq
 from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelapp import IPKernelApp
 from jupyter_client.jsonutil import json_default
@@ -259,6 +260,16 @@ class SandboxKernel(IPythonKernel):
         Views().connect(self.shell)
 
 
+class SandboxKernelApp(IPKernelApp):
+    """IPython's application, whose sockets hold what their reader has not read yet."""
+
+    def _bind_socket(self, s: "zmq.Socket[bytes]", port: int) -> int:
+        # ZMQ drops what is beyond this limit, and a slow reader must not cost output. Output waits in the sandbox's own
+        # memory. Readers that come later have the limit of this moment, whatever is set after it.
+        s.sndhwm = 0
+        return super()._bind_socket(s, port)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def await_resumes(channel: socket.socket, session: Any, shell: Any, path: list[str]) -> None:
     """Make this kernel another sandbox's whenever the agent says so."""
     for line in channel.makefile("rb"):
@@ -283,7 +294,7 @@ def run_kernel(connection_file: str, env: dict[str, str]) -> None:
     SandboxKernel.cells = Cells(Path(connection_file).with_name("cells"))
     session = SandboxSession()
     session.pack = pack
-    app = IPKernelApp.instance(
+    app = SandboxKernelApp.instance(
         connection_file=connection_file,
         kernel_class=SandboxKernel,
         session=session,
@@ -292,8 +303,6 @@ def run_kernel(connection_file: str, env: dict[str, str]) -> None:
     )
     app.initialize([])  # type: ignore[no-untyped-call]
     path = [part for part in sys.path if part not in python_path(env)]  # with '', which the shell has put in
-    # There is no limit, because a slow reader must not cost output. Output waits in the sandbox's own memory.
-    app.iopub_thread.socket.sndhwm = 0
     channel = socket.socket(socket.AF_UNIX)
     channel.connect(os.path.join(os.path.dirname(connection_file), "resume"))
     threading.Thread(

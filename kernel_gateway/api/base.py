@@ -33,7 +33,7 @@ from kernel_gateway.errors import (
 from kernel_gateway.held import SMALL, Holding
 from kernel_gateway.sandbox.access import Access
 from kernel_gateway.sandbox.key import Key
-from kernel_gateway.sandbox.sandbox import Sandbox
+from kernel_gateway.sandbox.sandbox import Asleep, Sandbox
 from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
 
@@ -56,6 +56,10 @@ STATUS: dict[str, int] = {
     "forbidden": 403,
     "not_found": 404,
     "conflict": 409,
+    "sandbox_paused": 409,
+    "snapshot_corrupt": 409,
+    "snapshot_incompatible": 409,
+    "insufficient_storage": 507,
     "too_many_requests": 429,
     "not_implemented": 501,
     "template_not_ready": 503,
@@ -293,6 +297,14 @@ class Handler(RequestHandler):
     def initialize(self, sandboxes: Sandboxes, store: Store) -> None:
         self._sandboxes = sandboxes
         self._store = store
+        self._route: Route | None = None
+
+    def count(self) -> None:
+        """Count the request, which is over. Only a route gives it a name, because anybody can invent paths."""
+        method, path = (self._route.method, self._route.path) if self._route else ("", "")
+        metrics = self._sandboxes.metrics
+        metrics.requests.labels(method, path, str(self.get_status())).inc()
+        metrics.request_seconds.labels(method, path).observe(self.request.request_time())
 
     def authenticate(self) -> Access:
         """What the request's key may see and create.
@@ -329,6 +341,7 @@ class Handler(RequestHandler):
             log.error("%s %s failed", self.request.method, self.request.path, exc_info=error)
             error = CellvmError("the server failed; its log says why")
         status = STATUS[error.code]
+        self._sandboxes.metrics.errors.labels(error.code).inc()
         self.set_status(status)
         if status == HTTPStatus.UNAUTHORIZED:
             self.set_header("WWW-Authenticate", "Bearer")
@@ -536,11 +549,16 @@ class Endpoint(Handler):
 
     async def _run(self) -> None:
         route = self._route
+        assert route is not None
+        arguments = [self.call]
         try:
             if route.body is not None:
-                result = await route.operation(self.call, self._decoded(route.body))
-            else:
-                result = await route.operation(self.call)
+                arguments.append(self._decoded(route.body))
+            try:
+                result = await route.operation(*arguments)
+            except Asleep as paused:
+                await self._sandboxes.wake(paused.sandbox)
+                result = await route.operation(*arguments)
             if route.produces is None and not self._finished:
                 if self.get_status() == 200:
                     self.set_status(route.status)

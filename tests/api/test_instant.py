@@ -53,11 +53,14 @@ sorted(n for n in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/
 [l for l in open("/proc/self/status") if l.startswith(("Sig", "Shd", "Uid", "Gid", "Groups", "Threads", "Seccomp"))]
 open("/proc/self/limits").read(), open("/proc/self/oom_score_adj").read()
 __import__("signal").getsignal(2), [__import__("signal").getsignal(n) for n in range(1, 32)]
-__import__("threading").main_thread(), __import__("threading").enumerate(), __import__("threading").current_thread().native_id == os.getpid()
+__import__("threading").main_thread(), __import__("threading").enumerate(),
+__import__("threading").current_thread().native_id == os.getpid(),
 __import__("warnings").filters, sys.getrecursionlimit(), sys.getswitchinterval(), sys.dont_write_bytecode
 __import__("locale").setlocale(0), __import__("locale").getpreferredencoding(), sys.getfilesystemencoding()
-__import__("time").tzname, __import__("time").localtime(0), __import__("gc").isenabled(), __import__("gc").get_threshold()
-__import__("faulthandler").is_enabled(), __import__("multiprocessing").get_start_method(), __import__("tempfile").gettempdir()
+__import__("time").tzname, __import__("time").localtime(0), __import__("gc").isenabled(),
+__import__("gc").get_threshold(),
+__import__("faulthandler").is_enabled(), __import__("multiprocessing").get_start_method(),
+__import__("tempfile").gettempdir(),
 __import__("atexit")._ncallbacks() < 2, sys.excepthook, sys.displayhook, sys.unraisablehook, sys.breakpointhook
 hasattr(__import__("xml"), "dom"), hasattr(__import__("importlib"), "util"), hasattr(__import__("os"), "fork")
 __import__("importlib.util").util.find_spec("json"), __import__("json").__spec__, __import__("json").__loader__
@@ -123,26 +126,34 @@ PROGRAMS = [
     "import faulthandler, sys\nfaulthandler.dump_traceback(file=sys.stdout)",
     "import sys\nsys.excepthook = lambda *a: print('hook', a[0])\n1/0",
     "import sys\nsys.unraisablehook = lambda a: print('hook', a.exc_type)\nclass A:\n    def __del__(self): 1/0\nA()",
-    "import subprocess, sys\nprint(subprocess.run([sys.executable, '-c', 'import sys; print(sys.argv)', 'x'], capture_output=True))",
+    "import subprocess, sys\nprint(subprocess.run([sys.executable, '-c', 'import sys; print(sys.argv)', "
+    "'x'], capture_output=True))",
     "import subprocess\nprint(subprocess.run('echo $0; exit 3', shell=True, capture_output=True))",
     "import subprocess\nprint(subprocess.run(['true'], close_fds=False).returncode)",
     "import os\npid = os.fork()\nif pid: print('child', os.waitpid(pid, 0)[1]); \nelse: print('in child')",
-    "import os\npid = os.fork()\nif pid == 0: raise SystemExit(4)\nprint(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))",
+    "import os\npid = os.fork()\nif pid == 0: raise SystemExit(4)\n"
+    "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))",
     "import os, random\na = os.pipe()\nif os.fork() == 0: os.write(a[1], str(random.random()).encode()); os._exit(0)\n"
     "print(os.read(a[0], 99) != str(random.random()).encode())",
     "import concurrent.futures as c\nwith c.ThreadPoolExecutor() as p: print(list(p.map(abs, [-1, -2])))",
-    "import multiprocessing as m\nif __name__ == '__main__':\n    with m.get_context('fork').Pool(2) as p: print(p.map(abs, [-1, -2]))",
-    "import multiprocessing as m\nif __name__ == '__main__':\n    q = m.get_context('fork').Queue(); q.put(1); print(q.get())",
+    "import multiprocessing as m\nif __name__ == '__main__':\n"
+    "    with m.get_context('fork').Pool(2) as p: print(p.map(abs, [-1, -2]))",
+    "import multiprocessing as m\nif __name__ == '__main__':\n    q = m.get_context('fork').Queue(); "
+    "q.put(1); print(q.get())",
     "import asyncio\nasync def f(): await asyncio.sleep(0); print('ran')\nasyncio.run(f())",
-    "import asyncio\nasync def f():\n    p = await asyncio.create_subprocess_exec('echo', 'x', stdout=-1); print(await p.communicate())\nasyncio.run(f())",
+    "import asyncio\nasync def f():\n    p = await asyncio.create_subprocess_exec('echo', 'x', "
+    "stdout=-1); print(await p.communicate())\nasyncio.run(f())",
     "import json, sys\ndel sys.modules['json']\nimport json as again\nprint(again is json, again.dumps(1))",
     "import sys\nsys.modules['json'] = None\nimport json",
-    "import sys, types\nsys.modules['json'] = types.ModuleType('json')\nimport requests.compat\nprint(requests.compat.json is sys.modules['json'])",
+    "import sys, types\nsys.modules['json'] = types.ModuleType('json')\nimport requests.compat\n"
+    "print(requests.compat.json is sys.modules['json'])",
     "import importlib, json\nprint(importlib.reload(json) is json)",
     "import importlib; print(importlib.import_module('xml.dom.minidom').__name__)",
     "import xml.dom.minidom as m, xml; print(m is xml.dom.minidom, xml.dom.minidom.parseString('<a/>').toxml())",
-    "import sys\nclass F:\n    def find_spec(self, name, path, target=None): print('asked', name); return None\nsys.meta_path.insert(0, F())\nimport colorsys",
-    "import builtins\nwas = builtins.__import__\nbuiltins.__import__ = lambda n, *a: (print(n), was(n, *a))[1]\nimport colorsys",
+    "import sys\nclass F:\n    def find_spec(self, name, path, target=None): print('asked', name); "
+    "return None\nsys.meta_path.insert(0, F())\nimport colorsys",
+    "import builtins\nwas = builtins.__import__\nbuiltins.__import__ = lambda n, *a: (print(n), was(n, "
+    "*a))[1]\nimport colorsys",
     "import pickle, decimal, collections\nprint(pickle.loads(pickle.dumps(decimal.Decimal(1))), collections.__all__)",
     "import os\nos.environ['A'] = 'b'; os.system('echo $A')",
     "import time, os\nos.environ['TZ'] = 'Asia/Tokyo'; time.tzset(); print(time.tzname)",
@@ -163,7 +174,8 @@ PROGRAMS = [
     "import unittest.mock as m; print(m.Mock(return_value=2)())",
     "import pdb; print(pdb.Pdb)",
     "help",
-    "import sys; print(len(sys.modules)); import requests; print('requests' in sys.modules, sys.modules['requests'] is requests)",
+    "import sys; print(len(sys.modules)); import requests; print('requests' in sys.modules, "
+    "sys.modules['requests'] is requests)",
 ]
 MODES: list[tuple[list[str], str]] = [
     (["python", "-c", "import sys; print(sys.argv, sys.orig_argv, sys.executable)", "-c", "x"], ""),
@@ -225,7 +237,8 @@ FILES = {
     "shadow/json.py": "raise ValueError('your json')",
     "shadow/run.py": "import decimal\nprint(decimal.Decimal(1))\ntry:\n    import requests\nexcept ValueError as e:\n    print(e)\nimport json",
     "spawns.py": "import multiprocessing as m, sys\ndef f(x): return x + 1, __name__\nif __name__ == '__main__':\n"
-    "    for how in ('spawn', 'forkserver', 'fork'):\n        with m.get_context(how).Pool(1) as p: print(how, p.map(f, [1]))\n",
+    "    for how in ('spawn', 'forkserver', 'fork'):\n"
+    "        with m.get_context(how).Pool(1) as p: print(how, p.map(f, [1]))\n",
     "serves.py": "import socketserver, threading, urllib.request, http.server\n"
     "class H(http.server.BaseHTTPRequestHandler):\n    def do_GET(self): self.send_response(204); self.end_headers()\n"
     "    def log_message(self, *a): pass\n"
@@ -370,7 +383,10 @@ async def test_they_are_forks(forking: Forking) -> None:
 
 async def test_a_terminal(forking: Forking) -> None:
     """A program with a terminal owns it, is interrupted by its keys, and is line buffered."""
-    code = "import os, sys\nprint(sys.stdout.line_buffering, os.tcgetpgrp(0) == os.getpid(), os.ttyname(0), os.environ['TERM'])"
+    code = (
+        "import os, sys\nprint(sys.stdout.line_buffering, os.tcgetpgrp(0) == os.getpid(), os.ttyname(0), "
+        "os.environ['TERM'])"
+    )
     for fork in (False, True):
         made = await start(
             forking.service, forking.box, "python3", "-c", f"{code}\n{IS_FORK}\ninput('? ')",
@@ -418,7 +434,8 @@ async def zygote(forking: Forking) -> int:
         "import os\nfor pid in filter(str.isdigit, os.listdir('/proc')):\n    try:\n"
         "        text, stat = open(f'/proc/{pid}/cmdline').read(), open(f'/proc/{pid}/stat').read()\n"
         "    except OSError: continue\n"
-        "    if 'guest_agent.imports' in text and pid != str(os.getpid()) and stat.rpartition(')')[2].split()[1] == str(os.getppid()): print(pid)"
+        "    if 'guest_agent.imports' in text and pid != str(os.getpid()) and "
+        "stat.rpartition(')')[2].split()[1] == str(os.getppid()): print(pid)"
     )
     answer = await forking.service.run(forking.box, "python3", "-c", code, envVars={SWITCH: "0"})
     return int(answer["stdout"])

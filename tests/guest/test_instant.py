@@ -13,7 +13,8 @@ PROGRAMS = [
     "import sys; print(sys.argv, sys.flags, sys.path, list(sys.modules), sys.executable, sys._base_executable)",
     "import os; print(os.getuid(), os.getgroups(), os.umask(0), os.getcwd(), sorted(os.environ), os.getppid() > 1)",
     "print(open('/proc/self/cmdline').read(), open('/proc/self/comm').read(), open('/proc/self/oom_score_adj').read())",
-    "print([l for l in open('/proc/self/status') if l.startswith(('Sig', 'Uid', 'Gid', 'Groups', 'Threads', 'Cap'))])",
+    "print([l for l in open('/proc/self/status') if l.startswith(('SigIgn', 'SigBlk', 'Uid', 'Gid', "
+    "'Groups', 'Threads', 'Cap'))])",
     "import pandas, sys; print(len(sys.modules), list(sys.modules)[-1])",
     "import sys, matplotlib.pyplot, sklearn.ensemble; print(sorted(sys.modules)[::50])",
     "import pandas as pd; print(pd.DataFrame({'x': [1, 2, 3]}).describe())",
