@@ -19,7 +19,7 @@ from guest_agent import limits, startup
 
 BOOT = "import sys; sys.path[0] = {!r}; from guest_agent.imports import main; main({}, {!r})"
 """What the zygote runs. Its first entry of `sys.path` is the way to our package, and does not stay."""
-ANSWER_LIMIT = 5.0
+ANSWER_LIMIT = 10.0
 """Seconds that the zygote has to fork. A user can stop it, as any process of theirs."""
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -96,6 +96,7 @@ class ZygoteProcess:
             "cwd": cwd,
             "terminal": terminal,
             "executable": executable(argv[0], env, cwd),
+            "is_protected": self._uid is not None,
             "processes": resource.getrlimit(resource.RLIMIT_NPROC),  # the zygote's may be higher
         }
         ours, theirs = socket.socketpair()

@@ -151,6 +151,9 @@ def take_place(request: dict[str, Any], descriptors: list[int]) -> None:
     if request["terminal"]:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     resource.setrlimit(resource.RLIMIT_NPROC, request["processes"])
+    if request["is_protected"]:  # from the end by want of memory, as the agent is; its children must not inherit it
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("0")
 
 
 # -- the program at the bottom of the stack ------------------------------------------------------------------------

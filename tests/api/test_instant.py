@@ -223,7 +223,7 @@ MODES: list[tuple[list[str], str]] = [
     (["python3", "shadow/run.py"], ""),
 ]
 FILES = {
-    "script.py": "import sys, json\nprint(sys.argv, sys.path[0], __file__, __name__, __spec__, __cached__, __loader__)\n"
+    "script.py": "import sys, json\nprint(sys.argv, sys.path[0])\nprint(__file__, __name__, __spec__, __cached__, __loader__)\n"
     "print(list(sys.modules), sys._getframe().f_back, open(__file__).read()[:6], dir())",
     "yours.py": "x = 'yours'",
     "fails.py": "def f():\n    1/0\nif __name__ == '__main__':\n    f()\n",
@@ -231,11 +231,11 @@ FILES = {
     "interrupted.py": "raise KeyboardInterrupt\n",
     "syntax.py": "x = (\n",
     "package/__init__.py": "print('package', __name__)",
-    "package/__main__.py": "import sys\nprint(sys.argv, sys.path[0], __name__, __package__, __spec__, __file__, sys.orig_argv)",
+    "package/__main__.py": "import sys\nprint(sys.argv, sys.path[0])\nprint(__name__, __package__, __spec__, __file__, sys.orig_argv)",
     "package/part.py": "from . import __name__ as name\nimport sys\nprint(name, __name__, list(sys.modules))\n1/0",
     "sub/other.py": "print('other', __name__)",
     "shadow/json.py": "raise ValueError('your json')",
-    "shadow/run.py": "import decimal\nprint(decimal.Decimal(1))\ntry:\n    import requests\nexcept ValueError as e:\n    print(e)\nimport json",
+    "shadow/run.py": "import decimal\ntry: import requests\nexcept ValueError as e:\n    print(e)\nimport json",
     "spawns.py": "import multiprocessing as m, sys\ndef f(x): return x + 1, __name__\nif __name__ == '__main__':\n"
     "    for how in ('spawn', 'forkserver', 'fork'):\n"
     "        with m.get_context(how).Pool(1) as p: print(how, p.map(f, [1]))\n",
@@ -461,7 +461,7 @@ async def test_a_stopped_zygote_costs_seconds(forking: Forking) -> None:
         *(forking.service.run(forking.box, "python3", "-c", "print('ran')", timeout=20) for _ in range(2))
     )
     assert [answer["stdout"] for answer in answers] == ["ran\n"] * 2
-    assert time.monotonic() - begun < 12
+    assert time.monotonic() - begun < 16
     await forking.ready()
 
 
