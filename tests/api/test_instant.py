@@ -223,7 +223,8 @@ MODES: list[tuple[list[str], str]] = [
     (["python3", "shadow/run.py"], ""),
 ]
 FILES = {
-    "script.py": "import sys, json\nprint(sys.argv, sys.path[0])\nprint(__file__, __name__, __spec__, __cached__, __loader__)\n"
+    "script.py": "import sys, json\nprint(sys.argv, sys.path[0])\n"
+    "print(__file__, __name__, __spec__, __cached__, __loader__)\n"
     "print(list(sys.modules), sys._getframe().f_back, open(__file__).read()[:6], dir())",
     "yours.py": "x = 'yours'",
     "fails.py": "def f():\n    1/0\nif __name__ == '__main__':\n    f()\n",
@@ -231,7 +232,8 @@ FILES = {
     "interrupted.py": "raise KeyboardInterrupt\n",
     "syntax.py": "x = (\n",
     "package/__init__.py": "print('package', __name__)",
-    "package/__main__.py": "import sys\nprint(sys.argv, sys.path[0])\nprint(__name__, __package__, __spec__, __file__, sys.orig_argv)",
+    "package/__main__.py": "import sys\nprint(sys.argv, sys.path[0])\n"
+    "print(__name__, __package__, __spec__, __file__, sys.orig_argv)",
     "package/part.py": "from . import __name__ as name\nimport sys\nprint(name, __name__, list(sys.modules))\n1/0",
     "sub/other.py": "print('other', __name__)",
     "shadow/json.py": "raise ValueError('your json')",
