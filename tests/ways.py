@@ -216,9 +216,7 @@ class Notebooks:
         try:
             kernel = server.request("GET", f"/api/kernels/{self._ask(None)}").json()
             self.box = Sandbox(server, {"sandboxID": kernel["sandbox_id"]})
-            # nbclient takes a kernel behind a gateway for dead that does not answer its first question in a second.
-            self.box.execute("None")
-            self._ask(["None"])
+            self._ask(["None"])  # from here on nbclient is connected
         except BaseException:
             self.close()
             raise
@@ -247,6 +245,8 @@ async def main() -> None:
     client = NotebookClient(nbformat.v4.new_notebook(), kernel_manager_class=GatewayKernelManager)
     client.create_kernel_manager()
     await client.async_start_new_kernel()
+    # If the first answer takes over a second, jupyter_client asks for a local process, which this kernel has not.
+    client.km._async_is_alive = client.km.is_alive
     while line := await asyncio.to_thread(sys.stdin.readline):
         answer: Any = client.km.kernel_id
         if (cells := json.loads(line)) is not None:
