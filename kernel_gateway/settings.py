@@ -94,6 +94,11 @@ class Settings:
         0, "Mbit a second that each sandbox may send, and may receive; 0 for no limit.", low=0, high=100_000
     )
     pip_index: str = setting("", "Package index for pip in sandboxes, as a URL. Default: pip's own.")
+    webhook_allow: str = setting(
+        "",
+        "Receivers of webhooks that are on no public network: CIDR blocks, separated by commas. They may use http and "
+        "any port. Default: none.",
+    )
     domain: str = setting("localhost", "Services in sandboxes are reached as PORT-SANDBOX.DOMAIN.")
     allow_host: str = setting(
         "",
@@ -183,6 +188,15 @@ class Settings:
             if not without_itself(block):
                 raise SettingsError(f"--egress-allow {block}: these addresses mean the host itself, which stays closed")
         return tuple(part for block in blocks for part in without_itself(block))
+
+    @property
+    def webhook_exceptions(self) -> tuple[IPv4Network, ...]:
+        """Blocks of addresses that webhooks may be sent to though they are on no public network.
+
+        Raises:
+            SettingsError: an entry is no IPv4 block.
+        """
+        return tuple(_blocks("--webhook-allow", self.webhook_allow))
 
     @property
     def floor(self) -> Floor:

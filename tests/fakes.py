@@ -40,6 +40,8 @@ from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
 
 HOME = "/home/user"
+ENDLESS = "/events"
+"""The path whose answer does not end by itself; test_events.py has it."""
 PAGE = 100
 PIECE = b"flood! " * 9362  # just under 64 KiB
 TEMPLATES = [

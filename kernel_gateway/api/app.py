@@ -11,7 +11,7 @@ from urllib.parse import unquote
 from tornado.httputil import HTTPServerRequest
 from tornado.web import Application
 
-from kernel_gateway.api import commands, figures, jupyter, ports, rest
+from kernel_gateway.api import commands, events, figures, jupyter, ports, rest
 from kernel_gateway.api.base import NOBODY, Endpoint, Missing, Requests, Route
 from kernel_gateway.api.channels import Channels
 from kernel_gateway.api.guesses import Guesses
@@ -21,14 +21,17 @@ from kernel_gateway.api.socket import NOT_ALLOWED, Socket, Sockets
 from kernel_gateway.api.stream import AgentStream
 from kernel_gateway.errors import CellvmError, Misdirected, NotFound
 from kernel_gateway.kernel.events import Cell
+from kernel_gateway.network.policy import Floor
 from kernel_gateway.ports import NONE, place_of_host, place_of_path
 from kernel_gateway.sandbox.lifecycle import Event
 from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
+from kernel_gateway.webhooks import EventModel, Targets
 
 log = logging.getLogger(__name__)
 
 NO_PATH = "GET /openapi.json lists what there is"
+PUBLIC = Targets(Floor)
 KEYS_TICK = 0.5
 """Seconds between looks at the keys."""
 
@@ -37,6 +40,7 @@ COMMAND = f"{BOX}/commands/{{command}}"
 FS = f"{BOX}/filesystem"
 KERNEL = "/api/kernels/{kernel}"
 SESSION = "/api/sessions/{session}"
+WEBHOOK = "/events/webhooks/{webhook}"
 
 ROUTES = [
     Route("GET", "/health", rest.health, answer=rest.Health, public=True),
@@ -115,11 +119,19 @@ ROUTES = [
     Route("GET", f"{BOX}/health", rest.sandbox_health, status=204),
     Route("GET", f"{BOX}/metrics", rest.metrics, answer=rest.MetricsModel),
     Route("GET", f"{BOX}/envs", commands.envs, answer=dict[str, str]),
-    Route("GET", "/events/sandboxes", rest.later, status=204, errors=(501,)),
-    Route("GET", "/events/sandboxes/{id}", rest.later, status=204, errors=(501,)),
-    Route("GET", "/events/webhooks", rest.later, status=204, errors=(501,)),
-    Route("POST", "/events/webhooks", rest.later, status=204, errors=(501,)),
-    Route("DELETE", "/events/webhooks/{webhook}", rest.later, status=204, errors=(501,)),
+    Route("GET", "/events", events.stream_events, query=events.StreamQuery, produces="text/event-stream"),
+    Route("GET", "/events/sandboxes", events.list_events, query=events.EventQuery, answer=list[EventModel]),
+    Route("GET", "/events/sandboxes/{id}", events.list_events, query=events.EventQuery, answer=list[EventModel]),
+    Route("GET", "/events/webhooks", events.list_webhooks, answer=list[events.WebhookModel]),
+    Route(
+        "POST", "/events/webhooks", events.add_webhook, body=events.WebhookBody, answer=events.WebhookModel, status=201
+    ),
+    Route("GET", WEBHOOK, events.get_webhook, answer=events.WebhookModel, errors=(404,)),
+    Route("DELETE", WEBHOOK, events.remove_webhook, status=204, errors=(404,)),
+    Route(
+        "GET", f"{WEBHOOK}/deliveries", events.list_deliveries, query=events.DeliveryQuery,
+        answer=list[events.DeliveryModel], errors=(404,),
+    ),
     Route("GET", "/api", jupyter.api_version, answer=jupyter.ApiVersion, public=True),
     Route("GET", "/api/me", jupyter.me, answer=jupyter.Me),
     Route("GET", "/api/status", jupyter.status, answer=jupyter.ServerStatus),
@@ -221,6 +233,7 @@ def application(
     domain: str = "localhost",
     hosts: frozenset[str] | None = None,
     stripped: re.Pattern[str] = NONE,
+    targets: Targets = PUBLIC,
 ) -> Application:
     """The Tornado application over a collection of sandboxes and a store of keys.
 
@@ -235,6 +248,7 @@ def application(
         domain: services in sandboxes are reached as `{port}-{id}.{domain}`; it may include the server's port.
         hosts: names that clients may call the server by, besides IP addresses and localhost; None for all.
         stripped: matches headers, in small letters, that services in sandboxes do not get.
+        targets: the receivers that webhooks may have.
     """
     sandboxes.metrics.registry.register(figures.Present(sandboxes))
     shared = {"sandboxes": sandboxes, "store": store}
@@ -255,6 +269,7 @@ def application(
         domain_name=domain.partition(":")[0].strip(".").lower(),
         hosts=hosts,
         stripped=stripped,
+        targets=targets,
         guesses=Guesses(),
         max_message=max_message,
         kernel_idle_timeout=kernel_idle_timeout,

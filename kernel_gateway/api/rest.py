@@ -331,6 +331,7 @@ async def set_timeout(call: Call, body: SetTimeout) -> None:
     sandbox = call.sandbox
     _ = sandbox.guest
     sandbox.set_timeout(body.timeout)
+    call.sandboxes.changed(sandbox, {"reason": "timeout", "endAt": rfc3339(sandbox.ends_at)})
 
 
 async def refresh(call: Call, body: Refresh) -> None:
@@ -338,13 +339,6 @@ async def refresh(call: Call, body: Refresh) -> None:
     sandbox = call.sandbox
     _ = sandbox.guest
     sandbox.extend(body.duration)
-
-
-async def later(call: Call) -> None:
-    """Not offered yet."""
-    if "id" in call.path:
-        _ = call.sandbox  # an id that is not yours is 404 here too
-    raise Unavailable("this server does not offer events and webhooks yet")
 
 
 # -- the network

@@ -49,6 +49,18 @@ class Scope:
         if self.is_for_metrics:
             raise Forbidden("this key is for GET /metrics", hint="use a key without `--scope metrics`")
 
+    def check_whole(self, what: str) -> None:
+        """Check that the key sees all that its owner has.
+
+        Args:
+            what: what only such a key may do, for the refusal's message.
+
+        Raises:
+            Forbidden: it sees a part.
+        """
+        if self.template or self.sandbox or self.is_for_metrics:
+            raise Forbidden(f"a key with the scope {self} may not {what}", hint="use a key without this scope")
+
     def check_create(self, template_id: str) -> None:
         """Check that the key may create a sandbox of a template.
 

@@ -5,7 +5,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -426,6 +426,7 @@ class Sandboxes:
                 message = "the network policy could not be applied; the one before is still in force"
                 raise GuestFailure("failed", message) from error
             sandbox.policy = policy
+            self.changed(sandbox, {"reason": "network"})
             if ports_open is not None:
                 sandbox.open_all_ports(ports_open)
 
@@ -469,6 +470,10 @@ class Sandboxes:
         """The owner's sandboxes, newest first."""
         mine = [sandbox for sandbox in self._sandboxes.values() if sandbox.owner == owner]
         return sorted(mine, key=lambda sandbox: sandbox.started_at, reverse=True)
+
+    def changed(self, sandbox: Sandbox, data: Mapping[str, object]) -> None:
+        """Let an event tell that the owner has changed a sandbox's settings."""
+        self._store.sandbox_changed("updated", sandbox.owner, sandbox.id, sandbox.template.id, data)
 
     async def kill(self, sandbox: Sandbox) -> None:
         """End a sandbox, and return when its machine is gone."""

@@ -60,6 +60,48 @@ async def test_last_words_on_stderr(real: Service, real_box: str) -> None:
         assert cell["stderr"] == "LAST\n"
 
 
+@pytest.mark.parametrize(
+    "speak",
+    [
+        "subprocess.run(['echo', 'child'])",
+        "os.system('echo child')",
+        "os.write(1, b'child\\n')",
+        "c.printf(b'child\\n'), c.fflush(None)",
+        "subprocess.run(['echo', 'child']), signal.raise_signal(signal.SIGUSR1)",
+    ],
+)
+async def test_children_speak_in_their_turn(real: Service, real_box: str, speak: str) -> None:
+    """What a child has printed comes before what the cell prints, shows and gives after it."""
+    imports = "import ctypes, os, signal, subprocess; c = ctypes.CDLL(None)\n"
+    imports += "_ = signal.signal(signal.SIGUSR1, lambda *_: print('signal'))\n"
+    code = f"{imports}for n in range(20):\n    print(n)\n    _ = {speak}\n    print('then')\n_ = {speak}\ndisplay(7)"
+    said = "child\nsignal\n" if "raise" in speak else "child\n"
+    answer = await real.call(
+        "POST", f"/sandboxes/{real_box}/execute", {"code": code}, headers={"Accept": "application/x-ndjson"}
+    )
+    events = [json.loads(line) for line in answer.body.splitlines()]
+    at = next(at for at, event in enumerate(events) if event["type"] == "display")
+    printed = "".join(event["text"] for event in events[:at] if event["type"] == "stdout")
+    assert printed == "".join(f"{n}\n{said}then\n" for n in range(20)) + said
+
+
+async def test_output_of_forks(real: Service, real_box: str) -> None:
+    """A fork says its own words only, though its parent has output that is not sent yet."""
+    code = """
+import os
+for n in range(20):
+    print("parent", n)
+    os.write(1, b"child\\n")
+    if not (pid := os.fork()):
+        print(f"fork {n}\\n", end="", flush=True)
+        os._exit(0)
+    _ = os.waitpid(pid, 0)
+"""
+    cell = await real.execute(real_box, code, timeout=10)
+    said = [f"{who} {n}" for who in ("parent", "fork") for n in range(20)] + ["child"] * 20
+    assert (cell["error"], sorted(cell["stdout"].splitlines())) == (None, sorted(said))
+
+
 async def test_bytes_that_are_no_text(real: Service, real_box: str) -> None:
     """Bytes that are no UTF-8 become U+FFFD, and the rest is as it was."""
     cell = await real.execute(real_box, r"import os; _ = os.write(1, b'a\xffb\xe6\x97c\n')")

@@ -68,6 +68,20 @@ async def test_pause_and_resume(service: Service, driver: SavingDriver, tmp_path
     assert len(driver.alive) == 1
 
 
+async def test_events_of_a_pause(service: Service) -> None:
+    """Pause and resume are events, each written with the change, so that none is told that did not happen."""
+    box = await service.create()
+    assert await post(service, box, "pause") == 204
+    assert await post(service, box, "pause") == 409
+    assert await post(service, box, "resume") == 201
+    assert await post(service, box, "pause") == 204
+    await service.call("DELETE", f"/sandboxes/{box}")
+    await service.store.flush(5)
+    events = json.loads((await service.call("GET", f"/events/sandboxes/{box}?orderAsc=true")).body)
+    told = [event["type"].rpartition(".")[2] for event in events]
+    assert told == ["created", "paused", "resumed", "paused", "killed"]
+
+
 async def test_every_answer(service: Service) -> None:
     """Pausing a paused one and resuming a running one are conflicts, and `connect` takes either."""
     box = await service.create()

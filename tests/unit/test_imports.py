@@ -189,9 +189,9 @@ def test_guest_files_know_no_dialect() -> None:
 
 
 def test_tornado_stays_at_the_edge() -> None:
-    """Only the API and the composition root import the web server."""
+    """Only the API and the composition root import the web server, and only webhooks its client."""
     users = {name for name in below("kernel_gateway") if "tornado" in outside(name)}
-    assert users <= {*below("kernel_gateway.api"), "kernel_gateway.server"}
+    assert users <= {*below("kernel_gateway.api"), "kernel_gateway.server", "kernel_gateway.webhooks"}
 
 
 def test_the_journal_knows_only_messages() -> None:

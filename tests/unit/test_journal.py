@@ -620,7 +620,11 @@ def test_joined_text_has_a_size(make: Make) -> None:
     assert "".join(text for _, _, text in texts(found)) == "".join(f"{n:10000}" for n in range(1000))
 
 
-@pytest.mark.parametrize("content", [b"", b"null", b'{"text": 3, "name": "stdout"}', b"\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"null", b"{}", b'{"text": 3, "name": "stdout"}', b'{"name": "stdout"}', b'{"text": "a"}', b"\xff",
+     b'{"name": "stdout", "text": "a", "more": [1]}'],
+)  # fmt: skip
 def test_text_that_is_none(make: Make, content: bytes) -> None:
     """A kernel's nonsense is passed on as it is."""
     journal = make()

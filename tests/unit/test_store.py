@@ -3,7 +3,7 @@
 import hashlib
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 
 from kernel_gateway.errors import HostFull, InvalidRequest
 from kernel_gateway.sandbox.key import Key, parse_scope
+from kernel_gateway.sandbox.outbox import Event
 from kernel_gateway.sandbox.store import RESERVE, SCHEMA, Entry, Store, new_key
 from tests.fakes import eventually
 
@@ -251,13 +252,13 @@ async def test_the_reserve(tmp_path: Path) -> None:
     assert reserve.stat().st_blocks * 512 >= RESERVE
     insert, tried = store._insert, []
 
-    def insert_if_there_is_space(entries: Iterable[Entry]) -> None:
+    def insert_if_there_is_space(entries: list[Entry], events: list[Event]) -> None:
         tried.append(reserve.exists())
         if reserve.exists():
             error = sqlite3.OperationalError("database or disk is full")
             error.sqlite_errorcode = sqlite3.SQLITE_FULL
             raise error
-        insert(entries)
+        insert(entries, events)
 
     store._insert = insert_if_there_is_space  # type: ignore[method-assign]
     store.sandbox_ended("sbx0", "me", "base", "timeout")
