@@ -60,12 +60,14 @@ ROUTES = [
     Route("GET", BOX, rest.get_sandbox, answer=rest.SandboxModel),
     Route("DELETE", BOX, rest.delete_sandbox, status=204),
     Route("POST", f"{BOX}/shutdown", rest.delete_sandbox, status=204),
-    Route("POST", f"{BOX}/connect", rest.connect, body=rest.Connect, answer=rest.SandboxModel),
+    Route(
+        "POST", f"{BOX}/connect", rest.connect, body=rest.Connect, answer=rest.SandboxModel, also=201, errors=(501,),
+    ),
     Route("POST", f"{BOX}/timeout", rest.set_timeout, body=rest.SetTimeout, status=204),
     Route("POST", f"{BOX}/refreshes", rest.refresh, body=rest.Refresh, status=204),
     Route("POST", f"{BOX}/pause", rest.pause, body=rest.Pause, status=204, errors=(501, 507)),
     Route(
-        "POST", f"{BOX}/resume", rest.resume, body=rest.Resume, answer=rest.SandboxModel, status=201, errors=(503,),
+        "POST", f"{BOX}/resume", rest.resume, body=rest.Resume, answer=rest.SandboxModel, status=201, errors=(501,),
     ),
     Route("GET", f"{BOX}/network", rest.get_network, answer=rest.NetworkState),
     Route("PUT", f"{BOX}/network", rest.set_network, body=rest.SetNetwork, status=204, errors=(501,)),

@@ -192,8 +192,8 @@ class Route:
     """One method of one path.
 
     `operation` gets the Call, and the decoded body when `body` is a type. Its result is sent as JSON with `status`,
-    unless it has sent its answer itself, as one with `produces`, a content type, does. An `upload` operation reads the
-    raw body from `call.http`.
+    unless it has set `also`, the other status of a success, or has sent its answer itself, as one with `produces`, a
+    content type, does. An `upload` operation reads the raw body from `call.http`.
     """
 
     method: str
@@ -203,6 +203,7 @@ class Route:
     query: Any = None
     answer: Any = None
     status: int = 200
+    also: int | None = None
     produces: str | None = None
     upload: bool = False
     public: bool = False

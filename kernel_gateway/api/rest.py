@@ -1034,6 +1034,7 @@ class LimitsModel(Struct):
     """The limits of your key. `heldBytes` are those that wait in the server for you; docs/rest.md says which."""
 
     sandboxes: Limit
+    pausedSandboxes: Limit
     createsPerMinute: RateLimit
     requests: Limit
     connections: Limit
@@ -1047,6 +1048,7 @@ async def limits(call: Call) -> LimitsModel:
     creates, held = sandboxes.creates, sandboxes.held
     return LimitsModel(
         sandboxes=Limit(sandboxes.per_owner, sandboxes.places_of(owner)),
+        pausedSandboxes=Limit(sandboxes.max_paused, sandboxes.paused_of(owner)),
         createsPerMinute=RateLimit(creates.most, creates.of(owner, now), creates.reset(owner, now)),
         requests=Limit(requests.most, requests.of(owner)),
         connections=Limit(sockets.most, sockets.of(owner)),

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -39,6 +38,7 @@ from kernel_gateway.network.policy import Floor, Policy, Refusal, parse_policy
 from kernel_gateway.rate import Rate
 from kernel_gateway.sandbox.lifecycle import ASLEEP, ENDED, Event, State
 from kernel_gateway.sandbox.pool import Pool
+from kernel_gateway.sandbox.record import Record, record_of
 from kernel_gateway.sandbox.sandbox import Sandbox, filter_of, new_id
 from kernel_gateway.sandbox.shelf import Shelf
 from kernel_gateway.sandbox.store import Store
@@ -70,32 +70,6 @@ AUTO_RESUME_LIFE = 300
 """Seconds that a sandbox lives at least after a request has woken it."""
 
 T = TypeVar("T")
-
-
-class Record(msgspec.Struct):
-    """What the store has of a paused sandbox besides its files, as JSON. The fields are the Sandbox's own.
-
-    `longest_life` is what was left of it, in seconds.
-    """
-
-    owner: str
-    template: Template
-    metadata: dict[str, str]
-    env: dict[str, str]
-    timeout: int
-    idle_timeout: int | None
-    longest_life: float | None
-    auto_pause: bool
-    auto_resume: bool
-    was_stopped: bool
-    allow_internet: bool
-    allow_out: list[str]
-    deny_out: list[str]
-    open_ports: set[int]
-    all_ports_open: bool
-    kernel_name: str
-    started_at: datetime
-    paused_at: datetime
 
 
 class Network(Protocol):
@@ -706,12 +680,31 @@ class Sandboxes:
         records = self._store.paused()
         shelf.sweep(records.keys())
         for sandbox_id, text in records.items():
-            record = msgspec.json.decode(text, type=Record)
+            try:
+                record = msgspec.json.decode(text, type=Record)
+            except msgspec.MsgspecError as error:  # a later version's; its server may come back
+                log.error("paused sandbox %s can't be read, and is left as it is: %s", sandbox_id, error)
+                continue
             if not shelf.path(sandbox_id).is_dir():
                 log.error("sandbox %s was paused, and its files are gone", sandbox_id)
                 self._store.sandbox_ended(sandbox_id, record.owner, record.template.id, "files_lost")
                 continue
             self._sandboxes[sandbox_id] = self._paused_sandbox(sandbox_id, record)
+
+    def _policy_of(self, sandbox_id: str, record: Record) -> Policy:
+        """The policy of a paused sandbox. One that this server's floor does not allow any more becomes no internet."""
+        try:
+            return parse_policy(
+                allow_internet=record.allow_internet,
+                allow_out=record.allow_out,
+                deny_out=record.deny_out,
+                floor=Floor() if self.network is None else self.network.floor,
+            )
+        except CellvmError as error:
+            log.error(
+                "paused sandbox %s gets no internet, because its policy is not allowed here: %s", sandbox_id, error
+            )
+            return Policy(allow_internet=False)
 
     def _paused_sandbox(self, sandbox_id: str, record: Record) -> Sandbox:
         sandbox = Sandbox(
@@ -721,12 +714,7 @@ class Sandboxes:
             timeout=record.timeout,
             metadata=record.metadata,
             env=record.env,
-            policy=parse_policy(
-                allow_internet=record.allow_internet,
-                allow_out=record.allow_out,
-                deny_out=record.deny_out,
-                floor=Floor() if self.network is None else self.network.floor,
-            ),
+            policy=self._policy_of(sandbox_id, record),
             idle_timeout=record.idle_timeout,
             longest_life=record.longest_life,
             auto_pause=record.auto_pause,
@@ -769,28 +757,3 @@ class Sandboxes:
             log.error("sandbox %s could not be paused at its end: %s", sandbox.id, error)
             sandbox.pauses_failed += 1
             sandbox.set_timeout(PAUSE_AGAIN)
-
-
-def record_of(sandbox: Sandbox) -> str:
-    """What the store keeps of a sandbox that is being paused."""
-    record = Record(
-        owner=sandbox.owner,
-        template=sandbox.template,
-        metadata=sandbox.metadata,
-        env=sandbox.env,
-        timeout=sandbox.timeout,
-        idle_timeout=sandbox.idle_timeout,
-        longest_life=sandbox.life_left,
-        auto_pause=sandbox.auto_pause,
-        auto_resume=sandbox.auto_resume,
-        was_stopped=sandbox.was_stopped,
-        allow_internet=sandbox.policy.allow_internet,
-        allow_out=list(sandbox.policy.allow_out),
-        deny_out=list(sandbox.policy.deny_out),
-        open_ports=sandbox.open_ports,
-        all_ports_open=sandbox.all_ports_open,
-        kernel_name=sandbox.kernel_name,
-        started_at=sandbox.started_at,
-        paused_at=sandbox.paused_at or datetime.now(UTC),
-    )
-    return msgspec.json.encode(record).decode()

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from tornado.simple_httpclient import HTTPTimeoutError
 from websockets.exceptions import InvalidStatus
 
 from kernel_gateway.drivers import DriverError, Incompatible, NoSpace
+from kernel_gateway.network.policy import Floor
 from kernel_gateway.sandbox.lifecycle import State
 from tests.api.clients import channels
-from tests.fakes import FakeDriver, FakeVm, SavingDriver, Script, Service, error_of, eventually, serving
+from tests.fakes import FakeDriver, FakeNetwork, FakeVm, SavingDriver, Script, Service, error_of, eventually, serving
 
 
 @pytest.fixture
@@ -510,6 +512,22 @@ async def test_what_is_left_is_swept(tmp_path: Path, driver: SavingDriver) -> No
         answer = await service.call("GET", f"/sandboxes/{box}")
         assert answer.code == 404
         assert error_of(answer)["hint"].endswith("files_lost")
+
+
+async def test_records_and_folders_that_do_not_fit(tmp_path: Path, driver: SavingDriver) -> None:
+    """A folder without a record is deleted, a record that can't be read is left alone, and a start never fails."""
+    async with serving(tmp_path, driver, network=FakeNetwork()) as service:
+        first, second, third = [await service.create(network={"allowOut": ["93.184.215.14"]}) for _ in range(3)]
+        for box in (first, second, third):
+            await post(service, box, "pause")
+        await service.store.sandbox_paused(first, None)  # the server died between the folder and the record
+        await service.store.sandbox_paused(second, '{"of": "a later version"}')
+    narrow = FakeNetwork(floor=Floor(near=(IPv4Network("93.184.0.0/16"),)))
+    async with serving(tmp_path, driver, network=narrow) as service:
+        assert files(tmp_path) == sorted([second, third])
+        assert [await status(service, box) for box in (first, second, third)] == ["404", "404", "paused"]
+        assert not service.sandboxes.get(service.owner, third).policy.allow_internet
+        assert await post(service, third, "resume") == 201
 
 
 async def test_a_server_that_is_stopped_pauses(tmp_path: Path, driver: SavingDriver) -> None:
