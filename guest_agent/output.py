@@ -68,13 +68,15 @@ class OutStream(iostream.OutStream):
 
     def write(self, string: str) -> int:
         """Write text. What children have written before comes before it."""
-        self._let_children_speak()
+        if self._waiting.poll(0) or self._is_moving:
+            self._let_children_speak()
         super().write(string)
         return len(string)
 
     def flush(self) -> None:
         """Send what was written, by children too."""
-        self._let_children_speak()
+        if self._waiting.poll(0) or self._is_moving:
+            self._let_children_speak()
         super().flush()  # type: ignore[no-untyped-call]
 
     def _let_children_speak(self) -> None:

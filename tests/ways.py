@@ -31,6 +31,8 @@ import nbformat
 from tests.guest.client import Sandbox
 
 CORPUS = Path(__file__).with_name("corpus")
+LIMIT = 110
+"""Seconds that a program or a cell may take. In an emulated machine imports alone take up to a minute."""
 NOT_SHOWN = "UserWarning: FigureCanvasAgg is non-interactive, and thus cannot be shown\n"
 TAKE_FILES = r"""
 find . -type f ! -path '*/.*' ! -path '*/__pycache__/*' -exec sha256sum {} + | sort -k 2
@@ -102,6 +104,7 @@ def programs(*, on_machine: bool = False) -> list[Program]:
 
 def ended(stdout: str, stderr: str, code: int, files: str) -> Outcome:
     """The outcome of a program that has ended."""
+    assert code != 124, "it was stopped at its timeout"
     error = ""
     if code:
         stderr, _, traceback = stderr.partition("Traceback (most recent call last):\n")
@@ -126,14 +129,14 @@ def environment() -> dict[str, str]:
 
 
 def command(box: Sandbox, *argv: str, **fields: Any) -> Outcome:
-    ran = box.run(*argv, **fields)
+    ran = box.run(*argv, timeout=LIMIT, **fields)
     return ended(ran["stdout"], ran["stderr"], ran["exitCode"], box.shell(TAKE_FILES))
 
 
 def as_script(box: Sandbox, program: Program) -> Outcome:
     """A file is uploaded, and Python runs it."""
     assert box.upload(program.path.name, program.script).ok
-    ran = box.run("python3", program.path.name)
+    ran = box.run("python3", program.path.name, timeout=LIMIT)
     return ended(ran["stdout"], ran["stderr"], ran["exitCode"], box.shell(f"rm {program.path.name}\n{TAKE_FILES}"))
 
 
@@ -153,7 +156,7 @@ def as_cells(box: Sandbox, program: Program) -> Outcome:
     assert box.server.request("POST", f"/api/kernels/{box.model['kernelID']}/restart").status_code == 200
     outputs: list[list[dict[str, Any]]] = []
     for source in program.cells:
-        cell = box.execute(source, timeout=120)
+        cell = box.execute(source, timeout=LIMIT)
         assert (cell["truncated"], cell["late"], cell["outcome"]) == (None, [], "finished")
         outputs.append([{"output_type": "stream", "name": name, "text": cell[name]} for name in ("stdout", "stderr")])
         outputs[-1] += [{"output_type": each["type"], "data": each["data"]} for each in cell["results"]]
@@ -213,9 +216,7 @@ class Notebooks:
         try:
             kernel = server.request("GET", f"/api/kernels/{self._ask(None)}").json()
             self.box = Sandbox(server, {"sandboxID": kernel["sandbox_id"]})
-            # nbclient takes a kernel behind a gateway for dead that does not answer its first question in a second.
-            self.box.execute("None")
-            self._ask(["None"])
+            self._ask(["None"])  # from here on nbclient is connected
         except BaseException:
             self.close()
             raise
@@ -244,6 +245,8 @@ async def main() -> None:
     client = NotebookClient(nbformat.v4.new_notebook(), kernel_manager_class=GatewayKernelManager)
     client.create_kernel_manager()
     await client.async_start_new_kernel()
+    # If the first answer takes over a second, jupyter_client asks for a local process, which this kernel has not.
+    client.km._async_is_alive = client.km.is_alive
     while line := await asyncio.to_thread(sys.stdin.readline):
         answer: Any = client.km.kernel_id
         if (cells := json.loads(line)) is not None:

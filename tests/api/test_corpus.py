@@ -52,7 +52,7 @@ def server(real: Service) -> Iterator[Any]:
         http.headers["Authorization"] = f"Bearer {real.key}"
 
         def request(method: str, path: str, **options: Any) -> requests.Response:
-            return http.request(method, real.url + path, timeout=60, **options)
+            return http.request(method, real.url + path, timeout=120, **options)
 
         yield SimpleNamespace(url=real.url, request=request, scale=1.0)
 
