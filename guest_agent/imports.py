@@ -424,11 +424,3 @@ class Stash:
                 self._unbound.add((parent, child))
         for parent, child in self._unbound:
             vars(self._all[parent]).pop(child, None)  # one module may have two names
-
-
-def main(fd: int, modules: list[str]) -> None:
-    """Be the zygote. The agent starts it by `python -c`, with the way to our package first in `sys.path`."""
-    fresh, recorder = Fresh(), Recorder()
-    from guest_agent import zygote
-
-    zygote.serve(fd, modules, fresh, recorder)

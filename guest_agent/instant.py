@@ -17,8 +17,12 @@ from pathlib import Path
 
 from guest_agent import limits, startup
 
-BOOT = "import sys; sys.path[0] = {!r}; from guest_agent.imports import main; main({}, {!r})"
-"""What the zygote runs. Its first entry of `sys.path` is the way to our package, and does not stay."""
+BOOT = (
+    "import sys; sys.path[0] = {!r}; from guest_agent.imports import Fresh, Recorder; seen = Fresh(), Recorder(); "
+    "from guest_agent.zygote import serve; serve({}, {!r}, *seen)"
+)
+"""What the zygote runs. Its first entry of `sys.path` is the way to our package, and does not stay. The recorder comes
+before the zygote's own imports, because those count as well."""
 ANSWER_LIMIT = 10.0
 """Seconds that the zygote has to fork. A user can stop it, as any process of theirs."""
 PR_SET_CHILD_SUBREAPER = 36
