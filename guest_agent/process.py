@@ -174,6 +174,17 @@ class Programs:
             Exited(code=124 if timed_out else 128 + number if number else code, signal=number, timed_out=timed_out)
         )
 
+    def answer(self, request: wire.Signal | wire.Resize | wire.GetUser) -> wire.Body:
+        """The answer to a request about a program, or about a user."""
+        match request:
+            case wire.Signal():
+                self.signal(request)
+            case wire.Resize():
+                self.resize(request)
+            case wire.GetUser():
+                return wire.User(home=self.home(request.name))
+        return wire.Done()
+
     def signal(self, request: wire.Signal) -> None:
         """Signal a program's process group.
 
@@ -195,6 +206,19 @@ class Programs:
         if terminal is None:
             raise AgentError("invalid", "the command has no terminal")
         _resize(terminal, request.rows, request.columns)
+
+    def home(self, name: str) -> str:
+        """The home of a user.
+
+        Raises:
+            AgentError: not_found (there is no such user), permission_denied (no program may run as that one).
+        """
+        if name not in ("", SANDBOX_USER):
+            try:
+                pwd.getpwnam(name)
+            except (KeyError, ValueError):  # a name can't hold a NUL
+                raise AgentError("not_found", f"there is no user {name!r}") from None
+        return self._account(name).home
 
     def _program(self, stream: int) -> Program:
         if stream not in self._running:

@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from ipaddress import ip_address
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_to_bytes
 
 from tornado.httputil import HTTPServerRequest
 from tornado.web import Application
@@ -14,6 +14,8 @@ from tornado.web import Application
 from kernel_gateway.api import commands, jupyter, ports, rest
 from kernel_gateway.api.base import NOBODY, Endpoint, Missing, Requests, Route
 from kernel_gateway.api.channels import Channels
+from kernel_gateway.api.e2b import control, envd, interpreter, rpc
+from kernel_gateway.api.e2b.plane import ENVD, INTERPRETER, Plane, place_of_headers
 from kernel_gateway.api.guesses import Guesses
 from kernel_gateway.api.openapi import document, serve_document
 from kernel_gateway.api.ports import Preview
@@ -21,7 +23,7 @@ from kernel_gateway.api.socket import NOT_ALLOWED, Socket, Sockets
 from kernel_gateway.api.stream import AgentStream
 from kernel_gateway.errors import CellvmError, Misdirected, NotFound
 from kernel_gateway.kernel.events import Cell
-from kernel_gateway.ports import NONE, place_of_host, place_of_path
+from kernel_gateway.ports import NONE, Place, place_of_host, place_of_path
 from kernel_gateway.sandbox.lifecycle import Event
 from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
@@ -48,15 +50,23 @@ ROUTES = [
     Route("GET", "/templates/aliases/{template}", rest.get_template, answer=rest.TemplateModel, errors=(404,)),
     Route("GET", "/templates/{template}", rest.get_template, answer=rest.TemplateModel, errors=(404,)),
     Route(
-        "POST", "/sandboxes", rest.create_sandbox, body=rest.CreateSandbox, answer=rest.SandboxModel, status=201,
-        errors=(501,),
+        "POST", "/sandboxes", control.create_sandbox, body=control.CreateSandbox, answer=control.SandboxWithTokens,
+        status=201, errors=(409, 501),
+    ),
+    Route(
+        "POST", "/v2/sandboxes", control.create_sandbox, body=control.CreateSandbox, answer=control.SandboxWithTokens,
+        status=201, errors=(409, 501),
+    ),
+    Route("GET", "/v2/sandboxes", control.list_sandboxes, query=control.SandboxesQuery, answer=list[rest.SandboxModel]),
+    Route(
+        "POST", "/v2/sandboxes/{id}/connect", control.connect, body=control.Connect, answer=control.SandboxWithTokens,
     ),
     Route("GET", "/sandboxes", rest.list_sandboxes, query=rest.SandboxFilter, answer=list[rest.SandboxModel]),
-    Route("GET", BOX, rest.get_sandbox, answer=rest.SandboxModel),
+    Route("GET", BOX, control.get_sandbox, answer=control.SandboxWithTokens),
     Route("DELETE", BOX, rest.delete_sandbox, status=204),
     Route("POST", f"{BOX}/shutdown", rest.delete_sandbox, status=204),
-    Route("POST", f"{BOX}/connect", rest.connect, body=rest.Connect, answer=rest.SandboxModel),
-    Route("POST", f"{BOX}/timeout", rest.set_timeout, body=rest.SetTimeout, status=204),
+    Route("POST", f"{BOX}/connect", control.connect, body=control.Connect, answer=control.SandboxWithTokens),
+    Route("POST", f"{BOX}/timeout", control.set_timeout, body=control.SetTimeout, status=204),
     Route("POST", f"{BOX}/refreshes", rest.refresh, body=rest.Refresh, status=204),
     Route("POST", f"{BOX}/pause", rest.later, status=204, errors=(501,)),
     Route("POST", f"{BOX}/resume", rest.later, status=204, errors=(501,)),
@@ -108,8 +118,19 @@ ROUTES = [
     Route("POST", f"{FS}/mkdir", rest.make_dir, body=rest.MakeDir, answer=rest.FileEntry, errors=(403, 409, 507)),
     Route("POST", f"{FS}/move", rest.move, body=rest.Move, answer=rest.FileEntry, errors=(403, 507)),
     Route("GET", f"{BOX}/health", rest.sandbox_health, status=204),
-    Route("GET", f"{BOX}/metrics", rest.metrics, answer=rest.MetricsModel),
+    Route(
+        "GET", f"{BOX}/metrics", control.metrics, query=control.MetricsQuery,
+        answer=rest.MetricsModel | list[control.Metric],
+    ),
     Route("GET", f"{BOX}/envs", commands.envs, answer=dict[str, str]),
+    Route("GET", "/volumes", control.not_offered, status=204, errors=(501,)),
+    Route("POST", "/volumes", control.not_offered, status=204, errors=(501,)),
+    Route("GET", "/volumes/{volume}", control.not_offered, status=204, errors=(501,)),
+    Route("DELETE", "/volumes/{volume}", control.not_offered, status=204, errors=(501,)),
+    Route("GET", "/secrets", control.not_offered, status=204, errors=(501,)),
+    Route("POST", "/secrets", control.not_offered, status=204, errors=(501,)),
+    Route("PUT", "/secrets/{secret}", control.not_offered, status=204, errors=(501,)),
+    Route("DELETE", "/secrets/{secret}", control.not_offered, status=204, errors=(501,)),
     Route("GET", "/events/sandboxes", rest.later, status=204, errors=(501,)),
     Route("GET", "/events/sandboxes/{id}", rest.later, status=204, errors=(501,)),
     Route("GET", "/events/webhooks", rest.later, status=204, errors=(501,)),
@@ -150,6 +171,31 @@ SOCKETS: list[tuple[str, type[Socket]]] = [
 """WebSockets, by the pattern of their path; docs/stream.md and docs/rest.md describe them."""
 
 
+NO_METHOD = [Route("POST", "/{service}/{method}", rpc.not_offered, produces="application/json")]
+Planes = dict[str, list[tuple[re.Pattern[str], type[Plane], dict[str, Route]]]]
+
+
+def by_path(routes: list[Route]) -> dict[str, dict[str, Route]]:
+    """The routes of each pattern of a path, by their methods."""
+    found: dict[str, dict[str, Route]] = {}
+    for route in routes:
+        found.setdefault(route.pattern, {})[route.method] = route
+    return found
+
+
+PLANES: Planes = {
+    ENVD: [
+        (re.compile(pattern), kind, found)
+        for kind, table in ((Plane, envd.ROUTES), (rpc.Rpc, rpc.ROUTES), (rpc.NoMethod, NO_METHOD))
+        for pattern, found in by_path(table).items()
+    ],
+    INTERPRETER: [
+        (re.compile(pattern), interpreter.Interpreter, found) for pattern, found in by_path(interpreter.ROUTES).items()
+    ],
+}
+"""What is in a sandbox for E2B's clients, by the port that they name."""
+
+
 class Gateway(Application):
     """Routes requests by their path, without the base URL and `/t/KEY` at its beginning.
 
@@ -159,9 +205,10 @@ class Gateway(Application):
 
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
         """Called by Tornado for each request, before anything else reads or logs the path."""
-        if place := place_of_host(request.host_name, self.settings["domain_name"]):
-            return Preview(self.settings, request, place, request.path)
-        if not is_ours(request.host_name, self.settings["hosts"]):
+        domain = self.settings["domain_name"]
+        if place := place_of_host(request.host_name, domain):
+            return self._inside(request, place, request.path)
+        if request.host_name != f"api.{domain}" and not is_ours(request.host_name, self.settings["hosts"]):
             error = Misdirected(
                 f"this server is not known as {request.host_name!r:.100}",
                 hint="the operator allows the name with --allow-host; a proxy may send `Host: localhost` instead",
@@ -172,6 +219,12 @@ class Gateway(Application):
             return self._missing(request, NotFound(f"all paths of this server begin with {base}"))
         path = request.path.removeprefix(base)
         before = request.path.removesuffix(path)
+        try:
+            named = place_of_headers(request.headers, path)
+        except CellvmError as error:
+            return self._missing(request, error)
+        if named is not None:
+            return self._inside(request, named, path)
         found = re.fullmatch(r"/+t/([^/]+)(/.*)?", path)
         if found is not None:
             path = found[2] or "/"
@@ -182,6 +235,20 @@ class Gateway(Application):
             return Preview(self.settings, request, place, rest, key_in_path=found is not None)
         request.path = path
         return super().find_handler(request, **kwargs)
+
+    def _inside(self, request: HTTPServerRequest, place: Place, path: str) -> Any:
+        """A request for what is in a sandbox: a plane of E2B's clients, or a service."""
+        if place.port not in PLANES:
+            return Preview(self.settings, request, place, path)
+        for pattern, kind, routes in PLANES[place.port]:
+            if found := pattern.fullmatch(path):
+                given = {**self.settings["default_handler_args"], "routes": routes, "place": place}
+                del given["error"]
+                request.path = path
+                return self.get_handler_delegate(
+                    request, kind, given, [unquote_to_bytes(name) for name in found.groups()]
+                )
+        return self._missing(request, NotFound(f"{path[:200]}: there is no such path in a sandbox"))
 
     def _missing(self, request: HTTPServerRequest, error: CellvmError) -> Any:
         return self.get_handler_delegate(request, Missing, {**self.settings["default_handler_args"], "error": error})
@@ -232,10 +299,9 @@ def application(
         stripped: matches headers, in small letters, that services in sandboxes do not get.
     """
     shared = {"sandboxes": sandboxes, "store": store}
-    by_path: dict[str, dict[str, Route]] = {}
-    for route in ROUTES:
-        by_path.setdefault(route.pattern, {})[route.method] = route
-    handlers: list[Any] = [(pattern, Endpoint, {**shared, "routes": routes}) for pattern, routes in by_path.items()]
+    handlers: list[Any] = [
+        (pattern, Endpoint, {**shared, "routes": routes}) for pattern, routes in by_path(ROUTES).items()
+    ]
     handlers += [(pattern, kind, shared) for pattern, kind in SOCKETS]
     return Gateway(
         handlers,
@@ -257,6 +323,7 @@ def application(
         sockets=Sockets(max_connections, sandboxes.held),
         openapi=document(ROUTES),
         requests=Requests(max_requests),
+        creates=control.Creates(),
         reading=asyncio.Lock(),  # held while a piece of a service's answer is read
         log_function=log_request,
     )

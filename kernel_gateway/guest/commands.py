@@ -54,9 +54,10 @@ WATCHDOG = 5.0
 class Command:
     """One command, from its start to as long as it is known.
 
-    `pid` is 0 until it runs. `begun` is set when it runs or is over. `outcome` is None until it is over; `exited` says
-    how the program ended, if that is known. `terminal` is the present size of its terminal, as rows and columns.
-    `holding` counts its arguments and variables, and the input that waits. Make it with `Commands.start`.
+    `pid` is 0 until it runs. `begun` is set when it runs or is over, `over` when it is over. `outcome` is None until it
+    is over; `exited` says how the program ended, if that is known. `terminal` is the present size of its terminal, as
+    rows and columns. `holding` counts its arguments and variables, and the input that waits. Make it with
+    `Commands.start`.
     """
 
     def __init__(self, link: Link, request: wire.Spawn, tag: str, account: Account) -> None:
@@ -84,6 +85,8 @@ class Command:
         self._input = bytearray()
         self._input_is_open = True
         self._input_changed = asyncio.Event()
+        self._input_taken = asyncio.Event()
+        self.over = asyncio.Event()
 
     def __repr__(self) -> str:
         return f"<Command {self.pid} {self.state} {self.request.argv[0]!r}>"
@@ -139,6 +142,13 @@ class Command:
         self.holding.resize(self.size + len(data))
         self._input += data
         self._input_changed.set()
+
+    async def feed(self, data: bytes) -> None:
+        """`write` as soon as there is room for it."""
+        while self.outcome is None and len(self._input) + len(data) > STDIN_WAITING and self._input:
+            self._input_taken.clear()
+            await self._input_taken.wait()
+        self.write(data)
 
     def close_stdin(self) -> None:
         """End its standard input, after what waits. Once it is closed, this does nothing.
@@ -230,6 +240,8 @@ class Command:
         self._input.clear()
         self.holding.resize(self.size)
         self.begun.set()
+        self._input_taken.set()
+        self.over.set()
 
     def _keep(self, sub: int, data: bytes) -> None:
         """Keep output in pieces. A character that is not complete waits for its rest."""
@@ -248,6 +260,7 @@ class Command:
                 piece = bytes(self._input[: wire.CHUNK])
                 await conversation.send(piece)
                 del self._input[: len(piece)]
+                self._input_taken.set()
                 self.holding.resize(self.size)
                 if not self._input and self._input_is_open:
                     self._input_changed.clear()

@@ -4,6 +4,7 @@ import logging
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from kernel_gateway.drivers import DriverError, Vm, VmDriver
 from kernel_gateway.errors import GuestUnresponsive
@@ -19,13 +20,17 @@ SAMPLES_KEPT = 10_000
 
 @dataclass(slots=True)
 class Guest:
-    """A machine with an agent that has passed the resume handshake. Relative paths start at `home`."""
+    """A machine with an agent that has passed the resume handshake.
+
+    It works for the user `user`, in whose `home` relative paths start.
+    """
 
     vm: Vm
     link: Link
     kernel: Kernel
     commands: Commands
     home: str = ""
+    user: ClassVar[str] = "user"
 
     def adopt(self, account: Account, journals: Path | None) -> None:
         """Let the guest work for an owner from now on.
