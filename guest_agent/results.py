@@ -17,7 +17,6 @@ LIMIT = 10_000
 def show(shell: Any) -> None:
     """Add E2B's types to a shell's results."""
     from IPython.core.formatters import BaseFormatter
-    from traitlets import ObjectName, Unicode
 
     formatters = shell.display_formatter.formatters
     if "e2b/data" in formatters:
@@ -26,15 +25,15 @@ def show(shell: Any) -> None:
     class Data(BaseFormatter):
         """Columns of a data frame."""
 
-        format_type = Unicode("e2b/data")
-        print_method = ObjectName("_repr_e2b_data_")
+        format_type = "e2b/data"
+        print_method = "_repr_e2b_data_"
         _return_type = (dict, list)
 
     class Chart(BaseFormatter):
         """What a figure shows."""
 
-        format_type = Unicode("e2b/chart")
-        print_method = ObjectName("_repr_e2b_chart_")
+        format_type = "e2b/chart"
+        print_method = "_repr_e2b_chart_"
         _return_type = (dict, list)
 
     data, charts = Data(parent=shell.display_formatter), Chart(parent=shell.display_formatter)

@@ -346,6 +346,11 @@ class FakeGuest:
             raise Refused("not_found", "the command has ended")
         await stream.reply(wire.Done())
 
+    async def _do_getuser(self, stream: Stream, body: wire.GetUser) -> None:
+        if body.name not in ("user", "root"):
+            raise Refused("not_found", f"there is no user {body.name!r}")
+        await stream.reply(wire.User(home="/root" if body.name == "root" else "/home/user"))
+
     # -- files
 
     def _entry(self, path: str) -> wire.Entry:
@@ -413,6 +418,8 @@ class FakeGuest:
 
     async def _do_makedir(self, stream: Stream, body: wire.MakeDir) -> None:
         path = posixpath.normpath(body.path)
+        if body.exclusive and path in self.files:
+            raise Refused("exists" if self.files[path] is None else "not_directory", f"{path}: exists")
         self._make_dirs(path)
         await stream.reply(self._entry(path))
 

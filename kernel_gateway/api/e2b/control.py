@@ -184,8 +184,15 @@ async def get_sandbox(call: Call) -> SandboxWithTokens:
 
 
 async def set_timeout(call: Call, body: SetTimeout) -> None:
-    """Let the sandbox end that many seconds from now, or at once."""
+    """Let the sandbox end that many seconds from now. E2B's clients may end it at once, with 0 or less."""
+    if body.timeout < 1 and not is_e2b(call):
+        raise InvalidRequest("`timeout` is at least 1", hint="delete the sandbox to end it at once")
     call.sandbox.set_timeout(max(body.timeout, 0))
+
+
+def is_e2b(call: Call) -> bool:
+    """Whether the client says that it is one of E2B's."""
+    return call.http.request.headers.get("publisher") == "e2b"
 
 
 def moment(text: str) -> datetime:
@@ -250,7 +257,7 @@ async def metrics(call: Call) -> Any:
     """The sandbox's use of resources: the last reading, or for E2B's clients the readings of a time."""
     query = call.query
     is_range = query.start is not None or query.end is not None
-    if not is_range and call.http.request.headers.get("publisher") != "e2b":
+    if not is_range and not is_e2b(call):
         return await rest.metrics(call)
     start, end = query.start or 0, query.end
     return [
