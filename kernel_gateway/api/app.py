@@ -30,6 +30,7 @@ from kernel_gateway.sandbox.store import Store
 
 log = logging.getLogger(__name__)
 
+NO_PLACE = "there is no such path in a sandbox"
 NO_PATH = "GET /openapi.json lists what there is"
 KEYS_TICK = 0.5
 """Seconds between looks at the keys."""
@@ -171,7 +172,7 @@ SOCKETS: list[tuple[str, type[Socket]]] = [
 """WebSockets, by the pattern of their path; docs/stream.md and docs/rest.md describe them."""
 
 
-NO_METHOD = [Route("POST", "/{service}/{method}", rpc.not_offered, produces="application/json")]
+NO_METHOD = Route("POST", "/{service}/{method}", rpc.not_offered, produces="application/json")
 Planes = dict[str, list[tuple[re.Pattern[str], type[Plane], dict[str, Route]]]]
 
 
@@ -186,9 +187,10 @@ def by_path(routes: list[Route]) -> dict[str, dict[str, Route]]:
 PLANES: Planes = {
     ENVD: [
         (re.compile(pattern), kind, found)
-        for kind, table in ((Plane, envd.ROUTES), (rpc.Rpc, rpc.ROUTES), (rpc.NoMethod, NO_METHOD))
+        for kind, table in ((Plane, envd.ROUTES), (rpc.Rpc, rpc.ROUTES))
         for pattern, found in by_path(table).items()
-    ],
+    ]
+    + [(re.compile(r"/([^/]+\.[^/]+)/([^/]+)"), rpc.NoMethod, {"POST": NO_METHOD})],
     INTERPRETER: [
         (re.compile(pattern), interpreter.Interpreter, found) for pattern, found in by_path(interpreter.ROUTES).items()
     ],
@@ -207,7 +209,7 @@ class Gateway(Application):
         """Called by Tornado for each request, before anything else reads or logs the path."""
         domain = self.settings["domain_name"]
         if place := place_of_host(request.host_name, domain):
-            return self._inside(request, place, request.path)
+            return self._inside(request, place, request.path) or self._missing(request, NotFound(NO_PLACE))
         if request.host_name != f"api.{domain}" and not is_ours(request.host_name, self.settings["hosts"]):
             error = Misdirected(
                 f"this server is not known as {request.host_name!r:.100}",
@@ -220,11 +222,12 @@ class Gateway(Application):
         path = request.path.removeprefix(base)
         before = request.path.removesuffix(path)
         try:
-            named = place_of_headers(request.headers, path)
+            named = None if request.host_name == f"api.{domain}" else place_of_headers(request.headers, path)
         except CellvmError as error:
             return self._missing(request, error)
-        if named is not None:
-            return self._inside(request, named, path)
+        # Old releases send the headers with some control requests, too.
+        if named is not None and (inside := self._inside(request, named, path)):
+            return inside
         found = re.fullmatch(r"/+t/([^/]+)(/.*)?", path)
         if found is not None:
             path = found[2] or "/"
@@ -237,7 +240,7 @@ class Gateway(Application):
         return super().find_handler(request, **kwargs)
 
     def _inside(self, request: HTTPServerRequest, place: Place, path: str) -> Any:
-        """A request for what is in a sandbox: a plane of E2B's clients, or a service."""
+        """A request for what is in a sandbox: a plane of E2B's clients, or a service. None for a path of no plane."""
         if place.port not in PLANES:
             return Preview(self.settings, request, place, path)
         for pattern, kind, routes in PLANES[place.port]:
@@ -248,7 +251,7 @@ class Gateway(Application):
                 return self.get_handler_delegate(
                     request, kind, given, [unquote_to_bytes(name) for name in found.groups()]
                 )
-        return self._missing(request, NotFound(f"{path[:200]}: there is no such path in a sandbox"))
+        return None
 
     def _missing(self, request: HTTPServerRequest, error: CellvmError) -> Any:
         return self.get_handler_delegate(request, Missing, {**self.settings["default_handler_args"], "error": error})

@@ -169,6 +169,15 @@ async def test_without_headers(e2b: Box, service: Service) -> None:
     assert (await e2b.call("GET", "/health", port=None, token=None)).code == 200, "the server's own"
 
 
+async def test_a_control_request_with_headers_of_a_plane(e2b: Box, service: Service) -> None:
+    """Old releases send them with `connect`, too. It is the server's own all the same, and needs a key."""
+    headers = {"E2b-Sandbox-Id": e2b.sandbox.id, "E2b-Sandbox-Port": ENVD}
+    path = f"/sandboxes/{e2b.sandbox.id}/connect"
+    assert (await service.call("POST", path, {}, headers=headers)).code == 200
+    assert (await e2b.call("POST", path, b"{}")).code == 401
+    assert (await e2b.call("GET", "/nothing")).code == 404
+
+
 async def test_other_ports(e2b: Box) -> None:
     """Another port than E2B's own is a service: closed without a token, and not there without one that listens."""
     answer = await e2b.call("GET", "/", port="8000", token=None)

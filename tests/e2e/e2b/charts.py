@@ -4,7 +4,7 @@ import datetime
 
 import matplotlib.pyplot as plt
 from e2b_code_interpreter.charts import ChartType
-from e2b_code_interpreter.charts import deserialize_chart as read
+from e2b_code_interpreter.charts import _deserialize_chart as read
 
 from guest_agent.charts import chart
 
