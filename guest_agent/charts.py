@@ -12,8 +12,11 @@ MAX_POINTS = 10_000
 
 
 def chart(figure: Any) -> dict[str, Any] | None:
-    """The chart of a figure; None if it has no axes, or too many points."""
-    charts = [of_axes(axes) for axes in figure.axes]
+    """The chart of a figure; None if it has no axes, too many points, or something in it that nobody has thought of."""
+    try:
+        charts = [of_axes(axes) for axes in figure.axes]
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return None  # the image shows it
     if not charts or _size(charts) > MAX_POINTS:
         return None
     if len(charts) == 1:
@@ -85,7 +88,7 @@ def _scales(axes: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for letter, axis, scale in (("x", axes.xaxis, axes.get_xscale()), ("y", axes.yaxis, axes.get_yscale())):
         kind = _scale(axis, scale)
-        found[f"{letter}_ticks"] = [_value(each, kind) for each in axis.get_ticklocs().tolist()]
+        found[f"{letter}_ticks"] = [_value(each, kind) for each in map(float, axis.get_ticklocs())]
         found[f"{letter}_tick_labels"] = [each.get_text() for each in axis.get_ticklabels()]
         found[f"{letter}_scale"] = kind
     return found
@@ -115,16 +118,19 @@ def _points(label: Any, pairs: list[list[float]], axes: Any) -> dict[str, Any]:
 def _bars(container: Any, axes: Any) -> list[dict[str, Any]]:
     is_flat = container.orientation == "horizontal"
     axis = axes.yaxis if is_flat else axes.xaxis
-    ticks = dict(zip(axis.get_ticklocs().tolist(), (each.get_text() for each in axis.get_ticklabels()), strict=False))
+    ticks = dict(
+        zip(map(float, axis.get_ticklocs()), (each.get_text() for each in axis.get_ticklabels()), strict=False)
+    )
     group = str(container.get_label())
     found = []
     for bar in container.patches:
         middle = bar.get_y() + bar.get_height() / 2 if is_flat else bar.get_x() + bar.get_width() / 2
         near = min(ticks, key=lambda tick: abs(tick - middle), default=None)
-        is_named = near is not None and abs(near - middle) < (bar.get_height() if is_flat else bar.get_width())
+        size = bar.get_height() if is_flat else bar.get_width()
+        name = ticks[near] if near is not None and abs(near - middle) < size else ""
         found.append(
             {
-                "label": (ticks[near] if is_named else "") or f"{middle:g}",
+                "label": name or f"{middle:g}",
                 "value": float(bar.get_width() if is_flat else bar.get_height()),
                 "group": "" if group.startswith("_") else group,
             }
