@@ -240,7 +240,7 @@ class Sandbox:
 
     async def _read_metrics(self, guest: Guest) -> None:
         """Keep a reading of the guest's use of resources from time to time. One that does not come is left out."""
-        while True:
+        while not guest.link.closed.done():
             await asyncio.sleep(READING)
             with suppress(CellvmError):
                 self.readings.append(await guest.link.call(wire.GetMetrics(), wire.Metrics))

@@ -16,6 +16,7 @@ import msgspec
 from tornado.httputil import HTTPHeaders
 
 from kernel_gateway.api.base import Call, Endpoint, Route, refused
+from kernel_gateway.api.e2b.connect import Failed
 from kernel_gateway.errors import CellvmError, InvalidRequest, SandboxDied, Unauthorized
 from kernel_gateway.ports import Place
 from kernel_gateway.sandbox.access import Access
@@ -169,8 +170,12 @@ class Plane(Endpoint):
         self.set_header("Access-Control-Allow-Origin", "*")
         self.set_header("Access-Control-Expose-Headers", "*")
 
+    def status_of(self, error: CellvmError) -> int:
+        return error.status if isinstance(error, Failed) else super().status_of(error)
+
     def error_body(self, error: CellvmError, status: int) -> bytes:
         if isinstance(error, SandboxDied):
+            self.set_header("Should-Retry", "false")
             told = {"sandboxId": self._place.sandbox, "message": "The sandbox was not found", "code": status}
             return msgspec.json.encode(told)
         return msgspec.json.encode({"code": status, "message": str(error)})
