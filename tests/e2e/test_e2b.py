@@ -157,6 +157,28 @@ def test_programs(program: str, server: Server, progress: Callable[[str], None])
     assert result.returncode == 0, f"{result.stdout[-1500:]}\n{result.stderr[-4000:]}"
 
 
+@pytest.mark.parametrize("program", ["long_command", "web_server", "terminal", "killed"])
+def test_programs_in_javascript(program: str, server: Server, programs: None, progress: Callable[[str], None]) -> None:
+    """What people write with the JavaScript SDK."""
+    directory = javascript_of(JAVASCRIPTS[0], progress)
+    command = ["node", str(directory / "programs.mjs"), program, server.url]
+    env = variables()
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=env, cwd=directory)
+    assert result.returncode == 0, f"{result.stdout[-1500:]}\n{result.stderr[-4000:]}"
+
+
+def test_on_a_machine(tmp_path: Path, progress: Callable[[str], None]) -> None:
+    """A table and its chart in a virtual machine, its users, and the interpreter's port inside it."""
+    python = python_of(PYTHONS[0], progress)
+    server = Server(tmp_path / "data", pool_size=1, max_sandboxes=2)
+    try:
+        command = [str(python), str(HERE / "programs.py"), "csv_chart", server.url]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False, env=variables())
+    finally:
+        server.close()
+    assert result.returncode == 0, f"{result.stdout[-1500:]}\n{result.stderr[-4000:]}"
+
+
 def test_charts(progress: Callable[[str], None]) -> None:
     """Figures of matplotlib are told as charts with all keys that the SDK wants."""
     python = python_of(PYTHONS[0], progress)

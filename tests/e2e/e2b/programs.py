@@ -26,6 +26,31 @@ def long_command() -> None:
         assert arrived[2] - arrived[0] > 0.4, "they came all at once"
 
 
+def csv_chart() -> None:
+    """A table is uploaded and analysed, and a chart comes back as an image and as data."""
+    with Sandbox.create(timeout=300) as box:
+        box.files.write("harvest.csv", "year,apples\n2023,4\n2024,6\n2025,5\n")
+        ran = box.run_code("import pandas as pd\ntable = pd.read_csv('harvest.csv')\ntable.describe().loc[['mean']]")
+        assert ran.error is None, ran.error
+        assert ran.results[0].data == {"year": [2024.0], "apples": [5.0]}
+        assert "<table" in ran.results[0].html
+        ran = box.run_code(
+            "import matplotlib.pyplot as plt\nplt.bar(table['year'].astype(str), table['apples'])\n"
+            "plt.ylabel('Apples (t)')\nplt.title('Harvest')\nplt.show()"
+        )
+        assert ran.error is None, ran.error
+        shown = ran.results[0]
+        assert shown.png
+        assert (shown.chart.type.value, shown.chart.title, shown.chart.y_unit) == ("bar", "Harvest", "t")
+        assert [(each.label, each.value) for each in shown.chart.elements] == [("2023", 4), ("2024", 6), ("2025", 5)]
+        inside = box.commands.run("curl -s -o /dev/null -w '%{http_code}' http://0.0.0.0:49999/health; id -un; pwd")
+        assert inside.stdout == "200user\n/home/user\n", inside
+        assert box.commands.run("id -un; pwd", user="root").stdout == "root\n/root\n"
+        box.files.write("mine", "1", user="root")
+        assert box.files.get_info("/root/mine", user="root").owner == "root"
+        box.files.write("/etc/motd", "root may write here", user="root")
+
+
 def upload_directory() -> None:
     """A directory goes up as it is."""
     with tempfile.TemporaryDirectory() as name, Sandbox.create(timeout=60) as box:
