@@ -256,7 +256,7 @@ def _start(request: Spawn, env: dict[str, str], account: Account) -> Program:
     cwd = account.home + request.cwd[1:] if request.cwd.partition("/")[0] == "~" else request.cwd
     cwd = os.path.join(account.home, cwd)
     if not os.path.isdir(cwd):
-        raise AgentError("invalid", f"working directory {cwd!r} does not exist")
+        raise AgentError("invalid", f"cwd {cwd!r} does not exist")
     env = {**env, **account.env, **request.env}
     if request.terminal is None:
         return _start_with_pipes(request.argv, env, cwd, account)

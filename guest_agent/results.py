@@ -37,7 +37,8 @@ def show(shell: Any) -> None:
         _return_type = (dict, list)
 
     data, charts = Data(parent=shell.display_formatter), Chart(parent=shell.display_formatter)
-    data.for_type_by_name("pandas.core.frame", "DataFrame", columns)  # type: ignore[no-untyped-call]
+    for module in ("pandas", "pandas.core.frame"):  # where pandas 3 says that its class is, and where pandas 2 does
+        data.for_type_by_name(module, "DataFrame", columns)  # type: ignore[no-untyped-call]
     charts.for_type_by_name("matplotlib.figure", "Figure", chart)  # type: ignore[no-untyped-call]
     for kind in (list, dict):
         formatters["application/json"].for_type(kind, plain)

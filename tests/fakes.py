@@ -312,7 +312,7 @@ class FakeGuest:
     async def _do_spawn(self, stream: Stream, body: wire.Spawn) -> None:
         cwd = posixpath.normpath(posixpath.join(HOME, re.sub("^~(?=/|$)", HOME, body.cwd)))
         if self.files.get(cwd, b"") is not None:
-            raise Refused("invalid", f"working directory {body.cwd!r} does not exist")
+            raise Refused("invalid", f"cwd {body.cwd!r} does not exist")
         if body.user not in ("", "user", "root"):
             raise Refused("invalid", f"there is no user {body.user!r}")
         program = PROGRAMS.get(body.argv[0])
