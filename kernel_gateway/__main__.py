@@ -536,7 +536,7 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("action", choices=("add", "list", "remove"))
             command.add_argument("name", nargs="?", default="", help="a label for `add`, the id for `remove`")
             command.add_argument(
-                "--scope", default="", help="limits of the new key: read-only, template=ID or sandbox=ID"
+                "--scope", default="", help="limits of the new key: read-only, metrics, template=ID or sandbox=ID"
             )
             command.add_argument(
                 "--of", default="", metavar="KEY", help="id of the key whose sandboxes the new one sees"

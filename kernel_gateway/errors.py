@@ -8,6 +8,10 @@ CellvmError
 ├── Misdirected            the request names another host
 ├── NotFound               no such sandbox, template or file (also: somebody else's)
 ├── Conflict               the sandbox is not in a state for this
+│   └── SandboxPaused      the sandbox is paused, or was while the request was answered
+├── Corrupt                the files of a paused sandbox are damaged
+├── Incompatible           a paused sandbox can't go on with this host or this template
+├── InsufficientStorage    the disk has no room to pause the sandbox, which still runs
 ├── TooManyRequests        the client has as much under way as it may
 │   └── RateLimited        the client has created as many sandboxes in a minute as it may
 ├── Unavailable            not offered yet, or not on this server
@@ -64,6 +68,22 @@ class NotFound(CellvmError):
 
 class Conflict(CellvmError):
     code = "conflict"
+
+
+class SandboxPaused(Conflict):
+    code = "sandbox_paused"
+
+
+class Corrupt(CellvmError):
+    code = "snapshot_corrupt"
+
+
+class Incompatible(CellvmError):
+    code = "snapshot_incompatible"
+
+
+class InsufficientStorage(CellvmError):
+    code = "insufficient_storage"
 
 
 class TooManyRequests(CellvmError):

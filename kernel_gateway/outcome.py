@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
+from kernel_gateway import errors
 from kernel_gateway.errors import CellvmError
+
+Packed = tuple[str, str, str, str, str | None]
+"""An outcome as it is stored: its ending, and its error's class, text, code and hint, empty without an error."""
 
 
 class Ending(StrEnum):
@@ -37,6 +41,23 @@ class Outcome:
         told.__dict__ |= error.__dict__
         told.outcome = ending
         return cls(ending, told)
+
+    def packed(self) -> Packed:
+        error = self.error
+        if error is None:
+            return self.ending, "", "", "", None
+        return self.ending, type(error).__name__, str(error), error.code, error.hint
+
+    @classmethod
+    def unpacked(cls, packed: Packed) -> Self:
+        """The outcome that was packed."""
+        ending, kind, text, code, hint = packed
+        if not kind:
+            return cls(Ending(ending))
+        known: type[CellvmError] = getattr(errors, kind, CellvmError)
+        error = known.__new__(known, text)
+        error.code, error.hint, error.outcome = code, hint, ending
+        return cls(Ending(ending), error)
 
 
 FINISHED = Outcome(Ending.FINISHED)

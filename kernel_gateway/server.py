@@ -10,7 +10,7 @@ import shutil
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Sized
+from collections.abc import AsyncIterator, Callable, Sized
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -33,7 +33,8 @@ from kernel_gateway.images.cache import Cache, in_thread
 from kernel_gateway.images.image import Progress, content_hash
 from kernel_gateway.images.preparation import Preparation, Prepare
 from kernel_gateway.images.templates import Template, Templates, rootfs_dir
-from kernel_gateway.network.slots import Slots, choose
+from kernel_gateway.network.policy import Floor
+from kernel_gateway.network.slots import Slots, choose, found_floor
 from kernel_gateway.ports import names
 from kernel_gateway.private import private
 from kernel_gateway.sandbox.key import KEY_LENGTH
@@ -41,6 +42,7 @@ from kernel_gateway.sandbox.pool import Pool
 from kernel_gateway.sandbox.sandboxes import Sandboxes, supervised
 from kernel_gateway.sandbox.store import Store, new_key
 from kernel_gateway.settings import IN_CLEAR, Settings, SettingsError
+from kernel_gateway.webhooks import Deliveries, Sender, Targets
 
 log = logging.getLogger(__name__)
 
@@ -292,7 +294,12 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 creates_per_minute=settings.max_creates_per_minute,
                 network=opened.network,
                 preparation=preparation,
+                paused=private(settings.data_path / "paused"),
+                max_paused=settings.max_paused_per_key,
+                pause_at_close=settings.at_shutdown == "pause",
             )
+            floor = await surroundings(settings, opened.network)
+            targets = Targets(floor, settings.webhook_exceptions)
             app = application(
                 sandboxes,
                 store,
@@ -306,6 +313,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 domain=settings.domain,
                 hosts=hosts,
                 stripped=names(settings.strip_headers),
+                targets=targets,
             )
             http = Door(
                 app,
@@ -322,6 +330,9 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
             last.push_async_callback(cancelled, rest)
             keys = asyncio.create_task(supervised("the watch over keys", lambda: watch_keys(app)))
             last.push_async_callback(cancelled, keys)
+            deliveries = Deliveries(store, Sender(targets))
+            delivering = asyncio.create_task(supervised("the delivery of events", deliveries.run))
+            last.push_async_callback(cancelled, delivering)
             host, port = sockets[0].getsockname()[:2]
             try:
                 scheme = "https" if settings.tls_cert else "http"
@@ -354,6 +365,18 @@ async def make_rest(settings: Settings, templates: Templates, preparation: Prepa
                     log.info("deleted from the cache, unused for %d days: %s", settings.cache_days, entry.name)
         except OSError as error:
             log.warning("old entries of the cache can't be deleted: %s", error)
+
+
+async def surroundings(settings: Settings, network: Slots | None) -> Callable[[], Floor]:
+    """What no webhook may be sent to: the floor of the sandboxes' network, or without one what this host is in now."""
+    if network is not None:
+        return lambda: network.floor
+    try:
+        found = await found_floor(settings.floor)
+    except (DriverError, OSError) as error:
+        log.warning("this host's own addresses can't be found, so webhooks may be sent to them: %s", error)
+        found = settings.floor
+    return lambda: found
 
 
 async def cancelled(task: asyncio.Task[None]) -> None:

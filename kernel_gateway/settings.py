@@ -50,6 +50,9 @@ class Settings:
     max_sandboxes_per_key: int = setting(
         0, "Sandboxes that one key may have at once; beyond, creates answer 429. 0: all there are.", low=0, high=10000
     )
+    max_paused_per_key: int = setting(
+        100, "Paused sandboxes that one key may have; beyond, pauses answer 429.", low=1, high=100_000
+    )
     max_creates_per_minute: int = setting(
         600, "Sandboxes that one key may create within a minute; beyond, creates answer 429.", low=1, high=1000000
     )
@@ -91,6 +94,11 @@ class Settings:
         0, "Mbit a second that each sandbox may send, and may receive; 0 for no limit.", low=0, high=100_000
     )
     pip_index: str = setting("", "Package index for pip in sandboxes, as a URL. Default: pip's own.")
+    webhook_allow: str = setting(
+        "",
+        "Receivers of webhooks that are on no public network: CIDR blocks, separated by commas. They may use http and "
+        "any port. Default: none.",
+    )
     domain: str = setting("localhost", "Services in sandboxes are reached as PORT-SANDBOX.DOMAIN.")
     allow_host: str = setting(
         "",
@@ -124,6 +132,11 @@ class Settings:
     tls_key: str = setting("", "The certificate's key file, if it is not in the same file.")
     shutdown_timeout: int = setting(
         10, "Seconds that running requests get when the server is stopped.", low=0, high=600
+    )
+    at_shutdown: str = setting(
+        "pause",
+        "What a server that is stopped does with its sandboxes: pause, where it can, or end.",
+        choices=("pause", "end"),
     )
     log_level: str = setting("info", "debug, info, warning or error.", choices=("debug", "info", "warning", "error"))
 
@@ -175,6 +188,15 @@ class Settings:
             if not without_itself(block):
                 raise SettingsError(f"--egress-allow {block}: these addresses mean the host itself, which stays closed")
         return tuple(part for block in blocks for part in without_itself(block))
+
+    @property
+    def webhook_exceptions(self) -> tuple[IPv4Network, ...]:
+        """Blocks of addresses that webhooks may be sent to though they are on no public network.
+
+        Raises:
+            SettingsError: an entry is no IPv4 block.
+        """
+        return tuple(_blocks("--webhook-allow", self.webhook_allow))
 
     @property
     def floor(self) -> Floor:

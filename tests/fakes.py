@@ -30,7 +30,7 @@ from tornado.testing import bind_unused_port
 from guest_agent import wire
 from guest_agent.wire import Body, FrameType
 from kernel_gateway.api.app import application
-from kernel_gateway.drivers import Capabilities, DriverError
+from kernel_gateway.drivers import Capabilities, Damaged, DriverError
 from kernel_gateway.guest.guest import Guests
 from kernel_gateway.held import Held
 from kernel_gateway.images.templates import Template, Templates
@@ -40,6 +40,8 @@ from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
 
 HOME = "/home/user"
+ENDLESS = "/events"
+"""The path whose answer does not end by itself; test_events.py has it."""
 PAGE = 100
 PIECE = b"flood! " * 9362  # just under 64 KiB
 TEMPLATES = [
@@ -65,7 +67,7 @@ class Script:
 
     `sample` makes a handshake's random sample. `resumed` may change the acknowledgement before it is sent. `handlers`
     replace the handlers of requests. `start_error` is raised instead of starting, and `filter_error` when a network
-    policy is applied or refusals are read.
+    policy is applied or refusals are read. Saving takes `save_delay` seconds, and ends with `save_error`.
     """
 
     sample: Callable[[], bytes] = lambda: os.urandom(16)
@@ -74,6 +76,8 @@ class Script:
     start_error: Exception | None = None
     start_delay: float = 0.0
     filter_error: Exception | None = None
+    save_error: Exception | None = None
+    save_delay: float = 0.0
 
 
 class Stream:
@@ -152,6 +156,7 @@ class FakeGuest:
         self._reads.set()
         self._streams: dict[int, Stream] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self.is_saved = False
         self.kernel = FakeKernel(self)
 
     # -- faults that a test may cause
@@ -200,10 +205,19 @@ class FakeGuest:
         except OSError:
             pass  # the machine was killed, so the sockets are closed
         finally:
-            for task in self._tasks.values():
-                task.cancel()  # before any wait, because this task may be cancelled while it waits
-            await self.kernel.close()
-            await cancel(*self._tasks.values())
+            if not self.is_saved:
+                await self.end()
+
+    async def end(self) -> None:
+        """End all that goes on in the machine."""
+        for task in self._tasks.values():
+            task.cancel()  # before any wait, because this task may be cancelled while it waits
+        await self.kernel.close()
+        await cancel(*self._tasks.values())
+
+    def move(self, sock: socket.socket, die: Callable[[str], None]) -> None:
+        """Go on as another machine."""
+        self._sock, self.die, self.is_saved = sock, die, False
 
     async def _receive(self, frame: wire.Frame) -> None:
         if frame.stream == wire.LINK:
@@ -795,7 +809,7 @@ class FakeNetwork:
 class FakeVm:
     """One machine. `die` ends it as if by itself."""
 
-    def __init__(self, script: Script, nic: FakeSlot | None = None) -> None:
+    def __init__(self, script: Script, nic: FakeSlot | None = None, guest: FakeGuest | None = None) -> None:
         self.nic = nic
         self.disk_bytes = 0
         self.is_stopped = False
@@ -804,7 +818,8 @@ class FakeVm:
         theirs.setblocking(False)
         self._theirs = theirs
         self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.guest = FakeGuest(theirs, script, self.die)
+        self.guest = guest or FakeGuest(theirs, script, self.die)
+        self.guest.move(theirs, self.die)
         self._task = asyncio.create_task(self.guest.run())
 
     @property
@@ -878,6 +893,48 @@ class FakeDriver:
         vm = self._kind(script, FakeSlot(script) if self.has_cards else None)
         self.machines.append(vm)
         return vm
+
+
+class SavingDriver(FakeDriver):
+    """A driver whose machines can be saved. What goes on in a saved machine stays in this process.
+
+    `saved` are such machines by the names in their files, also after a restart of the service.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.saved: dict[str, FakeGuest] = {}
+
+    async def save(self, vm: Any, directory: Path) -> None:
+        await vm.stop()
+        await asyncio.sleep(self.script.save_delay)
+        if self.script.save_error is not None:
+            raise self.script.save_error
+        if not vm.is_alive:
+            raise DriverError("the machine has ended")
+        name = os.urandom(8).hex()
+        (directory / "machine").write_text(name)
+        self.saved[name] = vm.guest
+        vm.guest.is_saved = True
+
+    async def restore(self, directory: Path) -> FakeVm:
+        script = self.script
+        await asyncio.sleep(script.start_delay)
+        if script.start_error is not None:
+            raise script.start_error
+        guest = self.saved.get((directory / "machine").read_text())
+        if guest is None:
+            raise Damaged("it is none of ours")
+        vm = StoppableFakeVm(script, FakeSlot(script) if self.has_cards else None, guest)
+        vm.guest.script = script
+        self.machines.append(vm)
+        await vm.stop()
+        return vm
+
+    async def close(self) -> None:
+        """End what goes on in saved machines."""
+        for guest in self.saved.values():
+            await guest.end()
 
 
 async def cancel(*tasks: asyncio.Task[Any] | None) -> None:
@@ -987,12 +1044,16 @@ async def serving(
     store: str = "cellvm.db",
     network: FakeNetwork | None = None,
     journals: Path | None = None,
+    max_paused: int = 100,
+    pause_at_close: bool = False,
     **options: Any,
 ) -> AsyncIterator[Service]:
     """A service for the time of the block. Nothing is left of it afterwards. `options` are the application's."""
     driver = driver or FakeDriver()
     db = Store(directory / store)
     guests = Guests(driver)
+    paused = directory / "paused"
+    paused.mkdir(mode=0o700, exist_ok=True)
     pools = {"code_interpreter": Pool(guests, "code_interpreter", pool_size)} if pool_size else {}
     sandboxes = Sandboxes(
         Templates(TEMPLATES),
@@ -1005,6 +1066,9 @@ async def serving(
         creates_per_minute=creates_per_minute,
         network=network,
         journals=journals,
+        paused=paused,
+        max_paused=max_paused,
+        pause_at_close=pause_at_close,
     )
     http = HTTPServer(application(sandboxes, db, **options), max_body_size=1 << 50, max_header_size=64 * 1024)
     sock, port = bind_unused_port()

@@ -11,7 +11,7 @@ from urllib.parse import unquote, unquote_to_bytes
 from tornado.httputil import HTTPServerRequest
 from tornado.web import Application
 
-from kernel_gateway.api import commands, jupyter, ports, rest
+from kernel_gateway.api import commands, events, figures, jupyter, ports, rest
 from kernel_gateway.api.base import NOBODY, Endpoint, Missing, Requests, Route
 from kernel_gateway.api.channels import Channels
 from kernel_gateway.api.e2b import control, envd, interpreter, rpc
@@ -23,15 +23,18 @@ from kernel_gateway.api.socket import NOT_ALLOWED, Socket, Sockets
 from kernel_gateway.api.stream import AgentStream
 from kernel_gateway.errors import CellvmError, Misdirected, NotFound
 from kernel_gateway.kernel.events import Cell
+from kernel_gateway.network.policy import Floor
 from kernel_gateway.ports import NONE, Place, place_of_host, place_of_path
 from kernel_gateway.sandbox.lifecycle import Event
 from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
+from kernel_gateway.webhooks import EventModel, Targets
 
 log = logging.getLogger(__name__)
 
 NO_PLACE = "there is no such path in a sandbox"
 NO_PATH = "GET /openapi.json lists what there is"
+PUBLIC = Targets(Floor)
 KEYS_TICK = 0.5
 """Seconds between looks at the keys."""
 
@@ -40,12 +43,14 @@ COMMAND = f"{BOX}/commands/{{command}}"
 FS = f"{BOX}/filesystem"
 KERNEL = "/api/kernels/{kernel}"
 SESSION = "/api/sessions/{session}"
+WEBHOOK = "/events/webhooks/{webhook}"
 
 ROUTES = [
     Route("GET", "/health", rest.health, answer=rest.Health, public=True),
     Route("GET", "/openapi.json", serve_document, answer=dict, public=True),
     Route("GET", "/api/swagger.json", serve_document, answer=dict, public=True),
     Route("GET", "/api/spec.yaml", serve_document, answer=dict, public=True),
+    Route("GET", "/metrics", figures.figures, produces="text/plain", errors=(403,)),
     Route("GET", "/limits", rest.limits, answer=rest.LimitsModel),
     Route("GET", "/templates", rest.list_templates, answer=list[rest.TemplateModel]),
     Route("GET", "/templates/aliases/{template}", rest.get_template, answer=rest.TemplateModel, errors=(404,)),
@@ -61,16 +66,22 @@ ROUTES = [
     Route("GET", "/v2/sandboxes", control.list_sandboxes, query=control.SandboxesQuery, answer=list[rest.SandboxModel]),
     Route(
         "POST", "/v2/sandboxes/{id}/connect", control.connect, body=control.Connect, answer=control.SandboxWithTokens,
+        also=201, errors=(501,),
     ),
     Route("GET", "/sandboxes", rest.list_sandboxes, query=rest.SandboxFilter, answer=list[rest.SandboxModel]),
     Route("GET", BOX, control.get_sandbox, answer=control.SandboxWithTokens),
     Route("DELETE", BOX, rest.delete_sandbox, status=204),
     Route("POST", f"{BOX}/shutdown", rest.delete_sandbox, status=204),
-    Route("POST", f"{BOX}/connect", control.connect, body=control.Connect, answer=control.SandboxWithTokens),
+    Route(
+        "POST", f"{BOX}/connect", control.connect, body=control.Connect, answer=control.SandboxWithTokens, also=201,
+        errors=(501,),
+    ),
     Route("POST", f"{BOX}/timeout", control.set_timeout, body=control.SetTimeout, status=204),
     Route("POST", f"{BOX}/refreshes", rest.refresh, body=rest.Refresh, status=204),
-    Route("POST", f"{BOX}/pause", rest.later, status=204, errors=(501,)),
-    Route("POST", f"{BOX}/resume", rest.later, status=204, errors=(501,)),
+    Route("POST", f"{BOX}/pause", rest.pause, body=rest.Pause, status=204, errors=(501, 507)),
+    Route(
+        "POST", f"{BOX}/resume", rest.resume, body=rest.Resume, answer=rest.SandboxModel, status=201, errors=(501,),
+    ),
     Route("GET", f"{BOX}/network", rest.get_network, answer=rest.NetworkState),
     Route("PUT", f"{BOX}/network", rest.set_network, body=rest.SetNetwork, status=204, errors=(501,)),
     Route("GET", f"{BOX}/ports", ports.list_ports, answer=ports.PortsModel),
@@ -132,11 +143,19 @@ ROUTES = [
     Route("POST", "/secrets", control.not_offered, status=204, errors=(501,)),
     Route("PUT", "/secrets/{secret}", control.not_offered, status=204, errors=(501,)),
     Route("DELETE", "/secrets/{secret}", control.not_offered, status=204, errors=(501,)),
-    Route("GET", "/events/sandboxes", rest.later, status=204, errors=(501,)),
-    Route("GET", "/events/sandboxes/{id}", rest.later, status=204, errors=(501,)),
-    Route("GET", "/events/webhooks", rest.later, status=204, errors=(501,)),
-    Route("POST", "/events/webhooks", rest.later, status=204, errors=(501,)),
-    Route("DELETE", "/events/webhooks/{webhook}", rest.later, status=204, errors=(501,)),
+    Route("GET", "/events", events.stream_events, query=events.StreamQuery, produces="text/event-stream"),
+    Route("GET", "/events/sandboxes", events.list_events, query=events.EventQuery, answer=list[EventModel]),
+    Route("GET", "/events/sandboxes/{id}", events.list_events, query=events.EventQuery, answer=list[EventModel]),
+    Route("GET", "/events/webhooks", events.list_webhooks, answer=list[events.WebhookModel]),
+    Route(
+        "POST", "/events/webhooks", events.add_webhook, body=events.WebhookBody, answer=events.WebhookModel, status=201
+    ),
+    Route("GET", WEBHOOK, events.get_webhook, answer=events.WebhookModel, errors=(404,)),
+    Route("DELETE", WEBHOOK, events.remove_webhook, status=204, errors=(404,)),
+    Route(
+        "GET", f"{WEBHOOK}/deliveries", events.list_deliveries, query=events.DeliveryQuery,
+        answer=list[events.DeliveryModel], errors=(404,),
+    ),
     Route("GET", "/api", jupyter.api_version, answer=jupyter.ApiVersion, public=True),
     Route("GET", "/api/me", jupyter.me, answer=jupyter.Me),
     Route("GET", "/api/status", jupyter.status, answer=jupyter.ServerStatus),
@@ -286,6 +305,7 @@ def application(
     domain: str = "localhost",
     hosts: frozenset[str] | None = None,
     stripped: re.Pattern[str] = NONE,
+    targets: Targets = PUBLIC,
 ) -> Application:
     """The Tornado application over a collection of sandboxes and a store of keys.
 
@@ -300,7 +320,9 @@ def application(
         domain: services in sandboxes are reached as `{port}-{id}.{domain}`; it may include the server's port.
         hosts: names that clients may call the server by, besides IP addresses and localhost; None for all.
         stripped: matches headers, in small letters, that services in sandboxes do not get.
+        targets: the receivers that webhooks may have.
     """
+    sandboxes.metrics.registry.register(figures.Present(sandboxes))
     shared = {"sandboxes": sandboxes, "store": store}
     handlers: list[Any] = [
         (pattern, Endpoint, {**shared, "routes": routes}) for pattern, routes in by_path(ROUTES).items()
@@ -318,6 +340,7 @@ def application(
         domain_name=domain.partition(":")[0].strip(".").lower(),
         hosts=hosts,
         stripped=stripped,
+        targets=targets,
         guesses=Guesses(),
         max_message=max_message,
         kernel_idle_timeout=kernel_idle_timeout,
@@ -366,7 +389,8 @@ def cut_others(settings: dict[str, Any], keys: set[str], owners: set[str]) -> No
 
 
 def log_request(handler: Endpoint) -> None:
-    """Log one line a request, without the query, because a query may hold secrets."""
+    """Count a request, and log a line of it, without the query, because a query may hold secrets."""
     request = handler.request
+    handler.count()
     path = re.sub("/t/[^/]+", "/t/…", request.path, flags=re.IGNORECASE)  # a key in a misspelt address
     log.info("%s %s %s %d ms", request.method, path, handler.get_status(), round(request.request_time() * 1000))

@@ -33,7 +33,7 @@ from kernel_gateway.errors import (
 from kernel_gateway.held import SMALL, Holding
 from kernel_gateway.sandbox.access import Access
 from kernel_gateway.sandbox.key import Key
-from kernel_gateway.sandbox.sandbox import Sandbox
+from kernel_gateway.sandbox.sandbox import Asleep, Sandbox
 from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
 
@@ -56,6 +56,10 @@ STATUS: dict[str, int] = {
     "forbidden": 403,
     "not_found": 404,
     "conflict": 409,
+    "sandbox_paused": 409,
+    "snapshot_corrupt": 409,
+    "snapshot_incompatible": 409,
+    "insufficient_storage": 507,
     "too_many_requests": 429,
     "not_implemented": 501,
     "template_not_ready": 503,
@@ -189,8 +193,8 @@ class Route:
     """One method of one path.
 
     `operation` gets the Call, and the decoded body when `body` is a type. Its result is sent as JSON with `status`,
-    unless it has sent its answer itself, as one with `produces`, a content type, does. An `upload` operation reads the
-    raw body from `call.http`.
+    unless it has set `also`, the other status of a success, or has sent its answer itself, as one with `produces`, a
+    content type, does. An `upload` operation reads the raw body from `call.http`.
     """
 
     method: str
@@ -200,6 +204,7 @@ class Route:
     query: Any = None
     answer: Any = None
     status: int = 200
+    also: int | None = None
     produces: str | None = None
     upload: bool = False
     public: bool = False
@@ -297,6 +302,14 @@ class Handler(RequestHandler):
     def initialize(self, sandboxes: Sandboxes, store: Store) -> None:
         self._sandboxes = sandboxes
         self._store = store
+        self._route: Route | None = None
+
+    def count(self) -> None:
+        """Count the request, which is over. Only a route gives it a name, because anybody can invent paths."""
+        method, path = (self._route.method, self._route.path) if self._route else ("", "")
+        metrics = self._sandboxes.metrics
+        metrics.requests.labels(method, path, str(self.get_status())).inc()
+        metrics.request_seconds.labels(method, path).observe(self.request.request_time())
 
     def authenticate(self) -> Access:
         """What the request's key may see and create.
@@ -333,6 +346,7 @@ class Handler(RequestHandler):
             log.error("%s %s failed", self.request.method, self.request.path, exc_info=error)
             error = CellvmError("the server failed; its log says why")
         status = self.status_of(error)
+        self._sandboxes.metrics.errors.labels(error.code).inc()
         self.set_status(status)
         if status == HTTPStatus.UNAUTHORIZED:
             self.set_header("WWW-Authenticate", "Bearer")
@@ -556,11 +570,16 @@ class Endpoint(Handler):
 
     async def _run(self) -> None:
         route = self._route
+        assert route is not None
+        arguments = [self.call]
         try:
             if route.body is not None:
-                result = await route.operation(self.call, self._decoded(route.body))
-            else:
-                result = await route.operation(self.call)
+                arguments.append(self._decoded(route.body))
+            try:
+                result = await route.operation(*arguments)
+            except Asleep as paused:
+                await self._sandboxes.wake(paused.sandbox)
+                result = await route.operation(*arguments)
             if route.produces is None and not self._finished:
                 if self.get_status() == 200:
                     self.set_status(route.status)

@@ -85,6 +85,8 @@ class Channels(Socket):
 
     def on_message(self, frame: str | bytes) -> Awaitable[None] | None:
         """Pass a client's message on. The next one is read when this one has been sent."""
+        if self.is_closing:
+            return None
         try:
             parts = layout.from_v1(frame) if self.is_binary and isinstance(frame, bytes) else layout.from_legacy(frame)
         except layout.LayoutError as error:

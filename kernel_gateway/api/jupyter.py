@@ -198,7 +198,7 @@ def model(sandbox: Sandbox) -> KernelModel:
         id=sandbox.kernel_id,
         name=sandbox.kernel_name,
         last_activity=jupyter_time(kernel.last_activity if kernel else sandbox.started_at.timestamp()),
-        execution_state=kernel.state if kernel else "starting",
+        execution_state=kernel.state if kernel else "idle" if sandbox.paused_at else "starting",
         connections=kernel.connections if kernel else 0,
         sandbox_id=sandbox.id,
         reason=kernel.reason if kernel else "",

@@ -55,7 +55,7 @@ def _operation(route: Route, schema_of: dict[str, Any], components: dict[str, An
             {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
             for name in route.names
         ],
-        "responses": {str(route.status): _answer(route, schema_of)},
+        "responses": {str(code): _answer(route, schema_of) for code in (route.status, route.also) if code},
     }
     if route.query is not None:
         fields = components[route.query.__name__]

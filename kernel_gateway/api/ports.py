@@ -53,6 +53,7 @@ from kernel_gateway.ports import (
 )
 from kernel_gateway.sandbox.access import Access
 from kernel_gateway.sandbox.key import Key, is_secret
+from kernel_gateway.sandbox.lifecycle import ASLEEP
 from kernel_gateway.sandbox.sandbox import Sandbox
 from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
@@ -291,6 +292,8 @@ class Preview(HTTPMessageDelegate):
         sandbox = self._sandbox = self._find(carried)
         if self._sandboxes.is_draining:
             raise Draining("the server is going down")
+        if sandbox.state in ASLEEP:
+            await self._sandboxes.wake(sandbox)
         link = sandbox.guest.link
         if len(sandbox.port_users) >= (MAX_VISITORS if self._is_visitor else MAX_CONNECTIONS):
             raise HostFull("there are too many connections to ports of this sandbox", hint="close some, or wait")

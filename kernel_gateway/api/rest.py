@@ -26,6 +26,7 @@ from kernel_gateway import __version__
 from kernel_gateway.api.base import Call, Endpoint, RangeNotSatisfiable
 from kernel_gateway.errors import (
     CellvmError,
+    Conflict,
     GuestFailure,
     InvalidRequest,
     NotFound,
@@ -41,6 +42,7 @@ from kernel_gateway.kernel.journal import Gap, Journal
 from kernel_gateway.kernel.notebook import session_notebook
 from kernel_gateway.network.policy import MAX_ENTRY, Floor, Policy, parse_policy
 from kernel_gateway.outcome import Ending
+from kernel_gateway.sandbox.lifecycle import State
 from kernel_gateway.sandbox.sandbox import Sandbox
 
 MAX_TIMEOUT = 3600
@@ -77,8 +79,17 @@ class NetworkRules(Struct):
     httpsPorts: Any = None
 
 
+class AutoResume(Struct):
+    """Whether requests wake a paused sandbox."""
+
+    enabled: bool = False
+
+
 class CreateSandbox(Struct):
     """A new sandbox. `timeout` is its lifetime, `envVars` are seen by every process in it.
+
+    With `autoPause` it is paused when its lifetime is over, in place of its end. With `autoResume` every request that
+    needs it wakes it when it is paused. `autoPauseMemory: false` is not offered.
 
     `allow_internet_access` and `allowInternetAccess` are one field in two spellings.
     """
@@ -90,6 +101,9 @@ class CreateSandbox(Struct):
     network: NetworkRules | None = None
     allow_internet_access: bool | None = None
     allowInternetAccess: bool | None = None
+    autoPause: bool = False
+    autoPauseMemory: bool = True
+    autoResume: AutoResume | None = None
 
 
 class NetworkModel(Struct):
@@ -122,9 +136,13 @@ class SandboxModel(Struct, omit_defaults=True):
 
 
 class SandboxFilter(Struct):
-    """`metadata` is itself a query string, `key=value&…`, of what the sandbox's metadata must hold."""
+    """`metadata` is itself a query string, `key=value&…`, of what the sandbox's metadata must hold.
+
+    `state` is running, paused, or both with a comma between them.
+    """
 
     status: str | None = None
+    state: str | None = None
     metadata: str | None = None
 
 
@@ -133,7 +151,22 @@ class SetTimeout(Struct):
 
 
 class Connect(Struct):
+    """`timeout` is its lifetime from now on. Without it a sandbox that is resumed gets the one of its create."""
+
     timeout: Timeout | None = None
+
+
+class Resume(Connect):
+    """`autoPause` replaces what the create has said."""
+
+    autoPause: bool | None = None
+
+
+class Pause(Struct):
+    """`memory: false` would keep the files alone; it is not offered."""
+
+    memory: bool = True
+    requireHealthyGuest: bool = False
 
 
 class Refresh(Struct):
@@ -174,14 +207,22 @@ def rfc3339(moment: datetime) -> str:
     return moment.isoformat().replace("+00:00", "Z")
 
 
+SHOWN_AS = {State.PAUSING: State.RUNNING, State.RESUMING: State.PAUSED}
+"""SandBase's and E2B's words for states that they do not have."""
+
+
+def is_paused(sandbox: Sandbox) -> bool:
+    return sandbox.state in (State.PAUSED, State.RESUMING)
+
+
 def model(sandbox: Sandbox) -> SandboxModel:
     template = sandbox.template
     return SandboxModel(
         sandboxID=sandbox.id,
         templateID=template.id,
         clientID="CellVM",
-        status=sandbox.state,
-        state="running",
+        status=SHOWN_AS.get(sandbox.state, sandbox.state),
+        state="paused" if is_paused(sandbox) else "running",
         startedAt=rfc3339(sandbox.started_at),
         endAt=rfc3339(sandbox.ends_at),
         metadata=sandbox.metadata,
@@ -200,6 +241,8 @@ async def create_sandbox(call: Call, body: CreateSandbox) -> SandboxModel:
     if template is None:
         known = ", ".join(template.id for template in call.sandboxes.templates)
         raise InvalidRequest(f"unknown template: {body.templateID[:100]}", hint=f"this server offers {known}")
+    if not body.autoPauseMemory:
+        raise Unavailable("this server does not offer autoPauseMemory: false, a pause that keeps the files alone")
     check_env(body.envVars)
     check_metadata(body.metadata)
     network = body.network or NetworkRules()
@@ -209,6 +252,8 @@ async def create_sandbox(call: Call, body: CreateSandbox) -> SandboxModel:
         metadata=body.metadata,
         env=body.envVars,
         policy=read_policy(call, network, body.allow_internet_access, body.allowInternetAccess),
+        auto_pause=body.autoPause,
+        auto_resume=body.autoResume is not None and body.autoResume.enabled,
     )
     sandbox.open_all_ports(network.allowPublicTraffic is True)
     return model(sandbox)
@@ -219,11 +264,14 @@ async def list_sandboxes(call: Call) -> list[SandboxModel]:
     status = call.query.status
     if status not in (None, "creating", "running", "paused", "stopped", "error"):
         raise InvalidRequest(f"invalid status filter: {status[:100]}")
+    states = None if call.query.state is None else call.query.state.split(",")
     wanted = parse_metadata(call.query.metadata or "")
     return [
-        model(sandbox)
-        for sandbox in call.mine.list()
-        if status in (None, sandbox.state) and wanted.items() <= sandbox.metadata.items()
+        described
+        for described in map(model, call.mine.list())
+        if status in (None, described.status)
+        and (states is None or described.state in states)
+        and wanted.items() <= described.metadata.items()
     ]
 
 
@@ -250,29 +298,49 @@ async def delete_sandbox(call: Call) -> None:
     await call.sandboxes.kill(call.sandbox)
 
 
+async def pause(call: Call, body: Pause) -> None:
+    """Save the sandbox to disk with its memory, and end its machine. Nothing of it is lost, and it costs no memory.
+
+    Its WebSockets are closed with 4411. Requests that wait for it get 409 `sandbox_paused`; their cells and commands go
+    on when it is resumed.
+    """
+    if not body.memory:
+        raise Unavailable("this server does not offer memory: false, a pause that keeps the files alone")
+    await call.sandboxes.pause(call.sandbox)
+
+
 async def connect(call: Call, body: Connect) -> SandboxModel:
-    """Extend a running sandbox's lifetime to at least `timeout` seconds from now. It is never shortened."""
+    """Resume the sandbox if it is paused (201). One that runs lives at least `timeout` seconds more (200)."""
     sandbox = call.sandbox
-    if body.timeout is not None:
-        sandbox.extend(body.timeout)
+    if await call.sandboxes.resume(sandbox, body.timeout):
+        call.http.set_status(201)
+    return model(sandbox)
+
+
+async def resume(call: Call, body: Resume) -> SandboxModel:
+    """Resume a paused sandbox. One that runs is a conflict."""
+    sandbox = call.sandbox
+    if sandbox.state is State.RUNNING:
+        raise Conflict("the sandbox is running", hint="POST /sandboxes/{id}/connect takes it as it is")
+    await call.sandboxes.resume(sandbox, body.timeout)
+    if body.autoPause is not None:
+        sandbox.auto_pause = body.autoPause
     return model(sandbox)
 
 
 async def set_timeout(call: Call, body: SetTimeout) -> None:
-    """Let the sandbox end that many seconds from now."""
-    call.sandbox.set_timeout(body.timeout)
+    """Let the sandbox end, or be paused if it has `autoPause`, that many seconds from now."""
+    sandbox = call.sandbox
+    _ = sandbox.guest
+    sandbox.set_timeout(body.timeout)
+    call.sandboxes.changed(sandbox, {"reason": "timeout", "endAt": rfc3339(sandbox.ends_at)})
 
 
 async def refresh(call: Call, body: Refresh) -> None:
     """Keep the sandbox alive for at least `duration` seconds from now."""
-    await connect(call, Connect(timeout=body.duration))
-
-
-async def later(call: Call) -> None:
-    """Not offered yet."""
-    if "id" in call.path:
-        _ = call.sandbox  # an id that is not yours is 404 here too
-    raise Unavailable("this server does not offer pause, resume, events and webhooks yet")
+    sandbox = call.sandbox
+    _ = sandbox.guest
+    sandbox.extend(body.duration)
 
 
 # -- the network
@@ -984,6 +1052,7 @@ class LimitsModel(Struct):
     """The limits of your key. `heldBytes` are those that wait in the server for you; docs/rest.md says which."""
 
     sandboxes: Limit
+    pausedSandboxes: Limit
     createsPerMinute: RateLimit
     requests: Limit
     connections: Limit
@@ -997,6 +1066,7 @@ async def limits(call: Call) -> LimitsModel:
     creates, held = sandboxes.creates, sandboxes.held
     return LimitsModel(
         sandboxes=Limit(sandboxes.per_owner, sandboxes.places_of(owner)),
+        pausedSandboxes=Limit(sandboxes.max_paused, sandboxes.paused_of(owner)),
         createsPerMinute=RateLimit(creates.most, creates.of(owner, now), creates.reset(owner, now)),
         requests=Limit(requests.most, requests.of(owner)),
         connections=Limit(sockets.most, sockets.of(owner)),

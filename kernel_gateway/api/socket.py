@@ -27,6 +27,7 @@ from kernel_gateway.kernel.kernel import Kernel
 from kernel_gateway.kernel.pages import pages
 from kernel_gateway.sandbox.access import Access
 from kernel_gateway.sandbox.key import Key
+from kernel_gateway.sandbox.lifecycle import ASLEEP
 from kernel_gateway.sandbox.sandbox import Sandbox
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,9 @@ read. TCP notices dead peers, see `_keep_watch`."""
 HALF_OPEN = 40
 """Seconds that bytes may stay unacknowledged, or unread, before TCP gives the connection up."""
 
-REPLACED, MALFORMED, NOT_ALLOWED, FAILED, GOING_DOWN, TRY_LATER, ENDED = 1000, 1007, 1008, 1011, 1012, 1013, 4410
+REPLACED, MALFORMED, NOT_ALLOWED, FAILED, GOING_DOWN, TRY_LATER, ENDED, PAUSED = (
+    1000, 1007, 1008, 1011, 1012, 1013, 4410, 4411
+)  # fmt: skip
 """Close codes; `docs/errors.md` explains them."""
 
 
@@ -184,6 +187,8 @@ class Socket(WebSocketHandler, Handler):
                 raise Draining("the server is going down")
             self._query: SocketQuery = self.query(SocketQuery)
             self.sandbox = self.find(mine, self.path_args[0])
+            if self.sandbox.state in ASLEEP:
+                await self._sandboxes.wake(self.sandbox)
             self.kernel = self.sandbox.guest.kernel
             since = self._query.since
             if since is not None and since > self.kernel.journal.last:
@@ -216,7 +221,7 @@ class Socket(WebSocketHandler, Handler):
         self._keep_watch()
         self.session = self._query.session_id or uuid.uuid4().hex
         self._sockets.add(self)
-        self.kernel.connections += 1
+        self.kernel.clients.add(self)
         since = self._query.since
         self.seen = self.kernel.attach(self.session, since)
         self.reader = self.kernel.journal.reader(self.seen.received)
@@ -250,7 +255,7 @@ class Socket(WebSocketHandler, Handler):
             texts = 0
             async with aclosing(pages(self.reader, self.kernel.account)) as found:
                 async for records in found:
-                    if self._is_closing:
+                    if self.is_closing:
                         break
                     self.seen.sent = max(self.seen.sent, self.reader.after)
                     is_text = all(isinstance(r, Record) and r.kind == "stream" for r in records)
@@ -270,7 +275,7 @@ class Socket(WebSocketHandler, Handler):
             self.end(FAILED, "the server failed; its log says why")
 
     @property
-    def _is_closing(self) -> bool:
+    def is_closing(self) -> bool:
         return self.ws_connection is None or self.ws_connection.is_closing()
 
     async def send(self, frames: list[str | bytes]) -> None:
@@ -292,8 +297,12 @@ class Socket(WebSocketHandler, Handler):
 
     async def _write(self, frames: bytearray) -> None:
         """Write frames unless a Close frame has gone out, because no data may follow it (RFC 6455, 5.5.1)."""
-        if not self._is_closing:
+        if not self.is_closing:
             await self._stream.write(memoryview(frames))
+
+    def leave(self) -> None:
+        """Called by the kernel before its sandbox is paused. What the client sends from now on is not read."""
+        self.end(PAUSED, "the sandbox is being paused")
 
     def end(self, code: int, text: str) -> None:
         """Close with a reason. It is cut, because a close frame holds 123 bytes of it."""
@@ -327,6 +336,6 @@ class Socket(WebSocketHandler, Handler):
 
     def on_close(self) -> None:
         self._sockets.remove(self)
-        self.kernel.connections -= 1
+        self.kernel.clients.discard(self)
         self._timer.cancel()
         self._pumping.cancel()

@@ -63,6 +63,8 @@ class AgentStream(Socket):
 
     async def on_message(self, frame: str | bytes) -> None:
         """Obey a command, or answer with a `refused` event if that is not possible."""
+        if self.is_closing:
+            return
         try:
             command = _command.decode(frame)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:

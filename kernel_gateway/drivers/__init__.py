@@ -115,31 +115,45 @@ class VmDriver(Protocol):
         """
 
 
-class Suspends(VmDriver, Protocol):
-    """A driver that can save a machine to files, and start machines from them as from a template."""
+@runtime_checkable
+class Suspends(Protocol):
+    """A driver that can save a machine to files, and start machines from them. Its machines are `Stops`, too."""
 
     async def save(self, vm: Vm, directory: Path) -> None:
-        """Stop a machine, and write its memory, devices and disk to an empty directory. The machine has then ended.
+        """Stop a machine, and write to an empty directory how its memory, devices and disk differ from its template's.
 
+        Afterwards the machine stands still, also if this fails. It may be continued or killed, and may be saved again.
         The caller has brought the machine's link to rest, because bytes that are under way are not saved.
 
         Raises:
-            DriverError: the files could not be written. They are of no use, and the machine has ended all the same.
+            NoSpace: the disk has no room for the files.
+            DriverError: the files could not be written, or the machine has ended. What was written is of no use.
         """
 
-    async def start(self, source: str | Path) -> Vm:
-        """A new machine. From a directory it goes on where `save` has stopped it, with a network card of its own.
+    async def restore(self, directory: Path) -> Vm:
+        """A machine that stands where `save` has stopped another one, with a network card of its own.
 
-        A directory may be started from many times. The caller says what the machine is, by `Link.cont` or
-        `Link.resume`, before any other request.
-
-        Args:
-            source: the id of a template, or a directory that `save` has written.
+        A directory may be restored from many times. The machine runs from its first `cont` on. The caller says what it
+        is, by `Link.cont` or `Link.resume`, before any other request.
 
         Raises:
-            DriverError: the machine could not be started, or the files are damaged; nothing is left behind.
+            Damaged: the files are not what was saved.
+            Incompatible: it can't go on here; the text says why.
+            DriverError: the machine could not be started. In all cases nothing is left behind.
         """
 
 
 class DriverError(Exception):
     """A machine could not be started or controlled."""
+
+
+class NoSpace(DriverError):
+    """The disk has no room."""
+
+
+class Damaged(DriverError):
+    """The files of a saved machine are not what was saved, or are somebody else's."""
+
+
+class Incompatible(DriverError):
+    """A saved machine can't go on with this host, this QEMU or this template."""

@@ -4,26 +4,48 @@ A machine's whole estate is inherited descriptors: socket pairs for the agent's 
 file without a name, and the template's sealed memory. So whatever happens to the server (kill -9 too), the kernel
 takes everything back: the parent-death signal ends QEMU, and nothing is left in any directory.
 
-Two ways to run one: `boot` starts the guest's kernel (only to make a template, and to probe KVM), `start` restores.
+Three ways to run one: `boot` starts the guest's kernel (only to make a template, and to probe KVM), `start` restores a
+template's snapshot, `restore` goes on with a machine that was saved.
+
+A saved machine begins as a clone of its template. The server writes the pages of memory that differ into it, and then
+QEMU loads the saved state of the devices instead of the template's (docs/adr/0020).
 """
 
 import asyncio
+import errno
+import fcntl
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kernel_gateway.drivers import Capabilities, DriverError, Nic, Nics
-from kernel_gateway.drivers.jail import SERVER, Cell, Jail
+from kernel_gateway.drivers import Capabilities, Damaged, DriverError, Incompatible, Nic, Nics, NoSpace
+from kernel_gateway.drivers.jail import SERVER, Cell, Jail, opened_for_machines
 from kernel_gateway.drivers.qemu_argv import Descriptors, Machine, qemu
 from kernel_gateway.drivers.qmp import Qmp
-from kernel_gateway.images.snapshot import Snapshot, copy_disk
+from kernel_gateway.drivers.saved import (
+    TEMPLATE,
+    Manifest,
+    Saved,
+    disk_parts,
+    in_process,
+    keep_template,
+    memory_places,
+    own_pages,
+    save_pages,
+    write_file,
+    write_manifest,
+)
+from kernel_gateway.images.cache import in_thread
+from kernel_gateway.images.snapshot import SEALS, Snapshot, SnapshotCorrupt, copy_disk, memory_file
 
 CONSOLE_KEPT = 64 * 1024
 """Bytes of console output kept for error messages."""
@@ -37,6 +59,14 @@ a load of 30 for each processor it would still get twice as much."""
 TCG_TIME_SCALE = 4.0
 T = TypeVar("T")
 _CAPABILITIES = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
+HEADER, FULL_SECTION = 8, b"\x04"
+"""Bytes of the header of a machine's state, and the type of a section with a whole device."""
+NO_DESCRIPTION = b"\x06\0\0\0\0"
+"""The section of a state's description, empty. QEMU complains on the console of a state without one."""
+IMAGE = ("kernel", "initrd", "root")
+"""The names of an image's files where a saved machine keeps them, in the order of Image's fields."""
+HOSTS = {"qemu": "QEMU", "firmware": "firmware", "argv": "QEMU's arguments", "cpu": "processor"}
+"""The part of what a snapshot was made with that is the host's, and what people call it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +83,21 @@ class Image:
             os.close(fd)
 
 
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What a template's machines start from. `files` are the snapshot's and the image's, by their names in TEMPLATE."""
+
+    snapshot: Snapshot
+    image: Image
+    machine: Machine
+    files: dict[str, Path]
+
+
 class QemuVm:
-    """One QEMU process. `stop` and `cont` make it a `Stops`, `nic` a `Networked`."""
+    """One QEMU process. `stop` and `cont` make it a `Stops`, `nic` a `Networked`.
+
+    `base` is what it was restored from, None if it was booted.
+    """
 
     def __init__(
         self,
@@ -68,6 +111,7 @@ class QemuVm:
     ) -> None:
         self.nic = nic
         self.cell = cell
+        self.base: Base | None = None
         self._process = process
         self._disk = disk
         self._channel: socket.socket | None = channel
@@ -94,6 +138,11 @@ class QemuVm:
     @property
     def disk_bytes(self) -> int:
         return 0 if self._ended.done() else os.fstat(self._disk).st_blocks * 512
+
+    @property
+    def disk(self) -> int:
+        """Its disk, open as long as it lives."""
+        return self._disk
 
     @property
     def console_text(self) -> str:
@@ -150,6 +199,10 @@ class QemuVm:
             return time.clock_gettime(~self.pid << 3 | 2)
         except OSError:  # it has ended just now
             return 0.0
+
+    @property
+    def has_ended(self) -> bool:
+        return self._ended.done()
 
     async def wait(self) -> str:
         return await asyncio.shield(self._ended)
@@ -218,6 +271,9 @@ async def _whole_or_nothing(vm: QemuVm) -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(START_TIMEOUT):
             yield
+    except (Damaged, NoSpace):
+        await vm.kill()
+        raise
     except (TimeoutError, DriverError) as error:
         await vm.kill()
         raise DriverError(f"the machine did not start: {error}\n{vm.console_text[-2000:]}") from error
@@ -227,12 +283,85 @@ async def _whole_or_nothing(vm: QemuVm) -> AsyncIterator[None]:
 
 
 @contextmanager
-def _told_as_driver_error() -> Iterator[None]:
-    """What the host refuses (descriptors, processes, space) is a machine that could not be started."""
+def _told_as_driver_error(what: str = "the machine could not be started") -> Iterator[None]:
+    """What the host refuses (descriptors, processes, space) is a machine that could not be started, or saved."""
     try:
         yield
     except OSError as error:
-        raise DriverError(f"the machine could not be started: {error}") from error
+        kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else DriverError
+        raise kind(f"{what}: {error}") from error
+
+
+def _pread(fd: int, buffer: memoryview, at: int) -> int:
+    return os.preadv(fd, [buffer], at)
+
+
+def _pwrite(fd: int, buffer: memoryview, at: int) -> int:
+    return os.pwrite(fd, buffer, at)
+
+
+def _save(
+    base: Base, places: list[tuple[int, int, int]], memory: int, pagemap: int, disk: int, devices: int, directory: Path
+) -> None:
+    """Write the files of a machine that stands still. This runs in a thread."""
+    own = list(own_pages(pagemap, places))
+    parts = list(disk_parts(disk, base.snapshot.disk))
+    need = sum(length for _, length in [*own, *parts]) + os.fstat(devices).st_size
+    free = shutil.disk_usage(directory).free
+    if free < need:
+        raise NoSpace(f"saving the machine may take {need >> 20} MiB, and the disk has {free >> 20} MiB free")
+    digests = save_pages(in_process(places, os.preadv, memory), base.snapshot.memory, own, directory / "memory")
+    digests |= save_pages(partial(_pread, disk), base.snapshot.disk, parts, directory / "disk")
+    digests["state"] = write_file(directory / "state", _with_small_memory(base.snapshot.state, devices))
+    keep_template(directory, base.files)
+    found = base.snapshot.manifest
+    write_manifest(directory, Manifest(found.template, found.made_with, found.tsc_khz, digests))
+
+
+def _with_small_memory(template: int, devices: int) -> bytes:
+    """A state that QEMU loads: the beginning of the template's, then the devices' of a machine.
+
+    The beginning has what QEMU does not write with the devices alone: its configuration, and the small memories beside
+    the RAM (firmware and ACPI tables), which no guest changes. Both states have the same sections in the same order.
+
+    Raises:
+        DriverError: QEMU has written something else.
+    """
+    whole, own = (os.pread(fd, os.fstat(fd).st_size, 0) for fd in (template, devices))
+    # A section begins with its type, its number and its name (QEMU, migration/savevm.c, `save_section_header`).
+    first = own[HEADER : HEADER + 6 + own[HEADER + 5]]
+    if own[:HEADER] != whole[:HEADER] or first[:1] != FULL_SECTION or whole.count(first) != 1:
+        raise DriverError("QEMU wrote a state of the machine's devices that has not the form of its template's")
+    return whole[: whole.index(first)] + own[HEADER:] + NO_DESCRIPTION
+
+
+def _held(content: bytes) -> int:
+    """A sealed memory file with that content."""
+    fd = memory_file("devices")
+    os.write(fd, content)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+    return fd
+
+
+def _kept_template(saved: Saved, machine: Machine) -> Base:
+    """The template's snapshot and image that a saved machine has kept. This runs in a thread."""
+    directory = saved.directory / TEMPLATE
+    files = {path.name: path for path in directory.iterdir()} if directory.is_dir() else {}
+    if not files:
+        raise Incompatible("its template was built anew, and the snapshot that it needs could not be kept")
+    try:
+        snapshot = Snapshot.load(directory)
+    except SnapshotCorrupt as error:
+        raise Damaged(str(error)) from error
+    found = snapshot.manifest
+    try:
+        if (found.made_with, found.tsc_khz) != (saved.manifest.made_with, saved.manifest.tsc_khz):
+            raise Damaged(f"{directory}: it is another snapshot than the machine was cloned from")
+        image = Image(*opened_for_machines([files[name] for name in IMAGE]))
+    except BaseException:
+        snapshot.close()
+        raise
+    return Base(snapshot, image, replace(machine, tsc_khz=found.tsc_khz), files)
 
 
 class Qemu:
@@ -252,7 +381,8 @@ class Qemu:
         self._disk_dir = disk_dir
         self._jail = jail
         self._nics = nics
-        self._templates: dict[str, tuple[Snapshot, Image, Machine]] = {}
+        self._templates: dict[str, Base] = {}
+        self._kept: dict[tuple[str, ...], Base] = {}
         hardware = accelerator == "kvm"
         self.capabilities = Capabilities(
             isolation="microvm",
@@ -261,9 +391,15 @@ class Qemu:
             network="off" if nics is None else nics.mechanism,
         )
 
-    def offer(self, template_id: str, snapshot: Snapshot, image: Image, machine: Machine) -> None:
-        """From now on `start` knows this template."""
-        self._templates[template_id] = (snapshot, image, machine)
+    def offer(
+        self, template_id: str, snapshot: Snapshot, image: Image, machine: Machine, files: dict[str, Path] | None = None
+    ) -> None:
+        """From now on `start` knows this template.
+
+        Args:
+            files: the files of snapshot and image, which saved machines keep by links.
+        """
+        self._templates[template_id] = Base(snapshot, image, machine, files or {})
 
     async def start(self, source: str) -> QemuVm:
         """Restore a machine from its template's snapshot and let it run.
@@ -271,23 +407,108 @@ class Qemu:
         Raises:
             DriverError: it could not be started; nothing is left behind.
         """
-        snapshot, image, machine = self._templates[source]
+        async with self._clone(self._templates[source]) as vm:
+            await vm.cont()
+        return vm
+
+    @asynccontextmanager
+    async def _clone(self, base: Base, saved: Saved | None = None) -> AsyncIterator[QemuVm]:
+        """A machine that stands still, as its template's snapshot has it, or as it was saved.
+
+        If the block fails, nothing is left of the machine.
+        """
+        snapshot = base.snapshot
         with ExitStack() as opened, _told_as_driver_error():
             disk = os.open(self._disk_dir, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
             opened.callback(os.close, disk)
             copy_disk(snapshot.disk, disk)
+            devices = snapshot.state
+            if saved is not None:
+                await in_thread(saved.put_pages, "disk", partial(_pwrite, disk), os.fstat(disk).st_size)
+                devices = _held(await in_thread(saved.content, "state"))
+                opened.callback(os.close, devices)
             # Each reader needs a file position of its own: opened anew, not duplicated.
-            state = os.open(f"/proc/self/fd/{snapshot.state}", os.O_RDONLY | os.O_CLOEXEC)
+            state = os.open(f"/proc/self/fd/{devices}", os.O_RDONLY | os.O_CLOEXEC)
             opened.callback(os.close, state)
-            vm = self._spawn(machine, image, snapshot.memory, disk, await self._card(), template=False)
+            vm = self._spawn(base.machine, base.image, snapshot.memory, disk, await self._card(), template=False)
+            vm.base = base
             async with _whole_or_nothing(vm):
                 await vm.cell.confine(vm.pid)
                 qmp = await vm.control()
+                if saved is not None:  # before the devices, because they look at their queues in memory
+                    memory = os.open(f"/proc/{vm.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+                    opened.callback(os.close, memory)
+                    write = in_process(memory_places(vm.pid, snapshot.memory), os.pwritev, memory)
+                    await in_thread(saved.put_pages, "memory", write, base.machine.ram_mb << 20)
                 await qmp.execute("migrate-set-capabilities", capabilities=_CAPABILITIES)
                 await qmp.execute("migrate-incoming", uri=await qmp.pass_state(state))
                 await qmp.migrated()
-                await qmp.cont()
-        return vm
+                yield vm
+
+    async def restore(self, directory: Path) -> QemuVm:
+        """A machine that stands where `save` has stopped another one.
+
+        Raises:
+            Damaged: the files are not what was saved.
+            Incompatible: it can't go on here; the text says why.
+            DriverError: it could not be started. In all cases nothing is left behind.
+        """
+        saved = await in_thread(Saved, directory)
+        async with self._clone(await self._base_of(saved), saved) as vm:
+            return vm
+
+    async def _base_of(self, saved: Saved) -> Base:
+        """What a saved machine was cloned from: the template's present snapshot, or the one that it has kept."""
+        manifest = saved.manifest
+        present = self._templates.get(manifest.template)
+        if present is None:
+            raise Incompatible(f"its template {manifest.template!r} is not offered by this server")
+        there = present.snapshot.manifest
+        if (there.made_with, there.tsc_khz) == (manifest.made_with, manifest.tsc_khz):
+            return present
+        for name, words in HOSTS.items():
+            if there.made_with.get(name) != manifest.made_with.get(name):
+                raise Incompatible(f"it was saved with another {words} than this host has now")
+        if bool(manifest.tsc_khz) != bool(there.tsc_khz):
+            raise Incompatible("its guest's clock counts in another way than this host's")
+        key = (manifest.template, str(manifest.tsc_khz), *(f"{k}={v}" for k, v in sorted(manifest.made_with.items())))
+        if key not in self._kept:
+            kept = await in_thread(_kept_template, saved, present.machine)
+            if key in self._kept:  # another restore was faster
+                kept.snapshot.close()
+                kept.image.close()
+            else:
+                self._kept[key] = kept
+        return self._kept[key]
+
+    async def save(self, vm: QemuVm, directory: Path) -> None:
+        """Stop a machine, and write what it has that its template has not to an empty directory.
+
+        Raises:
+            NoSpace: the disk has no room.
+            DriverError: the files could not be written, or the machine has ended.
+        """
+        base = vm.base
+        assert base is not None
+        await vm.stop()
+        qmp = await vm.control()
+        with ExitStack() as opened, _told_as_driver_error("the machine could not be saved"):
+            # The files are opened here, where the machine is known to live: another process may have its number later.
+            memory = os.open(f"/proc/{vm.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+            opened.callback(os.close, memory)
+            pagemap = os.open(f"/proc/{vm.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            opened.callback(os.close, pagemap)
+            disk = os.dup(vm.disk)
+            opened.callback(os.close, disk)
+            devices = memory_file("devices")
+            opened.callback(os.close, devices)
+            writable = os.open(f"/proc/self/fd/{devices}", os.O_WRONLY | os.O_CLOEXEC)
+            opened.callback(os.close, writable)
+            await qmp.save_devices(writable)
+            places = memory_places(vm.pid, base.snapshot.memory)
+            await in_thread(_save, base, places, memory, pagemap, disk, devices, directory)
+        if vm.has_ended:
+            raise DriverError("the machine ended while it was saved")
 
     async def boot(self, image: Image, machine: Machine, memory: int, disk: int) -> QemuVm:
         """Start the guest's kernel on a shared memory file and a disk, both the caller's.
@@ -302,7 +523,7 @@ class Qemu:
                 await vm.control()
         return vm
 
-    async def save(self, vm: QemuVm, state: int) -> None:
+    async def save_template(self, vm: QemuVm, state: int) -> None:
         """Stop a booted machine for good and write the state of its devices to a file, open for writing only.
 
         Raises:

@@ -26,8 +26,8 @@ FILE_URIS = (8, 2)
 """The first QEMU that can move a machine's state to and from a file; `fd:` to a file is deprecated there."""
 MAX_LINE = 1024 * 1024
 """Bytes of a line. QEMU's own are some KiB; a longer one is from a QEMU that is no more itself."""
-STATE_SET = 7
-"""The number of the set that QEMU keeps the state's file in."""
+STATE_SET, DEVICES_SET = 7, 8
+"""The numbers of the sets that QEMU keeps the files of a state in: a migration's, and that of devices alone."""
 
 
 class Qmp:
@@ -109,6 +109,15 @@ class Qmp:
             return f"file:/dev/fdset/{STATE_SET}"
         await self._pass_descriptor(fd, "getfd", {"fdname": "state"})
         return "fd:state"
+
+    async def save_devices(self, fd: int) -> None:
+        """Write the state of a stopped machine's devices, without its RAM, to a file that is open for writing only."""
+        await self._pass_descriptor(fd, "add-fd", {"fdset-id": DEVICES_SET})
+        try:
+            # Xen moves the RAM of its machines itself, and so do we. With `live` it would let go of the disks.
+            await self.execute("xen-save-devices-state", filename=f"/dev/fdset/{DEVICES_SET}", live=False)
+        finally:
+            await self.execute("remove-fd", **{"fdset-id": DEVICES_SET})
 
     async def _pass_descriptor(self, fd: int, command: str, arguments: dict[str, Any]) -> None:
         """Run a command that takes the file which comes with it."""

@@ -15,8 +15,12 @@ import asyncio
 import codecs
 import signal as signals
 import sys
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
+
+import msgspec
 
 from guest_agent import wire
 from kernel_gateway.errors import (
@@ -30,7 +34,7 @@ from kernel_gateway.errors import (
 from kernel_gateway.guest.link import Conversation, Link
 from kernel_gateway.held import Account, Held
 from kernel_gateway.kernel.journal import Gap, Journal, Record
-from kernel_gateway.outcome import FINISHED, Ending, Outcome
+from kernel_gateway.outcome import FINISHED, Ending, Outcome, Packed
 
 MAX_RUNNING = 128
 KEPT = 128
@@ -49,6 +53,28 @@ STDIN_WAITING = 4 * 1024 * 1024
 """Bytes of input that wait for a command to read them."""
 WATCHDOG = 5.0
 """Seconds after its own timeout at which a command's silence means that the guest is broken."""
+
+
+class CommandState(msgspec.Struct):
+    """A command of a paused sandbox. `number` is its conversation's, `left` the seconds until its timeout."""
+
+    request: wire.Spawn
+    tag: str
+    pid: int
+    terminal: tuple[int, int] | None
+    started_at: datetime
+    ended_at: datetime | None
+    outcome: Packed | None
+    exited: wire.Exited | None
+    last: int
+    end: int
+    records: list[Record]
+    incomplete: dict[str, bytes]
+    input: bytes
+    input_is_open: bool
+    input_is_ended: bool
+    number: int | None
+    left: float | None
 
 
 class Command:
@@ -84,9 +110,11 @@ class Command:
         self._incomplete: dict[str, bytes] = {}
         self._input = bytearray()
         self._input_is_open = True
+        self._input_is_ended = False
         self._input_changed = asyncio.Event()
         self._input_taken = asyncio.Event()
         self.over = asyncio.Event()
+        self.ends_by: float | None = None
 
     def __repr__(self) -> str:
         return f"<Command {self.pid} {self.state} {self.request.argv[0]!r}>"
@@ -95,6 +123,11 @@ class Command:
     def state(self) -> str:
         """running, or how it ended: finished, not_started, unknown."""
         return "running" if self.outcome is None else self.outcome.ending
+
+    @property
+    def is_known_to_the_guest(self) -> bool:
+        """Whether the guest has got it, or it is over."""
+        return self._conversation is not None or self.outcome is not None
 
     @property
     def size(self) -> int:
@@ -204,19 +237,71 @@ class Command:
         try:
             while self.outcome is None:
                 await self._may_flow.wait()
-                item = await conversation.receive()
-                if isinstance(item, tuple):
-                    self._keep(*item)
-                    kept()
-                elif isinstance(item, wire.Started) and not self.pid:
-                    self.pid = item.pid
-                    self.begun.set()
-                elif isinstance(item, wire.Exited):
-                    self.end(FINISHED, item)
-                else:
-                    raise GuestUnresponsive("the guest answered a command with something else")
+                self._received(await conversation.receive())
+                kept()
         finally:
             feeding.cancel()
+
+    def _received(self, item: tuple[int, bytes] | wire.Body) -> None:
+        if isinstance(item, tuple):
+            self._keep(*item)
+        elif isinstance(item, wire.Started) and not self.pid:
+            self.pid = item.pid
+            self.begun.set()
+        elif isinstance(item, wire.Exited):
+            self.end(FINISHED, item)
+        else:
+            raise GuestUnresponsive("the guest answered a command with something else")
+
+    def catch_up(self) -> Conversation | None:
+        """Take all that has come at once, beyond what its readers have read, too; return its conversation, if open."""
+        if self._conversation is None or self.outcome is not None:
+            return None
+        try:
+            for item in self._conversation.arrived():
+                if self.outcome is None:
+                    self._received(item)
+        except CellvmError as error:
+            self.fail(error)
+        return self._conversation if self.outcome is None else None
+
+    def state_at_rest(self) -> CommandState:
+        """What is stored of it while its sandbox is paused."""
+        return CommandState(
+            request=self.request,
+            tag=self.tag,
+            pid=self.pid,
+            terminal=self.terminal,
+            started_at=self.started_at,
+            ended_at=self.ended_at,
+            outcome=None if self.outcome is None else self.outcome.packed(),
+            exited=self.exited,
+            last=self.journal.last,
+            end=self.journal.end,
+            records=self.journal.in_memory(),
+            incomplete=self._incomplete,
+            input=bytes(self._input),
+            input_is_open=self._input_is_open,
+            input_is_ended=self._input_is_ended,
+            number=None if self._conversation is None else self._conversation.number,
+            left=None if self.ends_by is None else self.ends_by - time.monotonic(),
+        )
+
+    @classmethod
+    def of(cls, link: Link, was: CommandState, account: Account) -> "Command":
+        """A command of a sandbox that was paused."""
+        self = cls(link, was.request, was.tag, account)
+        self.pid, self.terminal, self.started_at = was.pid, was.terminal, was.started_at
+        self.journal.restore([], [was.records], was.last, was.end)
+        self._incomplete, self._input, self._input_is_open = was.incomplete, bytearray(was.input), was.input_is_open
+        self._input_is_ended = was.input_is_ended
+        if was.pid:
+            self.begun.set()
+        if was.outcome is not None:
+            self.outcome, self.exited, self.ended_at = Outcome.unpacked(was.outcome), was.exited, was.ended_at
+            self.journal.close()
+            self.begun.set()
+        return self
 
     def set_free(self) -> None:
         """Hold the guest no more for any reader, because the command is to end."""
@@ -256,16 +341,20 @@ class Command:
 
     async def _feed(self, conversation: Conversation) -> None:
         try:
-            while self._input or self._input_is_open:
-                piece = bytes(self._input[: wire.CHUNK])
-                await conversation.send(piece)
-                del self._input[: len(piece)]
-                self._input_taken.set()
+            while (self._input or self._input_is_open) and not self._input_is_ended:
+                if self._input:
+                    sent = await conversation.send_some(bytes(self._input[: wire.CHUNK]))
+                    if not sent:
+                        return  # it is over
+                    del self._input[:sent]
+                    self._input_taken.set()
                 self.holding.resize(self.size)
                 if not self._input and self._input_is_open:
                     self._input_changed.clear()
                     await self._input_changed.wait()
-            conversation.end()
+            if not self._input_is_ended:
+                self._input_is_ended = True
+                conversation.end()
         except CellvmError:
             pass  # `receive` raises it, too
 
@@ -355,10 +444,37 @@ class Commands:
         self._admit(command)
         if terminal is None and not stdin:
             command.close_stdin()
-        task = asyncio.create_task(self._run(command, timeout))
+        command.ends_by = time.monotonic() + timeout if timeout else None
+        self._begin(command, self._link.ask(command.request, WINDOW))
+        return command
+
+    def _begin(self, command: Command, conversation: AbstractAsyncContextManager[Conversation]) -> None:
+        task = asyncio.create_task(self._run(command, conversation))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return command
+
+    def at_rest(self) -> tuple[list[CommandState], list[Conversation]]:
+        """What is stored of the commands while the sandbox is paused, and the conversations of those that run.
+
+        A command that the guest has not got is left out. It is told so when the link closes.
+        """
+        running = [each for command in self._known if (each := command.catch_up()) is not None]
+        return [each.state_at_rest() for each in self._known if each.is_known_to_the_guest], running
+
+    def restore(self, states: list[CommandState], account: Account) -> None:
+        """Go on with the commands of a sandbox that was paused.
+
+        Raises:
+            TooManyRequests, HostFull: there is no room for what they hold.
+        """
+        self.account = account
+        for state in states:
+            command = Command.of(self._link, state, account)
+            command.holding.resize(command.size)
+            self._known.append(command)
+            if command.outcome is None and state.number is not None:
+                command.ends_by = None if state.left is None else time.monotonic() + state.left
+                self._begin(command, self._link.go_on(state.number))
 
     def forget(self, command: Command) -> None:
         """Drop what is kept of a command that is over."""
@@ -382,14 +498,15 @@ class Commands:
         while len(over) > KEPT:
             self.forget(over.pop(0))
 
-    async def _run(self, command: Command, timeout: float) -> None:
+    async def _run(self, command: Command, asking: AbstractAsyncContextManager[Conversation]) -> None:
         """See a command through: its start, its output, its end."""
         if command.outcome is not None:  # it was killed before its turn
             return
-        silence = timeout + WATCHDOG * self._link.time_scale if timeout else None
-        free = asyncio.get_running_loop().call_later(timeout, command.set_free) if timeout else None
+        left = None if command.ends_by is None else max(command.ends_by - time.monotonic(), 0)
+        silence = None if left is None else left + WATCHDOG * self._link.time_scale
+        free = None if left is None else asyncio.get_running_loop().call_later(left, command.set_free)
         try:
-            async with asyncio.timeout(silence), self._link.ask(command.request, WINDOW) as conversation:
+            async with asyncio.timeout(silence), asking as conversation:
                 await command.run(conversation, self._keep_within_bounds)
         except TimeoutError:
             error = GuestUnresponsive("the guest did not end a command at its timeout; the sandbox was destroyed")

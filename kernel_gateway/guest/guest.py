@@ -1,21 +1,55 @@
-"""A machine with an agent that answers: its start, and the handshake that makes it one sandbox's own."""
+"""A machine with an agent that answers: its start, the handshake that makes it one sandbox's own, and its pause.
 
+A guest is saved with the server's half of it, because what goes on in the machine belongs to conversations here: cells,
+commands, and the messages that clients have not read. Beside the driver's files these are:
+
+    host       where the link, the kernel and the commands stand
+    journal    the kernel's messages, in pages
+"""
+
+import errno
+import hashlib
 import logging
-from contextlib import AsyncExitStack
+import os
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import BinaryIO, ClassVar
 
-from kernel_gateway.drivers import DriverError, Vm, VmDriver
-from kernel_gateway.errors import GuestUnresponsive
-from kernel_gateway.guest.commands import Commands
-from kernel_gateway.guest.link import Link
+import msgspec
+
+from kernel_gateway.drivers import Damaged, DriverError, NoSpace, Stops, Suspends, Vm, VmDriver
+from kernel_gateway.errors import CellvmError, GuestUnresponsive
+from kernel_gateway.guest.commands import Commands, CommandState
+from kernel_gateway.guest.link import Link, Rest
 from kernel_gateway.held import Account
-from kernel_gateway.kernel.kernel import Kernel
+from kernel_gateway.images.cache import in_thread
+from kernel_gateway.kernel.journal import Dump, Record, decode_page
+from kernel_gateway.kernel.kernel import Kernel, KernelState
+from kernel_gateway.private import foreign
 
 log = logging.getLogger(__name__)
 
 SAMPLES_KEPT = 10_000
+SETTLING = 30.0
+"""Seconds that a kernel which is being replaced may take before a pause, times the driver's time scale."""
+_SIZE = struct.Struct(">I")
+"""A page's size, in front of it."""
+
+
+class HostState(msgspec.Struct):
+    """The server's half of a saved guest. `journal` is the SHA-256 of the journal's file."""
+
+    home: str
+    link: Rest
+    kernel: KernelState
+    commands: list[CommandState]
+    journal: bytes
+
+
+_host = msgspec.msgpack.Decoder(HostState)
 
 
 @dataclass(slots=True)
@@ -85,10 +119,155 @@ class Guests:
             CellvmError: the handshake failed; the caller destroys the guest.
         """
         resumed = await guest.link.resume(sandbox_id=sandbox_id, hostname=hostname, env={**self._env, **env})
-        guest.home, sample = resumed.home, resumed.sample
+        guest.home = resumed.home
+        self._check_fresh(resumed.sample)
+
+    @property
+    def can_save(self) -> bool:
+        """Whether guests can be saved and restored."""
+        return isinstance(self._driver, Suspends)
+
+    @asynccontextmanager
+    async def saved(self, guest: Guest, directory: Path) -> AsyncIterator[None]:
+        """Save a guest to an empty directory. It stands still within the block, and goes on after it.
+
+        If its link is closed within the block, the guest is not used any more.
+
+        Raises:
+            NoSpace: the disk has no room.
+            DriverError: it can't be saved.
+            CellvmError: the guest does not come to rest.
+        """
+        driver = self._driver
+        assert isinstance(driver, Suspends)
+        await guest.kernel.settled(SETTLING * self._driver.capabilities.time_scale)
+        async with guest.link.at_rest():
+            try:
+                await driver.save(guest.vm, directory)
+                await self._save_host(guest, directory)
+                yield
+            finally:
+                if not guest.link.closed.done():
+                    await self._go_on(guest)
+
+    async def _save_host(self, guest: Guest, directory: Path) -> None:
+        states, running = guest.commands.at_rest()
+        host = HostState(guest.home, guest.link.rest(running), guest.kernel.state_at_rest(), states, b"")
+        dump = guest.kernel.journal.dump()
+        try:
+            await in_thread(_write_host, directory, host, dump)
+        finally:
+            dump.close()
+
+    async def _go_on(self, guest: Guest) -> None:
+        """Let a guest that stood still go on. One that does not is given up."""
+        assert isinstance(guest.vm, Stops)
+        try:
+            await guest.vm.cont()
+            self._check_fresh((await guest.link.cont()).sample)
+        except (DriverError, CellvmError) as error:
+            guest.link.close(GuestUnresponsive(f"the machine does not go on after it stood still: {error}"))
+
+    async def restore(
+        self, directory: Path, account: Account, journals: Path | None, enforce: Callable[[Vm], Awaitable[None]]
+    ) -> Guest:
+        """A guest that goes on where one was saved. All that went on in it goes on.
+
+        Args:
+            account, journals: as of `Guest.adopt`.
+            enforce: called with the machine before it runs.
+
+        Raises:
+            Damaged, Incompatible, DriverError: as `Suspends.restore`.
+            CellvmError: the guest does not acknowledge, or there is no room for what it holds. Nothing is left of it.
+        """
+        driver = self._driver
+        assert isinstance(driver, Suspends)
+        host, pages = await in_thread(_read_host, directory)
+        vm = await driver.restore(directory)
+        async with AsyncExitStack() as undo:
+            undo.push_async_callback(vm.kill)
+            await enforce(vm)
+            try:
+                link = await Link.open(vm.open(), rest=host.link, time_scale=self._driver.capabilities.time_scale)
+            except OSError as error:
+                raise DriverError(f"the machine's agent can't be spoken to: {error}") from error
+            undo.callback(link.close)
+            guest = Guest(vm, link, Kernel(link), Commands(link), host.home)
+            guest.adopt(account, journals)
+            journal = guest.kernel.journal
+            await in_thread(journal.restore, next(pages), pages, host.kernel.last, host.kernel.end)
+            guest.kernel.restore(host.kernel)
+            guest.commands.restore(host.commands, account)
+            assert isinstance(vm, Stops)
+            await vm.cont()
+            self._check_fresh((await link.cont()).sample)
+            undo.pop_all()
+        return guest
+
+    def _check_fresh(self, sample: bytes) -> None:
         if sample in self._samples:
             log.critical("a guest's random sample was seen before: template clones are not being reseeded")
             raise GuestUnresponsive("the guest's randomness is not fresh")
         self._samples[sample] = None
         if len(self._samples) > SAMPLES_KEPT:
             del self._samples[next(iter(self._samples))]
+
+
+def _write_host(directory: Path, host: HostState, dump: Dump) -> None:
+    """Write the server's half. This runs in a thread.
+
+    Raises:
+        NoSpace: the disk has no room.
+    """
+    try:
+        digest = hashlib.sha256()
+        with _new(directory / "journal") as file:
+            for page in dump.pages():
+                for data in (_SIZE.pack(len(page)), page):
+                    digest.update(data)
+                    file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        host.journal = digest.digest()
+        content = msgspec.msgpack.encode(host)
+        with _new(directory / "host") as file:
+            file.write(hashlib.sha256(content).digest() + content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else DriverError
+        raise kind(f"the machine could not be saved: {error}") from error
+
+
+def _new(path: Path) -> BinaryIO:
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")
+
+
+def _read_host(directory: Path) -> tuple[HostState, Iterator[list[Record]]]:
+    """Read and check the server's half. This runs in a thread.
+
+    Raises:
+        Damaged: it is not what was written.
+    """
+    try:
+        if why := foreign(directory.stat()):
+            raise Damaged(f"{directory}: it {why}")
+        content = (directory / "host").read_bytes()
+        if hashlib.sha256(content[32:]).digest() != content[:32]:
+            raise Damaged(f"{directory / 'host'}: its content is not what was written")
+        host = _host.decode(content[32:])
+        journal = (directory / "journal").read_bytes()
+    except (OSError, msgspec.MsgspecError) as error:
+        raise Damaged(f"{directory}: {error}") from error
+    if hashlib.sha256(journal).digest() != host.journal:
+        raise Damaged(f"{directory / 'journal'}: its content is not what was written")
+    return host, _pages(journal)
+
+
+def _pages(journal: bytes) -> Iterator[list[Record]]:
+    at = 0
+    while at < len(journal):
+        (size,) = _SIZE.unpack_from(journal, at)
+        yield decode_page(journal[at + _SIZE.size : at + _SIZE.size + size])
+        at += _SIZE.size + size

@@ -17,13 +17,15 @@ import secrets
 import socket
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
+
+import msgspec
 
 from guest_agent import wire
 from guest_agent.wire import Body, Failure, Frame, FrameType
-from kernel_gateway.errors import GuestFailure, GuestUnresponsive, InvalidRequest, SandboxDied, TooLarge
+from kernel_gateway.errors import Conflict, GuestFailure, GuestUnresponsive, InvalidRequest, SandboxDied, TooLarge
 
 STRIKES = 100
 MAX_CANCELLED = 1000
@@ -41,8 +43,45 @@ EVENTS, EVENTS_INTERVAL = 100, 10.0
 WRITE_BUFFER = 1024 * 1024
 WRITE_DEADLINE = 10.0
 """Seconds the guest may leave our bytes unread, times the driver's time scale."""
+SETTLING = 5.0
+"""Seconds that a message on its way to the kernel may take before a rest, times the driver's time scale."""
 
 T = TypeVar("T", bound=Body)
+
+
+class Joiner(wire.MessageJoiner):
+    """A joiner that tells what it has of a message which is not whole."""
+
+    @property
+    def pieces(self) -> list[bytes]:
+        return list(self._pieces)
+
+
+class Standing(msgspec.Struct):
+    """Where a conversation stands in a rest."""
+
+    credit: int
+    owed: int
+    granted: int
+    grant_at: int
+    events: int
+
+
+class Rest(msgspec.Struct):
+    """The gateway's half of a link at rest, with which another link goes on.
+
+    `next` is the next conversation's number, `cancelled` are those that the guest has yet to answer. `pieces` are of
+    kernel messages that have come in part. `held` is what to send first. The conversations are those that go on.
+    """
+
+    next: int
+    cancelled: list[int]
+    credit: dict[int, int]
+    granted: dict[int, int]
+    owed: dict[int, int]
+    pieces: dict[int, list[bytes]]
+    held: bytes
+    conversations: dict[int, Standing]
 
 
 class Conversation:
@@ -75,7 +114,33 @@ class Conversation:
                 return self._end
             self._arrived.clear()
             await self._arrived.wait()
-        item = self._items.popleft()
+        return self._taken(self._items.popleft())
+
+    def arrived(self) -> list[tuple[int, bytes] | Body]:
+        """What has come and was not received yet, the reply last if it has come.
+
+        Raises:
+            GuestFailure: the guest refused the request.
+        """
+        found = [self._taken(item) for item in list(self._items)]
+        self._items.clear()
+        if isinstance(self._end, Exception):
+            raise self._end
+        return found if self._end is None else [*found, self._end]
+
+    def standing(self) -> Standing:
+        """Where it stands. Everything that has arrived must have been taken."""
+        return Standing(self._credit, self._owed, self._granted, self._grant_at, self._events)
+
+    @classmethod
+    def of(cls, link: "Link", number: int, was: Standing) -> "Conversation":
+        """A conversation that goes on over another link."""
+        self = cls(link, number, was.granted)
+        self._credit, self._owed, self._grant_at, self._events = was.credit, was.owed, was.grant_at, was.events
+        return self
+
+    def _taken(self, item: tuple[int, bytes] | Body) -> tuple[int, bytes] | Body:
+        """An item that is received now, which gives the guest new credit."""
         if isinstance(item, tuple):
             self._owed += len(item[1])
             if self._owed >= self._grant_at:
@@ -93,15 +158,27 @@ class Conversation:
     async def send(self, data: bytes | memoryview, sub: int = wire.STDIN) -> None:
         """Send DATA as the guest grants credit and reads."""
         view = memoryview(data)
-        while view and self._end is None:
-            if self._credit <= 0:
-                self._may_send.clear()
-                await self._may_send.wait()
-                continue
-            piece = view[: min(self._credit, wire.CHUNK)]
-            self._credit -= len(piece)
+        while view and (sent := await self.send_some(view, sub)):
+            view = view[sent:]
+
+    async def send_some(self, data: bytes | memoryview, sub: int = wire.STDIN) -> int:
+        """Send the beginning of DATA, which is not empty, as one frame. Return its size; 0 if the conversation is over.
+
+        A size is returned in the same turn in which the frame is on its way.
+        """
+        while self._end is None and self._credit <= 0:
+            self._may_send.clear()
+            await self._may_send.wait()
+        if self._end is not None:
+            return 0
+        piece = memoryview(data)[: min(self._credit, wire.CHUNK)]
+        self._credit -= len(piece)
+        try:
             await self._link.write_bulk([wire.header(FrameType.DATA, self.number, len(piece), sub), piece])
-            view = view[len(piece) :]
+        except BaseException:
+            self._credit += len(piece)
+            raise
+        return len(piece)
 
     def end(self, sub: int = wire.STDIN) -> None:
         """Tell the guest that no more DATA follows on this sub-channel."""
@@ -188,7 +265,7 @@ class Link(asyncio.Protocol):
         self._numbers = itertools.count(wire.FIRST_STREAM)
         self._conversations: dict[int, Conversation] = {}
         self._cancelled: set[int] = set()
-        self._joiners = {wire.KERNEL: wire.MessageJoiner(), wire.KERNEL_CONTROL: wire.MessageJoiner()}
+        self._joiners = {wire.KERNEL: Joiner(), wire.KERNEL_CONTROL: Joiner()}
         self._kernel_credit = dict.fromkeys(self._joiners, wire.INITIAL_CREDIT)
         self._kernel_granted = dict.fromkeys(self._joiners, wire.INITIAL_CREDIT)
         self._kernel_owed = dict.fromkeys(self._joiners, 0)
@@ -219,11 +296,16 @@ class Link(asyncio.Protocol):
         cls,
         sock: socket.socket,
         *,
+        rest: Rest | None = None,
         time_scale: float = 1.0,
         on_kernel_message: Callable[[list[bytes]], None] = lambda parts: None,
         on_event: Callable[[Body], None] = lambda body: None,
     ) -> "Link":
-        """Take over a connected socket. It is closed with the link, or if this fails. Requests begin the epoch."""
+        """Take over a connected socket. It is closed with the link, or if this fails. Requests begin the epoch.
+
+        Args:
+            rest: the rest of an earlier link, which this one goes on with from its `cont` on.
+        """
         try:
             _, link = await asyncio.get_running_loop().create_connection(
                 lambda: cls(time_scale, on_kernel_message, on_event), sock=sock
@@ -231,7 +313,24 @@ class Link(asyncio.Protocol):
         except BaseException:
             sock.close()
             raise
+        if rest is not None:
+            link._take_over(rest)
         return link
+
+    def _take_over(self, rest: Rest) -> None:
+        self._has_begun = True
+        self._awake.clear()
+        self._quiet.set()
+        self._numbers = itertools.count(rest.next)
+        self._cancelled = set(rest.cancelled)
+        self._kernel_credit, self._kernel_granted, self._kernel_owed = rest.credit, rest.granted, rest.owed
+        for number, pieces in rest.pieces.items():
+            for piece in pieces:
+                self._joiners[number].receive(Frame(FrameType.DATA, wire.MORE, number, piece))
+        self._held += rest.held
+        for number in self._joiners:
+            self._grant(number)  # nobody holds the kernel any more
+        self._conversations = {number: Conversation.of(self, number, was) for number, was in rest.conversations.items()}
 
     # -- asking
 
@@ -264,14 +363,27 @@ class Link(asyncio.Protocol):
         try:
             yield conversation
         finally:
-            if conversation.is_open and not self.closed.done():
-                conversation.cancel()
-                conversation.close(GuestFailure("failed", "cancelled"))
-                # The guest answers a cancelled request, too. Until then only its number is kept.
-                self._cancelled.add(number)
-                if len(self._cancelled) > MAX_CANCELLED:
-                    self.close(GuestUnresponsive("the guest does not answer what is cancelled"))
-            self._conversations.pop(number, None)
+            self._left(conversation)
+
+    @asynccontextmanager
+    async def go_on(self, number: int) -> AsyncIterator[Conversation]:
+        """Go on with a conversation of an earlier link. Leaving the block is as in `ask`."""
+        conversation = self._conversations[number]
+        try:
+            yield conversation
+        finally:
+            self._left(conversation)
+
+    def _left(self, conversation: Conversation) -> None:
+        """Cancel a conversation that nobody waits for any more, unless it is over."""
+        if conversation.is_open and not self.closed.done():
+            conversation.cancel()
+            conversation.close(GuestFailure("failed", "cancelled"))
+            # The guest answers a cancelled request, too. Until then only its number is kept.
+            self._cancelled.add(conversation.number)
+            if len(self._cancelled) > MAX_CANCELLED:
+                self.close(GuestUnresponsive("the guest does not answer what is cancelled"))
+        self._conversations.pop(conversation.number, None)
 
     async def call(self, request: Body, reply_type: type[T], timeout: float = 30.0) -> T:
         """Ask and await the reply.
@@ -362,6 +474,44 @@ class Link(asyncio.Protocol):
             self.close(GuestUnresponsive("the guest was left on its way to rest"))
             raise
         self._raise_if_closed()
+
+    @asynccontextmanager
+    async def at_rest(self) -> AsyncIterator[None]:
+        """A rest in which no message to the kernel is half sent. `cont` or `close` must end it within the block.
+
+        Raises:
+            Conflict: a message to the kernel takes too long.
+            GuestUnresponsive, SandboxDied: as `quiesce`.
+        """
+        async with AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(SETTLING * self.time_scale):
+                    for sending in self._kernel_sending.values():
+                        await held.enter_async_context(sending)
+            except TimeoutError:
+                raise Conflict("a message is on its way to the kernel, which does not read it", hint="wait") from None
+            await self.quiesce()
+            yield
+
+    def rest(self, kept: Collection[Conversation]) -> Rest:
+        """What another link needs to go on. The link must be at rest.
+
+        Args:
+            kept: conversations that go on. Others are cancelled then, because nobody waits for them any more.
+        """
+        conversations = {each.number: each.standing() for each in kept}
+        left = [each.number for each in self._conversations.values() if each.is_open and each not in kept]
+        cancels = b"".join(wire.header(FrameType.CANCEL, number, 0) for number in left)
+        return Rest(
+            next=next(self._numbers),
+            cancelled=[*self._cancelled, *left],
+            credit=dict(self._kernel_credit),
+            granted=dict(self._kernel_granted),
+            owed=dict(self._kernel_owed),
+            pieces={number: joiner.pieces for number, joiner in self._joiners.items()},
+            held=bytes(self._held) + cancels,
+            conversations=conversations,
+        )
 
     def _end_rest(self) -> None:
         if self._awake.is_set():

@@ -20,7 +20,7 @@ import msgspec
 from guest_agent import wire
 from kernel_gateway.drivers import DriverError
 from kernel_gateway.drivers.jail import opened_for_machines
-from kernel_gateway.drivers.qemu import Image, Qemu, QemuVm
+from kernel_gateway.drivers.qemu import IMAGE, Image, Qemu, QemuVm
 from kernel_gateway.drivers.qemu_argv import Descriptors, Machine, qemu
 from kernel_gateway.drivers.tsc import is_same_rate, tsc_khz
 from kernel_gateway.errors import CellvmError, GuestUnresponsive
@@ -162,8 +162,7 @@ class Builder:
 
     def open_image(self, directory: Path, initrd: Path) -> Image:
         """The files that machines of this image read, opened for the server's life."""
-        kernel = next((directory / "boot/boot").glob("vmlinuz-*"))
-        return Image(*opened_for_machines([kernel, initrd, directory / "root.erofs"]))
+        return Image(*opened_for_machines(image_files(directory, initrd)))
 
     async def ready(self, template: Template, driver: Qemu, progress: Progress) -> None:
         """Build what is missing, verify, offer the template on the driver, and see a first machine answer.
@@ -201,7 +200,8 @@ class Builder:
         except OSError:
             return False
         try:
-            await self._offer(template, driver, path, manifest, image, machine, step)
+            files = _files(path, directory, initrd)
+            await self._offer(template, driver, path, manifest, image, machine, files, step)
         except BaseException as error:
             image.close()
             if isinstance(error, HostRefused) or not isinstance(error, (BuildError, OSError)):
@@ -215,11 +215,11 @@ class Builder:
         # In a thread, because a server may be at work already.
         manifest = await in_thread(self._expected, template, driver, machine, directory, initrd)
         path = snapshot_path(self.cache, manifest)
-        image = self.open_image(directory, initrd)
+        image, files = self.open_image(directory, initrd), _files(path, directory, initrd)
         try:
             if path.is_dir():
                 try:
-                    await self._offer(template, driver, path, manifest, image, machine, step)
+                    await self._offer(template, driver, path, manifest, image, machine, files, step)
                     return
                 except HostRefused:
                     raise
@@ -227,7 +227,7 @@ class Builder:
                     log.warning("the cached snapshot of %s is of no use and is made again: %s", template.id, error)
                     self.cache.drop(path)
             await self._make(template, driver, image, machine, manifest, path, step)
-            await self._offer(template, driver, path, manifest, image, machine, step)
+            await self._offer(template, driver, path, manifest, image, machine, files, step)
         except BaseException:
             image.close()
             raise
@@ -251,7 +251,7 @@ class Builder:
 
     async def _offer(
         self, template: Template, driver: Qemu, path: Path, expected: Manifest, image: Image, machine: Machine,
-        step: Progress,
+        files: dict[str, Path], step: Progress,
     ) -> None:  # fmt: skip
         """Verify a snapshot, offer it on the driver, and restore one machine from it.
 
@@ -272,7 +272,7 @@ class Builder:
                     f"its guest's clock counts {found.tsc_khz} kHz, and this host's {expected.tsc_khz} kHz"
                 )
             # The guest goes on by the rate that it was told: the machine is the one that was saved.
-            driver.offer(template.id, snapshot, image, replace(machine, tsc_khz=found.tsc_khz))
+            driver.offer(template.id, snapshot, image, replace(machine, tsc_khz=found.tsc_khz), files)
             step("start a first machine")
             try:
                 guest = await Guests(driver).start(template.id)
@@ -331,7 +331,7 @@ class Builder:
                     await link.call(wire.Flush(), wire.Done)
                     step("save the snapshot")
                     await link.quiesce()
-                    await driver.save(vm, state)
+                    await driver.save_template(vm, state)
             except (CellvmError, DriverError) as error:
                 raise BuildError(_what_was_seen(template, error, vm)) from error
             finally:
@@ -384,6 +384,18 @@ class Builder:
             os.close(disk)
             image.close()
         return ""
+
+
+def image_files(directory: Path, initrd: Path) -> list[Path]:
+    """The files that machines of an image read: kernel, initrd, root."""
+    kernel = next((directory / "boot/boot").glob("vmlinuz-*"))
+    return [kernel, initrd, directory / "root.erofs"]
+
+
+def _files(snapshot: Path, directory: Path, initrd: Path) -> dict[str, Path]:
+    """All files of a template, by the names under which a saved machine keeps them."""
+    image = zip(IMAGE, image_files(directory, initrd), strict=True)
+    return {**{name: snapshot / name for name in ("manifest.json", *FILES)}, **dict(image)}
 
 
 def _argv(machine: Machine, *, network: bool) -> str:

@@ -25,7 +25,7 @@ from kernel_gateway.private import foreign
 
 BLOCK = 1024 * 1024
 FILES = ("memory", "state", "disk")
-_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 class SnapshotCorrupt(Exception):
@@ -161,5 +161,5 @@ class Snapshot:
         if digest != manifest.files.get(path.name):
             os.close(held)
             raise SnapshotCorrupt(f"{path}: its content is not what the manifest says")
-        fcntl.fcntl(held, fcntl.F_ADD_SEALS, _SEALS)
+        fcntl.fcntl(held, fcntl.F_ADD_SEALS, SEALS)
         return held

@@ -5,13 +5,32 @@ import hashlib
 import time
 from collections.abc import Iterator
 
+import msgspec
+
 from kernel_gateway.errors import Conflict, TooManyRequests
 from kernel_gateway.held import Account, Holding
 from kernel_gateway.kernel.events import CellError
-from kernel_gateway.outcome import Ending, Outcome
+from kernel_gateway.outcome import Ending, Outcome, Packed
 
 KEPT = 1000
 """Number of executions that a kernel remembers. Not more of them may be unfinished at a time."""
+
+
+class ExecutionState(msgspec.Struct):
+    """An execution of a paused sandbox that the kernel has got. `since` is the age of its clock, in seconds."""
+
+    id: str
+    digest: bytes
+    after: int
+    timeout: float | None
+    last: int
+    outcome: Packed | None
+    timed_out: CellError | None
+    is_started: bool
+    is_unwanted: bool
+    since: float
+    count: int | None
+    restarted: str
 
 
 class Execution:
@@ -41,6 +60,33 @@ class Execution:
         self.count: int | None = None
         self.restarted = ""
         self.changed = asyncio.Event()
+
+    def state_at_rest(self) -> ExecutionState:
+        """What is stored of it while its sandbox is paused."""
+        return ExecutionState(
+            id=self.id,
+            digest=self.digest,
+            after=self.after,
+            timeout=self.timeout,
+            last=self.last,
+            outcome=None if self.outcome is None else self.outcome.packed(),
+            timed_out=self.timed_out,
+            is_started=self.is_started,
+            is_unwanted=self.is_unwanted,
+            since=time.monotonic() - self.clock,
+            count=self.count,
+            restarted=self.restarted,
+        )
+
+    @classmethod
+    def of(cls, was: ExecutionState) -> "Execution":
+        """An execution of a sandbox that was paused."""
+        self = cls(was.id, "", was.after, was.timeout)
+        self.digest, self.last, self.timed_out, self.count = was.digest, was.last, was.timed_out, was.count
+        self.outcome = None if was.outcome is None else Outcome.unpacked(was.outcome)
+        self.is_sent, self.is_started, self.is_unwanted = True, was.is_started, was.is_unwanted
+        self.clock, self.restarted = time.monotonic() - was.since, was.restarted
+        return self
 
     @property
     def state(self) -> str:
@@ -102,6 +148,14 @@ class Executions:
         if known is not None and known.digest != digest(encoded(code)):
             raise Conflict("this id was used for another cell", hint="choose a new one for every cell")
         return None if known is None or known.state == Ending.NOT_STARTED else known
+
+    def at_rest(self) -> list[ExecutionState]:
+        """What is stored of them while the sandbox is paused. Those that the kernel has not got are left out."""
+        return [each.state_at_rest() for each in self._by_id.values() if each.is_sent]
+
+    def restore(self, states: list[ExecutionState]) -> None:
+        """Go on with the executions of a sandbox that was paused."""
+        self._by_id = {state.id: Execution.of(state) for state in states}
 
     def unfinished(self) -> Iterator[Execution]:
         return (each for each in self._by_id.values() if each.outcome is None)

@@ -13,7 +13,7 @@ import math
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self
@@ -29,6 +29,8 @@ MEMORY = 8 * 1024 * 1024
 DISK = 72 * 1024 * 1024  # more than the largest message
 PAGE = 1024 * 1024
 """Bytes that are moved to disk, given to a reader, or joined to one message of text, at once."""
+DUMPED = 500
+"""Number of messages of a dump's page, if they are from memory."""
 OVERHEAD = 1000
 """Bytes that a message costs in memory besides its parts."""
 HIGH_WATER = 4 * 1024 * 1024
@@ -197,6 +199,43 @@ class Journal:
         assert self._file is not None
         return _page.decode(os.pread(self._file.fileno(), segment.size, segment.at))
 
+    def in_memory(self) -> list[Record]:
+        """The messages that are in memory, oldest first."""
+        return list(self._records.values())
+
+    def dump(self) -> "Dump":
+        """All that is kept, for `restore`, as it is now. Close it after use."""
+        fd = None if self._file is None else os.dup(self._file.fileno())
+        return Dump(fd, list(self._segments), list(self._essentials), self.in_memory())
+
+    def restore(self, essentials: list[Record], pages: Iterable[list[Record]], last: int, end: int) -> None:
+        """Go on with what another journal has kept. This one must be new.
+
+        Args:
+            essentials: the first page of a `Dump`.
+            pages: the others.
+            last, end: as they were.
+        """
+        self._first = last + 1
+        for page in pages:
+            for record in page:
+                if record.seq != self._first + len(self._records):  # what was between could not be kept
+                    self._forget_memory()
+                    self._first = record.seq
+                self._records[record.seq] = record
+                self.held_bytes += record.cost
+                while self.held_bytes > self._memory and len(self._records) > 1:
+                    self.spill()
+        self._essentials.extend(essentials)
+        self._essential_bytes = sum(record.cost for record in essentials)
+        self.last, self.end = last, end
+
+    def _forget_memory(self) -> None:
+        while len(self._records) > 1:
+            self.spill()
+        self._records.clear()
+        self.held_bytes = 0
+
     def read(self, after: int) -> list[Record | Gap]:
         """About a page of the messages after number `after`, with a Gap for missing ones; empty if there are none."""
         if after >= self.last:
@@ -284,6 +323,37 @@ class Journal:
             self._segments.clear()
             self._file.close()
             self._file = None
+
+
+class Dump(NamedTuple):
+    """A journal as it was at one moment. Any thread may read it, as long as nobody adds to the journal."""
+
+    fd: int | None
+    segments: list[Segment]
+    essentials: list[Record]
+    records: list[Record]
+
+    def pages(self) -> Iterator[bytes]:
+        """The essential messages, then all others, in encoded pages."""
+        yield msgspec.msgpack.encode(self.essentials)
+        for segment in self.segments:
+            assert self.fd is not None
+            yield os.pread(self.fd, segment.size, segment.at)
+        for at in range(0, len(self.records), DUMPED):
+            yield msgspec.msgpack.encode(self.records[at : at + DUMPED])
+
+    def close(self) -> None:
+        if self.fd is not None:
+            os.close(self.fd)
+
+
+def decode_page(data: bytes) -> list[Record]:
+    """A page of a `Dump`.
+
+    Raises:
+        msgspec.MsgspecError: it is none.
+    """
+    return _page.decode(data)
 
 
 class Reader:

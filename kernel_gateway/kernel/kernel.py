@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -17,7 +17,7 @@ from kernel_gateway.guest.link import Link
 from kernel_gateway.held import Account, Held, Holding
 from kernel_gateway.kernel import message
 from kernel_gateway.kernel.events import RESTARTED, CellError, Events, StreamEvent, cell_error
-from kernel_gateway.kernel.executions import Execution, Executions
+from kernel_gateway.kernel.executions import Execution, Executions, ExecutionState
 from kernel_gateway.kernel.journal import Gap, Journal, Record
 from kernel_gateway.kernel.message import CHANNEL, CONTENT, HEADER, PARENT
 from kernel_gateway.kernel.pages import pages
@@ -54,6 +54,13 @@ SHOWN_AS = {State.CLOSED: "dead"}
 """Jupyter's word for a state, where it is not the state's own name."""
 
 
+class Client(Protocol):
+    """Somebody who is connected to a kernel, and is told when the sandbox is about to be paused."""
+
+    def leave(self) -> None:
+        """End the connection."""
+
+
 class Pending(msgspec.Struct):
     """A request that is not over: its session, channel and header, and which parts of its end have come.
 
@@ -77,6 +84,25 @@ class ClientSession(msgspec.Struct):
 
     received: int
     sent: int
+
+
+class KernelState(msgspec.Struct):
+    """The gateway's knowledge of a paused sandbox's kernel, besides its journal. The fields are the Kernel's own."""
+
+    session: str
+    kernel_session: str
+    state: State
+    reason: str
+    is_ending: bool
+    untold: str
+    late: int
+    pending: dict[str, Pending]
+    busy: dict[str, str]
+    last_activity: float
+    sessions: dict[str, ClientSession]
+    executions: list[ExecutionState]
+    last: int
+    end: int
 
 
 class Kernel:
@@ -106,7 +132,7 @@ class Kernel:
         self.reason = ""
         self.incarnation = 0
         self.last_activity = time.time()
-        self.connections = 0
+        self.clients: set[Client] = set()
         self._sessions: dict[str, ClientSession] = {}
         self.account = Held().account("")
         self.executions = Executions(self.account)
@@ -128,6 +154,64 @@ class Kernel:
         self.account = account
         self.executions = Executions(account)
         self.last_activity = time.time()
+
+    async def settled(self, limit: float) -> None:
+        """Return when it is not being replaced.
+
+        Raises:
+            Conflict: it still is after `limit` seconds.
+        """
+        try:
+            async with asyncio.timeout(limit):
+                await self._usable.wait()
+        except TimeoutError:
+            raise Conflict(f"the kernel is {self._state} and does not come back", hint="wait, or restart it") from None
+
+    def state_at_rest(self) -> KernelState:
+        """What is stored of it while its sandbox is paused."""
+        return KernelState(
+            session=self._session,
+            kernel_session=self._kernel_session,
+            state=self._state,
+            reason=self.reason,
+            is_ending=self._is_ending,
+            untold=self._untold,
+            late=self._late,
+            pending={msg_id: msgspec.structs.replace(each, holding=None) for msg_id, each in self._pending.items()},
+            busy=dict(self._busy),
+            last_activity=self.last_activity,
+            sessions=dict(self._sessions),
+            executions=self.executions.at_rest(),
+            last=self.journal.last,
+            end=self.journal.end,
+        )
+
+    def restore(self, was: KernelState) -> None:
+        """Go on with the kernel of a sandbox that was paused. The journal has been restored.
+
+        Raises:
+            TooManyRequests, HostFull: there is no room for what its requests hold.
+        """
+        self._session, self._kernel_session = was.session, was.kernel_session
+        self._state, self.reason, self._is_ending = was.state, was.reason, was.is_ending
+        self._untold, self._late, self._busy = was.untold, was.late, was.busy
+        self.last_activity, self._sessions = was.last_activity, was.sessions
+        self.executions.restore(was.executions)
+        for msg_id, each in was.pending.items():
+            if msg_id not in self.executions:
+                each.holding = self.account.hold("headers of requests", len(each.header) + PENDING_COST)
+            self._pending[msg_id] = each
+        for execution in self.executions.unfinished():
+            self._begin(self._watch_on(execution))
+
+    async def _watch_on(self, execution: Execution) -> None:
+        async with self._turn:
+            await self._watch(execution)
+
+    @property
+    def connections(self) -> int:
+        """Number of clients that are connected."""
+        return len(self.clients)
 
     @property
     def state(self) -> str:

@@ -39,6 +39,13 @@ class Stream(msgspec.Struct, gc=False):
     text: str = ""
 
 
+class Text(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    """The content of a `stream` message that has what it must have, and nothing else."""
+
+    name: str
+    text: str
+
+
 class Status(msgspec.Struct, gc=False):
     """The content of a `status` message."""
 
@@ -56,6 +63,7 @@ class Reply(msgspec.Struct, gc=False):
 EMPTY = msgspec.Raw(b"{}")
 S = TypeVar("S", bound=msgspec.Struct)
 _header = msgspec.json.Decoder(Header)
+_text = msgspec.json.Decoder(Text)
 _encoder = msgspec.json.Encoder()
 
 
@@ -105,12 +113,19 @@ def json_object(part: bytes | memoryview | msgspec.Raw) -> msgspec.Raw | None:
 
 
 def joined(contents: Sequence[bytes]) -> bytes | None:
-    """The contents of several `stream` messages as one; None if they are not all of the same stream."""
-    pieces = [read(part, Stream) for part in contents]
-    name = pieces[0].name
-    if not name or any(piece.name != name for piece in pieces):
+    """The contents of several `stream` messages as one.
+
+    None if they are not all of the same stream, or if one is malformed or has more fields. Then each must stay as it
+    is, because readers are to see a kernel's nonsense, and the further fields would be lost.
+    """
+    try:
+        pieces = [_text.decode(part) for part in contents]
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
-    return _encoder.encode(Stream(name, "".join(piece.text for piece in pieces)))
+    name = pieces[0].name
+    if any(piece.name != name for piece in pieces):
+        return None
+    return _encoder.encode(Text(name, "".join(piece.text for piece in pieces)))
 
 
 def numbered(metadata: bytes, seq: int) -> bytes:

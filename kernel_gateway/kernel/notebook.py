@@ -69,7 +69,6 @@ class Outputs:
                 if event.type == "result":
                     item = {"output_type": "execute_result", "execution_count": count(event) or self.execution_count}
                 item |= {"data": bundle(event), "metadata": event.metadata or EMPTY}
-                self.update(event)  # what is displayed again under one id is the same everywhere
                 if self._append(item) and event.displayId:
                     self._displays.setdefault(event.displayId, []).append(item)
             case "error" if event.error is not None:
@@ -171,11 +170,11 @@ class Notebook:
         return cls(node)
 
     def add(self, number: int, event: StreamEvent) -> None:
-        """Take an event of cell `number`. An update reaches every display with its id, in whichever cell."""
-        if event.type == "update":
+        """Take an event of cell `number`. What is displayed under one id is the same everywhere, in whichever cell."""
+        if event.displayId:
             for outputs in self.outputs:
                 outputs.update(event)
-        else:
+        if event.type != "update":
             self.outputs[number].add(event)
 
     def to_bytes(self) -> bytes:

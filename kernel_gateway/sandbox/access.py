@@ -1,10 +1,13 @@
 """The sandboxes as one key sees them. Whatever a request does with a sandbox, it gets the sandbox from here."""
 
+import builtins
 from typing import Any
 
 from kernel_gateway.errors import NotFound
 from kernel_gateway.images.templates import Template
+from kernel_gateway.sandbox import outbox
 from kernel_gateway.sandbox.key import Key
+from kernel_gateway.sandbox.outbox import Event
 from kernel_gateway.sandbox.sandbox import Sandbox, sandbox_id
 from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Entry, Store
@@ -16,7 +19,7 @@ class Access:
     def __init__(self, sandboxes: Sandboxes, store: Store, key: Key) -> None:
         self.key = key
         self._sandboxes = sandboxes
-        self._store = store
+        self.store = store
 
     def of_kernel(self, kernel: str) -> Sandbox:
         """The sandbox of the kernel of that id.
@@ -56,13 +59,30 @@ class Access:
     def ended_since(self, moment: float) -> list[Entry]:
         """The sandboxes that ended after `moment`, but not by a request, the last one first."""
         scope = self.key.scope
-        return [
-            each for each in self._store.ended_since(self.key.owner, moment) if scope.covers(each.id, each.template)
-        ]
+        return [each for each in self.store.ended_since(self.key.owner, moment) if scope.covers(each.id, each.template)]
+
+    async def events(self, *, sandbox: str = "", **options: Any) -> builtins.list[Event]:
+        """The events of the sandboxes in the key's sight; `options` are those of `outbox.events`.
+
+        Args:
+            sandbox: of this one alone, unless it is empty.
+
+        Raises:
+            NotFound: there never was such a sandbox in the key's sight.
+        """
+        if sandbox:
+            known = self.store.entry(sandbox)
+            if known is None or known.owner != self.key.owner or not self.key.scope.covers(known.id, known.template):
+                raise NotFound("sandbox not found")
+        scope = self.key.scope
+        if scope.is_for_metrics:
+            return []
+        within = {"sandbox": sandbox or scope.sandbox, "template": scope.template}
+        return await self.store.read(outbox.events, self.key.owner, **within, **options)
 
     def forget(self, sandbox_id: str) -> None:
         """Take note that the client knows of a sandbox's end."""
-        self._store.sandbox_forgotten(sandbox_id, self.key.owner)
+        self.store.sandbox_forgotten(sandbox_id, self.key.owner)
 
     def list(self) -> list[Sandbox]:
         """The sandboxes in the key's sight, newest first."""

@@ -18,22 +18,26 @@ class Scope:
 
     Args:
         is_read_only: it may only read.
+        is_for_metrics: it may read the server's figures, and sees no sandbox.
         template: the id of the template whose sandboxes it may create, see and use.
         sandbox: the id of the sandbox that it may see and use.
     """
 
     is_read_only: bool = False
+    is_for_metrics: bool = False
     template: str = ""
     sandbox: str = ""
 
     def __str__(self) -> str:
         if self.is_read_only:
             return "read-only"
+        if self.is_for_metrics:
+            return "metrics"
         return f"template={self.template}" if self.template else f"sandbox={self.sandbox}" if self.sandbox else ""
 
     def covers(self, sandbox_id: str, template_id: str) -> bool:
         """Whether a sandbox of the owner is in sight."""
-        return self.sandbox in ("", sandbox_id) and self.template in ("", template_id)
+        return not self.is_for_metrics and self.sandbox in ("", sandbox_id) and self.template in ("", template_id)
 
     def check_change(self) -> None:
         """Check that the key may do more than read.
@@ -43,6 +47,20 @@ class Scope:
         """
         if self.is_read_only:
             raise Forbidden("this key may only read", hint="send a GET, or use a key without `--scope read-only`")
+        if self.is_for_metrics:
+            raise Forbidden("this key is for GET /metrics", hint="use a key without `--scope metrics`")
+
+    def check_whole(self, what: str) -> None:
+        """Check that the key sees all that its owner has.
+
+        Args:
+            what: what only such a key may do, for the refusal's message.
+
+        Raises:
+            Forbidden: it sees a part.
+        """
+        if self.template or self.sandbox or self.is_for_metrics:
+            raise Forbidden(f"a key with the scope {self} may not {what}", hint="use a key without this scope")
 
     def check_create(self, template_id: str) -> None:
         """Check that the key may create a sandbox of a template.
@@ -95,7 +113,9 @@ def parse_scope(text: str) -> Scope:
         return ALL
     if text == "read-only":
         return Scope(is_read_only=True)
+    if text == "metrics":
+        return Scope(is_for_metrics=True)
     found = re.fullmatch("(template|sandbox)=([A-Za-z0-9_-]{1,64})", text)
     if found is None:
-        raise InvalidRequest(f"a scope is read-only, template=ID or sandbox=ID, not {text!r:.100}")
+        raise InvalidRequest(f"a scope is read-only, metrics, template=ID or sandbox=ID, not {text!r:.100}")
     return Scope(template=found[2]) if found[1] == "template" else Scope(sandbox=found[2])

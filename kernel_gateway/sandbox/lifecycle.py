@@ -4,9 +4,12 @@
         ├────kill, died, server_stopped──▶ STOPPING
         └────start_failed──▶ STOPPED
 
+    RUNNING ──pause──▶ PAUSING ──saved──▶ PAUSED ──resume──▶ RESUMING ──resumed──▶ RUNNING
+                          └─pause_failed─▶ RUNNING               └─resume_failed─▶ PAUSED
+
 A request may be refused, with a reason for the user. A fact may not, because it has happened already. STOPPING means
 that its owner has seen the last of it and its machine is on its way out. STOPPED means that nothing is left of it, so
-its place is free.
+its place is free. PAUSED means that it is in files, and has no machine.
 """
 
 from enum import StrEnum
@@ -17,11 +20,16 @@ from kernel_gateway.errors import Conflict
 class State(StrEnum):
     CREATING = "creating"
     RUNNING = "running"
+    PAUSING = "pausing"
+    PAUSED = "paused"
+    RESUMING = "resuming"
     STOPPING = "stopping"
     STOPPED = "stopped"
 
 
 ENDED = frozenset({State.STOPPING, State.STOPPED})
+ASLEEP = frozenset({State.PAUSING, State.PAUSED, State.RESUMING})
+"""States in which requests reach no machine."""
 
 
 class Event(StrEnum):
@@ -32,10 +40,16 @@ class Event(StrEnum):
     DIED = "died"
     DISK_FULL = "disk_full"
     SERVER_STOPPED = "server_stopped"
+    PAUSE = "pause"
+    SAVED = "saved"
+    PAUSE_FAILED = "pause_failed"
+    RESUME = "resume"
+    RESUMED = "resumed"
+    RESUME_FAILED = "resume_failed"
     GONE = "gone"
 
 
-REQUESTS = frozenset({Event.KILL})
+REQUESTS = frozenset({Event.KILL, Event.PAUSE, Event.RESUME})
 """Events that a user asks for. All others are facts."""
 
 TRANSITIONS: dict[State, dict[Event, State]] = {
@@ -52,6 +66,20 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
         Event.DISK_FULL: State.STOPPING,
         Event.DIED: State.STOPPING,
         Event.SERVER_STOPPED: State.STOPPING,
+        Event.PAUSE: State.PAUSING,
+    },
+    State.PAUSING: {
+        Event.SAVED: State.PAUSED,
+        Event.PAUSE_FAILED: State.RUNNING,
+        Event.KILL: State.STOPPING,
+        Event.DIED: State.STOPPING,
+        Event.SERVER_STOPPED: State.STOPPING,
+    },
+    State.PAUSED: {Event.RESUME: State.RESUMING, Event.KILL: State.STOPPING},
+    State.RESUMING: {
+        Event.RESUMED: State.RUNNING,
+        Event.RESUME_FAILED: State.PAUSED,
+        Event.KILL: State.STOPPING,
     },
     State.STOPPING: {Event.START_FAILED: State.STOPPED, Event.GONE: State.STOPPED},
     State.STOPPED: {},

@@ -8,14 +8,14 @@ import string
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Protocol, runtime_checkable
 
 from guest_agent import wire
 from kernel_gateway.drivers import Networked, TakesDisk, Vm
-from kernel_gateway.errors import CellvmError, Conflict, SandboxDied
+from kernel_gateway.errors import CellvmError, Conflict, SandboxDied, SandboxPaused
 from kernel_gateway.guest.guest import Guest
 from kernel_gateway.guest.watchers import Watchers
 from kernel_gateway.images.templates import Template
@@ -23,7 +23,7 @@ from kernel_gateway.kernel.kernel import Kernel
 from kernel_gateway.network.policy import Policy, Refusal
 from kernel_gateway.outcome import Ending
 from kernel_gateway.sandbox.key import Key, Scope
-from kernel_gateway.sandbox.lifecycle import ENDED, Event, State, decide
+from kernel_gateway.sandbox.lifecycle import ASLEEP, ENDED, Event, State, decide
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,14 @@ TOKEN_SIZE = 24
 """Bytes of a token."""
 END_LIMIT = 30.0
 """Seconds after which nobody waits for a machine's end any more. Its place stays taken until it has ended."""
+
+
+class Asleep(SandboxPaused):
+    """A request has met a paused sandbox before anything was done. Whoever has such a request may wake the sandbox."""
+
+    def __init__(self, message: str, *, sandbox: "Sandbox", hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.sandbox = sandbox
 
 
 def new_id() -> str:
@@ -95,7 +103,12 @@ class Sandbox:
     latest. `access_token` opens all that is in the sandbox, and `traffic_token` its ports, to whoever has them, and
     both stay the same as long as it lives. `readings` are of its use of resources, oldest first. `policy` says what it
     may reach. Code that replaces it holds `applying`. `ended` is called once, with the reason, when its owner has seen
-    the last of it; `gone` when nothing is left.
+    the last of it. `vacated` is called when a machine of it is gone, and `discard` when files of its pause are of no
+    more use.
+
+    With `auto_pause` it is paused when its lifetime is over, and with `auto_resume` every request wakes it. So it is,
+    too, if it `was_stopped`: paused with its server, and not for its owner. `work` is the task that pauses or resumes
+    it. Paused time does not count: a resume begins a new lifetime.
     """
 
     def __init__(
@@ -109,9 +122,13 @@ class Sandbox:
         env: dict[str, str],
         policy: Policy,
         idle_timeout: int | None = None,
-        longest_life: int | None = None,
+        longest_life: float | None = None,
+        auto_pause: bool = False,
+        auto_resume: bool = False,
+        state: State = State.CREATING,
         ended: Callable[["Sandbox", str], None],
-        gone: Callable[["Sandbox"], None],
+        vacated: Callable[["Sandbox"], None],
+        discard: Callable[["Sandbox"], Awaitable[None]],
     ) -> None:
         self.id = sandbox_id
         self.owner = owner
@@ -127,15 +144,25 @@ class Sandbox:
         self.all_ports_open = False
         self.port_users: dict[asyncio.Task[None], int | str] = {}  # a visitor's port, or the id of a key
         self.started_at = datetime.now(UTC)
+        self.paused_at: datetime | None = None
+        self.timeout = timeout
         self.idle_timeout = idle_timeout
+        self.auto_pause = auto_pause
+        self.auto_resume = auto_resume
+        self.was_stopped = False
+        self.pauses_failed = 0
+        self.has_files = False
+        self.work: asyncio.Task[None] | None = None
         self.kernel_name = template.id  # the name by which a Jupyter client has asked for it
-        self.state = State.CREATING
+        self.state = state
         self._on_ended = ended
-        self._on_gone = gone
+        self._on_vacated = vacated
+        self._discard = discard
         self._guest: Guest | None = None
         self._watch: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
         self.readings: deque[wire.Metrics] = deque(maxlen=READINGS)
+        self._cleaning: asyncio.Task[None] | None = None
         self._is_gone = asyncio.Event()
         self._last_deadline = math.inf if longest_life is None else time.monotonic() + longest_life
         self.set_timeout(timeout)
@@ -156,12 +183,16 @@ class Sandbox:
         """Let the sandbox live at least that many seconds from now."""
         self.deadline = max(self.deadline, min(time.monotonic() + seconds, self._last_deadline))
 
-    def check_deadline(self) -> None:
-        """End the sandbox if its time is over."""
+    def is_over(self) -> bool:
+        """Whether its lifetime is over though it runs. A sandbox that is in use is given more time first."""
         if self.idle_timeout is not None and self.is_in_use:
             self.set_timeout(self.idle_timeout)
-        if self.deadline <= time.monotonic() and self.state is State.RUNNING:
-            self.apply(Event.EXPIRED)
+        return self.state is State.RUNNING and self.deadline <= time.monotonic()
+
+    @property
+    def life_left(self) -> float | None:
+        """Seconds until the end of its longest life; None without one."""
+        return None if self._last_deadline == math.inf else self._last_deadline - time.monotonic()
 
     def is_open(self, port: int) -> bool:
         """Whether that port may be used without a key."""
@@ -214,6 +245,9 @@ class Sandbox:
 
     @property
     def ends_at(self) -> datetime:
+        """When its lifetime is over. Of a paused sandbox it is when it was paused."""
+        if self.paused_at is not None:
+            return self.paused_at
         return datetime.fromtimestamp(time.time() + self.deadline - time.monotonic(), UTC)
 
     @property
@@ -222,21 +256,26 @@ class Sandbox:
 
         Raises:
             Conflict: the sandbox is not running yet.
+            Asleep: it is paused, or on its way to a pause or back.
             SandboxDied: the sandbox has ended.
         """
         if self.state in ENDED:
             raise SandboxDied("the sandbox has ended", outcome=Ending.NOT_STARTED)
+        if self.state in ASLEEP:
+            hint = "POST /sandboxes/{id}/resume lets it go on"
+            raise Asleep(f"the sandbox is {self.state}", sandbox=self, hint=hint)
         if self._guest is None:
             raise Conflict("the sandbox is still being created")
         return self._guest
 
-    def started(self, guest: Guest) -> None:
-        """Take over a guest that has started. From now on its death ends the sandbox."""
+    def started(self, guest: Guest, event: Event = Event.STARTED) -> None:
+        """Take over a guest that has started, or was resumed. From now on its death ends the sandbox."""
         self._guest = guest
+        self.paused_at = None
         guest.kernel.on_shutdown = lambda: self.apply(Event.KILL)
         self._watch = asyncio.create_task(self._watch_guest(guest))
         self._reading = asyncio.create_task(self._read_metrics(guest))
-        self.apply(Event.STARTED)
+        self.apply(event)
 
     async def _read_metrics(self, guest: Guest) -> None:
         """Keep a reading of the guest's use of resources from time to time. One that does not come is left out."""
@@ -270,18 +309,52 @@ class Sandbox:
         before, self.state = self.state, following
         if following in ENDED and before not in ENDED:
             self._on_ended(self, event)
-        if following is State.STOPPING and self._guest is not None:
+        if following is State.PAUSED and event is Event.SAVED:
+            guest, self._guest, self.has_files = self._guest, None, True
+            self.paused_at = datetime.now(UTC)
+            assert guest is not None
+            self._tell(
+                guest, SandboxPaused("the sandbox was paused", hint="what has begun in it goes on after a resume")
+            )
+            self._cleaning = asyncio.create_task(self._vacate(guest))
+        if following is State.STOPPING and (before is not State.CREATING or self._guest is not None):
             # Readers are told first, so that nobody takes the end of what they read for the end of their work.
-            error = SandboxDied(f"the sandbox has ended: {event}")
-            self._guest.kernel.close(error)
-            self._guest.link.close(error)
-            self._cleaning = asyncio.create_task(self._clean_up(self._guest))
+            if self._guest is not None:
+                self._tell(self._guest, SandboxDied(f"the sandbox has ended: {event}"))
+            self._cleaning = asyncio.create_task(self._clean_up(self._guest, self._cleaning))
         if following is State.STOPPED:
-            self._on_gone(self)
+            self._on_vacated(self)
             self._is_gone.set()
 
-    async def _clean_up(self, guest: Guest) -> None:
-        """Destroy the guest, whatever ended the sandbox."""
+    def _tell(self, guest: Guest, error: CellvmError) -> None:
+        """Tell all who wait for a guest that it is gone."""
+        guest.kernel.close(error)
+        guest.link.close(error)
+
+    async def _clean_up(self, guest: Guest | None, before: asyncio.Task[None] | None) -> None:
+        """Destroy the guest and the files, whatever ended the sandbox."""
+        if guest is not None:
+            await self._kill(guest)
+        if self.work is not None:
+            self.work.cancel()
+            await asyncio.wait({self.work})
+        if before is not None:
+            await asyncio.wait({before})
+        if self.has_files:
+            await self._discard(self)
+        self.apply(Event.GONE)
+
+    async def _vacate(self, guest: Guest) -> None:
+        """Destroy the guest of a sandbox that was saved."""
+        await self._kill(guest)
+        self._on_vacated(self)
+
+    async def vacated(self) -> None:
+        """Return when its machine before the pause is gone, or after END_LIMIT seconds."""
+        if self._cleaning is not None:
+            await asyncio.wait({self._cleaning}, timeout=END_LIMIT)
+
+    async def _kill(self, guest: Guest) -> None:
         for task in (self._watch, self._reading):
             if task is not None:
                 task.cancel()
@@ -290,7 +363,6 @@ class Sandbox:
         if not killing.done():
             log.error("sandbox %s: process %d has not ended within %d s of SIGKILL", self.id, guest.vm.pid, END_LIMIT)
         await killing
-        self.apply(Event.GONE)
 
     async def gone(self) -> None:
         """Return when nothing of the sandbox is left, or after END_LIMIT seconds."""

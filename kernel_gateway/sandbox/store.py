@@ -1,4 +1,4 @@
-"""Data that outlives the server: keys and the journal of sandboxes, in one SQLite file.
+"""Data that outlives the server: keys, the journal of sandboxes, their events and webhooks, in one SQLite file.
 
 A sandbox is written down before its machine starts, and its end as soon as that can be written. No end of a sandbox
 waits for the disk: ends are kept in memory until a thread has written them, and all look-ups know them from the first
@@ -12,16 +12,18 @@ import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from kernel_gateway.errors import HostFull
+from kernel_gateway.sandbox import outbox
 from kernel_gateway.sandbox.key import ALL, Key, Scope, may_be_key, parse_scope
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 VARIABLE = "CELLVM_API_KEY"
 """The id and the owner of the key that the server was started with. It is not stored."""
@@ -41,6 +43,7 @@ SCHEMA = (
         "ALTER TABLE keys ADD COLUMN scope TEXT NOT NULL DEFAULT ''",
         "UPDATE keys SET id = owner",
     ),
+    ("ALTER TABLE sandboxes ADD COLUMN paused TEXT", *outbox.SCHEMA),
 )
 """What makes each version of the database from the one before."""
 KEPT_DAYS = 30
@@ -76,6 +79,18 @@ def _hash(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """Write all that the block writes, or nothing of it."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
+    db.execute("COMMIT")
+
+
 class Store:
     """The database. `trouble` says why ends can't be written at present; it is empty if they can.
 
@@ -93,6 +108,8 @@ class Store:
         self._thread = ThreadPoolExecutor(1, "store")
         self._reserve = path.with_name("reserve")
         self._unwritten: dict[str, Entry] = {}
+        self._untold: list[outbox.Event] = []
+        self._news = asyncio.Event()
         self._flushing: asyncio.Task[None] | None = None
         self.trouble = ""
         self._lent: dict[bytes, Key] = {}
@@ -108,21 +125,11 @@ class Store:
     def _migrate(self) -> None:
         """Bring the database to the present version."""
         while (version := self._db.execute("PRAGMA user_version").fetchone()[0]) < len(SCHEMA):
-            with self._transaction():
+            with transaction(self._db):
                 if self._db.execute("PRAGMA user_version").fetchone()[0] == version:  # else another process was first
                     for statement in SCHEMA[version]:
                         self._db.execute(statement)
                     self._db.execute(f"PRAGMA user_version = {version + 1}")
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
 
     async def flush(self, limit: float) -> None:
         """Return when all ends are written, or after `limit` seconds."""
@@ -182,11 +189,13 @@ class Store:
         Args:
             with_sandboxes: write down that the owner's sandboxes have ended. The server that runs them ends them.
         """
-        with self._transaction():
+        with transaction(self._db):
             if with_sandboxes:
                 query = "UPDATE sandboxes SET ended = ?, reason = 'key_removed' WHERE owner = ? AND ended IS NULL"
                 self._db.execute(query, (time.time(), key_id))
             removed = self._db.execute("DELETE FROM keys WHERE ? IN (id, owner)", (key_id,)).rowcount
+            if not self._db.execute("SELECT 1 FROM keys WHERE owner = ?", (key_id,)).fetchone():
+                outbox.remove(self._db, key_id)
         self._version = -1
         return removed > 0
 
@@ -198,12 +207,27 @@ class Store:
         Raises:
             HostFull: the database can't be written.
         """
-        entry = Entry(sandbox_id, owner, template, time.time())
+        await self._in_thread(self._write_first, Entry(sandbox_id, owner, template, time.time()))
+        self._wake()
+
+    async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
+        """The result of a write.
+
+        Raises:
+            HostFull: the database can't be written. A write that was only late happens all the same.
+        """
         try:
             async with asyncio.timeout(CREATE_LIMIT):
-                await asyncio.get_running_loop().run_in_executor(self._thread, self._write_first, entry)
+                return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
         except (sqlite3.Error, TimeoutError) as error:
             raise HostFull(f"the server's database can't be written: {str(error) or 'it is locked'}") from error
+
+    def sandbox_changed(
+        self, kind: str, owner: str, sandbox_id: str, template: str, data: Mapping[str, object]
+    ) -> None:
+        """Take note of an event that is no end. This never fails."""
+        self._untold.append(outbox.event(kind, owner, sandbox_id, template, data))
+        self._begin_to_flush()
 
     def sandbox_ended(self, sandbox_id: str, owner: str, template: str, reason: str) -> None:
         """Take note of an end. This never fails, and a later call for the same sandbox changes nothing."""
@@ -226,7 +250,9 @@ class Store:
     def ended_since(self, owner: str, moment: float) -> list[Entry]:
         """The owner's sandboxes that ended after `moment`, but not by a request, the last one first."""
         rows = self._db.execute(
-            "SELECT * FROM sandboxes WHERE owner = ? AND ended > ? ORDER BY ended DESC LIMIT ?", (owner, moment, LISTED)
+            "SELECT id, owner, template, created, ended, reason FROM sandboxes"
+            " WHERE owner = ? AND ended > ? ORDER BY ended DESC LIMIT ?",
+            (owner, moment, LISTED),
         )
         entries = {entry.id: entry for entry in (Entry(*row) for row in rows)} | self._unwritten
         found = [
@@ -238,30 +264,58 @@ class Store:
 
     def end_all(self, reason: str) -> int:
         """Close the entries that an earlier server left open, and return how many there were. Forget old ones."""
-        old = time.time() - KEPT_DAYS * 24 * 3600
-        self._db.execute("DELETE FROM sandboxes WHERE ended < ?", (old,))
-        query = "UPDATE sandboxes SET ended = ?, reason = ? WHERE ended IS NULL"
-        return self._db.execute(query, (time.time(), reason)).rowcount
+        self._db.execute("DELETE FROM sandboxes WHERE ended < ?", (self._oldest,))
+        with transaction(self._db):
+            left = self._db.execute(
+                "UPDATE sandboxes SET ended = ?, reason = ? WHERE ended IS NULL AND paused IS NULL"
+                " RETURNING owner, id, template",
+                (time.time(), reason),
+            ).fetchall()
+            outbox.record(self._db, (_killed(owner, box, template, reason) for owner, box, template in left))
+        return len(left)
+
+    @property
+    def _oldest(self) -> float:
+        """When the oldest entries were made that are kept."""
+        return time.time() - KEPT_DAYS * 24 * 3600
+
+    async def sandbox_paused(self, sandbox_id: str, record: str | None) -> None:
+        """Write down that a sandbox is paused, and how it can be resumed; None for one that runs again.
+
+        Raises:
+            HostFull: the database can't be written. The entry is as it was, or will be when the write was only late.
+        """
+        await self._in_thread(self._write_paused, sandbox_id, record)
+        self._wake()
+
+    def paused(self) -> dict[str, str]:
+        """The records of paused sandboxes by their ids."""
+        query = "SELECT id, paused FROM sandboxes WHERE paused IS NOT NULL AND ended IS NULL"
+        return dict(self._db.execute(query).fetchall())
 
     def entry(self, sandbox_id: str) -> Entry | None:
         """What is written down of a sandbox, whoever owns it. The caller must check what its client may know."""
         if sandbox_id in self._unwritten:
             return self._unwritten[sandbox_id]
-        row = self._db.execute("SELECT * FROM sandboxes WHERE id = ?", (sandbox_id,)).fetchone()
+        query = "SELECT id, owner, template, created, ended, reason FROM sandboxes WHERE id = ?"
+        row = self._db.execute(query, (sandbox_id,)).fetchone()
         return Entry(*row) if row else None
 
     def _note(self, entry: Entry) -> None:
         self._unwritten[entry.id] = entry
+        self._begin_to_flush()
+
+    def _begin_to_flush(self) -> None:
         if self._flushing is None or self._flushing.done():
             self._flushing = asyncio.get_running_loop().create_task(self._flush())
 
     async def _flush(self) -> None:
         """Write what is unwritten, again and again until it is on disk."""
         pause = RETRY[0]
-        while self._unwritten:
-            entries = list(self._unwritten.values())
+        while self._unwritten or self._untold:
+            entries, events = list(self._unwritten.values()), list(self._untold)
             try:
-                await asyncio.get_running_loop().run_in_executor(self._thread, self._write, entries)
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._write, entries, events)
             except (sqlite3.Error, OSError) as error:
                 if not self.trouble:
                     log.error("ends of sandboxes can't be written now; they are kept and tried again: %s", error)
@@ -269,6 +323,8 @@ class Store:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, RETRY[1])
                 continue
+            del self._untold[: len(events)]
+            self._wake()
             for entry in entries:
                 if self._unwritten[entry.id] is entry:
                     del self._unwritten[entry.id]
@@ -278,7 +334,7 @@ class Store:
 
     def _write_first(self, entry: Entry) -> None:
         """Write a new entry, and see to the reserve. This runs in the thread."""
-        self._insert([entry])
+        self._insert([entry], [outbox.event("created", entry.owner, entry.id, entry.template, once=True)])
         if not self._reserve.exists():
             try:
                 with self._reserve.open("wb") as file:
@@ -287,21 +343,77 @@ class Store:
                 log.warning("there is no space for the database's reserve: %s", error)
                 self._reserve.unlink(missing_ok=True)
 
-    def _write(self, entries: Iterable[Entry]) -> None:
+    def _write(self, entries: list[Entry], events: list[outbox.Event]) -> None:
         """Write entries, with the space of the reserve if there is no other. This runs in the thread."""
         try:
-            self._insert(entries)
+            self._insert(entries, events)
         except sqlite3.OperationalError as error:
             is_full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
             if not is_full or not self._reserve.exists():
                 raise
             self._reserve.unlink()
-            self._insert(entries)
+            self._insert(entries, events)
 
-    def _insert(self, entries: Iterable[Entry]) -> None:
-        """Insert entries, each in place of an older one of the same sandbox."""
-        self._writing_db.executemany(
-            "INSERT INTO sandboxes VALUES (?, ?, ?, ?, ?, ?)"
-            " ON CONFLICT (id) DO UPDATE SET ended = excluded.ended, reason = excluded.reason",
-            entries,
+    def _insert(self, entries: list[Entry], events: list[outbox.Event]) -> None:
+        """Insert entries, each in place of an older one of the same sandbox, and the events that tell of them."""
+        with transaction(self._writing_db):
+            self._writing_db.executemany(
+                "INSERT INTO sandboxes (id, owner, template, created, ended, reason) VALUES (?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT (id) DO UPDATE SET ended = excluded.ended, reason = excluded.reason, paused = NULL",
+                entries,
+            )
+            outbox.record(self._writing_db, events)
+            outbox.record(
+                self._writing_db,
+                (_killed(each.owner, each.id, each.template, each.reason or "") for each in entries if each.ended),
+            )
+
+    def _write_paused(self, sandbox_id: str, record: str | None) -> None:
+        """Write a pause or its end so that a loss of power can't undo it. This runs in the thread."""
+        self._writing_db.execute("PRAGMA synchronous=FULL")
+        try:
+            with transaction(self._writing_db):
+                query = "UPDATE sandboxes SET paused = ? WHERE id = ? AND ended IS NULL RETURNING owner, template"
+                for owner, template in self._writing_db.execute(query, (record, sandbox_id)).fetchall():
+                    kind = "resumed" if record is None else "paused"
+                    outbox.record(self._writing_db, [outbox.event(kind, owner, sandbox_id, template)])
+        finally:
+            self._writing_db.execute("PRAGMA synchronous=NORMAL")
+
+    # -- events and webhooks; `outbox` has the statements
+
+    async def read(self, query: Callable[..., T], *arguments: object, **options: object) -> T:
+        """The result of one of `outbox`'s look-ups, made outside of the event loop, because events may be many."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, lambda: query(self._writing_db, *arguments, **options)
         )
+
+    async def change(self, statement: Callable[..., T], *arguments: object) -> T:
+        """The result of one of `outbox`'s changes.
+
+        Raises:
+            HostFull: the database can't be written.
+            CellvmError: what the change raises.
+        """
+
+        def work() -> T:
+            with transaction(self._writing_db):
+                return statement(self._writing_db, *arguments)
+
+        return await self._in_thread(work)
+
+    async def forget(self) -> None:
+        """Forget events and deliveries that are too old."""
+        await self.change(outbox.forget, self._oldest)
+
+    def news(self) -> asyncio.Event:
+        """What is set when there are more events than now."""
+        return self._news
+
+    def _wake(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+
+def _killed(owner: str, sandbox_id: str, template: str, reason: str) -> outbox.Event:
+    return outbox.event("killed", owner, sandbox_id, template, {"reason": reason}, once=True)

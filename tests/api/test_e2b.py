@@ -372,9 +372,7 @@ async def test_the_same_create_again(service: Service) -> None:
 @pytest.mark.parametrize(
     "field",
     [
-        {"autoPause": True},
         {"autoPauseMemory": False},
-        {"autoResume": {"enabled": True}},
         {"mcp": {"x": {}}},
         {"volumeMounts": [{"name": "v", "path": "/v"}]},
         {"iam": {"tokens": {}} | {"x": 1}},

@@ -15,7 +15,7 @@ from schemathesis.specs.openapi import checks
 
 from kernel_gateway.api.app import ROUTES
 from kernel_gateway.api.base import JSON_LIMIT, STATUS, Route
-from tests.fakes import Service, error_of, resident
+from tests.fakes import ENDLESS, Service, error_of, resident
 
 EXPECTED = {501, 502, 503, 507}
 """Statuses 5xx that are documented answers: not offered, the guest refused, no room."""
@@ -34,6 +34,13 @@ VALID: dict[str, dict[str, object]] = {
     "SetTimeout": {"timeout": 60},
     "Connect": {"timeout": 60},
     "Refresh": {"duration": 60},
+    "WebhookBody": {
+        "name": "a",
+        "url": "https://example.com/",
+        "signatureSecret": "s",
+        "resourceType": "sandbox",
+        "events": ["sandbox.lifecycle.killed"],
+    },
     "RunProcess": {"cmd": "true", "args": ["a"], "envVars": {"A": "b"}, "cwd": "/tmp", "timeout": 5, "stdin": "x"},
     "StartCommand": {
         "cmd": "true",
@@ -167,12 +174,14 @@ async def test_malformed_queries_and_paths(service: Service, box: str) -> None:
         for piece in pieces:
             for query in (f"?path={piece}&{piece}", f"?path=a&path={piece}&status={piece}&metadata={piece}"):
                 path = re.sub(r"\{\w+\}", box, route.path)
-                if route.method == "GET":
+                if route.method == "GET" and route.path != ENDLESS:
                     answer = await service.call("GET", path + query.replace("ü", "%C3%BC"))
                     assert answer.code < 500 or answer.code in EXPECTED, (path, query, answer.body)
                     if answer.code >= 400:
                         error_of(answer)
             odd = re.sub(r"\{\w+\}", piece.replace("ü", "%C3%BC") or "%20", route.path)
+            if route.path == ENDLESS:
+                continue
             answer = await service.call(route.method, odd.replace("#", "%23"))
             assert answer.code < 500 or answer.code in EXPECTED, (odd, answer.body)
             if answer.code >= 400 and answer.body:
@@ -373,6 +382,8 @@ async def test_requests_made_from_the_document(service: Service, box: str) -> No
 
     for result in schema.get_all_operations():
         operation = result.ok()
+        if operation.path == ENDLESS:
+            continue
         await loop.run_in_executor(None, run, operation, {"X-API-Key": service.key}, 12)
     assert not problems, f"{len(problems)} of {checked}:\n" + "\n".join(problems[:10])
     assert checked > 200

@@ -1,5 +1,6 @@
 """What child processes, C libraries and threads print reaches the right answer, undamaged and in time."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -57,6 +58,48 @@ async def test_last_words_on_stderr(real: Service, real_box: str) -> None:
     for _ in range(15):
         cell = await real.execute(real_box, "import os; _ = os.system('echo LAST >&2'); 1/0")
         assert cell["stderr"] == "LAST\n"
+
+
+@pytest.mark.parametrize(
+    "speak",
+    [
+        "subprocess.run(['echo', 'child'])",
+        "os.system('echo child')",
+        "os.write(1, b'child\\n')",
+        "c.printf(b'child\\n'), c.fflush(None)",
+        "subprocess.run(['echo', 'child']), signal.raise_signal(signal.SIGUSR1)",
+    ],
+)
+async def test_children_speak_in_their_turn(real: Service, real_box: str, speak: str) -> None:
+    """What a child has printed comes before what the cell prints, shows and gives after it."""
+    imports = "import ctypes, os, signal, subprocess; c = ctypes.CDLL(None)\n"
+    imports += "_ = signal.signal(signal.SIGUSR1, lambda *_: print('signal'))\n"
+    code = f"{imports}for n in range(20):\n    print(n)\n    _ = {speak}\n    print('then')\n_ = {speak}\ndisplay(7)"
+    said = "child\nsignal\n" if "raise" in speak else "child\n"
+    answer = await real.call(
+        "POST", f"/sandboxes/{real_box}/execute", {"code": code}, headers={"Accept": "application/x-ndjson"}
+    )
+    events = [json.loads(line) for line in answer.body.splitlines()]
+    at = next(at for at, event in enumerate(events) if event["type"] == "display")
+    printed = "".join(event["text"] for event in events[:at] if event["type"] == "stdout")
+    assert printed == "".join(f"{n}\n{said}then\n" for n in range(20)) + said
+
+
+async def test_output_of_forks(real: Service, real_box: str) -> None:
+    """A fork says its own words only, though its parent has output that is not sent yet."""
+    code = """
+import os
+for n in range(20):
+    print("parent", n)
+    os.write(1, b"child\\n")
+    if not (pid := os.fork()):
+        print(f"fork {n}\\n", end="", flush=True)
+        os._exit(0)
+    _ = os.waitpid(pid, 0)
+"""
+    cell = await real.execute(real_box, code, timeout=10)
+    said = [f"{who} {n}" for who in ("parent", "fork") for n in range(20)] + ["child"] * 20
+    assert (cell["error"], sorted(cell["stdout"].splitlines())) == (None, sorted(said))
 
 
 async def test_bytes_that_are_no_text(real: Service, real_box: str) -> None:
@@ -204,6 +247,21 @@ async def test_late_output_in_a_stream(real: Service, real_box: str) -> None:
     again = await real.call("GET", f"/sandboxes/{real_box}/executions/next", headers=headers)
     assert again.body == second.body
     assert not any(json.loads(line).get("late") for line in first.body.splitlines())
+
+
+async def test_cells_that_wait_share_no_late_output(real: Service, real_box: str) -> None:
+    """Of many cells at once each piece of late output is told to one, also a piece that comes as a cell ends."""
+    # One write, because a cell may end between the two writes of `print`. Its line end then has another cell's name.
+    await real.execute(
+        real_box, "import sys, threading, time\ndef tell(text): time.sleep(0.35); sys.stdout.write(text)"
+    )
+    code = "threading.Thread(target=tell, args=('piece {0}\\n',)).start(); time.sleep(0.1)"
+    cells = [asyncio.create_task(real.execute(real_box, code.format(number))) for number in range(8)]
+    answers = [await each for each in cells]
+    await settled(real, real_box, "piece 7\\n")
+    answers.append(await real.execute(real_box, "4"))
+    told = [text for each in answers for text in [each["stdout"], *(late["stdout"] for late in each["late"])]]
+    assert sorted("".join(told).splitlines()) == [f"piece {number}" for number in range(8)]
 
 
 # -- kernels that end between cells

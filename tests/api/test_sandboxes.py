@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from kernel_gateway.api import rest
 from kernel_gateway.api.app import ROUTES
 from kernel_gateway.drivers import DriverError
 from kernel_gateway.sandbox.sandbox import kernel_id
@@ -386,16 +385,6 @@ async def test_templates(service: Service) -> None:
         assert json.loads((await service.call("GET", path)).body) == listed[0]
     for path in ("/templates/x", "/templates/aliases/x"):
         assert error_of(await service.call("GET", path))["error"] == "not_found"
-
-
-LATER = [route for route in ROUTES if route.operation is rest.later]
-
-
-@pytest.mark.parametrize("route", LATER, ids=lambda route: f"{route.method} {route.path}")
-async def test_what_comes_later_says_so(service: Service, box: str, route: object) -> None:
-    """Pause, resume, events and webhooks answer 501 with a sentence."""
-    answer = await service.call(route.method, route.path.replace("{id}", box).replace("{webhook}", "w"))
-    assert (answer.code, error_of(answer)["error"]) == (501, "not_implemented")
 
 
 async def test_unknown_paths_and_methods(service: Service) -> None:

@@ -31,6 +31,7 @@ from tests.bench import jupyter
 
 MEGABYTE = 1_000_000
 TRANSFER = 64 * 1024 * 1024
+CHANGED = 100 * 1024 * 1024
 PANDAS_CELL = "import pandas as pd; pd.DataFrame({'x': range(1000)}).describe()"
 
 
@@ -68,6 +69,7 @@ class Server:
 
     def __init__(self, *flags: str) -> None:
         self._data = tempfile.TemporaryDirectory(prefix="cellvm-bench-")
+        self.data = Path(self._data.name)
         key = "e2b_" + secrets.token_hex(20)
         self.session = requests.Session()
         self.session.headers["Authorization"] = f"Bearer {key}"
@@ -222,6 +224,28 @@ def plain_server() -> Iterator[str]:
         thread.join()
 
 
+def measure_pauses(bench: Bench, count: int) -> None:
+    """Pauses of a sandbox that has changed 100 MiB, resumes up to a first answer, and template restores, in turns."""
+    server = Server("--pool-size", "0", "--max-sandboxes", "3", "--templates", "code_interpreter")
+    try:
+        sandbox = server.create().json()["sandboxID"]
+        url = f"{server.url}/sandboxes/{sandbox}"
+        server.execute(sandbox, f"import os; blob = os.urandom({CHANGED})").raise_for_status()
+        for _ in range(count):
+            made = bench.time("template restore", server.create, 201)
+            server.delete(made.json()["sandboxID"])
+            bench.time("pause, 100 MiB changed", lambda: server.session.post(f"{url}/pause", timeout=60), 204)
+            folder = server.data / "paused" / sandbox
+            size = sum(path.stat().st_blocks * 512 for path in folder.iterdir() if path.is_file())
+            bench.add("disk of it", size / MEGABYTE)
+            started = time.perf_counter()
+            bench.time("resume", lambda: server.session.post(f"{url}/resume", timeout=60), 201)
+            server.execute(sandbox, "1+1").raise_for_status()
+            bench.add("resume to first answer", (time.perf_counter() - started) * 1000)
+    finally:
+        server.close()
+
+
 def measure_memory(bench: Bench, server: Server) -> None:
     """The memory of one more sandbox after a pandas cell, from the host kernel's accounting of its machine."""
     made = [server.create().json()["sandboxID"] for _ in range(3)]
@@ -261,13 +285,16 @@ def measure_neighbour() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--creates", type=int, default=20, help="sequential creates (default 20)")
-    parser.add_argument("--only", choices=("rest", "network", "jupyter", "neighbour"), help="one part only")
+    parser.add_argument("--only", choices=("rest", "pauses", "network", "jupyter", "neighbour"), help="one part only")
     options = parser.parse_args()
     if options.only == "neighbour":
         measure_neighbour()
         return
     bench = Bench()
     health = measure_rest(bench, options.creates) if options.only in (None, "rest") else None
+    if options.only in (None, "pauses"):
+        print("pauses …", file=sys.stderr)
+        measure_pauses(bench, 10)
     if options.only in (None, "network"):
         print("creates with and without a network …", file=sys.stderr)
         measure_network(bench, options.creates)
@@ -329,6 +356,16 @@ def report(bench: Bench, health: dict[str, Any] | None) -> None:
     print(f"\n{machine}, load {os.getloadavg()[0]:.1f}")
     if health:
         rest_table(bench)
+    if "resume" in bench.samples:
+        restore = "template restore"
+        for row in (
+            (restore, "ms", "", None),
+            ("pause, 100 MiB changed", "ms", "target <= 2.5 x", restore),
+            ("resume", "ms", "", restore),
+            ("resume to first answer", "ms", "target <= 2 x", restore),
+            ("disk of it", "MB", "target <= 126", None),
+        ):
+            print(bench.line(*row))
     if "create with network" in bench.samples:
         for name in ("create with network", "create without network", "create, what the network adds"):
             print(bench.line(name, "ms", "target <= 10" if "adds" in name else "", None))

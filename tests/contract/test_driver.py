@@ -12,20 +12,25 @@ import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from guest_agent import wire
 from kernel_gateway.drivers import VmDriver
 from kernel_gateway.drivers.unisolated import Unisolated
-from kernel_gateway.errors import GuestFailure, GuestUnresponsive, SandboxDied
-from kernel_gateway.guest.guest import Guest, Guests
+from kernel_gateway.errors import GuestFailure, GuestUnresponsive, SandboxDied, SandboxPaused
+from kernel_gateway.guest.commands import Commands
+from kernel_gateway.guest.guest import Guest, Guests, HostState
 from kernel_gateway.guest.link import Link
+from kernel_gateway.held import Held
 from kernel_gateway.kernel import message
 from kernel_gateway.kernel.events import Cell, Collector
-from kernel_gateway.kernel.journal import Record
+from kernel_gateway.kernel.executions import Executions
+from kernel_gateway.kernel.journal import Record, decode_page
 from kernel_gateway.kernel.kernel import Kernel
 from tests.fakes import PIECE, FakeDriver, FakeVm, eventually
 from tests.unit.test_jupyter import text_of
@@ -798,6 +803,76 @@ async def test_a_new_epoch_uses_numbers_again(tmp_path: Path) -> None:
         assert await other.reply() == wire.Exited(code=143, signal=15)
     again.close()
     await vm.kill()
+
+
+def is_clear(link: Link) -> bool:
+    return not link._cancelled
+
+
+async def test_another_link_goes_on_where_one_rests(tmp_path: Path) -> None:
+    """With the rest of an earlier link a new one goes on: a command with its input and output, a cell, large messages.
+
+    Whatever nobody waits for any more is cancelled in the guest.
+    """
+    vm = await Unisolated(tmp_path).start("base")
+    sock = vm.open()
+    account = Held().account("me")
+    first = Guest(vm, link := await Link.open(sock), Kernel(link), Commands(link))
+    first.home = (await link.resume(sandbox_id="s", hostname="h", env={})).home
+    for _ in range(4):
+        spare = sock.dup()
+        mine = first.commands.start(["cat"], env={}, tag="cat", stdin=True)
+        await mine.running()
+        mine.write(b"x" * 3_000_000)
+        flood = first.commands.start(["sh", "-c", "yes | head -c 30000000; sleep 1; exit 7"], env={}, tag="flood")
+        await flood.running()
+        cell = first.kernel.run("import time; print('y' * 3_000_000); time.sleep(0.5); 6 * 7", execution_id="cell")
+        left = asyncio.create_task(link.call(wire.Spawn(argv=["sleep", "60"], env={}, cwd=first.home), wire.Exited, 99))
+        await asyncio.sleep(random.random() / 5)
+        async with link.at_rest():
+            states, running = first.commands.at_rest()
+            stored = msgspec.msgpack.encode(
+                HostState(first.home, link.rest(running), first.kernel.state_at_rest(), states, b"")
+            )
+            dump = first.kernel.journal.dump()
+            encoded = list(dump.pages())
+            dump.close()
+            error = SandboxPaused("paused")
+            first.kernel.close(error)
+            link.close(error)
+        with pytest.raises(SandboxPaused):
+            await left
+        assert cell.outcome is not None
+        assert cell.outcome.ending == "unknown"
+        host = msgspec.msgpack.decode(stored, type=HostState)
+        link = await Link.open(spare, rest=host.link)
+        second = Guest(vm, link, Kernel(link), Commands(link), host.home)
+        second.adopt(account, tmp_path)
+        pages = map(decode_page, encoded)
+        second.kernel.journal.restore(next(pages), pages, host.kernel.last, host.kernel.end)
+        second.kernel.restore(host.kernel)
+        second.commands.restore(host.commands, account)
+        await link.cont()
+        again = second.commands.find("cat")
+        assert again.pid == mine.pid
+        again.close_stdin()
+        size = sum([len(each.parts[0]) if isinstance(each, Record) else 0 async for each in again.output()])
+        assert size == 3_000_000
+        over = second.commands.find("flood")
+        async for _ in over.output():
+            pass
+        assert over.exited == wire.Exited(code=7)
+        known = second.kernel.executions.get("cell")
+        assert known is not None
+        texts = [event async for event in second.kernel.events(known)]
+        assert sum(len(each.text or "") for each in texts if each.type == "stdout") == 3_000_001
+        assert texts[-1].outcome == "finished"
+        await eventually(partial(is_clear, link))
+        for each in list(second.commands):
+            second.commands.forget(each)
+        first, sock = second, spare
+        first.kernel.executions = Executions(account)
+    await first.kill()
 
 
 async def test_killing_the_agent_leaves_no_process(real: Guest) -> None:

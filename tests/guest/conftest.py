@@ -36,8 +36,8 @@ def start_server(server: Server, tmp_path: Path) -> Iterator[Callable[..., Serve
     """Starts the test's own servers on one data directory. It needs `server`, which builds all templates."""
     with ExitStack() as started:
 
-        def start(*, pool_size: int = 1, max_sandboxes: int = 2) -> Server:
-            own = Server(tmp_path / "data", pool_size=pool_size, max_sandboxes=max_sandboxes)
+        def start(*, pool_size: int = 1, max_sandboxes: int = 2, flags: dict[str, object] | None = None) -> Server:
+            own = Server(tmp_path / "data", pool_size=pool_size, max_sandboxes=max_sandboxes, flags=flags)
             started.callback(own.close)
             return own
 

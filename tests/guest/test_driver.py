@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from kernel_gateway import kvm
-from kernel_gateway.drivers import DriverError
+from kernel_gateway.drivers import Damaged, DriverError
 from kernel_gateway.drivers.jail import Jail
 from kernel_gateway.drivers.qemu import Image, Qemu, QemuVm
 from kernel_gateway.drivers.qemu_argv import Machine
@@ -89,7 +89,7 @@ class Bench:
         path = tmp_path / "state"
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            await self.driver.save(vm, fd)
+            await self.driver.save_template(vm, fd)
         finally:
             os.close(fd)
         state = self.file("state", path.read_bytes()[:kept])
@@ -174,13 +174,89 @@ async def test_save_and_restore(bench: Bench, counting: QemuVm, tmp_path: Path) 
     assert "SIGKILL" in await counting.wait()
 
 
+async def test_a_saved_machine(bench: Bench, counting: QemuVm, tmp_path: Path) -> None:
+    """A clone that was saved goes on with its next digit, on its own and from its files, again and again."""
+    await bench.offer(counting, tmp_path)
+    clone = await bench.driver.start("tiny")
+    clone.open().close()
+    try:
+        for number in range(3):
+            await clone.progressing(counted(clone, 7), cpu=20)
+            folder = tmp_path / f"saved{number}"
+            folder.mkdir(mode=0o700)
+            await bench.driver.save(clone, folder)
+            following = (int(digits(clone)[-1]) + 1) % 10
+            told = len(digits(clone))
+            await asyncio.sleep(0.2)
+            assert len(digits(clone)) == told  # it stands still
+            other = await bench.driver.restore(folder)
+            other.open().close()
+            try:
+                await asyncio.sleep(0.2)
+                assert digits(other) == ""
+                await other.cont()
+                await other.progressing(counted(other, 12), cpu=20)
+                assert (int(digits(other)[0]) - following) % 10 in (0, 9)
+                assert digits(other)[:10] in "0123456789" * 2
+            finally:
+                if number == 1:  # the next one is saved from a restored machine
+                    await clone.kill()
+                    clone = other
+                else:
+                    await other.kill()
+            if number != 1:
+                await clone.cont()
+    finally:
+        await clone.kill()
+
+
+async def test_a_save_that_fails(bench: Bench, counting: QemuVm, tmp_path: Path) -> None:
+    """The machine goes on after a save that found no room, and can be saved then."""
+    await bench.offer(counting, tmp_path)
+    clone = await bench.driver.start("tiny")
+    clone.open().close()
+    folder = tmp_path / "saved"
+    folder.mkdir(mode=0o700)
+    (folder / "memory").mkdir()
+    try:
+        with pytest.raises(DriverError):
+            await bench.driver.save(clone, folder)
+        await clone.cont()
+        await clone.progressing(counted(clone, 3), cpu=20)
+        (tmp_path / "other").mkdir(mode=0o700)
+        await bench.driver.save(clone, tmp_path / "other")
+    finally:
+        await clone.kill()
+
+
+@pytest.mark.parametrize("name", ["memory", "memory.runs", "state"])
+async def test_damage_is_found_before_a_machine_runs(bench: Bench, counting: QemuVm, tmp_path: Path, name: str) -> None:
+    """No machine comes of damaged files, and no process is left of the attempt."""
+    await bench.offer(counting, tmp_path)
+    clone = await bench.driver.start("tiny")
+    clone.open().close()
+    folder = tmp_path / "saved"
+    folder.mkdir(mode=0o700)
+    try:
+        await bench.driver.save(clone, folder)
+    finally:
+        await clone.kill()
+    content = bytearray((folder / name).read_bytes()) or bytearray(b"x")  # this guest changes nothing in its memory
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    children = set(Path("/proc/thread-self/children").read_text().split())
+    with pytest.raises(Damaged):
+        await bench.driver.restore(folder)
+    assert set(Path("/proc/thread-self/children").read_text().split()) <= children
+
+
 async def test_a_state_that_can_not_be_written(bench: Bench, counting: QemuVm) -> None:
     """Saving to a full device fails with QEMU's reason, and does not wait for ever."""
     full = os.open("/dev/full", os.O_WRONLY | os.O_CLOEXEC)
     try:
         async with asyncio.timeout(20):
             with pytest.raises(DriverError, match="could not be moved"):
-                await bench.driver.save(counting, full)
+                await bench.driver.save_template(counting, full)
     finally:
         os.close(full)
 

@@ -84,8 +84,8 @@ def test_kill_9_during_create(start_server: StartServer) -> None:
 
 
 def test_sigterm(start_server: StartServer) -> None:
-    """SIGTERM ends the server with status 0, and ends its machines."""
-    server = start_server(pool_size=1)
+    """SIGTERM ends the server with status 0, and ends its machines. `test_pause.py` has the server that pauses them."""
+    server = start_server(pool_size=1, flags={"--at-shutdown": "end"})
     with server.sandbox():
         until(server.pool_ready, 60)
         machines = server.machines()

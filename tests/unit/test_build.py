@@ -117,7 +117,7 @@ class Bench(FakeDriver):
         self.machines.append(vm)
         return vm
 
-    async def save(self, vm: Machine, state: int) -> None:
+    async def save_template(self, vm: Machine, state: int) -> None:
         if self.save_error is not None:
             raise self.save_error
         assert vm.guest.is_at_rest
@@ -242,7 +242,7 @@ async def test_what_is_not_what_its_name_says(cache: Cache) -> None:
     ):
         with pytest.raises(BuildError, match=why):
             await Builder(cache, "qemu", None)._offer(
-                TEMPLATE, driver, path, other, None, MACHINE, lambda _: None  # type: ignore[arg-type]
+                TEMPLATE, driver, path, other, None, MACHINE, {}, lambda _: None  # type: ignore[arg-type]
             )  # fmt: skip
     assert len(driver.machines) == 1
     cache.close()

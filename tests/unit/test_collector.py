@@ -1,6 +1,8 @@
 """What is collected of a cell is what nbclient, which nobody here wrote, makes of the same messages."""
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,11 +14,13 @@ from nbclient import NotebookClient
 
 from kernel_gateway.api.rest import one_line
 from kernel_gateway.kernel import message
-from kernel_gateway.kernel.events import Cell, Collector, Events
-from kernel_gateway.kernel.notebook import Outputs
+from kernel_gateway.kernel.events import Cell, Collector, Events, StreamEvent
+from kernel_gateway.kernel.notebook import Notebook
 
 Message = tuple[str, dict[str, Any]]
 
+RECORDED = dict(map(json.loads, (Path(__file__).parents[1] / "corpus" / "recorded.jsonl").read_text().splitlines()))
+"""By a notebook's name, the messages of each of its cells. `tests/api/test_corpus.py` records them."""
 NAMES = st.sampled_from(["a", "b"])
 BUNDLES = st.dictionaries(st.sampled_from(["text/plain", "text/html"]), st.text(max_size=3), max_size=2)
 
@@ -57,52 +61,94 @@ def known(messages: list[Message]) -> list[Message]:
     return kept
 
 
-def by_nbclient(messages: list[Message]) -> list[dict[str, Any]]:
-    cell = nbformat.v4.new_code_cell("")
-    client = NotebookClient(nbformat.v4.new_notebook(cells=[cell]))
+def by_nbclient(*cells: list[Message]) -> list[list[dict[str, Any]]]:
+    """The outputs of each cell of a notebook, with neighbouring text of one stream as one."""
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("") for _ in cells])
+    client = NotebookClient(book)
     client.reset_execution_trackers()
-    client.clear_before_next_output = False
-    for kind, content in messages:
-        told = {"header": {"msg_type": kind}, "msg_type": kind, "parent_header": {"msg_id": "e"}, "content": content}
-        client.process_message(json.loads(json.dumps(told)), cell, 0)
-    outputs: list[dict[str, Any]] = cell["outputs"]
-    return outputs
+    for number, messages in enumerate(cells):
+        client.clear_before_next_output = False
+        for kind, content in messages:
+            told = {
+                "header": {"msg_type": kind},
+                "msg_type": kind,
+                "parent_header": {"msg_id": "e"},
+                "content": content,
+            }
+            client.process_message(json.loads(json.dumps(told)), book.cells[number], number)
+    return [joined(cell["outputs"]) for cell in book.cells]
 
 
-def by_us(messages: list[Message]) -> tuple[Cell, Outputs]:
-    translate, collector, outputs = Events(), Collector(), Outputs()
+def joined(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for each in outputs:
+        if found and each["output_type"] == "stream" and found[-1].get("name") == each["name"]:
+            found[-1] = {**found[-1], "text": found[-1]["text"] + each["text"]}
+        else:
+            found.append(dict(each))
+    return found
+
+
+def events_of(messages: list[Message]) -> Iterator[StreamEvent]:
+    translate = Events()
     for number, (kind, content) in enumerate(messages):
-        parts = message.new("iopub", kind, content, session="s")
-        for event in translate.receive(number, kind, "e", False, parts):
-            collector.add(event)
-            (outputs.update if event.type == "update" else outputs.add)(event)
-    return collector.cell(), outputs
+        yield from translate.receive(number, kind, "e", False, message.new("iopub", kind, content, session="s"))
+
+
+def by_us(messages: list[Message]) -> Cell:
+    collector = Collector()
+    for event in events_of(messages):
+        collector.add(event)
+    return collector.cell()
+
+
+def in_our_notebook(*cells: list[Message]) -> list[list[dict[str, Any]]]:
+    empty = [{"cell_type": "code", "metadata": {}, "source": ""} for _ in cells]
+    book = Notebook({"cells": empty, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+    for number, messages in enumerate(cells):
+        for event in events_of(messages):
+            book.add(number, event)
+    return [json.loads(msgspec.json.encode(each.written())) for each in book.outputs]
 
 
 def data_of(output: Any) -> Any:
     return json.loads(msgspec.json.encode(output.data))
 
 
-@given(st.lists(MESSAGES, max_size=12).map(known))
-def test_collected_as_nbclient_does(messages: list[Message]) -> None:
-    """Text by stream, results in their order and the notebook's outputs are the same; an error stays told."""
-    right = by_nbclient(messages)
-    cell, outputs = by_us(messages)
+def check(messages: list[Message]) -> None:
+    """Text by stream and results in their order are nbclient's, and an error stays told."""
+    (right,) = by_nbclient(messages)
+    cell = by_us(messages)
     for name in ("stdout", "stderr"):
         assert getattr(cell, name) == "".join(each["text"] for each in right if each.get("name") == name)
     kinds = {"execute_result": "result", "display_data": "display"}
     assert [(each.type, data_of(each)) for each in cell.results] == [
         (kinds[each["output_type"]], each["data"]) for each in right if each["output_type"] in kinds
     ]
-    assert (cell.error is not None) is (ERROR in messages)
+    assert (cell.error is not None) is any(kind == "error" for kind, _ in messages)
     assert cell.truncated is None
-    joined: list[dict[str, Any]] = []
-    for each in right:
-        if joined and each["output_type"] == "stream" and joined[-1].get("name") == each["name"]:
-            joined[-1] = {**joined[-1], "text": joined[-1]["text"] + each["text"]}
-        else:
-            joined.append(dict(each))
-    assert json.loads(msgspec.json.encode(outputs.written())) == joined
+
+
+@given(st.lists(MESSAGES, max_size=12).map(known))
+def test_collected_as_nbclient_does(messages: list[Message]) -> None:
+    """An answer, and a cell of a notebook, hold what nbclient's have."""
+    check(messages)
+    assert in_our_notebook(messages) == by_nbclient(messages)
+
+
+@given(st.lists(st.lists(MESSAGES, max_size=6), max_size=4))
+def test_cells_of_a_notebook(cells: list[list[Message]]) -> None:
+    """Displays are updated across cells as nbclient does it."""
+    assert in_our_notebook(*cells) == by_nbclient(*cells)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_notebooks(name: str) -> None:
+    """The same holds for what real kernels have sent."""
+    cells: list[list[Message]] = RECORDED[name]
+    assert in_our_notebook(*cells) == by_nbclient(*cells)
+    for messages in cells:
+        check(known(messages))
 
 
 def test_output_that_was_cleared_takes_no_room() -> None:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernel_gateway.kernel import journal as module
-from kernel_gateway.kernel.journal import Gap, Journal, Reader, Record, merged
+from kernel_gateway.kernel.journal import Gap, Journal, Reader, Record, decode_page, merged
 
 MIB = 1 << 20
 Make = Callable[..., Journal]
@@ -620,7 +620,11 @@ def test_joined_text_has_a_size(make: Make) -> None:
     assert "".join(text for _, _, text in texts(found)) == "".join(f"{n:10000}" for n in range(1000))
 
 
-@pytest.mark.parametrize("content", [b"", b"null", b'{"text": 3, "name": "stdout"}', b"\xff"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"null", b"{}", b'{"text": 3, "name": "stdout"}', b'{"name": "stdout"}', b'{"text": "a"}', b"\xff",
+     b'{"name": "stdout", "text": "a", "more": [1]}'],
+)  # fmt: skip
 def test_text_that_is_none(make: Make, content: bytes) -> None:
     """A kernel's nonsense is passed on as it is."""
     journal = make()
@@ -814,3 +818,28 @@ def test_200_mb(make: Make, size: int, count: int, limit: int) -> None:
     assert peak < limit * MIB
     assert file_size(journal) <= module.DISK
     check_cover(all_after(journal, 0), 0, count)
+
+
+@given(sizes=st.lists(st.integers(0, 3000), max_size=60), data=st.data())
+def test_a_journal_goes_on(tmp_path_factory: pytest.TempPathFactory, sizes: list[int], data: st.DataObject) -> None:
+    """A journal that is restored from a dump gives what the first one gave, and goes on with its numbers."""
+    bounds = {"memory": data.draw(st.integers(2000, 40_000)), "disk": data.draw(st.integers(0, 30_000)), "page": 4000}
+    directory = tmp_path_factory.mktemp("journal")
+    first, second = Journal(directory, **bounds), Journal(directory, **bounds)
+    for size in sizes:
+        first.append(parts("x" * size), data.draw(st.sampled_from(["stream", "status"])), "p")
+    dump = first.dump()
+    pages = iter([decode_page(page) for page in dump.pages()])
+    dump.close()
+    second.restore(next(pages), pages, first.last, first.end)
+    assert (second.last, second.end) == (first.last, first.end)
+    for after in range(first.last + 1):
+        ours, theirs = all_after(second, after), all_after(first, after)
+        seen = {each.seq for each in ours if isinstance(each, Record)}
+        assert {each.seq for each in theirs if isinstance(each, Record) and each.kind == "status"} <= seen
+        check_cover(ours, after, first.last)
+        if bounds["disk"] > 25_000:
+            assert seen == {each.seq for each in theirs if isinstance(each, Record)}
+    assert say(second, "next").seq == first.last + 1
+    for journal in (first, second):
+        journal.close()

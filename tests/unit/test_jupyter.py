@@ -363,11 +363,12 @@ def test_joined(texts: list[str], name: str) -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [text("stderr", "b"), text("stdout", "\ud800"), b'{"name": "stdout", "text": 3}',
+    [text("stderr", "b"), text("stdout", "\ud800"), b'{"name": "stdout"}', b'{"text": "b"}', b"{}",
+     b'{"name": "stdout", "text": 3}', b'{"name": null, "text": "b"}', b'{"name": "stdout", "text": "b", "more": 1}',
      *NO_JSON_OBJECT],
 )  # fmt: skip
 def test_what_can_not_be_joined(other: bytes) -> None:
-    """Messages of different streams, or without text, are not joined."""
+    """Messages of different streams, without text, or with more than text are not joined."""
     for contents in ([text("stdout", "a"), other], [other, text("stdout", "a")]):
         assert message.joined(contents) is None
 

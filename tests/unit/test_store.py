@@ -3,7 +3,7 @@
 import hashlib
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 
 from kernel_gateway.errors import HostFull, InvalidRequest
 from kernel_gateway.sandbox.key import Key, parse_scope
+from kernel_gateway.sandbox.outbox import Event
 from kernel_gateway.sandbox.store import RESERVE, SCHEMA, Entry, Store, new_key
 from tests.fakes import eventually
 
@@ -130,7 +131,7 @@ def test_scopes_are_read_as_they_are_written(text: str) -> None:
 @pytest.mark.parametrize("text", ["readonly", "template=", "sandbox=a b", "template=a,sandbox=b", "owner=x", " "])
 def test_what_is_no_scope(text: str) -> None:
     """It is refused, and is not taken for no limits."""
-    with pytest.raises(InvalidRequest, match="read-only, template=ID or sandbox=ID"):
+    with pytest.raises(InvalidRequest, match="read-only, metrics, template=ID or sandbox=ID"):
         parse_scope(text)
 
 
@@ -201,6 +202,39 @@ async def test_old_entries_are_deleted_at_a_start(store: Store) -> None:
     assert rows(store) == [("open", "host_restart"), ("young", "died")]
 
 
+async def test_pauses(store: Store) -> None:
+    """A paused sandbox stays open at a start, its record is there, and its end or its resume removes it."""
+    for name in ("sbx1", "sbx2", "sbx3"):
+        await store.sandbox_created(name, "me", "base")
+        await store.sandbox_paused(name, f"record of {name}")
+    await store.sandbox_paused("sbx2", None)
+    store.sandbox_ended("sbx3", "me", "base", "kill")
+    await store.flush(10)
+    await store.sandbox_paused("sbx3", "too late")
+    assert store.end_all("host_restart") == 1
+    assert store.paused() == {"sbx1": "record of sbx1"}
+    assert store.end_of("sbx1", "me") is None
+    assert store.end_of("sbx2", "me")[1] == "host_restart"  # type: ignore[index]
+
+
+@pytest.mark.parametrize("version", range(len(SCHEMA)))
+async def test_a_database_of_an_earlier_version(tmp_path: Path, version: int) -> None:
+    """Entries of every earlier version are kept, and sandboxes can be paused in it."""
+    with closing(sqlite3.connect(tmp_path / "db")) as db, db:
+        for statements in SCHEMA[:version]:
+            for statement in statements:
+                db.execute(statement)
+        if version:
+            db.execute("INSERT INTO sandboxes (id, owner, template, created) VALUES ('sbx0', 'me', 'base', 1.0)")
+        db.execute(f"PRAGMA user_version = {version}")
+    store = Store(tmp_path / "db")
+    await store.sandbox_created("sbx1", "me", "base")
+    await store.sandbox_paused("sbx1", "record")
+    assert store.end_all("host_restart") == bool(version)
+    assert list(store.paused()) == ["sbx1"]
+    store.close()
+
+
 @contextmanager
 def locked(store: Store) -> Iterator[None]:
     """Another process holds the database, as a backup does."""
@@ -218,13 +252,13 @@ async def test_the_reserve(tmp_path: Path) -> None:
     assert reserve.stat().st_blocks * 512 >= RESERVE
     insert, tried = store._insert, []
 
-    def insert_if_there_is_space(entries: Iterable[Entry]) -> None:
+    def insert_if_there_is_space(entries: list[Entry], events: list[Event]) -> None:
         tried.append(reserve.exists())
         if reserve.exists():
             error = sqlite3.OperationalError("database or disk is full")
             error.sqlite_errorcode = sqlite3.SQLITE_FULL
             raise error
-        insert(entries)
+        insert(entries, events)
 
     store._insert = insert_if_there_is_space  # type: ignore[method-assign]
     store.sandbox_ended("sbx0", "me", "base", "timeout")

@@ -81,6 +81,7 @@ CODES = {
     "host_full": Code.UNAVAILABLE,
     "draining": Code.UNAVAILABLE,
     "sandbox_died": Code.UNAVAILABLE,
+    "sandbox_paused": Code.UNAVAILABLE,
     "guest_unresponsive": Code.UNAVAILABLE,
 }
 """Connect's word for an error of ours; for all others it is internal."""

@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 from kernel_gateway.api import rest
 from kernel_gateway.api.base import Call
 from kernel_gateway.errors import Conflict, InvalidRequest, Unavailable
+from kernel_gateway.sandbox.lifecycle import State
 from kernel_gateway.sandbox.sandbox import Sandbox
 
 KEPT_KEYS = 1000
@@ -25,9 +26,6 @@ class CreateSandbox(rest.CreateSandbox):
     """A new sandbox. Fields of E2B's that are not offered are refused. `secure` means nothing: every sandbox is."""
 
     secure: bool | None = None
-    autoPause: bool = False
-    autoResume: Any = None
-    autoPauseMemory: bool | None = None
     mcp: Any = None
     volumeMounts: Any = None
     iam: Any = None
@@ -137,10 +135,8 @@ def check_offered(body: CreateSandbox) -> None:
     Raises:
         Unavailable: the body asks for it.
     """
-    if body.autoPauseMemory is False:
-        raise Unavailable("this server does not offer autoPauseMemory: false")
-    for name in ("autoPause", "autoResume", "mcp", "volumeMounts", "iam"):
-        if getattr(body, name) not in (None, False, [], {}, {"enabled": False}):
+    for name in ("mcp", "volumeMounts", "iam"):
+        if getattr(body, name) not in (None, [], {}):
             raise Unavailable(f"this server does not offer {name}")
 
 
@@ -169,7 +165,7 @@ async def _create(call: Call, body: CreateSandbox) -> SandboxWithTokens:
 
 
 async def connect(call: Call, body: Connect) -> SandboxWithTokens:
-    """Extend a running sandbox's lifetime to at least `timeout` seconds from now. It is never shortened."""
+    """Resume the sandbox if it is paused (201). One that runs lives at least `timeout` seconds more (200)."""
     return with_tokens(call, call.sandbox, await rest.connect(call, body))
 
 
@@ -185,9 +181,13 @@ async def get_sandbox(call: Call) -> SandboxWithTokens:
 
 async def set_timeout(call: Call, body: SetTimeout) -> None:
     """Let the sandbox end that many seconds from now. E2B's clients may end it at once, with 0 or less."""
-    if body.timeout < 1 and not is_e2b(call):
+    if body.timeout >= 1:
+        await rest.set_timeout(call, rest.SetTimeout(body.timeout))
+    elif not is_e2b(call):
         raise InvalidRequest("`timeout` is at least 1", hint="delete the sandbox to end it at once")
-    call.sandbox.set_timeout(max(body.timeout, 0))
+    else:
+        _ = call.sandbox.guest
+        call.sandbox.set_timeout(0)
 
 
 def is_e2b(call: Call) -> bool:
@@ -218,11 +218,11 @@ async def list_sandboxes(call: Call) -> list[SandboxWithTokens | rest.SandboxMod
     found = [
         sandbox
         for sandbox in call.mine.list()
-        if (sandbox.state in states if states else sandbox.state in ("running", "paused"))
+        if (not states or rest.model(sandbox).state in states)
         and wanted.items() <= sandbox.metadata.items()
         and (after is None or sandbox.started_at >= after)
         and (not query.template or (template is not None and sandbox.template.id == template.id))
-        and sandbox.state in ("running", "paused")
+        and sandbox.state is not State.CREATING
     ]
     found.sort(key=place_in_list, reverse=query.order == "desc")
     if query.nextToken:

@@ -17,10 +17,10 @@ import msgspec
 from msgspec import Struct
 
 from kernel_gateway.api.base import Call, Route
-from kernel_gateway.api.e2b.plane import Plane
+from kernel_gateway.api.e2b.plane import GONE, Plane
 from kernel_gateway.api.e2b.rpc import keeping_alive
 from kernel_gateway.api.rest import check_env, check_text, one_line
-from kernel_gateway.errors import CellvmError, InvalidRequest, NotFound, SandboxDied, Unavailable
+from kernel_gateway.errors import CellvmError, InvalidRequest, NotFound, Unavailable
 from kernel_gateway.kernel.events import StreamEvent, values
 from kernel_gateway.kernel.kernel import Kernel
 
@@ -73,7 +73,7 @@ class Interpreter(Plane):
     error_type = "text/plain; charset=utf-8"
 
     def error_body(self, error: CellvmError, status: int) -> bytes:
-        return super().error_body(error, status) if isinstance(error, SandboxDied) else str(error).encode()
+        return super().error_body(error, status) if isinstance(error, GONE) else str(error).encode()
 
 
 def ascii_line(message: Any) -> bytes:
@@ -171,7 +171,7 @@ async def execute(call: Call, body: Run) -> None:
             async for each in told:
                 http.write(ascii_line(each))
                 await http.flush()
-        except SandboxDied:
+        except GONE:
             raise
         except CellvmError as error:
             http.write(
@@ -220,7 +220,7 @@ async def delete_context(call: Call) -> None:
 async def health(call: Call) -> str:
     """Whether the sandbox runs. No token is needed."""
     assert isinstance(call.http, Plane)
-    call.http.running()
+    _ = call.http.running().guest
     return "OK"
 
 

@@ -17,11 +17,11 @@ from tornado.httputil import HTTPHeaders
 
 from kernel_gateway.api.base import Call, Endpoint, Route, refused
 from kernel_gateway.api.e2b.connect import Failed
-from kernel_gateway.errors import CellvmError, InvalidRequest, SandboxDied, Unauthorized
+from kernel_gateway.errors import CellvmError, InvalidRequest, SandboxDied, SandboxPaused, Unauthorized
 from kernel_gateway.ports import Place
 from kernel_gateway.sandbox.access import Access
 from kernel_gateway.sandbox.key import is_secret
-from kernel_gateway.sandbox.lifecycle import State
+from kernel_gateway.sandbox.lifecycle import ASLEEP, State
 from kernel_gateway.sandbox.sandbox import Sandbox
 from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
@@ -31,6 +31,8 @@ SANDBOX, PORT = "E2b-Sandbox-Id", "E2b-Sandbox-Port"
 ACCESS, TRAFFIC = "X-Access-Token", "E2b-Traffic-Access-Token"
 WITHOUT_HEADERS = re.compile(r"/files|/(process\.Process|filesystem\.Filesystem)/\w+")
 """Paths whose requests are for a sandbox also without its headers."""
+GONE = (SandboxDied, SandboxPaused)
+"""Errors of a sandbox that does not run, or not any more."""
 SIGNATURE = re.compile(r"v1_[A-Za-z0-9+/]{43}")
 
 
@@ -52,6 +54,11 @@ def signature(path: str, operation: str, user: str, token: str, expiration: str)
     """The signature of a URL that reads or writes a file."""
     text = ":".join([path, operation, user, token, *([expiration] if expiration else [])])
     return "v1_" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode().rstrip("=")
+
+
+def is_there(sandbox: Sandbox) -> bool:
+    """Whether a sandbox runs, or is paused and wakes for every request."""
+    return sandbox.state is State.RUNNING or (sandbox.state in ASLEEP and (sandbox.auto_resume or sandbox.was_stopped))
 
 
 class SandboxNotFound(SandboxDied):
@@ -83,13 +90,13 @@ class Plane(Endpoint):
         return Access(self._sandboxes, self._store, sandbox.token_key)
 
     def running(self) -> Sandbox:
-        """The sandbox that the request names, whoever asks.
+        """The sandbox that the request names, whoever asks. It runs, or a request may wake it.
 
         Raises:
             SandboxNotFound: there is no such sandbox, or it does not run.
         """
         sandbox = self._sandboxes.find(self._place.sandbox)
-        if sandbox is None or sandbox.state is not State.RUNNING:
+        if sandbox is None or not is_there(sandbox):
             raise SandboxNotFound(self._place.sandbox)
         return sandbox
 
@@ -114,7 +121,7 @@ class Plane(Endpoint):
         token = self.request.headers.get(ACCESS, "")
         for sandbox in self._sandboxes:
             is_own = is_secret(token, sandbox.access_token) if token else self._is_signed(sandbox)
-            if is_own and sandbox.state is State.RUNNING:
+            if is_own and is_there(sandbox):
                 return sandbox
         raise self._refused(bool(token or self._argument("signature")))
 
@@ -171,10 +178,12 @@ class Plane(Endpoint):
         self.set_header("Access-Control-Expose-Headers", "*")
 
     def status_of(self, error: CellvmError) -> int:
+        if isinstance(error, GONE):
+            return 502
         return error.status if isinstance(error, Failed) else super().status_of(error)
 
     def error_body(self, error: CellvmError, status: int) -> bytes:
-        if isinstance(error, SandboxDied):
+        if isinstance(error, GONE):
             self.set_header("Should-Retry", "false")
             told = {"sandboxId": self._place.sandbox, "message": "The sandbox was not found", "code": status}
             return msgspec.json.encode(told)
@@ -182,7 +191,7 @@ class Plane(Endpoint):
 
     async def _fail(self, error: Exception) -> None:
         """Reset the connection if the sandbox has ended under an answer, so that the answer does not look whole."""
-        if self._headers_written and isinstance(error, SandboxDied):
+        if self._headers_written and isinstance(error, GONE):
             stream = self._connection.stream
             if stream.socket is not None:
                 stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -194,4 +203,4 @@ class Plane(Endpoint):
 async def health(call: Call) -> None:
     """Whether the sandbox runs: 204, or else 502. No token is needed."""
     assert isinstance(call.http, Plane)
-    call.http.running()
+    _ = call.http.running().guest

@@ -265,6 +265,7 @@ async def send_input(call: Call, body: SendInput) -> Nothing:
 async def stream_input(call: Call, messages: AsyncIterator[InputMessage]) -> Nothing:
     """Send input to a process as it comes, and as fast as the process reads it."""
     command: Command | None = None
+    _ = call.sandbox.guest  # a paused one wakes before anything of the stream is read
     async for message in messages:
         if message.start is not None:
             command = running(call, message.start.process)

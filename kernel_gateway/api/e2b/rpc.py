@@ -11,8 +11,8 @@ from tornado.iostream import StreamClosedError
 
 from kernel_gateway.api.base import Call, Route, decode
 from kernel_gateway.api.e2b import connect, filesystem, process
-from kernel_gateway.api.e2b.plane import Plane
-from kernel_gateway.errors import CellvmError, InvalidRequest, SandboxDied, Unavailable
+from kernel_gateway.api.e2b.plane import GONE, Plane
+from kernel_gateway.errors import CellvmError, InvalidRequest, Unavailable
 
 KEEPALIVE, SHORTEST_KEEPALIVE = 90.0, 1.0
 """Seconds of silence after which a stream says that it lives, unless the client asks for others, and the least."""
@@ -98,10 +98,10 @@ class Rpc(Plane):
         decoder.check_end()
 
     def status_of(self, error: CellvmError) -> int:
-        return 502 if isinstance(error, SandboxDied) else connect.status_of(error)
+        return 502 if isinstance(error, GONE) else connect.status_of(error)
 
     def error_body(self, error: CellvmError, status: int) -> bytes:
-        if isinstance(error, SandboxDied):
+        if isinstance(error, GONE):
             return super().error_body(error, status)
         return msgspec.json.encode(connect.error_body(error))
 
@@ -116,7 +116,7 @@ class Rpc(Plane):
 
     async def _fail(self, error: Exception) -> None:
         """Tell an error within a stream in its last envelope, where clients of streams look for it."""
-        is_told = isinstance(error, CellvmError) and not isinstance(error, SandboxDied)
+        is_told = isinstance(error, CellvmError) and not isinstance(error, GONE)
         if not (self._is_stream and self._headers_written and is_told):
             await super()._fail(error)
             return
@@ -204,10 +204,10 @@ class NoMethod(Plane):
     """A method that there is none of. A plain 404 would mean to clients that a file or a process does not exist."""
 
     def status_of(self, error: CellvmError) -> int:
-        return 502 if isinstance(error, SandboxDied) else connect.status_of(error)
+        return 502 if isinstance(error, GONE) else connect.status_of(error)
 
     def error_body(self, error: CellvmError, status: int) -> bytes:
-        if isinstance(error, SandboxDied):
+        if isinstance(error, GONE):
             return super().error_body(error, status)
         return msgspec.json.encode(connect.error_body(error))
 

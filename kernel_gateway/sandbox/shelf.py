@@ -1,0 +1,78 @@
+"""Paused sandboxes on disk: a folder for each, whole or not there.
+
+A folder is filled under a name with a dot in front, and gets its own name when all of it is on disk. What is not whole,
+or is nobody's any more, is deleted when the server starts.
+"""
+
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import AsyncIterator, Container
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from kernel_gateway.images.cache import in_thread
+
+log = logging.getLogger(__name__)
+
+
+class Shelf:
+    """The folders of paused sandboxes, below a directory of the server's own."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def path(self, sandbox_id: str) -> Path:
+        """Where a paused sandbox is, whether there is one or not."""
+        return self._directory / sandbox_id
+
+    @asynccontextmanager
+    async def filled(self, sandbox_id: str) -> AsyncIterator[Path]:
+        """A new folder, to be filled and put on the shelf within the block. Otherwise it is deleted."""
+        work = self._directory / f".{sandbox_id}-{secrets.token_hex(4)}"
+        try:
+            await in_thread(work.mkdir, 0o700)
+            yield work
+        finally:
+            await in_thread(_delete, work)
+
+    async def put(self, work: Path, sandbox_id: str) -> None:
+        """Give a folder that is filled its name, for good.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        await in_thread(self._put, work, sandbox_id)
+
+    def _put(self, work: Path, sandbox_id: str) -> None:
+        _to_disk(work)
+        work.rename(self.path(sandbox_id))
+        _to_disk(self._directory)
+
+    async def discard(self, sandbox_id: str) -> None:
+        """Delete a sandbox's folder. What can't be deleted now is left to the next start."""
+        await in_thread(_delete, self.path(sandbox_id))
+
+    def sweep(self, known: Container[str]) -> None:
+        """Delete all folders but those of known sandboxes."""
+        for path in self._directory.iterdir():
+            if path.name not in known:
+                log.warning("%s is left of an earlier server, and is deleted", path)
+                _delete(path)
+
+
+def _to_disk(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _delete(path: Path) -> None:
+    def failed(_: object, name: str, error: tuple[object, BaseException, object]) -> None:
+        if not isinstance(error[1], FileNotFoundError):
+            log.error("%s can't be deleted: %s", name, error[1])
+
+    shutil.rmtree(path, onerror=failed)
