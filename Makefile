@@ -31,7 +31,7 @@ docs: $(VENV)-docs/.ready    ## the manual as a site, in site/; warnings end it,
 clean:               ## forget the virtual environment and results; the cache in ~/.cache/cellvm stays
 	rm -rf $(VENV) $(VENV)-docs $(VENV)-audit site bench-results test-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-lock:                ## renew the lock files of the guests, of development, of JupyterLab's tests, of the manual and audit
+lock:                ## renew the lock files of the guests, of development, of tests with other clients, of the manual and audit
 	$(VENV)/bin/pip install --quiet uv
 	$(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --annotation-style line --python-version 3.11 \
 	  --python-platform x86_64-manylinux_2_28 rootfs/requirements.in -o rootfs/requirements.lock
@@ -39,6 +39,9 @@ lock:                ## renew the lock files of the guests, of development, of J
 	  --universal --extra dev pyproject.toml -o requirements-dev.lock
 	$(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \
 	  --universal tests/e2e/lab.in -o tests/e2e/lab.lock
+	for each in tests/e2e/e2b/python-*.in; do \
+	  $(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \
+	    --universal $$each -o $${each%.in}.lock; done
 	$(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \
 	  --universal --extra docs pyproject.toml -o docs/requirements.lock
 	$(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \

@@ -9,13 +9,14 @@ import signal
 import sys
 from pathlib import Path
 
-from guest_agent import limits, resume
+from guest_agent import health, limits, resume
 from guest_agent.agent import Agent
 
 VIRTIO_PORT = "/dev/virtio-ports/cellvm"
 
 
 async def run(options: argparse.Namespace) -> None:
+    serving: asyncio.Server | None = None
     if options.fd is None:
         user = pwd.getpwnam("user")
         runtime = Path("/run/cellvm")
@@ -24,12 +25,15 @@ async def run(options: argparse.Namespace) -> None:
         limits.protect_agent()
         resume.act_as(user.pw_uid)
         agent = Agent(fd, user.pw_dir, runtime, user.pw_uid, path)
+        serving = await health.serve()
     else:
         runtime = Path(options.runtime)
         path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
         agent = Agent(options.fd, options.home, runtime, None, path, list(filter(None, options.warm.split(","))))
     gc.freeze()  # these objects live as long as the agent, so the collector skips them
     await agent.channel.closed
+    if serving is not None:
+        serving.close()
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from guest_agent.channel import AgentError, Channel, Stream
 from guest_agent.files import Files
 from guest_agent.instant import ZygoteProcess
 from guest_agent.kernel import Kernel
+from guest_agent.watch import Watches
 
 # Cells that warm the paths of first cells (parse, run, display, publish; format a traceback). The last clears results.
 EXERCISES = ("1 + 1", "1 / 0", "1 / 0", "get_ipython().displayhook.flush(); del _0")
@@ -62,24 +63,23 @@ class Agent:
         self._kernel = Kernel(self.channel, runtime / "kernel", uid)
         self._kernel.env = self._env
         self._files = Files(uid)
+        self._watches = Watches()
 
     async def dispatch(self, stream: Stream, body: wire.Body) -> None:
         """Answer one request on its stream."""
         match body:
             case wire.Spawn():
                 await self._programs.spawn(stream, body, self._env)
-            case wire.Signal():
-                self._programs.signal(body)
-                stream.reply(wire.Done())
-            case wire.Resize():
-                self._programs.resize(body)
-                stream.reply(wire.Done())
+            case wire.Signal() | wire.Resize() | wire.GetUser():
+                stream.reply(self._programs.answer(body))
             case wire.Connect():
                 await ports.connect(stream, body, self._uid)
             case (
                 wire.Stat() | wire.ListDir() | wire.Read() | wire.Write() | wire.MakeDir() | wire.Move() | wire.Delete()
             ):
                 await self._files.answer(stream, body)
+            case wire.Watch() | wire.GetChanges():
+                await self._watches.answer(stream, body)
             case wire.GetMetrics():
                 stream.reply(self._metrics())
             case wire.Interrupt() | wire.GetStopped() | wire.Restart():

@@ -17,9 +17,9 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import islice
 from typing import Literal, ParamSpec, TypeVar
 
@@ -30,6 +30,7 @@ from guest_agent.wire import Delete, Entries, Entry, ListDir, MakeDir, Move, Rea
 THREADS = 8
 TREES = THREADS // 2
 """Deletes and moves at once. They may take long, and the other threads stay free for short work."""
+SANDBOX_USER = "user"
 PIECE = 1024 * 1024
 """Bytes of a file that are read at a time. A smaller piece would cost more in the change of threads than in reading."""
 PAGE = 200_000
@@ -75,6 +76,7 @@ class Files:
     """
 
     def __init__(self, uid: int | None) -> None:
+        self._uid = uid
         self._threads = ThreadPoolExecutor(THREADS, "files", _begin_thread, (uid,))
         self._trees = asyncio.Semaphore(TREES)
         self._scans: dict[str, Scan] = {}
@@ -86,34 +88,53 @@ class Files:
         Raises:
             AgentError: the system refused, or the gateway has cancelled the request.
         """
+        uid = self._uid_of(request.user)
         match request:
             case Stat():
-                stream.reply(await self._work(entry, request.path))
+                stream.reply(await self._work(uid, entry, request.path))
             case ListDir():
-                await self._list(stream, request)
+                await self._list(stream, request, uid)
             case Read():
-                await self._read(stream, request)
+                await self._read(stream, request, uid)
             case Write():
-                await self._write(stream, request)
+                await self._write(stream, request, uid)
             case MakeDir():
-                stream.reply(await self._work(make_dir, request.path))
+                stream.reply(await self._work(uid, make_dir, request))
             case Move():
                 async with self._trees:
-                    stream.reply(await self._work(move, request, stream.raise_if_cancelled))
+                    stream.reply(await self._work(uid, move, request, stream.raise_if_cancelled))
             case Delete():
                 async with self._trees:
-                    await self._work(delete, request.path, stream.raise_if_cancelled)
+                    await self._work(uid, delete, request.path, stream.raise_if_cancelled)
                 stream.reply(wire.Done())
 
-    async def _work(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function in one of the threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
+    def _uid_of(self, user: str) -> int | None:
+        if self._uid is None or user in ("", SANDBOX_USER):
+            return self._uid
+        try:
+            return pwd.getpwnam(user).pw_uid
+        except KeyError:
+            raise AgentError("invalid", f"there is no user {user!r}") from None
 
-    async def _list(self, stream: Stream, request: ListDir) -> None:
+    async def _work(self, uid: int | None, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function in one of the threads, with the rights of that user."""
+
+        def work() -> T:
+            if uid is None or self._uid is None or uid == self._uid:
+                return function(*args, **kwargs)
+            resume.act_as(uid)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                resume.act_as(self._uid)
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def _list(self, stream: Stream, request: ListDir, uid: int | None) -> None:
         """Send one page. The scan is kept for the next page, so that all pages together cost one scan."""
         path = request.path
         kept = self._scans.get(path) if request.after else None
-        scan, page = await self._work(list_dir, request, kept, stream.raise_if_cancelled)
+        scan, page = await self._work(uid, list_dir, request, kept, stream.raise_if_cancelled)
         self._scans.pop(path, None)
         if page.more:
             self._keep(path, scan)
@@ -128,17 +149,19 @@ class Files:
             self._forgetting.cancel()
         self._forgetting = asyncio.get_running_loop().call_later(KEPT_SECONDS, self._scans.clear)
 
-    async def _read(self, stream: Stream, request: Read) -> None:
+    async def _read(self, stream: Stream, request: Read, uid: int | None) -> None:
         """Send a part of a regular file. If the file shrinks or grows meanwhile, the bytes that are found are sent.
 
         Files of /proc and /sys, whose size is 0, are read to their end.
         """
         path, offset, left = request.path, request.offset, request.length
-        fd, found = await self._work(_open, path)
+        fd, found = await self._work(uid, _open, path)
         try:
             stream.event(found)
             while left and not stream.cancelled.is_set():
-                data = memoryview(await self._work(_read, path, fd, min(left, PIECE) if left > 0 else PIECE, offset))
+                data = memoryview(
+                    await self._work(uid, _read, path, fd, min(left, PIECE) if left > 0 else PIECE, offset)
+                )
                 if not data:
                     break
                 offset += len(data)
@@ -147,7 +170,7 @@ class Files:
             stream.end()
             stream.reply(wire.Done())
         finally:
-            await self._work(os.close, fd)
+            await self._work(uid, os.close, fd)
 
     async def _send(self, stream: Stream, data: memoryview) -> None:
         """Send a piece as credit allows, or until the stream is cancelled."""
@@ -159,22 +182,36 @@ class Files:
             stream.send_now(piece)
             data = data[len(piece) :]
 
-    async def _write(self, stream: Stream, request: Write) -> None:
-        """Take a file's new content. The old content stays until all of the new is there."""
+    async def _write(self, stream: Stream, request: Write, uid: int | None) -> None:
+        """Take a file's new content. The old content stays until all of the new is there, unless it is `in_place`."""
         path = request.path
-        fd, part, real = await self._work(_open_part, path)
+        if request.in_place:
+            await self._write_in_place(stream, request, uid)
+            return
+        fd, part, real = await self._work(uid, _open_part, path)
         try:
             while data := await stream.receive():
-                await self._work(_write, path, fd, data)
+                await self._work(uid, _write, path, fd, data)
             if stream.cancelled.is_set():
                 raise AgentError("failed", f"{path}: the upload was cut short, the old content stays")
-            await self._work(_replace, path, part, real)
+            await self._work(uid, _replace, path, part, real)
         except BaseException:
-            await self._work(os.unlink, part)
+            await self._work(uid, os.unlink, part)
             raise
         finally:
-            await self._work(os.close, fd)
-        stream.reply(await self._work(entry, path))
+            await self._work(uid, os.close, fd)
+        stream.reply(await self._work(uid, entry, path))
+
+    async def _write_in_place(self, stream: Stream, request: Write, uid: int | None) -> None:
+        path = request.path
+        fd = await self._work(uid, _open_in_place, path, request.metadata)
+        try:
+            while data := await stream.receive():
+                await self._work(uid, _write, path, fd, data)
+            stream.raise_if_cancelled()
+        finally:
+            await self._work(uid, os.close, fd)
+        stream.reply(await self._work(uid, entry, path))
 
 
 def _begin_thread(uid: int | None) -> None:
@@ -245,7 +282,27 @@ def _entry(name: str, path: str) -> Entry:
         group=_group(found.st_gid),
         modified_ns=max(-(2**63), min(found.st_mtime_ns, 2**63 - 1)),  # a file system may say anything
         target=target and _text(target),
+        metadata=_metadata(path) if found is own or os.path.exists(path) else {},
     )
+
+
+def _metadata(path: str) -> dict[str, str]:
+    """The extended attributes that are a file's metadata. Some file systems have none, and say so by an error."""
+    found: dict[str, str] = {}
+    with suppress(OSError):
+        for name in os.listxattr(path):
+            if name.startswith(wire.METADATA) and len(found) < wire.MAX_METADATA:
+                value = os.getxattr(path, name).decode("utf-8", "replace")
+                found[_text(name.removeprefix(wire.METADATA))] = value[: wire.MAX_TEXT]
+    return found
+
+
+def _set_metadata(fd: int, metadata: dict[str, str]) -> None:
+    for name in os.listxattr(fd):
+        if name.startswith(wire.METADATA) and name.removeprefix(wire.METADATA) not in metadata:
+            os.removexattr(fd, name)
+    for name, value in metadata.items():
+        os.setxattr(fd, wire.METADATA + name, value.encode())
 
 
 # -- listings
@@ -309,6 +366,7 @@ def list_dir(request: ListDir, kept: Scan | None, check: Check) -> tuple[Scan, E
                 continue  # deleted since the scan
             entries.append(each)
             size += 200 + len(each.name) + len(each.path) + len(each.target or "")
+            size += sum(len(name) + len(value) for name, value in each.metadata.items())
     return scan, Entries(entries=entries)
 
 
@@ -371,6 +429,27 @@ def _open_part(path: str) -> tuple[int, str, str]:
     return fd, part, real
 
 
+def _open_in_place(path: str, metadata: dict[str, str] | None) -> int:
+    """A file, empty and open for writing, that belongs to this thread's user if that is possible."""
+    with errors(path):
+        if os.path.isdir(path):
+            raise AgentError("is_directory", f"{path}: is a directory")
+        _make_parents(path)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise AgentError("not_regular", f"{path}: is not a regular file")
+            with suppress(PermissionError):  # another user's file, which this one may write
+                os.fchown(fd, resume.acting_as(), -1)
+            if metadata is not None:
+                with nullcontext() if metadata else suppress(OSError):  # some file systems have no attributes to clear
+                    _set_metadata(fd, metadata)
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd
+
+
 def _write(path: str, fd: int, data: bytes) -> None:
     view = memoryview(data)
     with errors(path):
@@ -386,10 +465,13 @@ def _replace(path: str, part: str, real: str) -> None:
 # -- directories and trees
 
 
-def make_dir(path: str) -> Entry:
-    """Make a directory with its parents, unless it exists already."""
+def make_dir(request: MakeDir) -> Entry:
+    """Make a directory with its parents. One that exists already is an error only if the request is exclusive."""
+    path = request.path
     with errors(path):
-        os.makedirs(path, exist_ok=True)
+        if request.exclusive and os.path.exists(path) and not os.path.isdir(path):
+            raise AgentError("not_directory", f"{_text(path)}: is not a directory")
+        os.makedirs(path, exist_ok=not request.exclusive)
     return entry(path)
 
 

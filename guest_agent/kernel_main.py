@@ -47,6 +47,7 @@ from ipykernel.kernelapp import IPKernelApp
 from jupyter_client.jsonutil import json_default
 from jupyter_client.session import Session, json_packer
 
+from guest_agent import results
 from guest_agent.cells import Cells
 from guest_agent.completion import imported
 from guest_agent.output import OutStream
@@ -222,6 +223,12 @@ class SandboxKernel(IPythonKernel):
         known = imported(code[:cursor_pos])
         self.shell.Completer.global_namespace = ChainMap(self.shell.user_global_ns, known)
         return super().do_complete(code, cursor_pos)  # type: ignore[no-any-return, no-untyped-call]
+
+    def prepare_cell(self, digest: str, env: dict[str, str]) -> None:
+        """Show results as E2B's clients expect them, and let `env` hold for the next cell of that digest."""
+        results.show(self.shell)
+        if env:
+            results.NextCell(self.shell, digest, env)
 
     def start(self) -> None:
         """Start, and connect the modules that the nursery imported before there was a shell."""

@@ -224,6 +224,17 @@ class Programs:
         (terminal,) = ours
         return Program(process, os.dup(terminal), {wire.STDOUT: os.dup(terminal)}, terminal)
 
+    def answer(self, request: wire.Signal | wire.Resize | wire.GetUser) -> wire.Body:
+        """The answer to a request about a program, or about a user."""
+        match request:
+            case wire.Signal():
+                self.signal(request)
+            case wire.Resize():
+                self.resize(request)
+            case wire.GetUser():
+                return wire.User(home=self.home(request.name))
+        return wire.Done()
+
     def signal(self, request: wire.Signal) -> None:
         """Signal a program's process group.
 
@@ -245,6 +256,19 @@ class Programs:
         if terminal is None:
             raise AgentError("invalid", "the command has no terminal")
         _resize(terminal, request.rows, request.columns)
+
+    def home(self, name: str) -> str:
+        """The home of a user.
+
+        Raises:
+            AgentError: not_found (there is no such user), permission_denied (no program may run as that one).
+        """
+        if name not in ("", SANDBOX_USER):
+            try:
+                pwd.getpwnam(name)
+            except (KeyError, ValueError):  # a name can't hold a NUL
+                raise AgentError("not_found", f"there is no user {name!r}") from None
+        return self._account(name).home
 
     def _program(self, stream: int) -> Program:
         if stream not in self._running:
@@ -282,7 +306,7 @@ def _start(request: Spawn, env: dict[str, str], account: Account) -> Start:
     cwd = account.home + request.cwd[1:] if request.cwd.partition("/")[0] == "~" else request.cwd
     cwd = os.path.join(account.home, cwd)
     if not os.path.isdir(cwd):
-        raise AgentError("invalid", f"working directory {cwd!r} does not exist")
+        raise AgentError("invalid", f"cwd {cwd!r} does not exist")
     env = {**env, **account.env, **request.env}
     if request.terminal is not None:
         env = {"TERM": TERM, **env}

@@ -61,6 +61,12 @@ INITIAL_CREDIT = 1024 * 1024
 """Bytes either side may send on a new stream before the first CREDIT frame."""
 MAX_TEXT = 4096
 """Longest text in an Entry, in characters. Linux accepts no longer path."""
+MAX_METADATA = 256
+"""Extended attributes in an Entry."""
+MAX_CHANGES = 200
+"""Changes in one answer. With the longest names they fit into a frame."""
+METADATA = "user.e2b."
+"""The beginning of the names of those extended attributes that are a file's metadata."""
 
 EVENTS = 0
 KERNEL = 1
@@ -321,8 +327,23 @@ class Connected(Body):
     """An EVENT on the stream of a Connect, when the service has accepted."""
 
 
+class GetUser(Body):
+    """Ask for the home of a user of the sandbox. A user that does not exist is not_found."""
+
+    name: str
+
+
+class User(Body):
+    """The answer to GetUser."""
+
+    home: str
+
+
 class Stat(Body):
+    """Ask for an Entry. Like all requests for files it is done with the rights of `user`, empty for the sandbox's."""
+
     path: str
+    user: str = ""
 
 
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
@@ -331,7 +352,7 @@ Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 class Entry(Body):
     """A file or directory. `mode` is the permission bits, `modified_ns` since 1970, `size` bytes.
 
-    Bytes of a name that are not UTF-8 are U+FFFD.
+    Bytes of a name that are not UTF-8 are U+FFFD. `metadata` are the extended attributes below METADATA.
     """
 
     name: Text
@@ -343,6 +364,7 @@ class Entry(Body):
     group: Text
     modified_ns: int
     target: Text | None = None
+    metadata: Annotated[dict[Text, Text], Meta(max_length=MAX_METADATA)] = {}
 
 
 class ListDir(Body):
@@ -351,6 +373,7 @@ class ListDir(Body):
     path: str
     after: str = ""
     limit: int = 0
+    user: str = ""
 
 
 class Entries(Body):
@@ -369,25 +392,75 @@ class Read(Body):
     path: str
     offset: int = 0
     length: int = -1
+    user: str = ""
 
 
 class Write(Body):
-    """Take DATA up to END as the new content of a file. Its parents are made. The REPLY is its Entry."""
+    """Take DATA up to END as the new content of a file. Its parents are made. The REPLY is its Entry.
+
+    The old content stays until END, unless the file is written `in_place`, as whoever watches the directory may want.
+    Then the file belongs to the user afterwards, and `metadata` replaces all that it has, if it is not None.
+    """
 
     path: str
+    user: str = ""
+    in_place: bool = False
+    metadata: dict[str, str] | None = None
 
 
 class MakeDir(Body):
+    """Make a directory with its parents. One that exists already is an error only if this is `exclusive`."""
+
     path: str
+    user: str = ""
+    exclusive: bool = False
 
 
 class Move(Body):
     source: str
     destination: str
+    user: str = ""
 
 
 class Delete(Body):
     path: str
+    user: str = ""
+
+
+class Watch(Body):
+    """Watch a directory, with those in it if it is `recursive`, until CANCEL. The agent answers with Watching."""
+
+    path: str
+    recursive: bool = False
+    user: str = ""
+
+
+class Watching(Body):
+    """An EVENT on the stream of a Watch, when changes are noted."""
+
+
+class GetChanges(Body):
+    """Ask for what has changed since the last time in the directory that is watched on a `stream`.
+
+    With `wait` the answer comes only when there is something to tell.
+    """
+
+    stream: int
+    wait: bool = False
+
+
+class Change(msgspec.Struct, kw_only=True):
+    """Something that happened to a file. `name` is its path from the watched directory."""
+
+    kind: Literal["create", "write", "remove", "rename", "chmod"]
+    name: Text
+
+
+class Changes(Body):
+    """Changes in their order. `lost` says that there were more than could be noted."""
+
+    changes: Annotated[list[Change], Meta(max_length=MAX_CHANGES)]
+    lost: bool = False
 
 
 class GetMetrics(Body):
@@ -468,10 +541,11 @@ FAILURES = frozenset(
 
 Request = (
     Resume | Warm | Flush | Ping | Spawn | Stat | ListDir | Read | Write | MakeDir | Move | Delete | GetMetrics
-    | Interrupt | GetStopped | Restart | Connect | Signal | Resize | Hello | Quiesce | Continue
+    | Interrupt | GetStopped | Restart | Connect | Signal | Resize | Hello | Quiesce | Continue | GetUser | Watch
+    | GetChanges
 )  # fmt: skip
-Reply = Resumed | Done | Exited | Entry | Entries | Metrics | Stopped | Welcome | Quiesced
-Event = Started | Entry | KernelStatus | Connected
+Reply = Resumed | Done | Exited | Entry | Entries | Metrics | Stopped | Welcome | Quiesced | User | Changes
+Event = Started | Entry | KernelStatus | Connected | Watching
 
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[FrameType, msgspec.msgpack.Decoder[Any]] = {

@@ -469,6 +469,32 @@ def seconds(text: str) -> float:
     return value
 
 
+def e2b_env(settings: Settings) -> str:
+    """The lines to paste for programs that are written for E2B, by the settings of the server that they shall use."""
+    key = "export E2B_API_KEY=e2b_...   # a key of `cellvm keys add`"
+    if settings.tls_cert:
+        return f"""# Python and JavaScript, by the names of sandboxes: *.{settings.domain} must lead to this server
+export E2B_DOMAIN={settings.domain}
+# if no public authority has signed the certificate: SSL_CERT_FILE (Python), NODE_EXTRA_CA_CERTS (JavaScript)
+{key}"""
+    url = f"http://{settings.host}:{settings.port}"
+    return f"""# Python and JavaScript, by one address
+export E2B_API_URL={url}
+export E2B_SANDBOX_URL={url}
+{key}
+
+# Python
+from e2b_code_interpreter import Sandbox
+with Sandbox.create() as sandbox:
+    print(sandbox.run_code("1 + 1").text)
+
+// JavaScript
+import {{ Sandbox }} from '@e2b/code-interpreter'
+const sandbox = await Sandbox.create()
+console.log((await sandbox.runCode('1 + 1')).text)
+await sandbox.kill()"""
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="cellvm", description="Sandboxes that are microVMs, with live IPython kernels.")
     top.add_argument("--version", action="version", version=f"cellvm {__version__}")
@@ -481,6 +507,7 @@ def parser() -> argparse.ArgumentParser:
         "nb": "run a notebook in a fresh sandbox: `cellvm nb run`",
         "keys": "make, list and remove API keys",
         "cache": "tell what is in the cache, or delete what nobody uses",
+        "e2b": "print what a program for E2B needs to find this server: `cellvm e2b env`",
     }
     for name, text in texts.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
@@ -515,6 +542,8 @@ def parser() -> argparse.ArgumentParser:
                 "--of", default="", metavar="KEY", help="id of the key whose sandboxes the new one sees"
             )
             command.add_argument("--with-sandboxes", action="store_true", help="end the removed key's sandboxes, too")
+        if name == "e2b":
+            command.add_argument("action", choices=("env",))
         if name == "cache":
             command.add_argument("action", choices=("list", "prune"))
             command.add_argument(
@@ -558,6 +587,8 @@ def main(argv: list[str] | None = None) -> int:
                 return asyncio.run(cache(settings, options.action, unused))
             case "keys":
                 return keys(settings, options)
+            case "e2b":
+                print(e2b_env(settings))
     except (SettingsError, NotebookError, BuildError, DriverError, CellvmError, OSError) as error:
         console.print(f"cellvm: {error}", markup=False)
         return 1

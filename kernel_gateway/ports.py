@@ -44,7 +44,10 @@ HOP_BY_HOP = frozenset(
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding"
     " upgrade http2-settings".split()
 )
-NOT_FORWARDED = HOP_BY_HOP | frozenset("host content-length expect origin referer".split())
+TRAFFIC = "e2b-traffic-access-token"
+E2B = (TRAFFIC, "e2b-sandbox-id", "e2b-sandbox-port")
+"""Headers by which E2B's clients show that they may use a port, and name it."""
+NOT_FORWARDED = HOP_BY_HOP | {*"host content-length expect origin referer".split(), *E2B}
 """Headers of a request that concern only the client and us, or that are written anew."""
 
 

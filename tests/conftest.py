@@ -19,7 +19,7 @@ hypothesis.settings.load_profile("cellvm")
 LONGEST = (
     "test_notebooks.py test_first_start.py test_hostile_guest.py test_lab.py test_reliability.py test_leaks.py "
     "test_bad_input.py test_network.py test_internet.py test_channels.py test_services.py test_driver.py "
-    "test_template.py test_lost_connections.py test_hostile_agent.py test_model.py test_corpus.py"
+    "test_template.py test_e2b.py test_lost_connections.py test_hostile_agent.py test_model.py test_corpus.py"
 ).split()
 """Files that take half a minute to some minutes."""
 FAST = {Path(__file__).parent / name for name in ("unit", "api", "contract")}

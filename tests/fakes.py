@@ -326,7 +326,7 @@ class FakeGuest:
     async def _do_spawn(self, stream: Stream, body: wire.Spawn) -> None:
         cwd = posixpath.normpath(posixpath.join(HOME, re.sub("^~(?=/|$)", HOME, body.cwd)))
         if self.files.get(cwd, b"") is not None:
-            raise Refused("invalid", f"working directory {body.cwd!r} does not exist")
+            raise Refused("invalid", f"cwd {body.cwd!r} does not exist")
         if body.user not in ("", "user", "root"):
             raise Refused("invalid", f"there is no user {body.user!r}")
         program = PROGRAMS.get(body.argv[0])
@@ -359,6 +359,11 @@ class FakeGuest:
         if body.stream not in self.programs:
             raise Refused("not_found", "the command has ended")
         await stream.reply(wire.Done())
+
+    async def _do_getuser(self, stream: Stream, body: wire.GetUser) -> None:
+        if body.name not in ("user", "root"):
+            raise Refused("not_found", f"there is no user {body.name!r}")
+        await stream.reply(wire.User(home="/root" if body.name == "root" else "/home/user"))
 
     # -- files
 
@@ -427,6 +432,8 @@ class FakeGuest:
 
     async def _do_makedir(self, stream: Stream, body: wire.MakeDir) -> None:
         path = posixpath.normpath(body.path)
+        if body.exclusive and path in self.files:
+            raise Refused("exists" if self.files[path] is None else "not_directory", f"{path}: exists")
         self._make_dirs(path)
         await stream.reply(self._entry(path))
 

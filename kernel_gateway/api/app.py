@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from ipaddress import ip_address
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_to_bytes
 
 from tornado.httputil import HTTPServerRequest
 from tornado.web import Application
@@ -14,6 +14,8 @@ from tornado.web import Application
 from kernel_gateway.api import commands, events, figures, jupyter, ports, rest
 from kernel_gateway.api.base import NOBODY, Endpoint, Missing, Requests, Route
 from kernel_gateway.api.channels import Channels
+from kernel_gateway.api.e2b import control, envd, interpreter, rpc
+from kernel_gateway.api.e2b.plane import ENVD, INTERPRETER, Plane, place_of_headers
 from kernel_gateway.api.guesses import Guesses
 from kernel_gateway.api.openapi import document, serve_document
 from kernel_gateway.api.ports import Preview
@@ -22,7 +24,7 @@ from kernel_gateway.api.stream import AgentStream
 from kernel_gateway.errors import CellvmError, Misdirected, NotFound
 from kernel_gateway.kernel.events import Cell
 from kernel_gateway.network.policy import Floor
-from kernel_gateway.ports import NONE, place_of_host, place_of_path
+from kernel_gateway.ports import NONE, Place, place_of_host, place_of_path
 from kernel_gateway.sandbox.lifecycle import Event
 from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
@@ -30,6 +32,7 @@ from kernel_gateway.webhooks import EventModel, Targets
 
 log = logging.getLogger(__name__)
 
+NO_PLACE = "there is no such path in a sandbox"
 NO_PATH = "GET /openapi.json lists what there is"
 PUBLIC = Targets(Floor)
 KEYS_TICK = 0.5
@@ -53,17 +56,27 @@ ROUTES = [
     Route("GET", "/templates/aliases/{template}", rest.get_template, answer=rest.TemplateModel, errors=(404,)),
     Route("GET", "/templates/{template}", rest.get_template, answer=rest.TemplateModel, errors=(404,)),
     Route(
-        "POST", "/sandboxes", rest.create_sandbox, body=rest.CreateSandbox, answer=rest.SandboxModel, status=201,
-        errors=(501,),
+        "POST", "/sandboxes", control.create_sandbox, body=control.CreateSandbox, answer=control.SandboxWithTokens,
+        status=201, errors=(409, 501),
+    ),
+    Route(
+        "POST", "/v2/sandboxes", control.create_sandbox, body=control.CreateSandbox, answer=control.SandboxWithTokens,
+        status=201, errors=(409, 501),
+    ),
+    Route("GET", "/v2/sandboxes", control.list_sandboxes, query=control.SandboxesQuery, answer=list[rest.SandboxModel]),
+    Route(
+        "POST", "/v2/sandboxes/{id}/connect", control.connect, body=control.Connect, answer=control.SandboxWithTokens,
+        also=201, errors=(501,),
     ),
     Route("GET", "/sandboxes", rest.list_sandboxes, query=rest.SandboxFilter, answer=list[rest.SandboxModel]),
-    Route("GET", BOX, rest.get_sandbox, answer=rest.SandboxModel),
+    Route("GET", BOX, control.get_sandbox, answer=control.SandboxWithTokens),
     Route("DELETE", BOX, rest.delete_sandbox, status=204),
     Route("POST", f"{BOX}/shutdown", rest.delete_sandbox, status=204),
     Route(
-        "POST", f"{BOX}/connect", rest.connect, body=rest.Connect, answer=rest.SandboxModel, also=201, errors=(501,),
+        "POST", f"{BOX}/connect", control.connect, body=control.Connect, answer=control.SandboxWithTokens, also=201,
+        errors=(501,),
     ),
-    Route("POST", f"{BOX}/timeout", rest.set_timeout, body=rest.SetTimeout, status=204),
+    Route("POST", f"{BOX}/timeout", control.set_timeout, body=control.SetTimeout, status=204),
     Route("POST", f"{BOX}/refreshes", rest.refresh, body=rest.Refresh, status=204),
     Route("POST", f"{BOX}/pause", rest.pause, body=rest.Pause, status=204, errors=(501, 507)),
     Route(
@@ -117,8 +130,19 @@ ROUTES = [
     Route("POST", f"{FS}/mkdir", rest.make_dir, body=rest.MakeDir, answer=rest.FileEntry, errors=(403, 409, 507)),
     Route("POST", f"{FS}/move", rest.move, body=rest.Move, answer=rest.FileEntry, errors=(403, 507)),
     Route("GET", f"{BOX}/health", rest.sandbox_health, status=204),
-    Route("GET", f"{BOX}/metrics", rest.metrics, answer=rest.MetricsModel),
+    Route(
+        "GET", f"{BOX}/metrics", control.metrics, query=control.MetricsQuery,
+        answer=rest.MetricsModel | list[control.Metric],
+    ),
     Route("GET", f"{BOX}/envs", commands.envs, answer=dict[str, str]),
+    Route("GET", "/volumes", control.not_offered, status=204, errors=(501,)),
+    Route("POST", "/volumes", control.not_offered, status=204, errors=(501,)),
+    Route("GET", "/volumes/{volume}", control.not_offered, status=204, errors=(501,)),
+    Route("DELETE", "/volumes/{volume}", control.not_offered, status=204, errors=(501,)),
+    Route("GET", "/secrets", control.not_offered, status=204, errors=(501,)),
+    Route("POST", "/secrets", control.not_offered, status=204, errors=(501,)),
+    Route("PUT", "/secrets/{secret}", control.not_offered, status=204, errors=(501,)),
+    Route("DELETE", "/secrets/{secret}", control.not_offered, status=204, errors=(501,)),
     Route("GET", "/events", events.stream_events, query=events.StreamQuery, produces="text/event-stream"),
     Route("GET", "/events/sandboxes", events.list_events, query=events.EventQuery, answer=list[EventModel]),
     Route("GET", "/events/sandboxes/{id}", events.list_events, query=events.EventQuery, answer=list[EventModel]),
@@ -167,6 +191,32 @@ SOCKETS: list[tuple[str, type[Socket]]] = [
 """WebSockets, by the pattern of their path; docs/stream.md and docs/rest.md describe them."""
 
 
+NO_METHOD = Route("POST", "/{service}/{method}", rpc.not_offered, produces="application/json")
+Planes = dict[str, list[tuple[re.Pattern[str], type[Plane], dict[str, Route]]]]
+
+
+def by_path(routes: list[Route]) -> dict[str, dict[str, Route]]:
+    """The routes of each pattern of a path, by their methods."""
+    found: dict[str, dict[str, Route]] = {}
+    for route in routes:
+        found.setdefault(route.pattern, {})[route.method] = route
+    return found
+
+
+PLANES: Planes = {
+    ENVD: [
+        (re.compile(pattern), kind, found)
+        for kind, table in ((Plane, envd.ROUTES), (rpc.Rpc, rpc.ROUTES))
+        for pattern, found in by_path(table).items()
+    ]
+    + [(re.compile(r"/([^/]+\.[^/]+)/([^/]+)"), rpc.NoMethod, {"POST": NO_METHOD})],
+    INTERPRETER: [
+        (re.compile(pattern), interpreter.Interpreter, found) for pattern, found in by_path(interpreter.ROUTES).items()
+    ],
+}
+"""What is in a sandbox for E2B's clients, by the port that they name."""
+
+
 class Gateway(Application):
     """Routes requests by their path, without the base URL and `/t/KEY` at its beginning.
 
@@ -176,9 +226,10 @@ class Gateway(Application):
 
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
         """Called by Tornado for each request, before anything else reads or logs the path."""
-        if place := place_of_host(request.host_name, self.settings["domain_name"]):
-            return Preview(self.settings, request, place, request.path)
-        if not is_ours(request.host_name, self.settings["hosts"]):
+        domain = self.settings["domain_name"]
+        if place := place_of_host(request.host_name, domain):
+            return self._inside(request, place, request.path) or self._missing(request, NotFound(NO_PLACE))
+        if request.host_name != f"api.{domain}" and not is_ours(request.host_name, self.settings["hosts"]):
             error = Misdirected(
                 f"this server is not known as {request.host_name!r:.100}",
                 hint="the operator allows the name with --allow-host; a proxy may send `Host: localhost` instead",
@@ -189,6 +240,13 @@ class Gateway(Application):
             return self._missing(request, NotFound(f"all paths of this server begin with {base}"))
         path = request.path.removeprefix(base)
         before = request.path.removesuffix(path)
+        try:
+            named = None if request.host_name == f"api.{domain}" else place_of_headers(request.headers, path)
+        except CellvmError as error:
+            return self._missing(request, error)
+        # Old releases send the headers with some control requests, too.
+        if named is not None and (inside := self._inside(request, named, path)):
+            return inside
         found = re.fullmatch(r"/+t/([^/]+)(/.*)?", path)
         if found is not None:
             path = found[2] or "/"
@@ -199,6 +257,20 @@ class Gateway(Application):
             return Preview(self.settings, request, place, rest, key_in_path=found is not None)
         request.path = path
         return super().find_handler(request, **kwargs)
+
+    def _inside(self, request: HTTPServerRequest, place: Place, path: str) -> Any:
+        """A request for what is in a sandbox: a plane of E2B's clients, or a service. None for a path of no plane."""
+        if place.port not in PLANES:
+            return Preview(self.settings, request, place, path)
+        for pattern, kind, routes in PLANES[place.port]:
+            if found := pattern.fullmatch(path):
+                given = {**self.settings["default_handler_args"], "routes": routes, "place": place}
+                del given["error"]
+                request.path = path
+                return self.get_handler_delegate(
+                    request, kind, given, [unquote_to_bytes(name) for name in found.groups()]
+                )
+        return None
 
     def _missing(self, request: HTTPServerRequest, error: CellvmError) -> Any:
         return self.get_handler_delegate(request, Missing, {**self.settings["default_handler_args"], "error": error})
@@ -252,10 +324,9 @@ def application(
     """
     sandboxes.metrics.registry.register(figures.Present(sandboxes))
     shared = {"sandboxes": sandboxes, "store": store}
-    by_path: dict[str, dict[str, Route]] = {}
-    for route in ROUTES:
-        by_path.setdefault(route.pattern, {})[route.method] = route
-    handlers: list[Any] = [(pattern, Endpoint, {**shared, "routes": routes}) for pattern, routes in by_path.items()]
+    handlers: list[Any] = [
+        (pattern, Endpoint, {**shared, "routes": routes}) for pattern, routes in by_path(ROUTES).items()
+    ]
     handlers += [(pattern, kind, shared) for pattern, kind in SOCKETS]
     return Gateway(
         handlers,
@@ -278,6 +349,7 @@ def application(
         sockets=Sockets(max_connections, sandboxes.held),
         openapi=document(ROUTES),
         requests=Requests(max_requests),
+        creates=control.Creates(),
         reading=asyncio.Lock(),  # held while a piece of a service's answer is read
         log_function=log_request,
     )

@@ -99,7 +99,7 @@ class ErrorBody(msgspec.Struct, omit_defaults=True):
     `reason` is the status in words, for Jupyter's clients.
 
     `outcome` is "unknown" when the work may have been done before the error, in part or as a whole, and "not_started"
-    when it was accepted and then never begun, so that repeating it is safe.
+    when it was accepted and then never begun, so that repeating it is safe. `sandboxId` is told where E2B tells it.
     """
 
     code: int
@@ -108,6 +108,7 @@ class ErrorBody(msgspec.Struct, omit_defaults=True):
     reason: str
     hint: str | None = None
     outcome: str | None = None
+    sandboxId: str | None = None
 
 
 class MethodNotAllowed(CellvmError):
@@ -229,9 +230,15 @@ def key_of(request: HTTPServerRequest) -> str | None:
 
 def refusal(request: HTTPServerRequest, guesses: Guesses) -> CellvmError:
     """The error for a request without a known key. If it has an unknown one, that is counted."""
-    key = key_of(request)
+    return refused(
+        request, guesses, bool(key_of(request)), "send `Authorization: Bearer <key>`; `cellvm keys` makes one"
+    )
+
+
+def refused(request: HTTPServerRequest, guesses: Guesses, is_guess: bool, hint: str) -> CellvmError:
+    """The error for a request without a known secret. One with an unknown one is a guess, and is counted."""
     address = request.remote_ip or ""
-    if key:
+    if is_guess:
         guesses.add(address)
     if wait := guesses.wait(address):
         error = TooManyRequests(
@@ -239,10 +246,7 @@ def refusal(request: HTTPServerRequest, guesses: Guesses) -> CellvmError:
         )
         error.retry_after = wait
         return error
-    return Unauthorized(
-        "the key is not known" if key else "a key is required",
-        hint="send `Authorization: Bearer <key>`; `cellvm keys` makes one",
-    )
+    return Unauthorized("the key is not known" if is_guess else "a key is required", hint=hint)
 
 
 @cache
@@ -341,7 +345,7 @@ class Handler(RequestHandler):
         if not isinstance(error, CellvmError):
             log.error("%s %s failed", self.request.method, self.request.path, exc_info=error)
             error = CellvmError("the server failed; its log says why")
-        status = STATUS[error.code]
+        status = self.status_of(error)
         self._sandboxes.metrics.errors.labels(error.code).inc()
         self.set_status(status)
         if status == HTTPStatus.UNAUTHORIZED:
@@ -352,10 +356,18 @@ class Handler(RequestHandler):
             self.set_header("X-RateLimit-Limit", str(error.limit))
             self.set_header("X-RateLimit-Remaining", "0")
             self.set_header("X-RateLimit-Reset", str(error.retry_after))
-        body = msgspec.json.encode(ErrorBody(status, str(error), error.code, phrase(status), error.hint, error.outcome))
-        self.set_header("Content-Type", "application/json")
+        body = self.error_body(error, status)
+        self.set_header("Content-Type", self.error_type)
         self.set_header("Content-Length", str(len(body)))
         return body
+
+    error_type = "application/json"
+
+    def status_of(self, error: CellvmError) -> int:
+        return STATUS[error.code]
+
+    def error_body(self, error: CellvmError, status: int) -> bytes:
+        return msgspec.json.encode(ErrorBody(status, str(error), error.code, phrase(status), error.hint, error.outcome))
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Answer an error that Tornado finds itself: a malformed path, an unknown method."""
@@ -415,7 +427,6 @@ class Endpoint(Handler):
                 self.set_header("Allow", self._offered)
                 raise MethodNotAllowed(f"{self.request.path} offers {self._offered}")
             self._route = route
-            names = [str(argument) for argument in self.path_args]
             mine = Access(self._sandboxes, self._store, NOBODY) if route.public else self.authenticate()
             self.key = mine.key
             if not route.public:
@@ -426,7 +437,7 @@ class Endpoint(Handler):
             self.call = Call(
                 self._sandboxes,
                 mine,
-                dict(zip(route.names, names, strict=True)),
+                self.named(route),
                 None if route.query is None else self.query(route.query),
                 self,
             )
@@ -440,13 +451,22 @@ class Endpoint(Handler):
         if route.upload:
             self._begin()
 
+    def named(self, route: Route) -> dict[str, str]:
+        """What the path names."""
+        return dict(zip(route.names, map(str, self.path_args), strict=True))
+
+    allowed_headers = ALLOWED
+
+    def may_use(self, origin: str | None) -> bool:
+        """Whether web pages of that origin may use the route."""
+        return origin in self.application.settings["origins"]
+
     def _is_preflight(self) -> bool:
         """Whether this is a browser's preflight request for an allowed origin; it is answered here."""
-        may = self.request.headers.get("Origin") in self.application.settings["origins"]
-        if self.request.method != "OPTIONS" or not may:
+        if self.request.method != "OPTIONS" or not self.may_use(self.request.headers.get("Origin")):
             return False
         self.set_header("Access-Control-Allow-Methods", self._offered)
-        self.set_header("Access-Control-Allow-Headers", ALLOWED)
+        self.set_header("Access-Control-Allow-Headers", self.allowed_headers)
         self.set_header("Access-Control-Max-Age", "600")
         self.set_status(204)
         self.finish()

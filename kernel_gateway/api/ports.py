@@ -24,7 +24,7 @@ from tornado.httputil import HTTPHeaders, HTTPMessageDelegate, HTTPServerRequest
 from tornado.iostream import IOStream, StreamClosedError
 
 from guest_agent import wire
-from kernel_gateway.api.base import DROPPED_BODY, STATUS, Call, ErrorBody, Requests, phrase, refusal
+from kernel_gateway.api.base import DROPPED_BODY, STATUS, Call, ErrorBody, Requests, key_of, phrase, refusal
 from kernel_gateway.api.guesses import Guesses
 from kernel_gateway.errors import (
     CellvmError,
@@ -39,6 +39,7 @@ from kernel_gateway.errors import (
 )
 from kernel_gateway.guest.link import Conversation
 from kernel_gateway.ports import (
+    TRAFFIC,
     Answer,
     Carried,
     Client,
@@ -51,7 +52,7 @@ from kernel_gateway.ports import (
     without_keys,
 )
 from kernel_gateway.sandbox.access import Access
-from kernel_gateway.sandbox.key import Key
+from kernel_gateway.sandbox.key import Key, is_secret
 from kernel_gateway.sandbox.lifecycle import ASLEEP
 from kernel_gateway.sandbox.sandbox import Sandbox
 from kernel_gateway.sandbox.sandboxes import Sandboxes
@@ -140,6 +141,16 @@ async def set_port(call: Call, body: SetPort) -> None:
 
 
 # -- one request
+
+
+class NoTrafficToken(Forbidden):
+    """A closed port was asked for by its host name, without anything that could open it. The words are E2B's."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            f"Token header '{TRAFFIC}' is missing",
+            hint="send the sandbox's token for its ports, or a key as `Authorization: Bearer <key>`, or open the port",
+        )
 
 
 def client_of(request: HTTPServerRequest) -> Client:
@@ -319,8 +330,16 @@ class Preview(HTTPMessageDelegate):
                 self._key = key
                 return sandbox
         visited = self._sandboxes.find(self._place.sandbox)
+        token = self._request.headers.get(TRAFFIC, "")
+        if visited is not None and token and is_secret(token, visited.traffic_token):
+            self._key = visited.token_key
+            return visited
         if visited is not None and visited.is_open(self._place.number):
             return visited
+        if token:
+            self._guesses.add(self._request.remote_ip or "")
+        elif not (refused or self._place.is_by_path or key_of(self._request)):
+            raise NoTrafficToken
         raise refused or refusal(self._request, self._guesses)
 
     @property
@@ -485,7 +504,10 @@ class Preview(HTTPMessageDelegate):
             log.error("%r failed", self, exc_info=error)
             error = CellvmError("the server failed; its log says why")
         status = STATUS[error.code]
-        body = msgspec.json.encode(ErrorBody(status, str(error), error.code, phrase(status), error.hint, error.outcome))
+        told = ErrorBody(status, str(error), error.code, phrase(status), error.hint, error.outcome)
+        if isinstance(error, NoTrafficToken):
+            told.sandboxId = self._place.sandbox
+        body = msgspec.json.encode(told)
         headers = [
             ("Server", "CellVM"),
             ("X-Content-Type-Options", "nosniff"),

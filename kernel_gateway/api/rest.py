@@ -65,7 +65,7 @@ Text = dict[str, str]
 class NetworkRules(Struct):
     """What a sandbox may reach: addresses, CIDR blocks, names, and `*.` with a name. `allowOut` wins over `denyOut`.
 
-    `allowPublicTraffic` opens its ports to whoever has their address. The last three fields are E2B's; they are not
+    `allowPublicTraffic` opens its ports to whoever has their address. The last five fields are E2B's; they are not
     offered.
     """
 
@@ -75,6 +75,8 @@ class NetworkRules(Struct):
     rules: Any = None
     maskRequestHost: Any = None
     egressProxy: Any = None
+    dnsServers: Any = None
+    httpsPorts: Any = None
 
 
 class AutoResume(Struct):
@@ -171,8 +173,8 @@ class Refresh(Struct):
     duration: Timeout = 60
 
 
-ENVD_VERSION = "0.1.0"
-"""The version that E2B's clients are told. It stands for nothing of their in-guest protocol yet."""
+ENVD_VERSION = "0.6.13"
+"""The version that E2B's clients are told. By it they decide what they may ask for (docs/e2b.md)."""
 
 
 def check_env(env: Text) -> None:
@@ -358,6 +360,8 @@ class SetNetwork(Struct):
     rules: Any = None
     maskRequestHost: Any = None
     egressProxy: Any = None
+    dnsServers: Any = None
+    httpsPorts: Any = None
 
 
 class RefusalModel(Struct):
@@ -384,7 +388,7 @@ class NetworkState(Struct):
 
 def read_policy(call: Call, wanted: NetworkRules | SetNetwork, *access: bool | None) -> Policy:
     """The policy that a body asks for; `access` has each spelling of the field that allows the internet."""
-    for name in ("rules", "maskRequestHost", "egressProxy"):
+    for name in ("rules", "maskRequestHost", "egressProxy", "dnsServers", "httpsPorts"):
         if getattr(wanted, name) not in (None, [], {}):
             raise Unavailable(f"this server does not offer network.{name}")
     given = {each for each in access if each is not None}
@@ -699,7 +703,11 @@ def file_entry(entry: wire.Entry) -> FileEntry:
 
 async def download(call: Call) -> None:
     """A file's bytes, or with `Range` a part of them."""
-    files, http, path = Files(call.sandbox.guest), call.http, call.query.path
+    await send_file(call.http, Files(call.sandbox.guest), call.query.path, "attachment")
+
+
+async def send_file(http: Endpoint, files: Files, path: str, disposition: str) -> None:
+    """Answer with a file, or the part of it that the request's `Range` names."""
     span = re.fullmatch("bytes=([0-9]{0,100})-([0-9]{0,100})", http.request.headers.get("Range", ""))
     offset, length = 0, -1
     if span and any(span.groups()):
@@ -713,10 +721,10 @@ async def download(call: Call) -> None:
         http.set_status(206)
         http.set_header("Content-Range", f"bytes {offset}-{offset + length - 1}/{size}")
     async with files.read(path, offset, length, is_sent=not http.is_head) as content:
-        call.http.hold("downloads", min(content.size or wire.INITIAL_CREDIT, wire.INITIAL_CREDIT))
+        http.hold("downloads", min(content.size or wire.INITIAL_CREDIT, wire.INITIAL_CREDIT))
         name = posixpath.basename(path)
         http.set_header("Content-Type", mimetypes.guess_type(name)[0] or "application/octet-stream")
-        http.set_header("Content-Disposition", f"attachment; filename*=UTF-8''{quote(name, safe='')}")
+        http.set_header("Content-Disposition", f"{disposition}; filename*=UTF-8''{quote(name, safe='')}")
         http.set_header("Content-Security-Policy", "sandbox")
         http.set_header("Accept-Ranges", "bytes")
         if content.size is not None:
@@ -736,24 +744,34 @@ async def upload(call: Call) -> list[FileEntry]:
     A `path` names the `file` that follows, or the last one. Without a `path` a file's own name is its path. A file is
     stored as a whole or not at all.
     """
-    files, http = Files(call.sandbox.guest), call.http
+    upload = Upload(Files(call.sandbox.guest), call.query.path)
+    try:
+        async for event in parts(call.http):
+            await upload.receive(event)
+        await upload.finish()
+    finally:
+        await upload.close()
+    return [file_entry(entry) for entry in upload.entries]
+
+
+async def parts(http: Endpoint) -> AsyncIterator[Any]:
+    """The parts of a multipart body as they come: of each its head, its bytes, and None.
+
+    Raises:
+        InvalidRequest: it is no such body.
+    """
     kind, options = parse_options_header(http.request.headers.get("Content-Type", ""))
     if kind != "multipart/form-data" or not options.get("boundary"):
         raise InvalidRequest("an upload is multipart/form-data with a part named `file`")
-    upload = Upload(files, call.query.path)
     try:
         with PushMultipartParser(options["boundary"], max_segment_size=1 << 60) as parser:
             async for chunk in http.body_chunks():
                 for event in parser.parse(chunk):
-                    await upload.receive(event)
+                    yield event
             for event in parser.parse(b""):
-                await upload.receive(event)
-        await upload.finish()
+                yield event
     except MultipartError as error:
         raise InvalidRequest(f"the multipart body is malformed: {error}") from None
-    finally:
-        await upload.close()
-    return [file_entry(entry) for entry in upload.entries]
 
 
 class Upload:

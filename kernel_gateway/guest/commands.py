@@ -80,9 +80,10 @@ class CommandState(msgspec.Struct):
 class Command:
     """One command, from its start to as long as it is known.
 
-    `pid` is 0 until it runs. `begun` is set when it runs or is over. `outcome` is None until it is over; `exited` says
-    how the program ended, if that is known. `terminal` is the present size of its terminal, as rows and columns.
-    `holding` counts its arguments and variables, and the input that waits. Make it with `Commands.start`.
+    `pid` is 0 until it runs. `begun` is set when it runs or is over, `over` when it is over. `outcome` is None until it
+    is over; `exited` says how the program ended, if that is known. `terminal` is the present size of its terminal, as
+    rows and columns. `holding` counts its arguments and variables, and the input that waits. Make it with
+    `Commands.start`.
     """
 
     def __init__(self, link: Link, request: wire.Spawn, tag: str, account: Account) -> None:
@@ -111,6 +112,8 @@ class Command:
         self._input_is_open = True
         self._input_is_ended = False
         self._input_changed = asyncio.Event()
+        self._input_taken = asyncio.Event()
+        self.over = asyncio.Event()
         self.ends_by: float | None = None
 
     def __repr__(self) -> str:
@@ -172,6 +175,13 @@ class Command:
         self.holding.resize(self.size + len(data))
         self._input += data
         self._input_changed.set()
+
+    async def feed(self, data: bytes) -> None:
+        """`write` as soon as there is room for it."""
+        while self.outcome is None and len(self._input) + len(data) > STDIN_WAITING and self._input:
+            self._input_taken.clear()
+            await self._input_taken.wait()
+        self.write(data)
 
     def close_stdin(self) -> None:
         """End its standard input, after what waits. Once it is closed, this does nothing.
@@ -315,6 +325,8 @@ class Command:
         self._input.clear()
         self.holding.resize(self.size)
         self.begun.set()
+        self._input_taken.set()
+        self.over.set()
 
     def _keep(self, sub: int, data: bytes) -> None:
         """Keep output in pieces. A character that is not complete waits for its rest."""
@@ -335,6 +347,7 @@ class Command:
                     if not sent:
                         return  # it is over
                     del self._input[:sent]
+                    self._input_taken.set()
                 self.holding.resize(self.size)
                 if not self._input and self._input_is_open:
                     self._input_changed.clear()

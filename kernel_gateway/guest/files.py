@@ -14,9 +14,9 @@ from itertools import pairwise
 
 from guest_agent import wire
 from guest_agent.wire import Entries, Entry
-from kernel_gateway.errors import GuestFailure, GuestUnresponsive, InvalidRequest
+from kernel_gateway.errors import GuestFailure, GuestUnresponsive, InvalidRequest, TooLarge
 from kernel_gateway.guest.guest import Guest
-from kernel_gateway.guest.link import Conversation
+from kernel_gateway.guest.link import Conversation, Link
 from kernel_gateway.held import Holding
 
 MAX_ENTRIES = 10_000
@@ -31,18 +31,19 @@ TREE_TIMEOUT = 600.0
 """Seconds for deleting or moving a tree, times the driver's time scale. The agent stops when the client hangs up."""
 
 
-def resolve(guest: Guest, path: str) -> str:
+def resolve(home: str, path: str) -> str:
     """An absolute path in the guest; `~` and relative paths mean the home directory. The guest resolves the rest."""
     if "\0" in path:
         raise InvalidRequest("a path can't hold a NUL")
     if path == "~" or path.startswith("~/"):
-        path = guest.home + path[1:]
-    return posixpath.join(guest.home, path)
+        path = home + path[1:]
+    return posixpath.join(home, path) if path else home
 
 
 def cost(entry: Entry) -> int:
     """Bytes that an entry of a listing costs, roughly. Its texts are in the answer, too."""
-    return ENTRY_COST + 2 * sum(map(sys.getsizeof, (entry.name, entry.path, entry.target)))
+    texts = (entry.name, entry.path, entry.target, *entry.metadata, *entry.metadata.values())
+    return ENTRY_COST + 2 * sum(map(sys.getsizeof, texts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Writing:
-    """A file that is being written. Its old content stays until `finish`."""
+    """A file that is being written. Its old content stays until `finish`, unless it is written in place."""
 
     _conversation: Conversation
 
@@ -97,23 +98,58 @@ class Writing:
 
 
 class Files:
-    """The files of one guest. Relative paths begin in its home.
+    """The files of one guest, with the rights of one user. Relative paths begin in the user's home.
 
     Every method raises InvalidRequest for a path that can't be, GuestFailure when the guest refuses, and
     GuestUnresponsive or SandboxDied when it does not answer as it must.
     """
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: Guest, user: str = "", home: str = "") -> None:
         self._guest = guest
         self._link = guest.link
+        self._user = user
+        self._home = home or guest.home
+
+    @classmethod
+    async def of(cls, guest: Guest, user: str) -> "Files":
+        """The files with the rights of the user of that name. A user that does not exist is a GuestFailure."""
+        if user in ("", guest.user):
+            return cls(guest)
+        return cls(guest, user, (await guest.link.call(wire.GetUser(name=user), wire.User)).home)
 
     def resolve(self, path: str) -> str:
         """The absolute path, as the guest gets it."""
-        return resolve(self._guest, path)
+        return resolve(self._home, path)
 
     async def stat(self, path: str) -> Entry:
         """The entry at a path."""
-        return await self._link.call(wire.Stat(path=self.resolve(path)), Entry)
+        return await self._link.call(wire.Stat(path=self.resolve(path), user=self._user), Entry)
+
+    async def tree(self, path: str, depth: int, *, holding: Holding) -> list[Entry]:
+        """The entries of a directory and, up to `depth`, of those in it, each before what is in it.
+
+        Links are not followed.
+
+        Args:
+            holding: counts the entries, as for `list`.
+
+        Raises:
+            TooLarge: there are more than MAX_ENTRIES.
+        """
+        path = self.resolve(path)
+        levels = [iter((await self.list(path, holding=holding)).entries)]
+        found: list[Entry] = []
+        while levels:
+            entry = next(levels[-1], None)
+            if entry is None:
+                levels.pop()
+                continue
+            found.append(entry)
+            if len(found) > MAX_ENTRIES:
+                raise TooLarge(f"a listing has at most {MAX_ENTRIES} entries", hint="list with a smaller depth")
+            if entry.kind == "dir" and entry.target is None and len(levels) < depth:
+                levels.append(iter((await self.list(entry.path, holding=holding)).entries))
+        return found
 
     async def list(self, path: str, *, holding: Holding, after: str = "", limit: int = MAX_ENTRIES) -> Listing:
         """The entries of a directory with names after `after`.
@@ -133,7 +169,7 @@ class Files:
         try:
             async with asyncio.timeout(LIST_TIMEOUT * self._link.time_scale):
                 while more and len(entries) < limit and size < LISTING_SIZE:
-                    request = wire.ListDir(path=path, after=after, limit=limit - len(entries))
+                    request = wire.ListDir(path=path, after=after, limit=limit - len(entries), user=self._user)
                     page = await self._link.call(request, Entries)
                     self._check(page, request)
                     after = page.entries[-1].name if page.entries else after
@@ -165,7 +201,8 @@ class Files:
             is_sent: False to learn how many bytes there are, and get none.
         """
         path = self.resolve(path)
-        async with self._link.ask(wire.Read(path=path, offset=offset, length=length if is_sent else 0)) as conversation:
+        request = wire.Read(path=path, offset=offset, length=length if is_sent else 0, user=self._user)
+        async with self._link.ask(request) as conversation:
             entry = await conversation.receive()
             if not isinstance(entry, Entry):
                 raise GuestUnresponsive("the guest answered a read with something that is not a file")
@@ -175,20 +212,71 @@ class Files:
             yield Content(entry, size, conversation)
 
     @asynccontextmanager
-    async def write(self, path: str) -> AsyncIterator[Writing]:
-        """Open a file for new content. Its parents are made. Without `finish` the old content stays."""
-        async with self._link.ask(wire.Write(path=self.resolve(path))) as conversation:
+    async def write(
+        self, path: str, *, in_place: bool = False, metadata: dict[str, str] | None = None
+    ) -> AsyncIterator[Writing]:
+        """Open a file for new content. Its parents are made. Without `finish` the old content stays.
+
+        Args:
+            in_place: the old content goes at once, and no other name appears in the directory.
+            metadata: what the file has as its metadata afterwards, if it is written in place; None leaves them.
+        """
+        request = wire.Write(path=self.resolve(path), user=self._user, in_place=in_place, metadata=metadata)
+        async with self._link.ask(request) as conversation:
             yield Writing(conversation)
 
-    async def make_dir(self, path: str) -> Entry:
-        """Make a directory with its parents, unless it exists already."""
-        return await self._link.call(wire.MakeDir(path=self.resolve(path)), Entry)
+    async def make_dir(self, path: str, *, exclusive: bool = False) -> Entry:
+        """Make a directory with its parents. One that exists already is an error only if this is `exclusive`."""
+        request = wire.MakeDir(path=self.resolve(path), user=self._user, exclusive=exclusive)
+        return await self._link.call(request, Entry)
 
     async def move(self, source: str, destination: str) -> Entry:
         """Move a file or a tree, and return its entry at its new place."""
-        request = wire.Move(source=self.resolve(source), destination=self.resolve(destination))
+        request = wire.Move(source=self.resolve(source), destination=self.resolve(destination), user=self._user)
         return await self._link.call(request, Entry, TREE_TIMEOUT)
 
     async def delete(self, path: str) -> None:
         """Delete a file, or a directory with its content."""
-        await self._link.call(wire.Delete(path=self.resolve(path)), wire.Done, TREE_TIMEOUT)
+        await self._link.call(wire.Delete(path=self.resolve(path), user=self._user), wire.Done, TREE_TIMEOUT)
+
+    @asynccontextmanager
+    async def watch(
+        self, path: str, *, is_recursive: bool = False, with_entries: bool = False
+    ) -> AsyncIterator["Watch"]:
+        """Take note of what happens in a directory for the time of the block.
+
+        Args:
+            is_recursive: also in the directories in it.
+            with_entries: the reader wants the entry of each file that changed.
+        """
+        request = wire.Watch(path=self.resolve(path), recursive=is_recursive, user=self._user)
+        async with self._link.ask(request) as conversation:
+            if not isinstance(await conversation.receive(), wire.Watching):
+                raise GuestUnresponsive("the guest did not answer Watch as it must")
+            yield Watch(self._link, conversation.number, request.path, with_entries)
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """A directory that is watched. What has changed waits in the guest."""
+
+    _link: Link
+    _number: int
+    path: str
+    with_entries: bool
+
+    async def changes(self) -> wire.Changes:
+        """What has changed since the last call; nothing if nothing has."""
+        return await self._link.call(wire.GetChanges(stream=self._number), wire.Changes)
+
+    async def closed(self) -> None:
+        """Return when the guest can tell no more changes, because the link to it is closed."""
+        await asyncio.wait({self._link.closed})
+
+    async def next(self) -> wire.Changes:
+        """What has changed since the last call, as soon as something has."""
+        async with self._link.ask(wire.GetChanges(stream=self._number, wait=True)) as conversation:
+            found = await conversation.reply()
+        if not isinstance(found, wire.Changes):
+            raise GuestUnresponsive(f"the guest answered GetChanges with {type(found).__name__}")
+        return found

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 import msgspec
 
@@ -54,13 +54,17 @@ _host = msgspec.msgpack.Decoder(HostState)
 
 @dataclass(slots=True)
 class Guest:
-    """A machine with an agent that has passed the resume handshake. Relative paths start at `home`."""
+    """A machine with an agent that has passed the resume handshake.
+
+    It works for the user `user`, in whose `home` relative paths start.
+    """
 
     vm: Vm
     link: Link
     kernel: Kernel
     commands: Commands
     home: str = ""
+    user: ClassVar[str] = "user"
 
     def adopt(self, account: Account, journals: Path | None) -> None:
         """Let the guest work for an owner from now on.

@@ -109,7 +109,8 @@ class Kernel:
     """One kernel. Cells that the gateway runs itself run one at a time, in the order of the calls.
 
     Its life is the table in `state.py`, and `_apply` is the only place that changes it. `reason` says why it is
-    restarting or dead. `on_shutdown` is called when a client has shut the kernel down for good.
+    restarting or dead, and `incarnation` counts the processes that it has lost. `on_shutdown` is called when a client
+    has shut the kernel down for good.
     """
 
     def __init__(self, link: Link) -> None:
@@ -129,6 +130,7 @@ class Kernel:
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self.reason = ""
+        self.incarnation = 0
         self.last_activity = time.time()
         self.clients: set[Client] = set()
         self._sessions: dict[str, ClientSession] = {}
@@ -235,6 +237,7 @@ class Kernel:
             self._untold = reason if is_unasked and not self._pending else ""
             self._lose(lost)
         self._state = following
+        self.incarnation += lost is not None
         self.reason = "" if following is State.IDLE else reason
         if self._overdue is not None:
             self._overdue.cancel()

@@ -4,6 +4,7 @@ A key sees the sandboxes of its owner. A scope narrows that: what is out of its 
 another owner's, and what it may not do is refused.
 """
 
+import hmac
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -85,6 +86,11 @@ def may_be_key(text: str) -> bool:
     """Whether a key can have this form. Strangers offer many texts, and no other text is looked up."""
     shortest, longest = KEY_LENGTH
     return shortest <= len(text) <= longest
+
+
+def is_secret(given: str, secret: str) -> bool:
+    """Whether a text is a secret. The time that this takes tells nothing about it."""
+    return hmac.compare_digest(given.encode("utf-8", "replace"), secret.encode())
 
 
 class Key(NamedTuple):

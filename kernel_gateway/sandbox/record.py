@@ -32,6 +32,8 @@ class Record(msgspec.Struct):
     kernel_name: str
     started_at: datetime
     paused_at: datetime
+    access_token: str = ""
+    traffic_token: str = ""
 
 
 def record_of(sandbox: Sandbox) -> str:
@@ -55,5 +57,7 @@ def record_of(sandbox: Sandbox) -> str:
         kernel_name=sandbox.kernel_name,
         started_at=sandbox.started_at,
         paused_at=sandbox.paused_at or datetime.now(UTC),
+        access_token=sandbox.access_token,
+        traffic_token=sandbox.traffic_token,
     )
     return msgspec.json.encode(record).decode()

@@ -7,18 +7,22 @@ import secrets
 import string
 import time
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Protocol, runtime_checkable
 
+from guest_agent import wire
 from kernel_gateway.drivers import Networked, TakesDisk, Vm
 from kernel_gateway.errors import CellvmError, Conflict, SandboxDied, SandboxPaused
 from kernel_gateway.guest.guest import Guest
+from kernel_gateway.guest.watchers import Watchers
 from kernel_gateway.images.templates import Template
 from kernel_gateway.kernel.kernel import Kernel
 from kernel_gateway.network.policy import Policy, Refusal
 from kernel_gateway.outcome import Ending
+from kernel_gateway.sandbox.key import Key, Scope
 from kernel_gateway.sandbox.lifecycle import ASLEEP, ENDED, Event, State, decide
 
 log = logging.getLogger(__name__)
@@ -26,6 +30,10 @@ log = logging.getLogger(__name__)
 PREFIX = "sbx"
 ID_LENGTH = 20
 ID_ALPHABET = string.digits + string.ascii_lowercase
+READING, READINGS = 5.0, 720
+"""Seconds between readings of a guest's use of resources, and how many of them are kept."""
+TOKEN_SIZE = 24
+"""Bytes of a token."""
 END_LIMIT = 30.0
 """Seconds after which nobody waits for a machine's end any more. Its place stays taken until it has ended."""
 
@@ -92,9 +100,11 @@ class Sandbox:
     `deadline` is on the monotonic clock, because a step of the host's clock must not move a lifetime. `ends_at` is the
     same time for people. With `idle_timeout` the sandbox lives on while somebody is connected to its kernel or the
     kernel works, and that many seconds longer. With `longest_life` it ends that many seconds after its creation at the
-    latest. `policy` says what it may reach. Code that replaces it holds `applying`. `ended` is called once, with the
-    reason, when its owner has seen the last of it. `vacated` is called when a machine of it is gone, and `discard` when
-    files of its pause are of no more use.
+    latest. `access_token` opens all that is in the sandbox, and `traffic_token` its ports, to whoever has them, and
+    both stay the same as long as it lives. `readings` are of its use of resources, oldest first. `policy` says what it
+    may reach. Code that replaces it holds `applying`. `ended` is called once, with the reason, when its owner has seen
+    the last of it. `vacated` is called when a machine of it is gone, and `discard` when files of its pause are of no
+    more use.
 
     With `auto_pause` it is paused when its lifetime is over, and with `auto_resume` every request wakes it. So it is,
     too, if it `was_stopped`: paused with its server, and not for its owner. `work` is the task that pauses or resumes
@@ -127,6 +137,9 @@ class Sandbox:
         self.env = env
         self.policy = policy
         self.applying = asyncio.Lock()
+        self.access_token = secrets.token_hex(TOKEN_SIZE)
+        self.traffic_token = secrets.token_hex(TOKEN_SIZE)
+        self.watchers = Watchers()
         self.open_ports: set[int] = set()
         self.all_ports_open = False
         self.port_users: dict[asyncio.Task[None], int | str] = {}  # a visitor's port, or the id of a key
@@ -147,10 +160,17 @@ class Sandbox:
         self._discard = discard
         self._guest: Guest | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self.readings: deque[wire.Metrics] = deque(maxlen=READINGS)
         self._cleaning: asyncio.Task[None] | None = None
         self._is_gone = asyncio.Event()
         self._last_deadline = math.inf if longest_life is None else time.monotonic() + longest_life
         self.set_timeout(timeout)
+
+    @property
+    def token_key(self) -> Key:
+        """What a token of the sandbox is worth: a key that sees it alone."""
+        return Key("", self.owner, "token", 0.0, Scope(sandbox=self.id))
 
     def __repr__(self) -> str:
         return f"<Sandbox {self.id} {self.state} of {self.template.id}>"
@@ -254,7 +274,15 @@ class Sandbox:
         self.paused_at = None
         guest.kernel.on_shutdown = lambda: self.apply(Event.KILL)
         self._watch = asyncio.create_task(self._watch_guest(guest))
+        self._reading = asyncio.create_task(self._read_metrics(guest))
         self.apply(event)
+
+    async def _read_metrics(self, guest: Guest) -> None:
+        """Keep a reading of the guest's use of resources from time to time. One that does not come is left out."""
+        while not guest.link.closed.done():
+            await asyncio.sleep(READING)
+            with suppress(CellvmError):
+                self.readings.append(await guest.link.call(wire.GetMetrics(), wire.Metrics))
 
     async def _watch_guest(self, guest: Guest) -> None:
         """End the sandbox when its machine ends or breaks the protocol."""
@@ -327,8 +355,9 @@ class Sandbox:
             await asyncio.wait({self._cleaning}, timeout=END_LIMIT)
 
     async def _kill(self, guest: Guest) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
+        for task in (self._watch, self._reading):
+            if task is not None:
+                task.cancel()
         killing = asyncio.create_task(guest.kill())
         await asyncio.wait({killing}, timeout=END_LIMIT)
         if not killing.done():

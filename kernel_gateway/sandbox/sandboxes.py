@@ -726,6 +726,8 @@ class Sandboxes:
         )
         sandbox.open_ports, sandbox.all_ports_open = record.open_ports, record.all_ports_open
         sandbox.kernel_name, sandbox.was_stopped = record.kernel_name, record.was_stopped
+        if record.access_token:  # records of earlier servers have none
+            sandbox.access_token, sandbox.traffic_token = record.access_token, record.traffic_token
         sandbox.started_at, sandbox.paused_at, sandbox.has_files = record.started_at, record.paused_at, True
         return sandbox
 

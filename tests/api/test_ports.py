@@ -1215,7 +1215,7 @@ async def test_odd_host_names(lab: Lab) -> None:
         "0-x.localhost",
     ):
         answer = await lab.by_host("GET", "/health", host, key=None)
-        assert answer.code in (400, 401), host
+        assert answer.code in (400, 403), host
     answer = await lab.by_host("GET", "/", f"{lab.port}-{lab.box}.localhost", key=lab.service.other_key)
     unknown = await lab.by_host("GET", "/", f"{lab.port}-sbx{'a' * 20}.localhost", key=lab.service.other_key)
     assert (answer.code, answer.body) == (unknown.code, unknown.body) == (404, unknown.body)
@@ -1237,7 +1237,7 @@ async def test_another_domain(tmp_path: Any) -> None:
     async with serving(tmp_path, domain="Preview.Example.com:8443") as service:
         box = await service.create()
         host = f"8000-{box}.preview.example.com"
-        assert (await service.call("GET", "/", headers={"Host": host}, key=None)).code == 401
+        assert (await service.call("GET", "/", headers={"Host": host}, key=None)).code == 403
         assert (await service.call("GET", "/health", headers={"Host": f"8000-{box}.localhost"}, key=None)).code == 200
         await service.call("PUT", f"/sandboxes/{box}/ports", {"port": 8000, "public": True})
         listed = json.loads((await service.call("GET", f"/sandboxes/{box}/ports")).body)

@@ -31,6 +31,10 @@ async def test_create(service: Service) -> None:
     started, ends = moment(body.pop("startedAt")), moment(body.pop("endAt"))
     assert abs(started - datetime.now(UTC)) < timedelta(seconds=5)
     assert timedelta(seconds=119) < ends - started < timedelta(seconds=125)
+    tokens = {body.pop("envdAccessToken"), body.pop("trafficAccessToken")}
+    assert len(tokens) == 2
+    assert all(re.fullmatch("[0-9a-f]{48}", token) for token in tokens)
+    assert body.pop("domain") == "localhost"
     assert body == {
         "sandboxID": body["sandboxID"],
         "templateID": "code_interpreter",

@@ -28,7 +28,10 @@ SLOWNESS = {"kvm": 1.0, "tcg": 2.0, "native": 1.0}
 
 
 class Server:
-    """A `cellvm serve` process with its data directory. `flags` are further ones, `environment` further variables."""
+    """A `cellvm serve` process with its data directory. `flags` are further ones, `environment` further variables.
+
+    `ca` is the certificate authority of a server with TLS.
+    """
 
     def __init__(
         self,
@@ -38,6 +41,7 @@ class Server:
         max_sandboxes: int,
         flags: dict[str, object] | None = None,
         environment: dict[str, str] | None = None,
+        ca: Path | None = None,
     ) -> None:
         assert shutil.which("qemu-system-x86_64"), "these tests need QEMU: run `cellvm doctor`"
         self.data = data
@@ -53,6 +57,9 @@ class Server:
         self.pid = self.process.pid
         self.http = requests.Session()
         self.http.headers["Authorization"] = f"Bearer {KEY}"
+        if ca is not None:
+            self.http.verify = str(ca)
+            self.http.trust_env = False  # a variable would win
         try:
             found = until(lambda: self._ready_line(offset), START_LIMIT, every=0.02)
         except BaseException:
@@ -67,7 +74,7 @@ class Server:
     def _ready_line(self, offset: int) -> re.Match[str] | None:
         text = self.log.read_bytes()[offset:].decode()
         assert self.process.poll() is None, f"the server ended: {text[-3000:]}"
-        return re.search(r"^CellVM .* is ready at (http://\S+)", text, re.MULTILINE)
+        return re.search(r"^CellVM .* is ready at (https?://\S+)", text, re.MULTILINE)
 
     def close(self) -> None:
         """Stop the server, by force if it does not stop in time. Idempotent."""

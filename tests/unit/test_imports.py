@@ -16,6 +16,9 @@ USERS_OF_THE_WIRE = {
     "images.build",
     "api.ports",
     "api.rest",
+    "api.e2b.envd",
+    "api.e2b.filesystem",
+    "sandbox.sandbox",
     "__main__",
 }
 """The only modules of the gateway that may import guest_agent.wire."""
@@ -179,6 +182,13 @@ def test_only_some_speak_the_wire() -> None:
     }
     assert {name for name, used in users.items() if used} == USERS_OF_THE_WIRE
     assert all(users[name] == {"guest_agent.wire"} for name in USERS_OF_THE_WIRE)
+
+
+def test_the_codec_of_connect_is_pure() -> None:
+    """Connect's envelopes and errors are bytes in, values out."""
+    assert ours("kernel_gateway.api.e2b.connect") == {"kernel_gateway.errors"}
+    assert outside("kernel_gateway.api.e2b.connect") == {"msgspec"}
+    assert not imports("kernel_gateway.api.e2b.connect") & {"asyncio", "socket", "subprocess", "os", "time"}
 
 
 def test_guest_files_know_no_dialect() -> None:

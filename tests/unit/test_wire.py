@@ -21,6 +21,7 @@ ENTRY = {
     "kind": st.sampled_from(["dir", "file", "other"]),
     "size": st.integers(0, 2**63 - 1),
     "mode": st.integers(0, 0o7777),
+    "metadata": st.dictionaries(TEXT, TEXT, max_size=5),
 }
 """Fields of an Entry that do not take every value of their type."""
 REQUESTS, REPLIES, EVENTS = (get_args(union) for union in (wire.Request, wire.Reply, wire.Event))
@@ -38,6 +39,7 @@ def values(kind: type[wire.Body]) -> st.SearchStrategy[wire.Body]:
     known[float] = st.floats(allow_nan=False)
     known[list[str]] = st.lists(TEXT, max_size=5)
     known[dict[str, str]] = st.dictionaries(TEXT, TEXT, max_size=5)
+    known[dict[str, str] | None] = st.none() | known[dict[str, str]]
     known[str | None] = st.none() | TEXT
     known[wire.Text] = TEXT
     known[wire.Text | None] = st.none() | TEXT
@@ -46,6 +48,10 @@ def values(kind: type[wire.Body]) -> st.SearchStrategy[wire.Body]:
         known |= {each.type: ENTRY[each.name] for each in msgspec.structs.fields(kind) if each.name in ENTRY}
     if kind is wire.Entries:
         known[list[wire.Entry]] = st.lists(values(wire.Entry), max_size=3)
+    if kind is wire.Changes:
+        kinds = st.sampled_from(["create", "write", "remove", "rename", "chmod"])
+        changes = st.lists(st.builds(wire.Change, kind=kinds, name=TEXT), max_size=3)
+        known |= {each.type: changes for each in msgspec.structs.fields(kind) if each.name == "changes"}
     fields = {field.name: known[field.type] for field in msgspec.structs.fields(kind)}
     return st.builds(kind, **fields)
 

@@ -12,7 +12,8 @@ from guest_agent import wire
 SNAPSHOT = Path(__file__).parent / f"wire_generation_{wire.GENERATION}.json"
 CONSTANTS = (
     "GENERATION", "CHUNK", "MAX_CONTROL", "MAX_DATA", "MAX_MESSAGE", "MAX_PARTS", "INITIAL_CREDIT", "EVENTS", "KERNEL",
-    "KERNEL_CONTROL", "LINK", "FIRST_STREAM", "MORE", "STDIN", "STDOUT", "STDERR", "MAX_TEXT",
+    "KERNEL_CONTROL", "LINK", "FIRST_STREAM", "MORE", "STDIN", "STDOUT", "STDERR", "MAX_TEXT", "MAX_METADATA",
+    "MAX_CHANGES",
 )  # fmt: skip
 BLESS = f"BLESS=1 python -m pytest tests/unit/{Path(__file__).name}"
 
