@@ -391,7 +391,7 @@ async def test_a_terminal(forking: Forking) -> None:
     )
     for fork in (False, True):
         made = await start(
-            forking.service, forking.box, "python3", "-c", f"{code}\n{IS_FORK}\ninput('? ')",
+            forking.service, forking.box, "python3", "-c", f"{code}\n{IS_FORK}\nprint('? ', flush=True)\nimport time\nwhile True: time.sleep(0.1)",
             pty={"cols": 80, "rows": 24}, envVars={SWITCH: "yes" if fork else "0"},
         )  # fmt: skip
         async with attached(forking.service, forking.box, made["pid"]) as follower:
