@@ -389,9 +389,10 @@ async def test_a_terminal(forking: Forking) -> None:
         "import os, sys\nprint(sys.stdout.line_buffering, os.tcgetpgrp(0) == os.getpid(), os.ttyname(0), "
         "os.environ['TERM'])"
     )
+    waiting = "import time\nprint('? ', flush=True)\nwhile True: time.sleep(0.1)"
     for fork in (False, True):
         made = await start(
-            forking.service, forking.box, "python3", "-c", f"{code}\n{IS_FORK}\ninput('? ')",
+            forking.service, forking.box, "python3", "-c", f"{code}\n{IS_FORK}\n{waiting}",
             pty={"cols": 80, "rows": 24}, envVars={SWITCH: "yes" if fork else "0"},
         )  # fmt: skip
         async with attached(forking.service, forking.box, made["pid"]) as follower:
