@@ -368,7 +368,7 @@ async def not_offered(box: Any) -> None:
     note = "there is no template mcp-gateway"
     await refused("Sandbox.get_mcp_token Sandbox.get_mcp_url", note, lambda: Sandbox.create(mcp={"x": {}}), "mcp")
     if hasattr(Sandbox, "beta_create"):
-        await refused("Sandbox.beta_create", later, lambda: Sandbox.beta_create(auto_pause=True), "autoPause")
+        await refused("Sandbox.beta_create", later, lambda: Sandbox.beta_create(auto_pause=True), "pause")
 
 
 def public(kind: type) -> list[str]:
