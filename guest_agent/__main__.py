@@ -29,7 +29,7 @@ async def run(options: argparse.Namespace) -> None:
     else:
         runtime = Path(options.runtime)
         path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
-        agent = Agent(options.fd, options.home, runtime, None, path)
+        agent = Agent(options.fd, options.home, runtime, None, path, list(filter(None, options.warm.split(","))))
     gc.freeze()  # these objects live as long as the agent, so the collector skips them
     await agent.channel.closed
     if serving is not None:
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--fd", type=int, help="an inherited socket to the gateway (driver `unisolated`)")
     parser.add_argument("--home", help="with --fd: the sandbox's working directory")
     parser.add_argument("--runtime", help="with --fd: a directory for the agent's own files")
+    parser.add_argument("--warm", default="", help="with --fd: modules that Python programs find imported, with commas")
     options = parser.parse_args()
     # These two are ignored if a shell has started the agent, or its server, in the background. Every program would
     # inherit that, and Ctrl-C would have no effect.

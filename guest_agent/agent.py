@@ -8,6 +8,7 @@ from pathlib import Path
 from guest_agent import ports, process, resume, wire
 from guest_agent.channel import AgentError, Channel, Stream
 from guest_agent.files import Files
+from guest_agent.instant import ZygoteProcess
 from guest_agent.kernel import Kernel
 from guest_agent.watch import Watches
 
@@ -27,9 +28,12 @@ class Agent:
         uid: the sandbox user; None when the agent is not root in a machine of its own (driver `unisolated`),
             where it must not touch clock, names or other users.
         path: the value of PATH.
+        modules: what Python programs are warmed with when there is no template.
     """
 
-    def __init__(self, fd: int, home: str, runtime: Path, uid: int | None, path: str) -> None:
+    def __init__(
+        self, fd: int, home: str, runtime: Path, uid: int | None, path: str, modules: list[str] | None = None
+    ) -> None:
         self._home = home
         self._runtime = runtime
         self._uid = uid
@@ -51,7 +55,8 @@ class Agent:
                 self._base_env["POLARS_PREFER_PKG"] = "32"  # its fast build; the image has one for old processors, too
         self._env = self._base_env
         self._cpu_before = (0.0, 0.0)
-        self._programs = process.Programs(home, uid)
+        self._zygote = ZygoteProcess(uid, home, modules or [])
+        self._programs = process.Programs(home, uid, self._zygote)
         self.channel = Channel(
             fd, self.dispatch, lambda frame: self._kernel.data_received(frame), lambda: self._kernel.epoch_begun()
         )
@@ -132,6 +137,7 @@ class Agent:
         )
 
     async def _warm(self, request: wire.Warm) -> None:
+        await self._zygote.warm(request.modules, self._env)
         await self._kernel.start_nursery(request.modules)
         await self._kernel.start()
         # It runs in a namespace of its own, so that the user's stays empty, and twice, so that all caches are full.

@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from guest_agent import limits, resume, wire
 from guest_agent.channel import AgentError, Stream
+from guest_agent.instant import ZygoteProcess
 from guest_agent.wire import Exited, Spawn, Started
 
 READ_SIZE = 64 * 1024
@@ -90,11 +92,32 @@ class Account:
     env: dict[str, str]
 
 
+class Process(Protocol):
+    """A child of ours."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def wait(self) -> int:
+        """Its exit status, or the number of the signal that ended it, negative."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A program to be started."""
+
+    argv: list[str]
+    env: dict[str, str]
+    cwd: str
+    account: Account
+    terminal: tuple[int, int] | None
+
+
 @dataclass(frozen=True, slots=True)
 class Program:
     """A program that runs. `outputs` are descriptors by their sub-channel. `terminal` is None if it has none."""
 
-    process: subprocess.Popen[bytes]
+    process: Process
     stdin: int
     outputs: dict[int, int]
     terminal: int | None
@@ -106,10 +129,12 @@ class Programs:
     Args:
         home: the home of the sandbox user.
         uid: the sandbox user; None if programs run as the agent's own user.
+        zygote: what Python programs are forked from.
     """
 
-    def __init__(self, home: str, uid: int | None) -> None:
+    def __init__(self, home: str, uid: int | None, zygote: ZygoteProcess) -> None:
         self._home = home
+        self._zygote = zygote
         self._uid = uid
         self._running: dict[int, Program] = {}
 
@@ -122,9 +147,7 @@ class Programs:
         Raises:
             AgentError: invalid (no such user or working directory, arguments too long), permission_denied, cannot_run.
         """
-        account = self._account(request.user)
-        with self._acting_as(account):
-            program = _start(request, env, account)
+        program = await self._begin(request, env)
         process = program.process
         if self._uid is not None:
             # The agent is killed last when memory runs out. Its children must not inherit that.
@@ -173,6 +196,33 @@ class Programs:
         stream.reply(
             Exited(code=124 if timed_out else 128 + number if number else code, signal=number, timed_out=timed_out)
         )
+
+    async def _begin(self, request: Spawn, env: dict[str, str]) -> Program:
+        account = self._account(request.user)
+        with self._acting_as(account):
+            start = _start(request, env, account)
+            what, in_terminal = (start.argv, start.env, start.cwd), start.terminal is not None
+            may_fork = account.uid == self._uid and self._zygote.may_fork(*what, terminal=in_terminal)
+            ours, theirs = _ends(start.terminal)
+        try:
+            process: Process | None = None
+            if may_fork:
+                process = await self._zygote.fork(*what, theirs, terminal=in_terminal)
+            if process is None:
+                with self._acting_as(account):
+                    process = _popen(start, theirs)
+        except BaseException:
+            for end in ours:
+                os.close(end)
+            raise
+        finally:
+            for end in theirs:
+                os.close(end)
+        if start.terminal is None:
+            stdin, out, err = ours
+            return Program(process, stdin, {wire.STDOUT: out, wire.STDERR: err}, None)
+        (terminal,) = ours
+        return Program(process, os.dup(terminal), {wire.STDOUT: os.dup(terminal)}, terminal)
 
     def answer(self, request: wire.Signal | wire.Resize | wire.GetUser) -> wire.Body:
         """The answer to a request about a program, or about a user."""
@@ -252,46 +302,41 @@ class Programs:
             resume.act_as(self._uid)
 
 
-def _start(request: Spawn, env: dict[str, str], account: Account) -> Program:
+def _start(request: Spawn, env: dict[str, str], account: Account) -> Start:
     cwd = account.home + request.cwd[1:] if request.cwd.partition("/")[0] == "~" else request.cwd
     cwd = os.path.join(account.home, cwd)
     if not os.path.isdir(cwd):
         raise AgentError("invalid", f"cwd {cwd!r} does not exist")
     env = {**env, **account.env, **request.env}
-    if request.terminal is None:
-        return _start_with_pipes(request.argv, env, cwd, account)
-    return _start_in_terminal(request.argv, {"TERM": TERM, **env}, cwd, account, *request.terminal)
+    if request.terminal is not None:
+        env = {"TERM": TERM, **env}
+    return Start(request.argv, env, cwd, account, request.terminal)
 
 
-def _start_with_pipes(argv: list[str], env: dict[str, str], cwd: str, account: Account) -> Program:
-    pipe = subprocess.PIPE
-    process = _popen(argv, env, cwd, account, stdin=pipe, stdout=pipe, stderr=pipe)
-    ends = []
-    for end in (process.stdin, process.stdout, process.stderr):
-        assert end is not None
-        ends.append(os.dup(end.fileno()))
-        end.close()
-    return Program(process, ends[0], {wire.STDOUT: ends[1], wire.STDERR: ends[2]}, None)
-
-
-def _start_in_terminal(
-    argv: list[str], env: dict[str, str], cwd: str, account: Account, rows: int, columns: int
-) -> Program:
-    terminal, side = os.openpty()
+def _ends(terminal: tuple[int, int] | None) -> tuple[list[int], list[int]]:
+    """Our ends of a program's standard input, output and error, and its own. A terminal is both ends of all three."""
+    if terminal is None:
+        ends: list[int] = []
+        try:
+            for _ in range(3):
+                ends += os.pipe()
+        except OSError:
+            for end in ends:
+                os.close(end)
+            raise
+        stdin, ours, out, stdout, err, stderr = ends
+        return [ours, out, err], [stdin, stdout, stderr]
+    end, side = os.openpty()
     try:
-        _resize(terminal, rows, columns)
+        _resize(end, *terminal)
         flags = termios.tcgetattr(side)
         flags[0] |= IUTF8
         termios.tcsetattr(side, termios.TCSANOW, flags)
-        # `setsid --ctty` would do it without a function in the child, but it would hide that a program can't be run.
-        # The function makes one system call, so no lock of another thread can be in its way.
-        process = _popen(argv, env, cwd, account, stdin=side, stdout=side, stderr=side, preexec_fn=_take_terminal)
     except BaseException:
-        os.close(terminal)
-        raise
-    finally:
+        os.close(end)
         os.close(side)
-    return Program(process, os.dup(terminal), {wire.STDOUT: os.dup(terminal)}, terminal)
+        raise
+    return [end], [side]
 
 
 def _take_terminal() -> None:
@@ -303,30 +348,22 @@ def _resize(terminal: int, rows: int, columns: int) -> None:
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
 
-def _popen(
-    argv: list[str],
-    env: dict[str, str],
-    cwd: str,
-    account: Account,
-    *,
-    stdin: int,
-    stdout: int,
-    stderr: int,
-    preexec_fn: Callable[[], None] | None = None,
-) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own."""
+def _popen(start: Start, ends: list[int]) -> subprocess.Popen[bytes]:
+    """Start a program in a session of its own. `ends` are its standard input, output and error, or a terminal."""
+    argv, account = start.argv, start.account
 
     def popen() -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             argv,
-            env=env,
-            cwd=cwd,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
+            env=start.env,
+            cwd=start.cwd,
+            stdin=ends[0],
+            stdout=ends[min(1, len(ends) - 1)],
+            stderr=ends[-1],
             start_new_session=True,
-            preexec_fn=preexec_fn,
-            bufsize=0,
+            # `setsid --ctty` would do it without a function in the child, but it would hide that a program can't be
+            # run. The function makes one system call, so no lock of another thread can be in its way.
+            preexec_fn=None if start.terminal is None else _take_terminal,
             user=account.uid,
             group=account.gid,
             extra_groups=None if account.uid is None else [],
@@ -372,7 +409,7 @@ async def _feed(stream: Stream, program: Program) -> None:
         os.close(pipe)
 
 
-async def _exit(process: subprocess.Popen[bytes]) -> None:
+async def _exit(process: Process) -> None:
     """Return when the program has ended, without reaping it."""
     loop = asyncio.get_running_loop()
     pidfd = os.pidfd_open(process.pid)

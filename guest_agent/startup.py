@@ -13,8 +13,11 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import invalidate_caches
 from importlib.machinery import PathFinder
+
+from guest_agent.imports import file_of, stamp
 
 INLINE = "module://matplotlib_inline.backend_inline"
 READ_ONCE = re.compile(
@@ -33,8 +36,6 @@ LOCALES = ("C.UTF-8", "en_US.UTF-8")
 TAKEN_ON = {"MPLBACKEND": ("agg", "Agg", INLINE), "LANG": LOCALES, "LC_ALL": LOCALES, "LC_CTYPE": LOCALES}
 """Values that a fork can take on, though it can't take on every value."""
 
-Stamp = tuple[int, int, int]
-
 
 def read_once(env: dict[str, str]) -> dict[str, str]:
     """The variables that a process must be started with, because nothing reads them again."""
@@ -49,6 +50,78 @@ def python_path(env: dict[str, str]) -> list[str]:
     return list(dict.fromkeys(os.path.abspath(part) for part in value.split(os.pathsep))) if value else []
 
 
+INTERPRETERS = ("python", "python3", "python3.11")
+SWITCH = "CELLVM_INSTANT_PYTHON"
+"""A variable of the sandbox or of the command. `0` starts programs as any others."""
+ALSO_READ = re.compile(r"PYTHON(?!(PATH|DONTWRITEBYTECODE|UNBUFFERED|BREAKPOINT)$)\w+")
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What an interpreter's arguments ask it to run.
+
+    `kind` is `command` (its text is `what`), `module` (a name), `script` (a path) or `stdin`. `argv` is `sys.argv`.
+    """
+
+    kind: str
+    what: str
+    argv: list[str]
+    unbuffered: bool
+    no_bytecode: bool
+
+
+def program(argv: list[str], env: dict[str, str], *, terminal: bool) -> Program | None:
+    """What `argv` runs in the environment `env`, or None if a fork can't be that interpreter.
+
+    Args:
+        terminal: whether its standard input is a terminal.
+    """
+    if argv[0].rpartition("/")[2] not in INTERPRETERS or env.get(SWITCH) == "0":
+        return None
+    if any("\0" in part for part in (*argv, *env.values())):
+        return None
+    locales = [env[name] for name in ("LC_ALL", "LC_CTYPE", "LANG") if env.get(name)]
+    if not locales or locales[0] not in LOCALES or any(ALSO_READ.fullmatch(name) for name in env):
+        return None
+    found = _what_runs(argv[1:])
+    if found is None or (found[0] == "stdin" and terminal):
+        return None
+    kind, what, arguments, letters = found
+    unbuffered = "u" in letters or bool(env.get("PYTHONUNBUFFERED"))
+    return Program(kind, what, arguments, unbuffered, "B" in letters or bool(env.get("PYTHONDONTWRITEBYTECODE")))
+
+
+def _what_runs(arguments: list[str]) -> tuple[str, str, list[str], str] | None:
+    letters = ""
+    for at, argument in enumerate(arguments):
+        rest = arguments[at + 1 :]
+        if argument == "-":
+            return "stdin", "", ["-", *rest], letters
+        if not argument.startswith("-"):
+            return "script", argument, [argument, *rest], letters
+        before, letter, value = re.fullmatch(r"-([uB]*)([cm]?)(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
+        letters += before
+        if letter:
+            if not value:
+                if not rest:
+                    return None
+                value, *rest = rest
+            return ("command" if letter == "c" else "module"), value, [f"-{letter}", *rest], letters
+        if value or not before:
+            return None
+    return "stdin", "", [""], letters
+
+
+def names_variables(text: str, read: Iterable[str]) -> set[str]:
+    """The variables in a program's text that matter to what is imported before it runs.
+
+    Args:
+        read: names of variables that imports have read.
+    """
+    words = set(re.findall(r"[A-Z][A-Z0-9_]+", text))
+    return (words & set(read)) | {word for word in words if READ_ONCE.fullmatch(word)}
+
+
 class Imported:
     """The modules that this process has imported, and how their files were then.
 
@@ -57,8 +130,8 @@ class Imported:
     """
 
     def __init__(self, unasked: Iterable[str]) -> None:
-        files = {name: file for name, module in list(sys.modules.items()) if (file := _file(module))}
-        self._stamps = {file: _stamp(file) for file in files.values()}
+        files = {name: file for name, module in list(sys.modules.items()) if (file := file_of(module))}
+        self._stamps = {file: stamp(file) for file in files.values()}
         self._firsts = {name: files[name] for name in files.keys() - set(unasked) if "." not in name}
 
     def are_current(self, path: list[str], directory: str) -> bool:
@@ -69,7 +142,7 @@ class Imported:
         """
         at = next((at for at, part in enumerate(path) if part.endswith("-packages")), 0)
         path = [*path[:at], directory, *path[at:]]
-        if any(_stamp(file) != stamp for file, stamp in self._stamps.items()):
+        if any(stamp(file) != before for file, before in self._stamps.items()):
             return False
         invalidate_caches()
         for name, file in self._firsts.items():
@@ -77,17 +150,3 @@ class Imported:
             if spec is not None and spec.origin != file:  # None: it was put into sys.modules by another module
                 return False
         return True
-
-
-def _file(module: object) -> str:
-    file = getattr(module, "__dict__", {}).get("__file__")  # no getattr, because lazy modules would import themselves
-    return file if isinstance(file, str) else ""
-
-
-def _stamp(file: str) -> Stamp | None:
-    """None if there is no such file."""
-    try:
-        found = os.stat(file)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_ctime_ns, found.st_size

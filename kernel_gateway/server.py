@@ -142,7 +142,7 @@ async def opened_driver(settings: Settings, first: Template, progress: Progress)
         async def nothing(template: Template, step: Progress) -> None:
             """An agent that is a plain process needs no image."""
 
-        yield Opened(Unisolated(disks), None, nothing)
+        yield Opened(Unisolated(disks, warm={first.id: first.warm}), None, nothing)
         return
     building = builder(settings)
     with closing(building.cache):

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -59,19 +60,23 @@ class UnisolatedVm:
 class Unisolated:
     """Starts agents. `argv` replaces the agent's command, which gets `--fd`, `--home` and `--runtime`.
 
-    `directory` is absolute, because agents change their own, and has at most LONGEST_PATH bytes.
+    `directory` is absolute, because agents change their own, and has at most LONGEST_PATH bytes. `warm` are the modules
+    of each template.
     """
 
     LONGEST_PATH = 107 - len("/agent-12345678/kernel/9999/ipc-1")
 
     capabilities = Capabilities(isolation="none", accelerator="native", time_scale=1.0, network="host")
 
-    def __init__(self, directory: Path, argv: list[str] | None = None) -> None:
+    def __init__(
+        self, directory: Path, argv: list[str] | None = None, warm: Mapping[str, list[str]] | None = None
+    ) -> None:
         self._directory = directory
+        self._warm = warm or {}
         self._argv = argv or [sys.executable, "-m", "guest_agent"]
 
     async def start(self, source: str) -> UnisolatedVm:
-        """A new agent. The source matters only to drivers that have images."""
+        """A new agent. Of the source it knows the modules that Python programs find imported."""
         directory = Path(tempfile.mkdtemp(prefix="agent-", dir=self._directory))
         home = directory / "home"
         home.mkdir()
@@ -80,7 +85,7 @@ class Unisolated:
             process = subprocess.Popen(
                 [
                     "setpriv", "--pdeathsig=KILL", "--", *self._argv, "--fd", str(theirs.fileno()), "--home", str(home),
-                    "--runtime", str(directory),
+                    "--runtime", str(directory), "--warm", ",".join(self._warm.get(source, ())),
                 ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,

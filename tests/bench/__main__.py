@@ -11,6 +11,7 @@ import http.server
 import json
 import os
 import platform
+import re
 import secrets
 import signal
 import socketserver
@@ -31,6 +32,8 @@ from tests.bench import jupyter
 
 MEGABYTE = 1_000_000
 TRANSFER = 64 * 1024 * 1024
+EXAMPLE = Path(__file__).parents[1] / "guest/documented_example.txt"
+PYTHON_TARGETS = {"python3 -c 'import pandas'": "target <= 0.12", "documented example": "target <= 0.35"}
 CHANGED = 100 * 1024 * 1024
 PANDAS_CELL = "import pandas as pd; pd.DataFrame({'x': range(1000)}).describe()"
 
@@ -126,6 +129,23 @@ def measure_cells(bench: Bench, server: Server, prefix: str, rounds: int) -> Non
             bench.time(f"{prefix}second 1+1", lambda s=sandbox: server.execute(s, "1+1"))  # type: ignore[misc]
             bench.time(f"{prefix}/processes true", lambda s=sandbox: server.process_of(s, "true"))  # type: ignore[misc]
         server.delete(sandbox)
+
+
+def measure_python(bench: Bench, server: Server, prefix: str, programs: dict[str, str], rounds: int) -> None:
+    """Python programs as forks and in the true way, in turns, in one sandbox."""
+    sandbox = server.create().json()["sandboxID"]
+
+    def run(program: str, switch: str) -> requests.Response:
+        body = {"cmd": "python3", "args": ["-c", program], "envVars": {"CELLVM_INSTANT_PYTHON": switch}}
+        return server.session.post(f"{server.url}/sandboxes/{sandbox}/processes", json=body, timeout=300)
+
+    while run("import gc; assert gc.get_freeze_count()", "1").json()["exitCode"]:
+        time.sleep(1)  # without a template the first command begins to warm
+    for _ in range(rounds):
+        for name, program in programs.items():
+            for way, switch in (("", "1"), (", true way", "0")):
+                bench.time(f"{prefix}{name}{way}", lambda p=program, s=switch: run(p, s))  # type: ignore[misc]
+    server.delete(sandbox)
 
 
 def measure_creates(bench: Bench, server: Server, count: int) -> None:
@@ -285,13 +305,17 @@ def measure_neighbour() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--creates", type=int, default=20, help="sequential creates (default 20)")
-    parser.add_argument("--only", choices=("rest", "pauses", "network", "jupyter", "neighbour"), help="one part only")
+    parts = ("rest", "python", "pauses", "network", "jupyter", "neighbour")
+    parser.add_argument("--only", choices=parts, help="one part only")
     options = parser.parse_args()
     if options.only == "neighbour":
         measure_neighbour()
         return
     bench = Bench()
     health = measure_rest(bench, options.creates) if options.only in (None, "rest") else None
+    if options.only in (None, "python"):
+        print("Python …", file=sys.stderr)
+        measure_programs(bench)
     if options.only in (None, "pauses"):
         print("pauses …", file=sys.stderr)
         measure_pauses(bench, 10)
@@ -302,6 +326,22 @@ def main() -> None:
         print("Jupyter …", file=sys.stderr)
         jupyter.measure(bench.add)
     report(bench, health)
+
+
+def measure_programs(bench: Bench) -> None:
+    """Measure Python programs: on a machine those of the documents, and without isolation what every host can run."""
+    example = re.search(r'^code = """(.*?)"""$', EXAMPLE.read_text(), re.MULTILINE | re.DOTALL)
+    assert example is not None
+    imports = {"python3 -c 'import pandas'": "import pandas", "documented example": example[1].replace("\\\\n", "\\n")}
+    for prefix, flags, programs in (
+        ("", ("--templates", "code_interpreter"), {"python3 -c pass": "pass", **imports}),
+        ("unisolated ", ("--isolation", "unisolated"), {"python3 -c pass": "pass"}),
+    ):
+        server = Server("--pool-size", "0", *flags)
+        try:
+            measure_python(bench, server, prefix, programs, 5)
+        finally:
+            server.close()
 
 
 def measure_rest(bench: Bench, creates: int) -> dict[str, Any]:
@@ -356,6 +396,10 @@ def report(bench: Bench, health: dict[str, Any] | None) -> None:
     print(f"\n{machine}, load {os.getloadavg()[0]:.1f}")
     if health:
         rest_table(bench)
+    for name in [each for each in bench.samples if each.endswith(", true way")]:
+        fork = name.removesuffix(", true way")
+        print(bench.line(name, "ms", "", None))
+        print(bench.line(fork, "ms", PYTHON_TARGETS.get(fork, "target <= 1"), name))
     if "resume" in bench.samples:
         restore = "template restore"
         for row in (

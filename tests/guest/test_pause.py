@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -253,6 +254,25 @@ def test_what_a_pause_costs(server: Server) -> None:
         digest = hashlib.sha256((folder / "memory").read_bytes()).hexdigest()
         assert json.loads((folder / "machine.json").read_text())["files"]["memory"]["sha256"] == digest
         resume(box)
+
+
+def test_a_full_disk(server: Server) -> None:
+    """R7: without room on the disk the answer is 507, nothing is left there, and the sandbox still runs."""
+    place = server.data / "paused"
+    with server.sandbox("base") as box:
+        box.execute("import os\nblob = os.urandom(32 << 20)\nticks = 1", timeout=60)
+        for size in ("1m", "24m"):
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "full", place], check=True)
+            try:
+                answer = box.post("/pause")
+                assert (answer.status_code, answer.json()["error"]) == (507, "insufficient_storage")
+                assert list(place.iterdir()) == []
+            finally:
+                subprocess.run(["umount", place], check=True)
+            assert box.value("[ticks, len(blob)]") == [1, 32 << 20]
+        pause(box)
+        resume(box)
+        assert box.value("len(blob)") == 32 << 20
 
 
 def test_a_server_that_is_stopped(start_server: Callable[..., Server]) -> None:
