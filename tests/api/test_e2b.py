@@ -17,7 +17,7 @@ from kernel_gateway.api.e2b import connect
 from kernel_gateway.api.e2b.plane import signature
 from kernel_gateway.api.e2b.rpc import METHODS, Kind
 from kernel_gateway.sandbox.sandbox import Sandbox
-from tests.fakes import Service, resident, serving
+from tests.fakes import SavingDriver, Service, resident, serving
 
 ENVD, INTERPRETER = "49983", "49999"
 
@@ -460,3 +460,57 @@ async def test_a_thousand_idle_streams(roomy: Service) -> None:
     for reader, writer in connections:
         assert b'"end"' in await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 30)
         writer.close()
+
+
+# -- pauses
+
+
+async def test_a_paused_sandbox(tmp_path: Any) -> None:
+    """It is gone for its clients until it is resumed, by `connect`, and its tokens are the same."""
+    driver = SavingDriver()
+    async with serving(tmp_path, driver, max_paused=3) as service:
+        box = await created(service)
+        tokens = box.sandbox.access_token, box.sandbox.traffic_token
+        assert (await service.call("POST", f"/sandboxes/{box.sandbox.id}/pause")).code == 204
+        for port in (ENVD, INTERPRETER):
+            assert (await box.call("GET", "/health", port=port, token=None)).code == 502
+        answer = await box.rpc("process.Process/List", {})
+        assert (answer.code, json.loads(answer.body)["message"]) == (502, "The sandbox was not found")
+        listed = json.loads((await service.call("GET", "/v2/sandboxes?state=paused")).body)
+        assert [each["sandboxID"] for each in listed] == [box.sandbox.id]
+    async with serving(tmp_path, driver, max_paused=3) as service:
+        path = f"/v2/sandboxes/{box.sandbox.id}/connect"
+        answer = await service.call("POST", path, {"timeout": 60})
+        assert answer.code == 201
+        told = json.loads(answer.body)
+        assert (told["envdAccessToken"], told["trafficAccessToken"]) == tokens
+        assert (await service.call("POST", path, {"timeout": 60})).code == 200
+        again = Box(service, service.sandboxes.get(service.owner, box.sandbox.id))
+        assert (await again.rpc("process.Process/List", {})).code == 200
+    await driver.close()
+
+
+@pytest.mark.parametrize("way", ["health", "unary", "stream", "file", "cell"])
+async def test_a_request_wakes_a_sandbox(tmp_path: Any, way: str) -> None:
+    """With `autoResume` every kind of request to a plane resumes a paused sandbox and is answered by it."""
+    driver = SavingDriver()
+    async with serving(tmp_path, driver, max_paused=3) as service:
+        box = await created(service, autoResume={"enabled": True})
+        assert (await service.call("POST", f"/sandboxes/{box.sandbox.id}/pause")).code == 204
+        match way:
+            case "health":
+                assert (await box.call("GET", "/health", token=None)).code == 204
+            case "unary":
+                assert (await box.rpc("filesystem.Filesystem/MakeDir", {"path": "d"})).code == 200
+            case "stream":
+                told, last = await box.stream("process.Process/Start", {"process": {"cmd": "true"}})
+                assert (len(told), last) == (2, {})
+            case "file":
+                raw = {"Content-Type": "application/octet-stream"}
+                assert (await box.call("POST", "/files?path=a", b"content", headers=raw)).code == 200
+                assert (await box.call("GET", "/files?path=a")).body == b"content"
+            case "cell":
+                answer = await box.call("POST", "/execute", b'{"code": "1"}', port=INTERPRETER)
+                assert b"end_of_execution" in answer.body
+        assert box.sandbox.state == "running"
+    await driver.close()

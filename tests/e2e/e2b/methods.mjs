@@ -15,7 +15,8 @@ const INTERNAL = new Set((
   'Sandbox.jupyterUrl Commands.start Git.getRemoteUrl Git.hasUpstream Git.resolveRemoteName Git.runGit Git.runShell ' +
   'Git.withRemoteCredentials Sandbox.getFullInfo'
 ).split(' '))
-const later = 'pause, snapshots and forks come later'
+const later = 'snapshots and forks come later'
+const pauses = 'needs machines that can be saved, which this server has not'
 const sleep = (ms) => new Promise((done) => setTimeout(done, ms))
 
 function tell(answer, methods, note = '') {
@@ -194,7 +195,7 @@ async function git(box) {
 }
 
 async function notOffered(box) {
-  await refused('Sandbox.pause Sandbox.betaPause', later, () => Sandbox.pause(box.sandboxId), '501')
+  await refused('Sandbox.pause Sandbox.betaPause', pauses, () => Sandbox.pause(box.sandboxId), '501')
   await refused('Sandbox.createSnapshot', later, () => Sandbox.createSnapshot(box.sandboxId))
   await refused('Sandbox.listSnapshots', later, () => Sandbox.listSnapshots().nextItems())
   await refused('Sandbox.fork', later, () => Sandbox.fork(box.sandboxId))

@@ -351,8 +351,9 @@ async def git(box: Any) -> None:
 
 
 async def not_offered(box: Any) -> None:
-    later = "pause, snapshots and forks come later"
-    await refused("Sandbox.pause Sandbox.beta_pause", later, lambda: Sandbox.pause(box.sandbox_id), "501")
+    later = "snapshots and forks come later"
+    pauses = "needs machines that can be saved, which this server has not"
+    await refused("Sandbox.pause Sandbox.beta_pause", pauses, lambda: Sandbox.pause(box.sandbox_id), "501")
     for name, call in {
         "create_snapshot": lambda: Sandbox.create_snapshot(box.sandbox_id),
         "list_snapshots": lambda: Sandbox.list_snapshots().next_items(),
@@ -368,7 +369,7 @@ async def not_offered(box: Any) -> None:
     note = "there is no template mcp-gateway"
     await refused("Sandbox.get_mcp_token Sandbox.get_mcp_url", note, lambda: Sandbox.create(mcp={"x": {}}), "mcp")
     if hasattr(Sandbox, "beta_create"):
-        await refused("Sandbox.beta_create", later, lambda: Sandbox.beta_create(auto_pause=True), "autoPause")
+        await refused("Sandbox.beta_create", pauses, lambda: Sandbox.beta_create(auto_pause=True), "pause")
 
 
 def public(kind: type) -> list[str]:

@@ -31,15 +31,16 @@ const programs = {
   // A web server is reached by its host name, with the sandbox's token for its ports.
   async web_server(box) {
     await box.files.write('site/index.html', '<h1>here</h1>')
-    await box.commands.run('python3 -m http.server 31457 --directory site', { background: true })
+    const server = await box.commands.run('exec python3 -m http.server 31457 --directory site', { background: true })
     const Host = box.getHost(31457)
     let answer
-    for (let n = 0; n < 50 && answer?.status !== 200; n++) {
+    for (let n = 0; n < 200 && answer?.status !== 200; n++) {
       await sleep(100)
       answer = await get({ Host, 'e2b-traffic-access-token': box.trafficAccessToken })
     }
     assert.deepEqual(answer, { status: 200, body: '<h1>here</h1>' })
     assert.equal((await get({ Host })).status, 403)
+    await server.kill() // without isolation nobody else ends it
   },
 
   // Somebody types in a terminal.

@@ -82,11 +82,11 @@ def web_server() -> None:
     """A web server in a sandbox is reached by its host name, with the sandbox's token for its ports."""
     with Sandbox.create(timeout=60) as box:
         box.files.write("site/index.html", "<h1>here</h1>")
-        box.commands.run("python3 -m http.server 31456 --directory site", background=True)
+        server = box.commands.run("exec python3 -m http.server 31456 --directory site", background=True)
         host = box.get_host(31456)
         request = urllib.request.Request(URL + "/", headers={"Host": host})
         request.add_header("e2b-traffic-access-token", box.traffic_access_token)
-        for _ in range(50):
+        for _ in range(200):
             try:
                 page = urllib.request.urlopen(request).read()
                 break
@@ -101,6 +101,8 @@ def web_server() -> None:
             assert b"Token header 'e2b-traffic-access-token' is missing" in error.read()
         else:
             raise AssertionError("a closed port was open")
+        finally:
+            server.kill()  # without isolation nobody else ends it
 
 
 def by_metadata() -> None:
