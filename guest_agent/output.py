@@ -68,20 +68,20 @@ class OutStream(iostream.OutStream):
 
     def write(self, string: str) -> int:
         """Write text. What children have written before comes before it."""
-        if self._waiting.poll(0) or self._is_moving:
-            self._let_children_speak()
+        self._let_children_speak()
         super().write(string)
         return len(string)
 
     def flush(self) -> None:
         """Send what was written, by children too."""
-        if self._waiting.poll(0) or self._is_moving:
-            self._let_children_speak()
+        self._let_children_speak()
         super().flush()  # type: ignore[no-untyped-call]
 
     def _let_children_speak(self) -> None:
         """Wait until the thread has moved what is in the pipe. A cell does not do it, because an interrupt may come."""
         if threading.get_ident() != self._thread:  # its output may belong to another cell than that of children
+            return
+        if not (self._waiting.poll(0) or self._is_moving):
             return
         enough, until = self._reads + 2, time.monotonic() + PATIENCE  # a read takes all that a pipe holds
         while self._waiting.poll(0) or self._is_moving:

@@ -14,7 +14,7 @@ import signal
 import sqlite3
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from kernel_gateway.drivers.unisolated import Unisolated, UnisolatedVm
 from kernel_gateway.kernel.executions import Execution
 from kernel_gateway.kernel.kernel import Kernel
+from kernel_gateway.sandbox.outbox import Event
 from kernel_gateway.sandbox.sandbox import Sandbox, kernel_id
 from kernel_gateway.sandbox.store import Entry, Store
 from tests.api.clients import agent, raw
@@ -149,12 +150,12 @@ class Troubled(Store):
     until = 0.0
     hangs = False
 
-    def _insert(self, entries: Iterable[Entry]) -> None:
+    def _insert(self, entries: list[Entry], events: list[Event]) -> None:
         while (left := self.until - time.monotonic()) > 0:
             if not self.hangs:
                 raise sqlite3.OperationalError("disk I/O error")
             time.sleep(min(left, 0.05))
-        super()._insert(entries)
+        super()._insert(entries, events)
 
 
 class World:

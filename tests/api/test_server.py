@@ -231,7 +231,14 @@ async def test_a_server_from_start_to_end(
             assert KEY not in caplog.text
             data = tmp_path / "data"
             assert list(data.rglob("agent-*"))
-    assert sorted(path.name for path in data.rglob("*")) == ["cellvm.db", "disks", "journals", "lock", "reserve"]
+    assert sorted(path.name for path in data.rglob("*")) == [
+        "cellvm.db",
+        "disks",
+        "journals",
+        "lock",
+        "paused",
+        "reserve",
+    ]
     with pytest.raises(ConnectionError):
         await client.fetch(server.url + "/health")
 
