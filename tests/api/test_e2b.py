@@ -13,7 +13,7 @@ from urllib.parse import quote
 import pytest
 from tornado.httpclient import HTTPResponse
 
-from kernel_gateway.api.e2b import connect
+from kernel_gateway.api.e2b import connect, control
 from kernel_gateway.api.e2b.plane import signature
 from kernel_gateway.api.e2b.rpc import METHODS, Kind
 from kernel_gateway.sandbox.sandbox import Sandbox
@@ -299,10 +299,11 @@ async def test_methods_that_do_not_exist(e2b: Box, path: str) -> None:
     assert (await e2b.call("POST", path, b"{}", token="x")).code == 401
 
 
+@pytest.mark.parametrize("value", ["soon", "nan", "inf", "-1", "1e9", "9" * 400])
 @pytest.mark.parametrize("header", ["Connect-Timeout-Ms", "Keepalive-Ping-Interval"])
-async def test_bad_headers_of_streams(e2b: Box, header: str) -> None:
+async def test_bad_headers_of_streams(e2b: Box, header: str, value: str) -> None:
     """A header that is no number is an error, and nothing is started."""
-    headers = {"Content-Type": connect.STREAM, header: "soon"}
+    headers = {"Content-Type": connect.STREAM, header: value}
     answer = await e2b.call(
         "POST", "/process.Process/Start", connect.envelope({"process": {"cmd": "x"}}), headers=headers
     )
@@ -367,6 +368,16 @@ async def test_the_same_create_again(service: Service) -> None:
     assert answer.code == 409
     answer = await service.call("POST", "/v2/sandboxes", body, headers={"Idempotency-Key": "no blanks"})
     assert answer.code == 400
+    box = json.loads(answers[0].body)["sandboxID"]
+    for number in range(control.KEPT_KEYS + 1):  # another owner's keys don't take the place of mine
+        other = {"Idempotency-Key": f"other-{number}"}
+        made = await service.call("POST", "/v2/sandboxes", body, headers=other, key=service.other_key)
+        made = await service.call("DELETE", f"/sandboxes/{json.loads(made.body)['sandboxID']}", key=service.other_key)
+        assert made.code == 204
+    again = await service.call("POST", "/v2/sandboxes", body, headers=headers)
+    assert json.loads(again.body)["sandboxID"] == box
+    await service.call("DELETE", f"/sandboxes/{box}")
+    assert (await service.call("POST", "/v2/sandboxes", body, headers=headers)).code == 404
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 import asyncio
 import base64
 import binascii
+import hashlib
 import re
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta, Struct
 
 from kernel_gateway.api import rest
@@ -16,8 +18,8 @@ from kernel_gateway.errors import Conflict, InvalidRequest, Unavailable
 from kernel_gateway.sandbox.lifecycle import State
 from kernel_gateway.sandbox.sandbox import Sandbox
 
-KEPT_KEYS = 1000
-"""Keys of creates that are remembered, so that the same request again creates nothing."""
+KEPT_KEYS = 100
+"""Keys of one owner's creates that are remembered, so that the same request again creates nothing."""
 PAGE = 100
 """Sandboxes in one page of a list, if the client asks for no other number."""
 
@@ -85,37 +87,41 @@ class Metric(Struct):
 
 
 class Creates:
-    """The creates that were made under a key of the client's, by owner and key."""
+    """The creates that were made under a key of the client's, by owner and key. Each gives its sandbox's id.
+
+    Of each owner KEPT_KEYS are remembered, so that no owner makes others forget. Bodies are kept as digests.
+    """
 
     def __init__(self) -> None:
-        self._tasks: OrderedDict[tuple[str, str], tuple[CreateSandbox, asyncio.Task[SandboxWithTokens]]] = OrderedDict()
+        self._by_owner: defaultdict[str, OrderedDict[str, tuple[bytes, asyncio.Task[str]]]] = defaultdict(OrderedDict)
 
-    def find(self, owner: str, key: str, body: CreateSandbox) -> "asyncio.Task[SandboxWithTokens] | None":
+    def find(self, owner: str, key: str, digest: bytes) -> "asyncio.Task[str] | None":
         """The create under that key, whether it is over or not.
 
         Raises:
             Conflict: it was another one.
         """
-        known = self._tasks.get((owner, key))
+        known = self._by_owner[owner].get(key)
         if known is None:
             return None
-        if known[0] != body:
+        if known[0] != digest:
             raise Conflict(
                 "this Idempotency-Key was used for another sandbox", hint="choose a new one for every create"
             )
         return known[1]
 
-    def add(self, owner: str, key: str, body: CreateSandbox, task: "asyncio.Task[SandboxWithTokens]") -> None:
+    def add(self, owner: str, key: str, digest: bytes, task: "asyncio.Task[str]") -> None:
         """Remember a create, unless it fails."""
-        self._tasks[owner, key] = body, task
+        mine = self._by_owner[owner]
+        mine[key] = digest, task
 
-        def done(task: "asyncio.Task[SandboxWithTokens]") -> None:
+        def done(task: "asyncio.Task[str]") -> None:
             if task.cancelled() or task.exception():
-                self._tasks.pop((owner, key), None)
+                mine.pop(key, None)
 
         task.add_done_callback(done)
-        while len(self._tasks) > KEPT_KEYS:
-            self._tasks.popitem(last=False)
+        while len(mine) > KEPT_KEYS:
+            mine.popitem(last=False)
 
 
 def with_tokens(call: Call, sandbox: Sandbox, made: rest.SandboxModel) -> SandboxWithTokens:
@@ -148,20 +154,25 @@ async def create_sandbox(call: Call, body: CreateSandbox) -> SandboxWithTokens:
     check_offered(body)
     key = call.http.request.headers.get("Idempotency-Key", "")
     if not key:
-        return await _create(call, body)
+        return _told(call, await _create(call, body))
     if not re.fullmatch("[A-Za-z0-9-]{1,255}", key):
         raise InvalidRequest("an Idempotency-Key has 1 to 255 letters, digits or hyphens")
     creates: Creates = call.http.application.settings["creates"]
-    task = creates.find(call.owner, key, body)
+    digest = hashlib.sha256(msgspec.json.encode(body)).digest()
+    task = creates.find(call.owner, key, digest)
     if task is None:
         task = asyncio.create_task(_create(call, body))
-        creates.add(call.owner, key, body, task)
-    return await asyncio.shield(task)
+        creates.add(call.owner, key, digest, task)
+    return _told(call, await asyncio.shield(task))
 
 
-async def _create(call: Call, body: CreateSandbox) -> SandboxWithTokens:
-    made = await rest.create_sandbox(call, body)
-    return with_tokens(call, call.mine.get(made.sandboxID), made)
+async def _create(call: Call, body: CreateSandbox) -> str:
+    return (await rest.create_sandbox(call, body)).sandboxID
+
+
+def _told(call: Call, sandbox_id: str) -> SandboxWithTokens:
+    sandbox = call.mine.get(sandbox_id)
+    return with_tokens(call, sandbox, rest.model(sandbox))
 
 
 async def connect(call: Call, body: Connect) -> SandboxWithTokens:

@@ -1,6 +1,7 @@
 """The procedures of E2B's clients: one table of methods, and the endpoint that serves them over Connect's codec."""
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from enum import Enum
@@ -194,10 +195,11 @@ def of(call: Call) -> Rpc:
 
 def keepalive_interval(text: str) -> float:
     """The seconds of a header `Keepalive-Ping-Interval`."""
-    try:
-        return max(float(text), SHORTEST_KEEPALIVE) if text else KEEPALIVE
-    except ValueError:
-        raise InvalidRequest("Keepalive-Ping-Interval is a number of seconds") from None
+    if not text:
+        return KEEPALIVE
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text):  # `float` takes "nan", with which a timer never ends
+        raise InvalidRequest("Keepalive-Ping-Interval is a number of seconds")
+    return max(float(text), SHORTEST_KEEPALIVE)
 
 
 class NoMethod(Plane):
