@@ -137,7 +137,10 @@ class Agent:
         )
 
     async def _warm(self, request: wire.Warm) -> None:
-        await self._zygote.warm(request.modules, self._env)
+        # Both import the modules, which takes long, and a template's machine has two processors.
+        await asyncio.gather(self._zygote.warm(request.modules, self._env), self._warm_kernel(request))
+
+    async def _warm_kernel(self, request: wire.Warm) -> None:
         await self._kernel.start_nursery(request.modules)
         await self._kernel.start()
         # It runs in a namespace of its own, so that the user's stays empty, and twice, so that all caches are full.
