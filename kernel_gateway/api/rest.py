@@ -28,6 +28,7 @@ from kernel_gateway.errors import (
     CellvmError,
     Conflict,
     GuestFailure,
+    GuestUnresponsive,
     InvalidRequest,
     NotFound,
     TooLarge,
@@ -42,7 +43,7 @@ from kernel_gateway.kernel.journal import Gap, Journal
 from kernel_gateway.kernel.notebook import session_notebook
 from kernel_gateway.network.policy import MAX_ENTRY, Floor, Policy, parse_policy
 from kernel_gateway.outcome import Ending
-from kernel_gateway.sandbox.lifecycle import State
+from kernel_gateway.sandbox.lifecycle import ASLEEP, State
 from kernel_gateway.sandbox.sandbox import Sandbox
 
 MAX_TIMEOUT = 3600
@@ -973,8 +974,12 @@ async def metrics(call: Call) -> MetricsModel:
 
 
 async def sandbox_health(call: Call) -> None:
-    """Whether the sandbox answers: 204 if it does, else 502."""
-    await call.sandbox.guest.link.call(wire.Ping(), wire.Done, timeout=5)
+    """Whether the sandbox answers: 204 if it does, else 502. Asking does not wake one that is paused."""
+    sandbox = call.sandbox
+    if sandbox.state in ASLEEP:
+        hint = "POST /sandboxes/{id}/resume lets it go on"
+        raise GuestUnresponsive(f"the sandbox is {sandbox.state}", hint=hint, outcome=Ending.NOT_STARTED)
+    await sandbox.guest.link.call(wire.Ping(), wire.Done, timeout=5)
 
 
 class TemplateModel(Struct):

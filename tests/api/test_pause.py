@@ -96,7 +96,7 @@ async def test_every_answer(service: Service) -> None:
     assert (answer.code, error_of(answer)["error"]) == (409, "sandbox_paused")
     assert "resume" in error_of(answer)["hint"]
     assert await post(service, box, "timeout", timeout=60) == 409
-    assert (await service.call("GET", f"/sandboxes/{box}/health")).code == 409
+    assert (await service.call("GET", f"/sandboxes/{box}/health")).code == 502
     assert await post(service, box, "connect") == 201
     assert await post(service, box, "connect") == 200
     assert await post(service, "sbxnone", "pause") == 404
