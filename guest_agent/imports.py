@@ -59,9 +59,8 @@ class Fresh:
         self.path = sys.path[1:]  # the first is the way to our package
         self.meta_path = list(sys.meta_path)
         self.path_hooks = list(sys.path_hooks)
-        self.importers = {
-            part for part in sys.path_importer_cache if not part.endswith(PACKAGE) and part != sys.path[0]
-        }
+        ours = {sys.path[0]} - set(self.path)  # an editable installation has the way to our package in the path, too
+        self.importers = {part for part in sys.path_importer_cache if not part.endswith(PACKAGE) and part not in ours}
         self.filters = list(_warnings.filters)
         self.environ = dict(os.environ)
         self.main = {name: value for name, value in vars(sys.modules["__main__"]).items() if name.startswith("__")}
