@@ -34,6 +34,8 @@ VALID: dict[str, dict[str, object]] = {
     "SetTimeout": {"timeout": 60},
     "Connect": {"timeout": 60},
     "Refresh": {"duration": 60},
+    "Pause": {"memory": True, "requireHealthyGuest": True},
+    "Resume": {"timeout": 60, "autoPause": True},
     "WebhookBody": {
         "name": "a",
         "url": "https://example.com/",
