@@ -209,7 +209,7 @@ PLANES: Planes = {
         for kind, table in ((Plane, envd.ROUTES), (rpc.Rpc, rpc.ROUTES))
         for pattern, found in by_path(table).items()
     ]
-    + [(re.compile(r"/([^/]+\.[^/]+)/([^/]+)"), rpc.NoMethod, {"POST": NO_METHOD})],
+    + [(re.compile(r"/([^/]+\.[^/]+)/([^/]+)"), rpc.Procedure, {"POST": NO_METHOD})],
     INTERPRETER: [
         (re.compile(pattern), interpreter.Interpreter, found) for pattern, found in by_path(interpreter.ROUTES).items()
     ],

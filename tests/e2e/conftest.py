@@ -86,10 +86,7 @@ def services(programs: None, progress: Callable[[str], None]) -> Path:
 
     def make(directory: Path) -> None:
         progress(f"setting up @jupyterlab/services in {directory}")
-        directory.mkdir(parents=True)
-        for name in ("package.json", "package-lock.json"):
-            shutil.copy(source / name, directory)
-        run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=directory)
+        install_packages(source, directory)
 
     directory = cached("services", source / "package-lock.json", make)
     return Path(shutil.copy(source / "services.mjs", directory))
@@ -100,6 +97,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("server") / "data", pool_size=1, max_sandboxes=6)
     yield server
     server.close()
+
+
+def install_packages(source: Path, directory: Path) -> None:
+    """Install the JavaScript packages that a folder's lock file names into a new directory."""
+    directory.mkdir(parents=True)
+    for name in ("package.json", "package-lock.json"):
+        shutil.copy(source / name, directory)
+    run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=directory)
 
 
 def cached(name: str, lock: Path, make: Callable[[Path], None]) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import cached, run
+from tests.e2e.conftest import cached, install_packages, run
 from tests.guest.client import KEY, Server
 
 HERE = Path(__file__).parent / "e2b"
@@ -99,10 +99,7 @@ def javascript_of(version: str, progress: Callable[[str], None]) -> Path:
 
     def make(directory: Path) -> None:
         progress(f"setting up e2b {version} for JavaScript in {directory}")
-        directory.mkdir(parents=True)
-        for name in ("package.json", "package-lock.json"):
-            shutil.copy(source / name, directory)
-        run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=directory)
+        install_packages(source, directory)
 
     directory = cached(f"e2b-javascript-{version}", source / "package-lock.json", make)
     for script in HERE.glob("*.mjs"):

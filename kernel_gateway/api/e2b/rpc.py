@@ -61,8 +61,23 @@ METHODS = {
 }
 
 
-class Rpc(Plane):
-    """A method. Its errors are Connect's."""
+class Procedure(Plane):
+    """A method, whether there is one or not. Its errors are Connect's.
+
+    So is that of an unknown one, because a plain 404 would mean to clients that a file or a process does not exist.
+    """
+
+    def status_of(self, error: CellvmError) -> int:
+        return 502 if isinstance(error, GONE) else connect.status_of(error)
+
+    def error_body(self, error: CellvmError, status: int) -> bytes:
+        if isinstance(error, GONE):
+            return super().error_body(error, status)
+        return msgspec.json.encode(connect.error_body(error))
+
+
+class Rpc(Procedure):
+    """A method that there is."""
 
     _method: Method
 
@@ -97,14 +112,6 @@ class Rpc(Plane):
             for message in decoder.messages():
                 yield decode(message, kind)
         decoder.check_end()
-
-    def status_of(self, error: CellvmError) -> int:
-        return 502 if isinstance(error, GONE) else connect.status_of(error)
-
-    def error_body(self, error: CellvmError, status: int) -> bytes:
-        if isinstance(error, GONE):
-            return super().error_body(error, status)
-        return msgspec.json.encode(connect.error_body(error))
 
     async def send(self, data: bytes) -> None:
         self.write(data)
@@ -200,18 +207,6 @@ def keepalive_interval(text: str) -> float:
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text):  # `float` takes "nan", with which a timer never ends
         raise InvalidRequest("Keepalive-Ping-Interval is a number of seconds")
     return max(float(text), SHORTEST_KEEPALIVE)
-
-
-class NoMethod(Plane):
-    """A method that there is none of. A plain 404 would mean to clients that a file or a process does not exist."""
-
-    def status_of(self, error: CellvmError) -> int:
-        return 502 if isinstance(error, GONE) else connect.status_of(error)
-
-    def error_body(self, error: CellvmError, status: int) -> bytes:
-        if isinstance(error, GONE):
-            return super().error_body(error, status)
-        return msgspec.json.encode(connect.error_body(error))
 
 
 async def not_offered(call: Call) -> None:
