@@ -1095,7 +1095,7 @@ def own_frame(kind: FrameType, stream: int, payload: bytes = b"", flags: int = 0
     return wire.header(kind, stream, len(payload), flags) + payload
 
 
-async def eventually(check: Callable[[], Any], timeout: float = 5.0) -> None:
+async def eventually(check: Callable[[], Any], timeout: float = 30.0) -> None:
     """Return when the check holds, or fail after `timeout` seconds."""
     end = time.monotonic() + timeout
     while not check():

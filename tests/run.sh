@@ -15,8 +15,10 @@ phase() {
     "$bin/python" -m pytest "$@" || failed=1
 }
 
-beside() {
-    phase -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder -m "not alone" "$@"
+beside() {  # the number of processes, then the tests
+    processes=$1
+    shift
+    phase -n "${WORKERS:-$processes}" --dist loadfile --no-loadscope-reorder -m "not alone" "$@"
 }
 
 alone() {
@@ -24,7 +26,7 @@ alone() {
 }
 
 if [ "${1:-}" = fast ]; then
-    beside $fast
+    beside 3 $fast
     alone $fast
     exit $failed
 fi
@@ -32,7 +34,7 @@ fi
 "$bin/ruff" check .
 "$bin/mypy"
 "$bin/cellvm" build
-beside $fast
-beside $machines
+beside 3 $fast
+beside 2 $machines
 alone $fast $machines
 exit $failed

@@ -395,7 +395,7 @@ async def test_code_of_hung_up_clients_is_not_kept(real: Service, real_box: str)
         await eventually(lambda: len(list(kernel.executions.unfinished())) == 2)
         writer.close()
         await eventually(lambda: len(list(kernel.executions.unfinished())) == 1)
-        assert real.sandboxes.held.of(real.owner) < 1000
+        await eventually(lambda: real.sandboxes.held.of(real.owner) < 1000)
     await interrupt(real, real_box)
     assert json.loads((await running).body)["error"]["name"] == "KeyboardInterrupt"
     assert (await real.execute(real_box, "ran"))["error"]["name"] == "NameError"

@@ -82,7 +82,7 @@ async def test_every_end_has_its_event(service: Service) -> None:
     died, expired = await service.create(), await service.create()
     service.guest(died).die("it died")
     service.sandboxes.get(service.owner, expired).set_timeout(0)
-    await eventually(lambda: not len(service.sandboxes), timeout=10)
+    await eventually(lambda: not len(service.sandboxes))
     service.driver.script.start_error = DriverError("no")
     assert (await service.call("POST", "/sandboxes", {"templateID": "base"})).code == 503
     service.driver.script.start_error = None
@@ -264,7 +264,7 @@ async def test_an_event_is_delivered(service: Service, receiver: Receiver) -> No
         webhook = await add(service, receiver.url)
         box = await service.create()
         await service.call("DELETE", f"/sandboxes/{box}")
-        await eventually(lambda: len(receiver.got) == 2, timeout=10)
+        await eventually(lambda: len(receiver.got) == 2)
         assert kinds(receiver.got) == ["created", "killed"]
         assert receiver.got == list(reversed(await listed(service)))
         request = receiver.requests[0]
@@ -299,7 +299,7 @@ async def test_webhooks_are_their_owners(service: Service, receiver: Receiver) -
         assert SECRET not in json.dumps(webhook)
         await service.call("POST", "/sandboxes", {"templateID": "base"}, key=service.other_key)
         box = await service.create()
-        await eventually(lambda: len(receiver.got) == 1, timeout=10)
+        await eventually(lambda: len(receiver.got) == 1)
         assert receiver.got[0]["sandboxID"] == box
         assert (await service.call("DELETE", path)).code == 204
         assert (await service.call("DELETE", path)).code == 404
@@ -314,7 +314,7 @@ async def test_types_of_a_webhook(service: Service, receiver: Receiver) -> None:
         await add(service, receiver.url, "sandbox.lifecycle.killed")
         box = await service.create()
         await service.call("DELETE", f"/sandboxes/{box}")
-        await eventually(lambda: len(receiver.got) == 1, timeout=10)
+        await eventually(lambda: len(receiver.got) == 1)
         assert kinds(receiver.got) == ["killed"]
 
 
@@ -338,7 +338,7 @@ async def test_a_receiver_that_was_down_for_an_hour(service: Service, receiver: 
         for box in boxes:
             await service.call("POST", f"/sandboxes/{box}/timeout", {"timeout": 600})
             await service.call("DELETE", f"/sandboxes/{box}")
-        await eventually(lambda: len(other.got) == 9, timeout=20)
+        await eventually(lambda: len(other.got) == 9)
         while clock[0] < 1_003_600:  # the clock goes on only when all that is due has been tried
             tried = len(attempts)
             clock[0] += 30
@@ -356,7 +356,7 @@ async def test_a_receiver_that_was_down_for_an_hour(service: Service, receiver: 
             clock[0] += 30
             service.store._wake()
             await asyncio.sleep(0.1)
-        await eventually(lambda: len(down.got) >= 9, timeout=20)
+        await eventually(lambda: len(down.got) >= 9)
         for box in boxes:
             mine = [event for event in down.got if event["sandboxID"] == box]
             assert kinds(mine) == ["created", "updated", "killed"]
@@ -389,7 +389,7 @@ async def test_a_slow_receiver_delays_no_other(service: Service, receiver: Recei
             while len(receiver.got) < 4:
                 await asyncio.sleep(0.02)
         assert len(slow.got) < 12
-        await eventually(lambda: len(slow.got) == 12, timeout=20)
+        await eventually(lambda: len(slow.got) == 12)
         assert most <= 6
 
 
@@ -404,7 +404,7 @@ async def test_what_is_no_success(service: Service, receiver: Receiver, status: 
     async with delivering(service):
         await add(service, receiver.url)
         await service.create()
-        await eventually(lambda: len(receiver.got) == 1, timeout=10)
+        await eventually(lambda: len(receiver.got) == 1)
     assert [request.path for request in receiver.requests] == ["/hook", "/hook"]
     assert len({request.headers["X-Event-ID"] for request in receiver.requests}) == 1
 
@@ -425,7 +425,7 @@ async def test_a_server_that_dies_between_delivery_and_note(service: Service, re
     held.set()
     receiver.behave = None
     async with delivering(service):
-        await eventually(lambda: len(receiver.got) == 2, timeout=10)
+        await eventually(lambda: len(receiver.got) == 2)
     assert receiver.got[0]["id"] == receiver.got[1]["id"]
 
 
@@ -436,7 +436,7 @@ async def test_a_removed_key_has_no_webhooks(service: Service, receiver: Receive
     async with delivering(service):
         await add(service, receiver.url, key=key)
         await service.call("POST", "/sandboxes", {"templateID": "base"}, key=key)
-        await eventually(lambda: len(receiver.got) == 1, timeout=10)
+        await eventually(lambda: len(receiver.got) == 1)
         service.store.remove_key(owner, with_sandboxes=True)
         await asyncio.sleep(0.3)
     assert len(receiver.got) == 1

@@ -1,5 +1,6 @@
 """`cellvm run FILE` does what `python3 FILE` does. Both run here, and their outcomes are compared."""
 
+import os
 import re
 import subprocess
 import sys
@@ -50,7 +51,9 @@ def cellvm(folder: Path, *words: str) -> "subprocess.CompletedProcess[bytes]":
     program, *rest = words
     end = rest.index("--") if "--" in rest else len(rest)
     command = [sys.executable, "-m", "kernel_gateway", "run", program, *rest[:end], *settings, *rest[end:]]
-    return subprocess.run(command, cwd=folder, capture_output=True, input=INPUT.encode(), timeout=60)
+    # With this variable of the test run asyncio tells of each slow step.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONASYNCIODEBUG"}
+    return subprocess.run(command, cwd=folder, capture_output=True, input=INPUT.encode(), timeout=60, env=env)
 
 
 def told(stderr: bytes) -> str:
