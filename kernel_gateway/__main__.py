@@ -158,6 +158,7 @@ def greet(server: Server) -> None:
     print(f"CellVM {__version__} is ready at {server.url}  ({capabilities.isolation}, {capabilities.accelerator})")
     if server.new_key:
         print(f"API key: {key}   (shown once, stored hashed; `cellvm keys add` makes another)")
+    print(f"Page: {server.url}/{f'#key={server.new_key}' if server.new_key else ''}")
     print(
         f"""Try:
   curl -X POST {server.url}/sandboxes -H "Authorization: Bearer {key}" \\

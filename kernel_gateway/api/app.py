@@ -18,10 +18,11 @@ from kernel_gateway.api.e2b import control, envd, interpreter, rpc
 from kernel_gateway.api.e2b.plane import ENVD, INTERPRETER, Plane, place_of_headers
 from kernel_gateway.api.guesses import Guesses
 from kernel_gateway.api.openapi import document, serve_document
+from kernel_gateway.api.page import Page
 from kernel_gateway.api.ports import Preview
 from kernel_gateway.api.socket import NOT_ALLOWED, Socket, Sockets
 from kernel_gateway.api.stream import AgentStream
-from kernel_gateway.errors import CellvmError, Misdirected, NotFound
+from kernel_gateway.errors import CellvmError, InvalidRequest, Misdirected, NotFound
 from kernel_gateway.kernel.events import Cell
 from kernel_gateway.network.policy import Floor
 from kernel_gateway.ports import NONE, Place, place_of_host, place_of_path
@@ -189,6 +190,8 @@ SOCKETS: list[tuple[str, type[Socket]]] = [
     (r"/sandboxes/([^/]+)/stream/?", AgentStream),
 ]
 """WebSockets, by the pattern of their path; docs/stream.md and docs/rest.md describe them."""
+PAGE = [r"/?", r"/ui/([\w.]+)"]
+"""The web page and its files; docs/page.md describes it."""
 
 
 NO_METHOD = Route("POST", "/{service}/{method}", rpc.not_offered, produces="application/json")
@@ -250,6 +253,9 @@ class Gateway(Application):
         found = re.fullmatch(r"/+t/([^/]+)(/.*)?", path)
         if found is not None:
             path = found[2] or "/"
+            if any(re.fullmatch(pattern, path) for pattern in PAGE):
+                refused = InvalidRequest("the web page has no address with a key in it", hint="it asks for the key")
+                return self._missing(request, refused)
             if not request.headers.get("Authorization", "").partition(" ")[2]:
                 request.headers["Authorization"] = f"Bearer {unquote(found[1])}"
         if place := place_of_path(path, before):
@@ -328,6 +334,7 @@ def application(
         (pattern, Endpoint, {**shared, "routes": routes}) for pattern, routes in by_path(ROUTES).items()
     ]
     handlers += [(pattern, kind, shared) for pattern, kind in SOCKETS]
+    handlers += [(pattern, Page, shared) for pattern in PAGE]
     return Gateway(
         handlers,
         sandboxes=sandboxes,

@@ -5,6 +5,8 @@ and makes the OpenAPI document, so the two can't differ.
 """
 
 import asyncio
+import base64
+import binascii
 import contextlib
 import logging
 import re
@@ -89,7 +91,7 @@ EXPOSED = (
     "Content-Disposition, Content-Range, Location, Retry-After, X-More, "
     "X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset"
 )
-ALLOWED = "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, Range, X-API-Key, X-XSRFToken"
+ALLOWED = "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, Range, X-API-Key, X-Client-Name, X-XSRFToken"
 """Headers that web pages of allowed origins may send. Jupyter's pages send X-XSRFToken; nothing here reads it."""
 
 
@@ -219,13 +221,32 @@ class Route:
         return re.findall(r"\{(\w+)\}", self.path)
 
 
+PROTOCOL, KEY_PROTOCOL = "cellvm.v1", "cellvm.key."
+"""A WebSocket of a web page offers two subprotocols: what it speaks, and its key in base64url. A page can set no header
+of a WebSocket, and a key in the address would be in the logs of proxies."""
+
+
 def key_of(request: HTTPServerRequest) -> str | None:
-    """The key that a request carries: `Authorization: Bearer …` (or `token …`), `X-API-Key: …`, or `?token=…`."""
+    """The key that a request carries.
+
+    It is in `Authorization: Bearer …` (or `token …`), `X-API-Key: …`, a WebSocket's subprotocol, or `?token=…`.
+    """
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() in ("bearer", "token") and key.strip():
         return key.strip()
+    for offered in request.headers.get("Sec-WebSocket-Protocol", "").split(","):
+        if offered.strip().startswith(KEY_PROTOCOL):
+            return from_base64url(offered.strip().removeprefix(KEY_PROTOCOL))
     in_query = request.query_arguments.get("token", [b""])[-1].decode("utf-8", "replace")
     return request.headers.get("X-API-Key") or in_query or None
+
+
+def from_base64url(text: str) -> str:
+    """The text that base64url without padding means. Malformed ones give a text that is no key."""
+    try:
+        return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode()
+    except (binascii.Error, ValueError):
+        return text
 
 
 def refusal(request: HTTPServerRequest, guesses: Guesses) -> CellvmError:
@@ -381,6 +402,7 @@ class Handler(RequestHandler):
         self.set_header("Server", "CellVM")
         self.set_header("X-Content-Type-Options", "nosniff")
         self.set_header("Cache-Control", "no-store")
+        self.set_header("X-Frame-Options", "DENY")
         origin = self.request.headers.get("Origin", "")
         if origin in self.application.settings["origins"]:
             self.set_header("Access-Control-Allow-Origin", origin)

@@ -11,7 +11,7 @@ import posixpath
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Protocol
@@ -38,8 +38,10 @@ from kernel_gateway.guest.files import LISTING_SIZE, MAX_ENTRIES, Files, Writing
 from kernel_gateway.held import Holding
 from kernel_gateway.images.templates import Template
 from kernel_gateway.kernel import message
-from kernel_gateway.kernel.events import Cell, CellError, Collector, Events, Input, StreamEvent
+from kernel_gateway.kernel.events import MAX_NAME, Cell, CellError, Collector, Events, Input, StreamEvent
 from kernel_gateway.kernel.journal import Gap, Journal
+from kernel_gateway.kernel.kernel import Kernel
+from kernel_gateway.kernel.message import GATEWAY, By
 from kernel_gateway.kernel.notebook import session_notebook
 from kernel_gateway.network.policy import MAX_ENTRY, Floor, Policy, parse_policy
 from kernel_gateway.outcome import Ending
@@ -115,8 +117,36 @@ class NetworkModel(Struct):
     allowPublicTraffic: bool
 
 
+class KernelModel(Struct, omit_defaults=True):
+    """What a sandbox's kernel is at: one of Jupyter's states, since when (in seconds since 1970), and whose cell runs.
+
+    `asks` is the id of the cell that waits for input, `waiting` the number of cells that wait for their turn, and
+    `connections` the number of clients that are connected.
+    """
+
+    state: str
+    since: int
+    by: By | None = None
+    asks: str = ""
+    waiting: int = 0
+    connections: int = 0
+
+
+class UsageModel(Struct):
+    """A sandbox's use of resources at its last reading, in percent and bytes."""
+
+    cpuUsedPct: float
+    memUsed: int
+    memTotal: int
+    diskUsed: int
+    diskTotal: int
+
+
 class SandboxModel(Struct, omit_defaults=True):
-    """A sandbox. `status` is SandBase's word for its state, `state` E2B's. Only GET of one sandbox tells `network`."""
+    """A sandbox. `status` is SandBase's word for its state, `state` E2B's. Only GET of one sandbox tells `network`.
+
+    `kernel` is there while it runs, and `usage` after the first reading.
+    """
 
     sandboxID: str
     templateID: str
@@ -134,6 +164,8 @@ class SandboxModel(Struct, omit_defaults=True):
     alias: str | None = None
     allowInternetAccess: bool | None = None
     network: NetworkModel | None = None
+    kernel: KernelModel | None = None
+    usage: UsageModel | None = None
 
 
 class SandboxFilter(Struct):
@@ -233,6 +265,29 @@ def model(sandbox: Sandbox) -> SandboxModel:
         envdVersion=ENVD_VERSION,
         kernelID=sandbox.kernel_id,
         alias=template.aliases[0] if template.aliases else None,
+        kernel=None if sandbox.kernel is None else kernel_model(sandbox.kernel),
+        usage=usage_model(sandbox.readings[-1]) if sandbox.readings else None,
+    )
+
+
+def kernel_model(kernel: Kernel) -> KernelModel:
+    return KernelModel(
+        state=kernel.state,
+        since=round(kernel.since),
+        by=kernel.running_for,
+        asks=kernel.asking,
+        waiting=len(kernel.waiting()),
+        connections=kernel.connections,
+    )
+
+
+def usage_model(reading: wire.Metrics) -> UsageModel:
+    return UsageModel(
+        cpuUsedPct=reading.cpu_used_pct,
+        memUsed=reading.mem_used,
+        memTotal=reading.mem_total,
+        diskUsed=reading.disk_used,
+        diskTotal=reading.disk_total,
     )
 
 
@@ -260,8 +315,22 @@ async def create_sandbox(call: Call, body: CreateSandbox) -> SandboxModel:
     return model(sandbox)
 
 
-async def list_sandboxes(call: Call) -> list[SandboxModel]:
-    """Your sandboxes, newest first."""
+async def list_sandboxes(call: Call) -> list[SandboxModel] | None:
+    """Your sandboxes, newest first.
+
+    With `Accept: application/x-ndjson` (or `text/event-stream`) the answer is the list and then, as they happen, its
+    changes.
+    """
+    framing = wanted_framing(call.http)
+    if framing is None:
+        return listed(call)
+    async with aclosing(changes(call)) as found:
+        await stream(call.http, framing, found)
+    return None
+
+
+def listed(call: Call) -> list[SandboxModel]:
+    """The sandboxes in the key's sight that the query asks for."""
     status = call.query.status
     if status not in (None, "creating", "running", "paused", "stopped", "error"):
         raise InvalidRequest(f"invalid status filter: {status[:100]}")
@@ -274,6 +343,47 @@ async def list_sandboxes(call: Call) -> list[SandboxModel]:
         and (states is None or described.state in states)
         and wanted.items() <= described.metadata.items()
     ]
+
+
+class ListEvent(Struct, omit_defaults=True):
+    """One event of the list; `type` tells which of the other fields are set. They have no numbers."""
+
+    type: Literal["snapshot", "sandbox", "gone"]
+    sandboxes: list[SandboxModel] | None = None
+    sandbox: SandboxModel | None = None
+    sandboxID: str | None = None
+
+    @property
+    def seq(self) -> int:
+        return -1
+
+
+LIST_PAUSE = 0.5
+"""Seconds between two looks at the sandboxes of a client that follows its list."""
+
+
+async def changes(call: Call) -> AsyncGenerator[ListEvent, None]:
+    """The list, and then what changes in it. A client that reads slowly is told of fewer changes."""
+    known = {each.sandboxID: each for each in listed(call)}
+    yield ListEvent("snapshot", sandboxes=list(known.values()))
+    while not call.sandboxes.is_draining:
+        await asyncio.sleep(LIST_PAUSE)
+        present = {each.sandboxID: each for each in listed(call)}
+        for name, described in present.items():
+            if not is_alike(described, known.get(name)):
+                yield ListEvent("sandbox", sandbox=described)
+        for name in known.keys() - present.keys():
+            yield ListEvent("gone", sandboxID=name)
+        known = present
+
+
+def is_alike(one: SandboxModel, other: SandboxModel | None) -> bool:
+    """Whether two states of a sandbox say the same. A deadline is computed anew each time, so it differs a little."""
+    return other is not None and to_second(one) == to_second(other)
+
+
+def to_second(described: SandboxModel) -> SandboxModel:
+    return msgspec.structs.replace(described, endAt=described.endAt[:19])
 
 
 def parse_metadata(text: str) -> Text:
@@ -466,10 +576,11 @@ async def execute(call: Call, body: Execute) -> None:
     execution_id = call.http.request.headers.get("Idempotency-Key")
     check_id(execution_id)
     kernel = call.sandbox.guest.kernel
+    by = By("execute", client_name(call.http) or GATEWAY.name)
     if execution_id is None:
-        events = kernel.execute(body.code, timeout=body.timeout)
+        events = kernel.execute(body.code, timeout=body.timeout, by=by)
     else:
-        events = kernel.events(kernel.run(body.code, execution_id=execution_id, timeout=body.timeout))
+        events = kernel.events(kernel.run(body.code, execution_id=execution_id, timeout=body.timeout, by=by))
     del body  # the cell may wait long, and its code is counted once
     async with aclosing(events):
         if framing := wanted_framing(call.http):
@@ -478,6 +589,11 @@ async def execute(call: Call, body: Execute) -> None:
         cell = await collect(call, events)
     call.http.set_header("Content-Type", "application/json")
     await call.http.finish(msgspec.json.encode(cell))
+
+
+def client_name(http: Endpoint) -> str:
+    """What the client calls itself, for others to see who has run a cell."""
+    return http.request.headers.get("X-Client-Name", "").strip()[:MAX_NAME]
 
 
 async def collect(call: Call, events: AsyncIterator[StreamEvent]) -> Cell:
@@ -1025,7 +1141,10 @@ class PoolModel(Struct):
 
 
 class Health(Struct):
-    """Whether the server takes new sandboxes, and how it isolates them from the host. `trouble` says what is amiss."""
+    """Whether the server takes new sandboxes, and how it isolates them from the host. `trouble` says what is amiss.
+
+    `capabilities` names what a client may offer its user.
+    """
 
     ready: bool
     version: str
@@ -1035,6 +1154,7 @@ class Health(Struct):
     sandboxes: int
     maxSandboxes: int
     pool: list[PoolModel]
+    capabilities: list[str]
     trouble: str | None = None
 
 
@@ -1094,5 +1214,6 @@ async def health(call: Call) -> Health:
         sandboxes=len(sandboxes),
         maxSandboxes=sandboxes.maximum,
         pool=[PoolModel(pool.template_id, pool.ready, pool.size) for pool in sandboxes.pools.values()],
+        capabilities=["pty", "hold", *(["pause"] if sandboxes.can_pause else [])],
         trouble=sandboxes.trouble or None,
     )

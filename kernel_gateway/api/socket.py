@@ -22,6 +22,7 @@ from tornado.websocket import WebSocketClosedError, WebSocketHandler, WebSocketP
 from kernel_gateway.api.base import Handler
 from kernel_gateway.errors import CellvmError, Draining, InvalidRequest, TooManyRequests
 from kernel_gateway.held import SMALL, Held, Holding
+from kernel_gateway.kernel.events import MAX_NAME
 from kernel_gateway.kernel.journal import Gap, Record, merged
 from kernel_gateway.kernel.kernel import Kernel
 from kernel_gateway.kernel.pages import pages
@@ -149,9 +150,14 @@ class Frames(WebSocketProtocol13):
 
 
 class SocketQuery(msgspec.Struct):
-    """`since`: number of the last message that the client has."""
+    """`since`: number of the last message that the client has. `client` is its name, for others to see.
+
+    `state`: it is to be told which cells run, wait and ask (the stream for agents only).
+    """
 
     session_id: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    client: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""
+    state: bool = False
     since: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
 
@@ -304,6 +310,9 @@ class Socket(WebSocketHandler, Handler):
         """Called by the kernel before its sandbox is paused. What the client sends from now on is not read."""
         self.end(PAUSED, "the sandbox is being paused")
 
+    def changed(self) -> None:
+        """Called by the kernel when another cell runs, waits or asks than before. A subclass may tell its client."""
+
     def end(self, code: int, text: str) -> None:
         """Close with a reason. It is cut, because a close frame holds 123 bytes of it."""
         self.close(code, text.encode()[:120].decode("utf-8", "ignore"))
@@ -337,5 +346,6 @@ class Socket(WebSocketHandler, Handler):
     def on_close(self) -> None:
         self._sockets.remove(self)
         self.kernel.clients.discard(self)
+        self.kernel.client_left(self.session)
         self._timer.cancel()
         self._pumping.cancel()

@@ -1,16 +1,27 @@
 """The WebSocket for agents, `/sandboxes/{id}/stream`: JSON events of a kernel, and a few commands (docs/stream.md)."""
 
+import asyncio
+import time
+from contextlib import suppress
 from typing import Annotated
 
 import msgspec
+from tornado.iostream import StreamClosedError
 
+from kernel_gateway.api.base import PROTOCOL
 from kernel_gateway.api.rest import check_id, check_text
 from kernel_gateway.api.socket import MALFORMED, Socket
 from kernel_gateway.errors import CellvmError
-from kernel_gateway.kernel.events import CellError, Events, StreamEvent
+from kernel_gateway.kernel.events import CellError, Events, StreamEvent, asked, made_at
 from kernel_gateway.kernel.journal import Gap, Record
+from kernel_gateway.kernel.message import GATEWAY, By
 from kernel_gateway.sandbox.access import Access
 from kernel_gateway.sandbox.sandbox import Sandbox
+
+SHOWN, SHOWN_CODE = 20, 200
+"""Cells that wait of which a `state` tells, and characters of the code of each."""
+STATE_PAUSE = 0.05
+"""Seconds between two `state` events, because a short cell's coming and going is no news."""
 
 
 class Execute(msgspec.Struct, tag="execute", tag_field="type"):
@@ -36,8 +47,52 @@ class Restart(msgspec.Struct, tag="restart", tag_field="type"):
     """Replace the kernel by a fresh one."""
 
 
-Command = Execute | Input | Interrupt | Restart
+class HoldOthers(msgspec.Struct, tag="hold", tag_field="type"):
+    """Let the cells of others wait for so many seconds."""
+
+    seconds: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 600
+
+
+class Release(msgspec.Struct, tag="release", tag_field="type"):
+    """Let the cells of others run again."""
+
+
+Command = Execute | Input | Interrupt | Restart | HoldOthers | Release
 _command = msgspec.json.Decoder(Command)
+
+
+class Waiting(msgspec.Struct):
+    """A cell that waits for its turn, and the beginning of its code."""
+
+    id: str
+    by: By
+    code: str
+
+
+class Held(msgspec.Struct):
+    """Who holds the cells of others, whether it is this client, and until when, in seconds since 1970."""
+
+    by: By
+    isMine: bool
+    until: int
+
+
+class Answered(msgspec.Struct):
+    """The cell that has got input last, and from whom."""
+
+    id: str
+    by: By
+
+
+class StateEvent(msgspec.Struct, tag="state", tag_field="type", omit_defaults=True):
+    """The first of `waitingCount` cells that wait for their turn, and the id of the one that asks for input."""
+
+    asks: str
+    waiting: list[Waiting]
+    waitingCount: int
+    seq: int = -1
+    held: Held | None = None
+    answered: Answered | None = None
 
 
 class AgentStream(Socket):
@@ -46,11 +101,49 @@ class AgentStream(Socket):
     def find(self, mine: Access, name: str) -> Sandbox:
         return mine.get(name)
 
+    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
+        return PROTOCOL if PROTOCOL in subprotocols else None
+
     def open(self, *args: str, **kwargs: str) -> None:
         self._events = Events()
         super().open(*args, **kwargs)
         now = StreamEvent("status", seq=self.reader.after, state=self.kernel.state, reason=self.kernel.reason or None)
         self.write_message(msgspec.json.encode(now).decode())
+        self._by = By("stream", self._query.client or GATEWAY.name)
+        self._told: StateEvent | None = None
+        self._telling: asyncio.Task[None] | None = None
+        self.changed()
+
+    def changed(self) -> None:
+        if self._query.state and self._telling is None:
+            self._telling = asyncio.create_task(self._tell())
+
+    async def _tell(self) -> None:
+        """Tell what the kernel is at, if that is news. A client that reads slowly gets the newest state only."""
+        with suppress(StreamClosedError):
+            while (state := self._state()) != self._told:
+                self._told = state
+                numbered = msgspec.structs.replace(state, seq=self.reader.after)
+                await self.send([msgspec.json.encode(numbered).decode()])
+                await asyncio.sleep(STATE_PAUSE)
+        self._telling = None
+
+    def _state(self) -> StateEvent:
+        kernel, hold = self.kernel, self.kernel.hold
+        waiting = kernel.waiting()
+        return StateEvent(
+            asks=kernel.asking,
+            waiting=[Waiting(each.id, each.by, shown(each.code)) for each in waiting[:SHOWN]],
+            waitingCount=len(waiting),
+            held=hold
+            and Held(hold.by, hold.session == self.session, round(time.time() + hold.until - time.monotonic())),
+            answered=kernel.answered and Answered(*kernel.answered),
+        )
+
+    def on_close(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
+        super().on_close()
 
     def frames(self, records: list[Record | Gap]) -> list[str | bytes]:
         found: list[StreamEvent] = []
@@ -58,7 +151,8 @@ class AgentStream(Socket):
             if isinstance(record, Gap):
                 found.append(StreamEvent("gap", seq=record.seq, messages=record.messages))
             else:
-                found += self._events.receive(record.seq, record.kind, record.parent, record.ends, record.parts)
+                for event in self._events.receive(record.seq, record.kind, record.parent, record.ends, record.parts):
+                    found.append(dated(event, record.parts))
         return [msgspec.json.encode(event).decode() for event in found]
 
     async def on_message(self, frame: str | bytes) -> None:
@@ -83,12 +177,34 @@ class AgentStream(Socket):
                 check_id(command.id)
                 check_text("code", command.code)
                 self.kernel.run(
-                    command.code, execution_id=command.id, timeout=command.timeout, with_input=command.allowInput
+                    command.code,
+                    execution_id=command.id,
+                    timeout=command.timeout,
+                    with_input=command.allowInput,
+                    by=self._by,
+                    session=self.session,
                 )
             case Input():
                 check_text("text", command.text)
-                await self.kernel.answer_input(command.text)
+                await self.kernel.answer_input(command.text, self._by)
             case Interrupt():
                 await self.kernel.interrupt()
             case Restart():
                 await self.kernel.restart()
+            case HoldOthers():
+                self.kernel.hold_others(self.session, self._by, command.seconds)
+            case Release():
+                self.kernel.release(self.session)
+
+
+def dated(event: StreamEvent, parts: list[bytes]) -> StreamEvent:
+    """An event of a message, with what this stream adds: when a cell has begun and ended, whose it is, and its code."""
+    if event.type not in ("started", "end"):
+        return event
+    code, by = asked(parts) if event.type == "started" else (None, None)
+    return msgspec.structs.replace(event, at=made_at(parts), code=code, by=by)
+
+
+def shown(code: bytes) -> str:
+    """The beginning of a cell's code."""
+    return code[: 4 * SHOWN_CODE].decode("utf-8", "replace")[:SHOWN_CODE]

@@ -21,6 +21,9 @@ MAX_PAYLOAD = 4 * 1024 * 1024
 MAX_PAGES = 100
 OUTPUTS = frozenset({"stdout", "stderr", "result", "display", "error"})
 """Events that a pending `clear` waits for."""
+WAYS = ("execute", "stream", "jupyter")
+MAX_NAME, MAX_DATE = 64, 40
+"""Characters of a client's name, and of a time."""
 RESTARTED = "restarted"
 """The state in the status that tells a cell that its kernel is another one than the cell before had."""
 JsonObject = Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": "object"})]
@@ -110,6 +113,9 @@ class StreamEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     messages: int | None = None
     outcome: str | None = None
     late: bool | None = None
+    code: str | None = None
+    by: message.By | None = None
+    at: str | None = None
 
 
 class Events:
@@ -179,6 +185,34 @@ class Input(msgspec.Struct):
 
     code: str = ""
     execution_count: int | None = None
+
+
+class Asked(msgspec.Struct):
+    """The header of a cell's request. Jupyter's clients say no `via`."""
+
+    username: str = ""
+    via: str = "jupyter"
+
+
+def asked(parts: Sequence[bytes]) -> tuple[str, message.By]:
+    """The code of the cell that an `execute_input` is about, and who has sent it. The kernel repeats both.
+
+    The name is a client's word for itself, and all of it went through the guest, so it is cut to what it may be.
+    """
+    head = message.read(parts[message.PARENT], Asked)
+    by = message.By(head.via if head.via in WAYS else "jupyter", head.username[:MAX_NAME])
+    return message.read(parts[message.CONTENT], Input).code, by
+
+
+class Dated(msgspec.Struct):
+    """The header of a message that says when it was made."""
+
+    date: str = ""
+
+
+def made_at(parts: Sequence[bytes]) -> str:
+    """When a message was made, by the clock of whoever made it."""
+    return message.read(parts[message.HEADER], Dated).date[:MAX_DATE]
 
 
 class Clear(msgspec.Struct):

@@ -10,6 +10,7 @@ import msgspec
 from kernel_gateway.errors import Conflict, TooManyRequests
 from kernel_gateway.held import Account, Holding
 from kernel_gateway.kernel.events import CellError
+from kernel_gateway.kernel.message import GATEWAY, By
 from kernel_gateway.outcome import Ending, Outcome, Packed
 
 KEPT = 1000
@@ -40,11 +41,16 @@ class Execution:
     until the kernel has got it. `after` is the journal's number before its first message. `outcome` is None until it is
     over, and `last` is then the number of the last message to show. `timed_out` is the error to tell in place of the
     interrupt that the gateway has sent. `clock` is when its time began. `count` is its number in the kernel, once it is
-    over. `restarted` says why its kernel is another one than the execution before had.
+    over. `restarted` says why its kernel is another one than the execution before had. `by` has asked for it, over the
+    connection of the client session `session` if it was one.
     """
 
-    def __init__(self, execution_id: str, code: str, after: int, timeout: float | None) -> None:
+    def __init__(
+        self, execution_id: str, code: str, after: int, timeout: float | None, by: By = GATEWAY, session: str = ""
+    ) -> None:
         self.id = execution_id
+        self.by = by
+        self.session = session
         self.code = encoded(code)
         self.digest = digest(self.code)
         self.holding: Holding | None = None

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -16,10 +16,10 @@ from kernel_gateway.errors import CellvmError, Conflict, GuestFailure, SandboxDi
 from kernel_gateway.guest.link import Link
 from kernel_gateway.held import Account, Held, Holding
 from kernel_gateway.kernel import message
-from kernel_gateway.kernel.events import RESTARTED, CellError, Events, StreamEvent, cell_error
+from kernel_gateway.kernel.events import MAX_NAME, RESTARTED, Asked, CellError, Events, StreamEvent, cell_error
 from kernel_gateway.kernel.executions import Execution, Executions, ExecutionState
 from kernel_gateway.kernel.journal import Gap, Journal, Record
-from kernel_gateway.kernel.message import CHANNEL, CONTENT, HEADER, PARENT
+from kernel_gateway.kernel.message import CHANNEL, CONTENT, GATEWAY, HEADER, PARENT, By
 from kernel_gateway.kernel.pages import pages
 from kernel_gateway.kernel.state import WAITING, Event, State, decide
 from kernel_gateway.outcome import FINISHED, Ending, Outcome
@@ -35,6 +35,8 @@ ASK_LIMIT = 0.2
 """Seconds that the guest has to tell whether a cell has stopped, because the answer must not wait for it."""
 REPLY_GRACE = 5.0
 """Seconds in which the reply of an interrupted cell must follow once its code has stopped. A traceback takes time."""
+HOLD_GRACE = 30.0
+"""Seconds for which a client that has lost its connection goes on to hold the cells of others."""
 MAX_SESSIONS = 1000
 """Number of client sessions whose place in the journal is remembered."""
 MAX_PENDING = 10_000
@@ -55,10 +57,23 @@ SHOWN_AS = {State.CLOSED: "dead"}
 
 
 class Client(Protocol):
-    """Somebody who is connected to a kernel, and is told when the sandbox is about to be paused."""
+    """Somebody who is connected to a kernel."""
+
+    session: str
 
     def leave(self) -> None:
-        """End the connection."""
+        """End the connection, because the sandbox is about to be paused."""
+
+    def changed(self) -> None:
+        """Called when it is another cell that runs, waits or asks than before, or when cells are held or let go."""
+
+
+class Hold(NamedTuple):
+    """A client session that holds the cells of others until a time on the monotonic clock."""
+
+    session: str
+    by: By
+    until: float
 
 
 class Pending(msgspec.Struct):
@@ -109,8 +124,10 @@ class Kernel:
     """One kernel. Cells that the gateway runs itself run one at a time, in the order of the calls.
 
     Its life is the table in `state.py`, and `_apply` is the only place that changes it. `reason` says why it is
-    restarting or dead, and `incarnation` counts the processes that it has lost. `on_shutdown` is called when a client
-    has shut the kernel down for good.
+    restarting or dead, `since` is when its present state began, in seconds since 1970, and `incarnation` counts the
+    processes that it has lost. `on_shutdown` is called when a client has shut the kernel down for good. `asking` is the
+    id of the cell that waits for input, and `answered` tells which cell got an answer last, and from whom. `hold` is
+    the client session for which the cells of others wait.
     """
 
     def __init__(self, link: Link) -> None:
@@ -128,6 +145,11 @@ class Kernel:
         self._pending: dict[str, Pending] = {}
         self._busy: dict[str, str] = {}
         self._turn = asyncio.Lock()
+        self.hold: Hold | None = None
+        self._letting_go: asyncio.TimerHandle | None = None
+        self.since = time.time()
+        self.asking = ""
+        self.answered: tuple[str, By] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.reason = ""
         self.incarnation = 0
@@ -237,6 +259,7 @@ class Kernel:
             self._untold = reason if is_unasked and not self._pending else ""
             self._lose(lost)
         self._state = following
+        self.since = time.time()
         self.incarnation += lost is not None
         self.reason = "" if following is State.IDLE else reason
         if self._overdue is not None:
@@ -329,6 +352,7 @@ class Kernel:
         self._lose(lost, failure)
         for execution in self.executions.unfinished():
             self._end_unsent(execution, failure)
+        self._set_hold(None)
         self._apply(Event.CLOSED, reason)
         self.journal.close()
 
@@ -362,6 +386,7 @@ class Kernel:
         if ends and execution is not None:
             self._publish_failure(execution)
         record = self.journal.append(parts, head.msg_type, parent.msg_id, session, ends)
+        self._asked_or_ended(head, parent, ends)
         if head.msg_type in OUTPUT and self.executions.is_late(parent.msg_id, record.seq):
             self._late = self._late or record.seq
         if ends:
@@ -370,6 +395,15 @@ class Kernel:
                 execution.end(FINISHED, record.seq)
         if self._is_ending and head.msg_type == "shutdown_reply" and pending and pending.is_replied:
             self.on_shutdown()
+
+    def _asked_or_ended(self, head: message.Header, parent: message.Header, ends: bool) -> None:
+        if head.msg_type == "input_request":
+            self.asking = parent.msg_id
+        elif ends and parent.msg_id == self.asking:
+            self.asking = ""
+        elif not ends:
+            return
+        self._tell()
 
     def _reply_received(self, msg_id: str, pending: Pending, content: bytes) -> None:
         pending.is_replied = True
@@ -384,9 +418,11 @@ class Kernel:
         is_over = self._state in WAITING or (pending is None and parent.msg_type.endswith("_request"))
         if state == "busy":
             if len(self._busy) < MAX_PENDING and parent.msg_type not in UNTRACKED and not is_over:
+                self.since = self.since if self._busy else time.time()
                 self._busy[parent.msg_id] = parent.msg_type
         elif state == "idle":
-            self._busy.pop(parent.msg_id, None)
+            if self._busy.pop(parent.msg_id, None) is not None and not self._busy:
+                self.since = time.time()
             if pending is not None:
                 pending.is_idle = True
 
@@ -433,6 +469,7 @@ class Kernel:
         say(pending.channel, pending.kind.removesuffix("_request") + "_reply", answer)
         say("iopub", "status", {"execution_state": "idle"}, ends=True)
         self._forget(msg_id)
+        self._asked_or_ended(message.Header(), message.Header(msg_id), True)
         execution = self.executions.get(msg_id)
         if execution is not None and failure is not None:
             execution.end(Outcome.failed(ending, failure), before)
@@ -474,6 +511,8 @@ class Kernel:
         if self._state is State.CLOSED:
             return False
         head = message.header(parts[HEADER])
+        if head.msg_type == "input_reply":
+            self._answered(By("jupyter", message.read(parts[HEADER], Asked).username[:MAX_NAME]))
         if head.msg_type.endswith("_request"):
             if head.msg_id not in self._pending:
                 pending = Pending(session, parts[CHANNEL].decode(), parts[HEADER], head.msg_type)
@@ -503,11 +542,16 @@ class Kernel:
         if pending.holding is not None:
             pending.holding.release()
 
-    async def answer_input(self, text: str) -> None:
+    async def answer_input(self, text: str, by: By = GATEWAY) -> None:
         """Answer the cell that waits for input."""
+        self._answered(by)
         await self._link.send_kernel_message(
             message.new("stdin", "input_reply", {"value": text}, session=self._session)
         )
+
+    def _answered(self, by: By) -> None:
+        self.asking, self.answered = "", (self.asking, by)
+        self._tell()
 
     @property
     def pending(self) -> frozenset[str]:
@@ -536,6 +580,8 @@ class Kernel:
         timeout: float | None = None,
         quiet: bool = False,
         with_input: bool = False,
+        by: By = GATEWAY,
+        session: str = "",
     ) -> Execution:
         """Run a cell, or find the one that runs or ran under this id.
 
@@ -545,6 +591,8 @@ class Kernel:
         Args:
             quiet: leave no trace in the user's history and counter.
             with_input: somebody will answer the cell's input requests.
+            by: who asks.
+            session: the client session that asks, if it is connected.
 
         Raises:
             Conflict: the id was used for another cell.
@@ -560,7 +608,7 @@ class Kernel:
             raise Conflict("this id was used for another cell", hint="choose a new one for every cell")
         is_waited_for = any(self.executions.unfinished())  # whoever runs is told what comes late
         after = self.journal.last if is_waited_for or not self._late else self._late - 1
-        execution = Execution(execution_id or uuid.uuid4().hex, code, after, timeout)
+        execution = Execution(execution_id or uuid.uuid4().hex, code, after, timeout, by, session)
         self.executions.add(execution)
         self._late = 0
         fields = {
@@ -571,30 +619,96 @@ class Kernel:
             "stop_on_error": False,
         }
         self._begin(self._drive(execution, fields))
+        self._tell()
         return execution
+
+    def waiting(self) -> list[Execution]:
+        """The executions whose turn has not come, the next one first."""
+        return [each for each in self.executions.unfinished() if not each.is_sent]
+
+    @property
+    def running_for(self) -> By | None:
+        """Who has sent the execution that runs; None if none does."""
+        found = (self.executions.get(msg_id) for msg_id in self._busy)
+        return next((each.by for each in found if each is not None), None)
+
+    def _tell(self) -> None:
+        for client in self.clients:
+            client.changed()
+
+    # -- holding the cells of others
+
+    def hold_others(self, session: str, by: By, seconds: float) -> None:
+        """Let the cells of other clients wait, until `release` or for so many seconds.
+
+        It holds executions. Cells that a Jupyter client sends go straight to the kernel.
+
+        Raises:
+            Conflict: another client holds them.
+        """
+        if self.hold is not None and self.hold.session != session:
+            raise Conflict(f"{self.hold.by.name} holds the cells of others", hint="wait until they are released")
+        self._set_hold(Hold(session, by, time.monotonic() + seconds))
+
+    def release(self, session: str) -> None:
+        """Let the cells of others run again, if that client session holds them."""
+        if self.hold is not None and self.hold.session == session:
+            self._set_hold(None)
+
+    def client_left(self, session: str) -> None:
+        """Take note that a client session has lost its connection. Its hold lasts HOLD_GRACE seconds more at most."""
+        hold = self.hold
+        if hold is not None and hold.session == session and not any(each.session == session for each in self.clients):
+            self._set_hold(hold._replace(until=min(hold.until, time.monotonic() + HOLD_GRACE)))
+
+    def _set_hold(self, hold: Hold | None) -> None:
+        self.hold = hold
+        if self._letting_go is not None:
+            self._letting_go.cancel()
+            self._letting_go = None
+        if hold is not None:
+            loop = asyncio.get_running_loop()
+            self._letting_go = loop.call_later(max(hold.until - time.monotonic(), 0), self._set_hold, None)
+        for execution in self.waiting():
+            execution.changed.set()
+        self._tell()
+
+    def _is_held(self, execution: Execution) -> bool:
+        return self.hold is not None and self.hold.session != execution.session
 
     async def _drive(self, execution: Execution, fields: dict[str, Any]) -> None:
         """See a cell through: its turn, its start, its timeout. Whatever ends it gives its outcome."""
         try:
-            async with self._turn:
-                while execution.outcome is None and self._state is not State.IDLE:
-                    if self._state in (State.DEAD, State.CLOSED):
-                        await self.restart("restarted for the next cell")
-                    await self._usable.wait()
-                if execution.outcome is None:
-                    await self._send_cell(execution, fields)
-                    await self._watch(execution)
+            while execution.outcome is None and not execution.is_sent:
+                if self._is_held(execution):  # it waits without a turn, because the holder's cells pass it
+                    execution.changed.clear()
+                    await execution.changed.wait()
+                    continue
+                async with self._turn:
+                    await self._take_turn(execution, fields)
         except CellvmError as error:
             if not execution.is_sent and execution.outcome is None:
                 self._end_unsent(execution, error)
             # A link that breaks under a cell that was sent closes the kernel, and that gives the outcome.
 
+    async def _take_turn(self, execution: Execution, fields: dict[str, Any]) -> None:
+        while execution.outcome is None and self._state is not State.IDLE:
+            if self._state in (State.DEAD, State.CLOSED):
+                await self.restart("restarted for the next cell")
+            await self._usable.wait()
+        if execution.outcome is None and not self._is_held(execution):
+            await self._send_cell(execution, fields)
+            await self._watch(execution)
+
     async def _send_cell(self, execution: Execution, fields: dict[str, Any]) -> None:
         fields = {**fields, "code": execution.code.decode("utf-8", "surrogatepass")}
-        parts = message.new("shell", "execute_request", fields, session=self._session, msg_id=execution.id)
+        parts = message.new(
+            "shell", "execute_request", fields, session=self._session, msg_id=execution.id, by=execution.by
+        )
         del fields
         self._remember(execution.id, Pending(self._session, "shell", parts[HEADER], "execute_request"))
         execution.is_sent = True
+        self._tell()
         execution.restarted, self._untold = self._untold, ""
         execution.clock = time.monotonic()
         await self._link.send_kernel_message(parts)
@@ -706,10 +820,10 @@ class Kernel:
         return self.executions.is_late(record.parent, record.seq) and self.executions.is_told_to(execution, record.seq)
 
     async def execute(
-        self, code: str, *, timeout: float | None = None, quiet: bool = False
+        self, code: str, *, timeout: float | None = None, quiet: bool = False, by: By = GATEWAY
     ) -> AsyncGenerator[StreamEvent, None]:
         """`run` a cell and yield its `events`. Closing the iterator early interrupts the cell, or it is never run."""
-        execution = self.run(code, timeout=timeout, quiet=quiet)
+        execution = self.run(code, timeout=timeout, quiet=quiet, by=by)
         del code  # a cell may wait long, and its code is counted once
         try:
             async for event in self.events(execution):

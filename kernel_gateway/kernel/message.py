@@ -32,6 +32,16 @@ class Header(msgspec.Struct, gc=False):
     session: str = ""
 
 
+class By(msgspec.Struct, frozen=True):
+    """Who has asked for something: a client's own word for itself, and the way it has taken."""
+
+    via: str
+    name: str
+
+
+GATEWAY = By("execute", "cellvm")
+
+
 class Stream(msgspec.Struct, gc=False):
     """The content of a `stream` message."""
 
@@ -146,13 +156,15 @@ def new(
     parent: bytes = b"{}",
     msg_id: str | None = None,
     metadata: dict[str, Any] | None = None,
+    by: By = GATEWAY,
 ) -> list[bytes]:
-    """A message by the gateway itself, as parts."""
+    """A message by the gateway itself, as parts. `by` is told in its header, and so in the parent of what follows."""
     head = {
         "msg_id": msg_id or uuid.uuid4().hex,
         "msg_type": msg_type,
         "session": session,
-        "username": "cellvm",
+        "username": by.name,
+        "via": by.via,
         "date": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
         "version": VERSION,
     }

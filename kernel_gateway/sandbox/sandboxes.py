@@ -482,6 +482,11 @@ class Sandboxes:
             )
         return self._shelf
 
+    @property
+    def can_pause(self) -> bool:
+        """Whether sandboxes can be paused here."""
+        return self._shelf is not None
+
     def paused_of(self, owner: str) -> int:
         """Number of an owner's sandboxes that are paused, or on their way to a pause or back."""
         return sum(each.owner == owner and each.state in ASLEEP for each in self._sandboxes.values())

@@ -299,10 +299,10 @@ class Agent:
 
 @asynccontextmanager
 async def agent(
-    service: Any, box: str, *, since: int | None = None, key: str | None = "", **options: Any
+    service: Any, box: str, *, key: str | None = "", since: int | None = None, query: Any = (), **options: Any
 ) -> AsyncIterator[Agent]:
-    """A connection to a sandbox's stream for the time of the block."""
-    uri = address(service, f"/sandboxes/{box}/stream", since=since)
+    """A connection to a sandbox's stream for the time of the block. `query` has further parameters."""
+    uri = address(service, f"/sandboxes/{box}/stream", since=since, **dict(query))
     async with opening(uri, service.key if key == "" else key, v1=False, **options) as socket:
         yield Agent(socket)
 

@@ -1,11 +1,14 @@
 """The stream for agents, and executions as a resource: every event, also after a break at any place."""
 
 import asyncio
+import base64
 import json
 from typing import Any
 
 import pytest
 from tornado.httpclient import HTTPResponse
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
 
 from guest_agent import wire
 from tests.api.clients import TIMEOUT, agent, channels
@@ -18,9 +21,11 @@ def kinds(events: list[dict[str, Any]]) -> list[str]:
 
 def bare(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Events without the fields that differ from run to run."""
-    return [
-        {name: value for name, value in each.items() if name not in ("seq", "id", "executionCount")} for each in events
-    ]
+    return without(events, "seq", "id", "executionCount", "at")
+
+
+def without(events: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    return [{name: value for name, value in each.items() if name not in names} for each in events]
 
 
 # -- events
@@ -54,8 +59,8 @@ async def test_every_event(real: Service, real_box: str) -> None:
         assert numbers == sorted(numbers)
         count = events[0]["executionCount"]
         events.sort(key=lambda event: event["type"] == "input_request")  # stdin is another channel: no fixed order
-        assert [{k: v for k, v in event.items() if k not in ("seq", "id")} for event in events] == [
-            {"type": "started", "executionCount": count},
+        assert without(events, "seq", "id", "at") == [
+            {"type": "started", "executionCount": count, "code": EVERYTHING, "by": {"via": "stream", "name": "cellvm"}},
             {"type": "stdout", "text": "out\n"},
             {"type": "stderr", "text": "err\n"},
             {"type": "display", "data": {"text/plain": "a"}, "metadata": {}, "displayId": "d"},
@@ -70,6 +75,76 @@ async def test_every_event(real: Service, real_box: str) -> None:
         assert kinds(failed) == ["started", "error", "end"]
         assert failed[1]["error"]["name"] == "ZeroDivisionError"
         assert kinds(await client.run("input()", allowInput=False)) == ["started", "error", "end"]
+
+
+async def test_who_has_sent_a_cell_and_when(real: Service, real_box: str) -> None:
+    """A cell tells its code, its time, and who has sent it by which way. What a client calls itself is cut."""
+    kernel = json.loads((await real.call("GET", f"/sandboxes/{real_box}")).body)["kernelID"]
+    async with agent(real, real_box, query={"client": "page"}) as client, channels(real, kernel) as jupyter:
+        await client.run("1")
+        await real.call("POST", f"/sandboxes/{real_box}/execute", {"code": "2"}, headers={"X-Client-Name": "a" * 99})
+        await jupyter.ask("execute_request", {"code": "3"})
+        for _ in range(2):
+            await client.until("end")
+        started = [event for event in client.events if event["type"] == "started"]
+        assert [(event["code"], event["by"]["via"], event["by"]["name"]) for event in started] == [
+            ("1", "stream", "page"), ("2", "execute", "a" * 64), ("3", "jupyter", "tests"),
+        ]  # fmt: skip
+        moments = [event["at"] for event in client.events if event["type"] in ("started", "end")]
+        assert moments == sorted(moments)
+        assert len(moments) == 6
+
+
+async def test_held_cells_wait(real: Service, real_box: str) -> None:
+    """Cells of others wait while a client holds them, and its own run. Waiting ones are told. One client holds."""
+    async with agent(real, real_box, query={"client": "me", "state": "true"}) as mine, agent(real, real_box) as other:
+        await mine.send("hold", seconds=60)
+        assert (await mine.until("state", asks=""))[-1]["waiting"] == []
+        await other.send("execute", code="print('theirs')", id="theirs")
+        await other.send("hold", seconds=60)
+        refused = (await other.until("refused"))[-1]
+        assert refused["error"]["value"] == "me holds the cells of others"
+        (waiting,) = (await mine.until("state", waitingCount=1))[-1]["waiting"]
+        assert (waiting["id"], waiting["code"]) == ("theirs", "print('theirs')")
+        assert kinds(await mine.run("'mine'")) == ["started", "result", "end"]
+        await mine.send("release")
+        assert kinds(await other.until("end", id="theirs"))[-3:] == ["started", "stdout", "end"]
+
+
+async def test_a_hold_ends_with_its_connection(real: Service, real_box: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that is gone holds nobody for long."""
+    monkeypatch.setattr("kernel_gateway.kernel.kernel.HOLD_GRACE", 0.1)
+    async with agent(real, real_box) as mine:
+        await mine.send("hold", seconds=3600)
+        await mine.run("0")
+    assert (await real.execute(real_box, "'free'"))["outcome"] == "finished"
+
+
+async def test_input_is_told_to_all(real: Service, real_box: str) -> None:
+    """All clients are told which cell asks, and who has answered, but not what."""
+    async with (
+        agent(real, real_box, query={"state": "true"}) as asked,
+        agent(real, real_box, query={"client": "b"}) as other,
+    ):
+        await other.send("execute", code="len(input('? '))", id="asks")
+        await asked.until("state", asks="asks")
+        await other.until("input_request")
+        await other.send("input", text="hunter2")
+        told = (await asked.until("state", asks=""))[-1]
+        assert told["answered"] == {"id": "asks", "by": {"via": "stream", "name": "b"}}
+        await other.until("end", id="asks")
+        assert "hunter2" not in str(asked.events)
+
+
+async def test_a_key_in_the_subprotocol(real: Service, real_box: str) -> None:
+    """A web page sends its key as a subprotocol, and is answered with the other one."""
+    key = base64.urlsafe_b64encode(real.key.encode()).decode().rstrip("=")
+    address = f"ws://127.0.0.1:{real.port}/sandboxes/{real_box}/stream"
+    async with connect(address, subprotocols=["cellvm.v1", f"cellvm.key.{key}"]) as socket:
+        assert socket.subprotocol == "cellvm.v1"
+    for wrong in ("cellvm.key.a", "cellvm.key.eA"):
+        with pytest.raises(InvalidStatus, match="401"):
+            await connect(address, subprotocols=["cellvm.v1", wrong])
 
 
 async def test_every_event_has_a_number(service: Service, box: str) -> None:
@@ -278,7 +353,7 @@ def sse(body: bytes) -> list[dict[str, Any]]:
 
 
 async def test_all_ways_carry_the_same_events(service: Service, box: str) -> None:
-    """NDJSON, server-sent events and the WebSocket tell the same of the same cell."""
+    """NDJSON, server-sent events and the WebSocket tell the same of the same cell. The last adds whose it is."""
     path = f"/sandboxes/{box}/execute"
     async with agent(service, box) as client:
         found = []
@@ -286,7 +361,7 @@ async def test_all_ways_carry_the_same_events(service: Service, box: str) -> Non
             answer = await service.call("POST", path, {"code": CELL}, headers={"Accept": accept})
             events = read(answer.body)
             socket = [event for event in await client.until("end") if event.get("id") == events[0]["id"]]
-            assert events == socket
+            assert events == without(socket, "code", "by", "at")
             found.append(bare(events))
     assert found[0] == found[1]
     assert kinds(found[0]) == ["started", "stdout", "display", "error", "end"]

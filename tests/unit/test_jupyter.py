@@ -332,7 +332,7 @@ def test_a_message_of_ours() -> None:
     """Our message has the documented form: channel, header with a fresh id and the time, parent, metadata, content."""
     parts = message.new("shell", "execute_request", {"code": "ü\ud800"}, session="s", metadata={"a": 1})
     header = json.loads(parts[1])
-    assert set(header) == {"msg_id", "msg_type", "session", "username", "date", "version"}
+    assert set(header) == {"msg_id", "msg_type", "session", "username", "via", "date", "version"}
     assert (header["msg_type"], header["session"]) == ("execute_request", "s")
     assert uuid.UUID(header["msg_id"])
     assert header["date"].endswith("Z")

@@ -1,0 +1,58 @@
+/** The key: in memory and in `sessionStorage`, shared with other tabs, never in an address. */
+import { signal } from "@preact/signals";
+
+const NAME = "cellvm.key";
+
+/** The key that is signed in with; empty when nobody is. */
+export const key = signal("");
+
+type Told = { ask: true } | { key: string };
+const tabs = new BroadcastChannel(NAME);
+
+/** Finds the key: in the address (`#key=…`, which is wiped at once), in this tab's storage, or in another tab. */
+export function findKey(): void {
+  const given = /^#key=([!-~]+)$/.exec(location.hash)?.[1];
+  if (given) {
+    history.replaceState(null, "", location.pathname);
+    signIn(decodeURIComponent(given));
+  } else {
+    key.value = sessionStorage.getItem(NAME) ?? "";
+  }
+  tabs.onmessage = ({ data }: MessageEvent<Told>) => {
+    if ("ask" in data) {
+      if (key.value) tabs.postMessage({ key: key.value } satisfies Told);
+    } else if (data.key && !key.value) keep(data.key);
+    else if (!data.key) keep("");
+  };
+  if (!key.value) tabs.postMessage({ ask: true } satisfies Told);
+}
+
+/** Takes a key for this tab and for those that have none. */
+export function signIn(given: string): void {
+  keep(given);
+  tabs.postMessage({ key: given } satisfies Told);
+}
+
+/** Forgets the key, in all tabs. */
+export function signOut(): void {
+  keep("");
+  tabs.postMessage({ key: "" } satisfies Told);
+}
+
+/** Forgets a key that the server does not know any more, in this tab. */
+export function forgetKey(): void {
+  keep("");
+}
+
+function keep(given: string): void {
+  key.value = given;
+  if (given) sessionStorage.setItem(NAME, given);
+  else sessionStorage.removeItem(NAME);
+}
+
+/** The key as a WebSocket's subprotocol, because a page can set no header of one. */
+export function keyProtocol(): string {
+  const bytes = new TextEncoder().encode(key.value);
+  const encoded = btoa(String.fromCharCode(...bytes));
+  return `cellvm.key.${encoded.replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "")}`;
+}

@@ -1,0 +1,273 @@
+import { useSignal } from "@preact/signals";
+import { useEffect, useMemo } from "preact/hooks";
+import { get, of, send } from "../api";
+import { notebook } from "../notebook";
+import { go, type Route, to } from "../route";
+import { Box, health, now, type Sandbox, said, sandboxes } from "../store";
+import { Stream } from "../stream";
+import { Ask, Menu, type Question, save, Trouble, useWork } from "../ui";
+import { bytes, clock, REASONS, safe } from "../words";
+import { JupyterLab } from "./JupyterLab";
+import { extended } from "./List";
+import { Side } from "./Side";
+import { ThemeMenu } from "./Theme";
+import { Transcript } from "./Transcript";
+
+/** One sandbox: its cells, files and terminals. */
+export function BoxScreen({ route }: { route: Route }) {
+  const { id, tab } = route;
+  const box = useMemo(() => new Box(id), [id]);
+  const stream = useMemo(() => new Stream(box), [box]);
+  const question = useSignal<Question | undefined>(undefined);
+  const isLabOpen = useSignal(false);
+  useEffect(() => () => stream.close(), [stream]);
+  const sandbox = sandboxes.value?.find((each) => each.sandboxID === id);
+  const isGone = box.link.value.state === "gone";
+  return (
+    <>
+      <header class="top">
+        <a class="quiet button icon" href={to()} aria-label="All sandboxes" title="All sandboxes">
+          ‹
+        </a>
+        <h1>
+          {safe(sandbox?.metadata["name"] ?? "") || "Sandbox"} <code class="id">{id.slice(0, 12)}</code>
+        </h1>
+        <BoxState box={box} />
+        <span class="grow" />
+        {sandbox && !isGone && <TimeLeft sandbox={sandbox} />}
+        <ThemeMenu />
+      </header>
+      <nav class="bar" aria-label="Parts of the sandbox">
+        <a href={to(id)} aria-current={tab === "cells" ? "page" : undefined}>
+          Cells
+        </a>
+        <a href={to(id, "files")} aria-current={tab === "files" ? "page" : undefined}></a>
+        {health.value?.capabilities?.includes("pty") && (
+          <a href={to(id, "terminal")} aria-current={tab === "terminal" ? "page" : undefined}>
+            Terminal
+          </a>
+        )}
+        <span class="grow" />
+        {!isGone && (
+          <Actions
+            box={box}
+            stream={stream}
+            sandbox={sandbox}
+            ask={(asked) => (question.value = asked)}
+            openLab={() => (isLabOpen.value = true)}
+          />
+        )}
+      </nav>
+      <Banner box={box} stream={stream} />
+      <div class={`box at-${tab}`}>
+        {tab === "cells" && <Transcript box={box} stream={stream} />}
+        {tab === "cells" && <Side box={box} sandbox={sandbox} />}
+      </div>
+      {question.value && <Ask question={question.value} close={() => (question.value = undefined)} />}
+      {isLabOpen.value && sandbox && <JupyterLab sandbox={sandbox} close={() => (isLabOpen.value = false)} />}
+    </>
+  );
+}
+
+/** What the kernel does, and who holds it. */
+function BoxState({ box }: { box: Box }) {
+  const link = box.link.value.state;
+  if (link === "gone") return <span class="state bad">✕ ended</span>;
+  if (link === "paused") return <span class="state">❙❙ paused</span>;
+  const running = box.entries.value.find((each) => each.value.kind === "cell" && each.value.state === "running");
+  const held = box.held.value;
+  const waiting = box.waitingCount.value;
+  return (
+    <span class="states" aria-live="off">
+      {box.asks.value ? (
+        <span class="state asks">? asks for input</span>
+      ) : running ? (
+        <span class="state busy">
+          ● busy {running.value.kind === "cell" && clock((now.value - running.value.startedAt) / 1000)}
+        </span>
+      ) : (
+        <span class={box.kernel.value === "dead" ? "state bad" : "state"}>
+          {box.kernel.value === "idle" ? "○ idle" : `◌ ${box.kernel.value}`}
+        </span>
+      )}
+      {waiting > 0 && <span class="muted"> · {waiting} waiting</span>}
+      {held && <span class="held"> · held by {held.isMine ? "you" : safe(held.by.name)}</span>}
+    </span>
+  );
+}
+
+function TimeLeft({ sandbox }: { sandbox: Sandbox }) {
+  const work = useWork();
+  const left = (Date.parse(sandbox.endAt) - now.value) / 1000;
+  if (sandbox.status === "paused") return null;
+  return (
+    <span class="left">
+      <span class={left < 60 ? "short" : "muted"} title="Time left">
+        {clock(left)}
+      </span>
+      <button
+        type="button"
+        class="quiet"
+        title="Let it live 10 minutes longer"
+        onClick={() => work.run(() => send("POST", of(sandbox.sandboxID, "/refreshes"), { duration: extended(left) }))}
+      >
+        +10 min
+      </button>
+      <Trouble error={work.error.value} />
+    </span>
+  );
+}
+
+interface ActionsProps {
+  box: Box;
+  stream: Stream;
+  sandbox: Sandbox | undefined;
+  ask: (question: Question) => void;
+  openLab: () => void;
+}
+
+/** What can be done with the whole sandbox. */
+function Actions({ box, stream, sandbox, ask, openLab }: ActionsProps) {
+  const work = useWork();
+  const held = box.held.value;
+  const can = health.value?.capabilities ?? [];
+  const isPaused = box.link.value.state === "paused";
+  const end = () => send("DELETE", of(box.id)).then(() => undefined);
+  if (isPaused) return null;
+  return (
+    <div class="row actions" role="toolbar" aria-label="Actions">
+      <Trouble error={work.error.value} />
+      <button type="button" onClick={() => stream.send({ type: "interrupt" })} title="Stop the cell that runs (i i)">
+        <span class="stop" aria-hidden="true">
+          ■
+        </span>{" "}
+        Interrupt
+      </button>
+      {can.includes("hold") && (
+        <button
+          type="button"
+          class="optional"
+          aria-pressed={held?.isMine === true}
+          disabled={held !== undefined && !held.isMine}
+          title="Cells of other clients wait until you let them run"
+          onClick={() => stream.send(held?.isMine ? { type: "release" } : { type: "hold", seconds: 600 })}
+        >
+          {held?.isMine ? "Let others run" : "Hold others"}
+        </button>
+      )}
+      <button
+        type="button"
+        class="optional"
+        onClick={() =>
+          ask({
+            title: "Restart the kernel?",
+            text: "All variables are lost, and the cell that runs is ended. Files stay.",
+            button: "Restart",
+            act: () => stream.send({ type: "restart" }),
+          })
+        }
+      >
+        Restart…
+      </button>
+      <Menu label="More">
+        <button type="button" onClick={() => exportNotebook(box, work)}>
+          Save as notebook
+        </button>
+        <button type="button" disabled={!sandbox} onClick={openLab}>
+          Open in JupyterLab…
+        </button>
+        {can.includes("pause") && (
+          <button
+            type="button"
+            onClick={() =>
+              ask({
+                title: "Pause this sandbox?",
+                text: "All of it is saved to disk, with its variables. It costs no memory until it is resumed.",
+                button: "Pause",
+                act: () => send("POST", of(box.id, "/pause"), {}).then(() => undefined),
+              })
+            }
+          >
+            Pause…
+          </button>
+        )}
+        <button
+          type="button"
+          class="bad"
+          onClick={() =>
+            ask({
+              title: "End this sandbox?",
+              text: "Its variables, files and programs are gone for good. Save the notebook first if you need it.",
+              button: "End",
+              act: end,
+            })
+          }
+        >
+          End…
+        </button>
+      </Menu>
+    </div>
+  );
+}
+
+function exportNotebook(box: Box, work: ReturnType<typeof useWork>): void {
+  void work.run(async () => {
+    const answer = await send("GET", of(box.id, "/export"));
+    save(`${box.id}.ipynb`, await answer.blob());
+    said.value = "The notebook is saved.";
+  });
+}
+
+/** What is wrong with the connection or the sandbox, and what can be done about it. */
+function Banner({ box, stream }: { box: Box; stream: Stream }) {
+  const work = useWork();
+  const { state, since, reason } = box.link.value;
+  if (state === "lost") {
+    const seconds = (now.value - since) / 1000;
+    if (seconds < 0.5) return null;
+    return (
+      <p class="banner" role="alert">
+        {reason} {clock(seconds)}, trying again. Cells go on.
+      </p>
+    );
+  }
+  if (state === "paused") {
+    const resume = () => send("POST", of(box.id, "/resume"), {});
+    return (
+      <div class="banner" role="status">
+        <p>The sandbox is paused. Its variables, files and programs are on disk.</p>
+        <button type="button" class="primary" onClick={() => work.run(resume, () => stream.connect())}>
+          {work.isBusy.value ? "Resuming …" : "Resume"}
+        </button>
+        <Trouble error={work.error.value} />
+      </div>
+    );
+  }
+  if (state !== "gone") return null;
+  const word = Object.keys(REASONS).find((each) => new RegExp(`\\b${each}\\b`).test(reason));
+  return (
+    <div class="banner bad" role="alert">
+      <p>
+        <strong>The sandbox has ended{word ? `, because ${REASONS[word]}` : ""}.</strong>{" "}
+        <span class="muted">{safe(reason)}</span>
+      </p>
+      <button type="button" onClick={() => save(`${box.id}.ipynb`, notebook(box))}>
+        Save as notebook
+      </button>
+      <button type="button" onClick={() => go()}>
+        All sandboxes
+      </button>
+    </div>
+  );
+}
+
+/** Reads a sandbox's use of memory and disk in words. */
+export function usageOf(sandbox: Sandbox): string {
+  const { usage } = sandbox;
+  return usage ? `${bytes(usage.memUsed)} of ${bytes(usage.memTotal)}` : "";
+}
+
+/** One sandbox, asked for once. */
+export function readSandbox(id: string): Promise<Sandbox> {
+  return get(of(id));
+}

@@ -1,0 +1,178 @@
+/** Small parts that several screens use. */
+import { useSignal } from "@preact/signals";
+import type { ComponentChildren } from "preact";
+import { useEffect, useRef } from "preact/hooks";
+import { ApiError } from "./api";
+
+/** A question that can't be taken back: what is lost, and what the button says. */
+export interface Question {
+  title: string;
+  text: string;
+  button: string;
+  act: () => void | Promise<void>;
+}
+
+/** A dialog that is open while it is there. */
+export function Dialog(props: { title: string; close: () => void; children: ComponentChildren; isWide?: boolean }) {
+  const element = useRef<HTMLDialogElement>(null);
+  useEffect(() => {
+    element.current?.showModal();
+  }, []);
+  return (
+    <dialog
+      ref={element}
+      class={props.isWide ? "wide" : ""}
+      aria-labelledby="dialog-title"
+      onClose={props.close}
+      onClick={(event) => event.target === element.current && element.current?.close()}
+    >
+      <div class="dialog">
+        <header>
+          <h2 id="dialog-title">{props.title}</h2>
+          <button type="button" class="quiet icon" aria-label="Close" onClick={() => element.current?.close()}>
+            ✕
+          </button>
+        </header>
+        {props.children}
+      </div>
+    </dialog>
+  );
+}
+
+/** Asks once before something is lost. */
+export function Ask({ question, close }: { question: Question; close: () => void }) {
+  const work = useWork();
+  return (
+    <Dialog title={question.title} close={close}>
+      <p>{question.text}</p>
+      <Trouble error={work.error.value} />
+      <footer>
+        <button type="button" onClick={close}>
+          Cancel
+        </button>
+        <button
+          type="button"
+          class="danger"
+          disabled={work.isBusy.value}
+          onClick={() => work.run(async () => question.act(), close)}
+        >
+          {question.button}
+        </button>
+      </footer>
+    </Dialog>
+  );
+}
+
+/** Something that is under way, and what went wrong with it. */
+export function useWork() {
+  const isBusy = useSignal(false);
+  const error = useSignal<ApiError | undefined>(undefined);
+  const run = async (act: () => Promise<unknown>, then: () => void = () => {}) => {
+    if (isBusy.value) return;
+    isBusy.value = true;
+    error.value = undefined;
+    try {
+      await act();
+      then();
+    } catch (caught) {
+      if (!(caught instanceof ApiError)) throw caught;
+      error.value = caught;
+    } finally {
+      isBusy.value = false;
+    }
+  };
+  return { isBusy, error, run };
+}
+
+/** What went wrong: the message, what to do about it, and the word for programs. */
+export function Trouble({ error, again }: { error: ApiError | undefined; again?: () => void }) {
+  if (!error) return null;
+  return (
+    <div class="trouble" role="alert">
+      <p>
+        <strong>{error.message}</strong> {error.hint}
+        {error.outcome === "unknown" && " It may have run."}
+      </p>
+      <p class="muted">
+        <code>{error.word}</code>
+      </p>
+      {again && error.isRetryable && (
+        <button type="button" onClick={again}>
+          Try again
+        </button>
+      )}
+    </div>
+  );
+}
+
+/** A button that opens a list of actions. */
+export function Menu({ label, children, text = "⋯" }: { label: string; text?: string; children: ComponentChildren }) {
+  const element = useRef<HTMLDetailsElement>(null);
+  useEffect(() => {
+    const close = (event: Event) => {
+      const menu = element.current;
+      if (!menu?.open) return;
+      if (event instanceof KeyboardEvent ? event.key === "Escape" : !menu.contains(event.target as Node)) {
+        menu.open = false;
+        if (event instanceof KeyboardEvent) menu.querySelector("summary")?.focus();
+      }
+    };
+    addEventListener("pointerdown", close);
+    addEventListener("keydown", close);
+    return () => {
+      removeEventListener("pointerdown", close);
+      removeEventListener("keydown", close);
+    };
+  }, []);
+  return (
+    <details class="menu" ref={element}>
+      <summary class="button quiet" aria-label={label} title={label}>
+        {text}
+      </summary>
+      <div
+        class="items"
+        onClick={() => {
+          if (element.current) element.current.open = false;
+        }}
+      >
+        {children}
+      </div>
+    </details>
+  );
+}
+
+/** A line of readings, the last one at the right. */
+export function Sparkline({ values, top }: { values: number[]; top: number }) {
+  const width = 64;
+  const step = width / Math.max(values.length - 1, 1);
+  const y = (value: number) => (18 - 16 * Math.min(value / (top || 1), 1)).toFixed(1);
+  const points = values.map((value, index) => `${(index * step).toFixed(1)},${y(value)}`);
+  return (
+    <svg class="sparkline" viewBox={`0 0 ${width} 20`} aria-hidden="true">
+      {points.length > 1 && <polygon points={`0,20 ${points.join(" ")} ${width},20`} />}
+      {points.length > 1 && <polyline points={points.join(" ")} />}
+    </svg>
+  );
+}
+
+/** Shows its children only after 150 ms, because a shorter wait needs no sign of it. */
+export function Later({ children }: { children: ComponentChildren }) {
+  const isLate = useSignal(false);
+  useEffect(() => {
+    const timer = setTimeout(() => {
+      isLate.value = true;
+    }, 150);
+    return () => clearTimeout(timer);
+  }, []);
+  return isLate.value ? <div>{children}</div> : null;
+}
+
+/** Offers bytes as a file. The type is one that no browser shows, because a page of ours would run in our origin. */
+export function save(name: string, content: BlobPart): void {
+  const url = URL.createObjectURL(new Blob([content], { type: "application/octet-stream" }));
+  const link = document.createElement("a");
+  link.href = url;
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}
