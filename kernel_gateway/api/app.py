@@ -103,11 +103,14 @@ ROUTES = [
     Route("POST", f"{COMMAND}/signal", commands.signal_command, body=commands.SendSignal, status=204),
     Route("PUT", f"{COMMAND}/size", commands.resize_command, body=commands.Size, status=204),
     Route(
-        "GET", f"{BOX}/executions/{{execution}}", rest.get_execution, query=rest.Since,
+        "GET", f"{BOX}/executions/{{execution}}", rest.get_execution, query=rest.ExecutionQuery,
         answer=rest.ExecutionModel, produces="application/json",
     ),
+    Route("DELETE", f"{BOX}/executions/{{execution}}", rest.stop_execution, status=204),
     Route("GET", f"{BOX}/export", rest.export, query=rest.ExportQuery, produces="application/x-ipynb+json"),
-    Route("POST", f"{BOX}/execute", rest.execute, body=rest.Execute, answer=Cell, produces="application/json"),
+    Route(
+        "POST", f"{BOX}/execute", rest.execute, body=rest.Execute, answer=Cell, produces="application/json",
+    ),
     Route(
         "GET", f"{BOX}/files", rest.download, query=rest.PathQuery, produces="application/octet-stream",
         errors=(403, 416),
