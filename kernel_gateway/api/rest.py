@@ -34,7 +34,7 @@ from kernel_gateway.errors import (
     TooLarge,
     Unavailable,
 )
-from kernel_gateway.guest.answers import answer, whole_answer
+from kernel_gateway.guest.answers import answer, told, whole_answer
 from kernel_gateway.guest.files import LISTING_SIZE, MAX_ENTRIES, Files, Writing
 from kernel_gateway.guest.guest import Guest
 from kernel_gateway.held import Holding
@@ -514,8 +514,8 @@ async def with_text(
     """Events, the end of which has the cell's output as a text, if there is a limit."""
     async for event in events:
         if limit is not None and event.type == "end":
-            told = await whole_answer(guest, execution, limit)
-            yield msgspec.structs.replace(event, text=told.text, outputFile=told.output_file)
+            made = await whole_answer(guest, execution, limit)
+            yield msgspec.structs.replace(event, text=made.text, outputFile=made.output_file)
         else:
             yield event
 
@@ -528,13 +528,8 @@ async def collect(
     if asked.max_output is not None:
         call.http.hold("answers of cells", 2 * asked.max_output)
     shaper = None if asked.max_output is None else Shaper(asked.max_output)
-    with suppress(TimeoutError):
-        async with asyncio.timeout(asked.wait):
-            async for event in events:
-                collector.add(event)
-                since = max(since, event.seq)
-                if shaper is not None:
-                    shaper.add(event)
+    takers = [collector.add] if shaper is None else [collector.add, shaper.add]
+    since = max(since, await told(events, asked.wait, *takers))
     cell = collector.cell()
     if asked == Asked():
         return cell
@@ -542,8 +537,8 @@ async def collect(
     cell.outcome = cell.outcome if execution.is_told(since) else RUNNING
     cell.id, cell.status, cell.next = execution.id, cell.outcome, since
     if shaper is not None:
-        told = await answer(guest, execution, shaper)
-        cell.text, cell.outputFile = told.text, told.output_file
+        made = await answer(guest, execution, shaper)
+        cell.text, cell.outputFile = made.text, made.output_file
     return cell
 
 

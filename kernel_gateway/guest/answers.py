@@ -4,15 +4,21 @@ The file is written only then. It has all of the cell's output, so that a model 
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+import base64
+import binascii
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import NamedTuple
+
+import msgspec
 
 from kernel_gateway.errors import CellvmError
 from kernel_gateway.guest.files import Files
 from kernel_gateway.guest.guest import Guest
 from kernel_gateway.kernel.events import StreamEvent, values
 from kernel_gateway.kernel.executions import Execution
-from kernel_gateway.kernel.shape import Image, Shaper, plain, text_of
+from kernel_gateway.kernel.shape import TABLE, Image, Shaper, plain, text_of
 
 FOLDER = ".cellvm/out"
 """The folder of output in the sandbox user's home."""
@@ -24,12 +30,32 @@ STORE_LIMIT = 10.0
 """Seconds that the guest has to store a file, times the driver's time scale."""
 
 
+class Link(NamedTuple):
+    """An image that is not shown, as a file of the sandbox."""
+
+    number: int
+    mime: str
+    path: str
+
+
 class Answer(NamedTuple):
     """A cell's text, the path of the file with all of it (None if nothing is left out), and its images."""
 
     text: str
     output_file: str | None
     images: list[Image]
+
+
+async def told(events: AsyncIterator[StreamEvent], wait: float | None, *takers: Callable[[StreamEvent], None]) -> int:
+    """Give events to all takers, for `wait` seconds at most; return the journal's number of the last, 0 without any."""
+    last = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(wait):
+            async for event in events:
+                last = max(last, event.seq)
+                for take in takers:
+                    take(event)
+    return last
 
 
 async def answer(guest: Guest, execution: Execution, shaper: Shaper) -> Answer:
@@ -58,6 +84,33 @@ async def whole_answer(guest: Guest, execution: Execution, limit: int) -> Answer
         async for event in guest.kernel.events(execution, until=guest.kernel.journal.last):
             shaper.add(event)
         return await answer(guest, execution, shaper)
+
+
+async def images_as_files(guest: Guest, execution: Execution, wanted: list[int], since: int) -> list[Link]:
+    """Store the images of these numbers, counted from the journal's number `since` on, and return where they are."""
+    links: list[Link] = []
+    number = 0
+    async for event in guest.kernel.events(execution, since, until=guest.kernel.journal.last):
+        data = values(event.data) if event.type in ("result", "display") and TABLE not in values(event.data) else {}
+        mime = next((each for each in data if each.startswith("image/")), None)
+        if mime is None:
+            continue
+        number += 1
+        if number in wanted:
+            raw = bytes(data[mime])
+            content = raw if not raw.startswith(b'"') else str(msgspec.json.decode(raw)).encode()
+            if not mime.endswith("xml"):
+                try:
+                    content = base64.b64decode(content)
+                except binascii.Error:
+                    continue
+            suffix = re.sub("[^a-z0-9]", "", mime.removeprefix("image/").partition("+")[0])[:8] or "bin"
+            name = f"{FOLDER}/{execution.count or execution.id}-{number}.{suffix}"
+            async with Files(guest).write(name) as writing:
+                await writing.send(content)
+                await writing.finish()
+            links.append(Link(number, mime, Files(guest).resolve(name)))
+    return links
 
 
 async def _store(guest: Guest, execution: Execution, name: str) -> str:

@@ -43,7 +43,8 @@ class Execution:
     until the kernel has got it. `after` is the journal's number before its first message. `outcome` is None until it is
     over, and `last` is then the number of the last message to show. `timed_out` is the error to tell in place of the
     interrupt that the gateway has sent. `clock` is when its time began. `count` is its number in the kernel, once that
-    is known. `restarted` says why its kernel is another one than the execution before had.
+    is known. `restarted` says why its kernel is another one than the execution before had. `told` is the number
+    of the last message that a model has been told of.
     """
 
     def __init__(self, execution_id: str, code: str, after: int, timeout: float | None) -> None:
@@ -62,6 +63,7 @@ class Execution:
         self.clock = time.monotonic()
         self.count: int | None = None
         self.restarted = ""
+        self.told = 0
         self.changed = asyncio.Event()
 
     def state_at_rest(self) -> ExecutionState:
@@ -146,6 +148,11 @@ class Executions:
 
     def get(self, execution_id: str) -> Execution | None:
         return self._by_id.get(execution_id)
+
+    @property
+    def last(self) -> Execution | None:
+        """The newest one."""
+        return next(reversed(self._by_id.values()), None)
 
     def find(self, execution_id: str, code: str) -> Execution | None:
         """The execution that was started with that id; None if there is none, or if it never ran and may be repeated.

@@ -32,6 +32,8 @@ TRACEBACK_READ = 256 * 1024
 """Characters of a traceback that are read, at its end."""
 IMAGES = 4
 """Images of one answer that are kept to be shown."""
+UNSHOWN = 20
+"""Images beyond these that can still be told of as files."""
 IMAGE_LIMIT = 300 * 1000
 """Characters in base64 of an image that is kept to be shown."""
 
@@ -233,6 +235,8 @@ class Shaper:
 
     Each stream has a line of its own, so that a progress bar on stderr stays one line beside what is printed.
 
+    `unshown` has the numbers of images that are too large or too many to be shown.
+
     Args:
         limit: characters that the text may have.
     """
@@ -252,6 +256,7 @@ class Shaper:
         self._owner: str | None = None
         self._number = 0
         self._images: list[Image] = []
+        self.unshown: list[int] = []
 
     def add(self, event: StreamEvent) -> None:
         """Take the next event."""
@@ -312,10 +317,12 @@ class Shaper:
             size = image_size(data[mime]) if mime == "image/png" else ""
             self._number += is_new
             size = size or size_text(len(bytes(data[mime])))
-            if is_new and mime in ("image/png", "image/jpeg") and len(self._images) < IMAGES:
-                encoded = bytes(data[mime])
-                if len(encoded) <= IMAGE_LIMIT:
-                    self._images.append(Image(self._number, mime, encoded[1:-1].decode().replace("\\n", "")))
+            encoded = bytes(data[mime])
+            is_small = mime in ("image/png", "image/jpeg") and len(encoded) <= IMAGE_LIMIT
+            if is_new and is_small and len(self._images) < IMAGES:
+                self._images.append(Image(self._number, mime, encoded[1:-1].decode().replace("\\n", "")))
+            elif is_new and len(self.unshown) < UNSHOWN:
+                self.unshown.append(self._number)
             return [f"[image {self._number}: {size} {kind}]"]
         shown = text_of(data)
         return [] if shown is None else [*Terminal().lines(shown)]
