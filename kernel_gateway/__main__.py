@@ -1,4 +1,4 @@
-"""The command line: `cellvm serve | build | doctor | run | nb | keys | cache`."""
+"""The command line: `cellvm serve | build | doctor | run | nb | mcp | keys | cache`."""
 
 import argparse
 import asyncio
@@ -12,7 +12,9 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Thread
 
 from rich.console import Console
@@ -36,6 +38,7 @@ from kernel_gateway.kernel.events import CellError
 from kernel_gateway.kernel.notebook import Notebook, NotebookError, tags
 from kernel_gateway.kvm import Verdict
 from kernel_gateway.logs import Escaped
+from kernel_gateway.mcp.relay import relay
 from kernel_gateway.network.slots import choose, found_floor
 from kernel_gateway.private import private
 from kernel_gateway.sandbox.key import ALL, Scope, parse_scope
@@ -380,6 +383,37 @@ def cells_done(total: int) -> Iterator[Callable[[int, str], None]]:
         yield lambda done, source: bar.update(task, completed=done, description=first_line(source)[:60])
 
 
+MCP_SETUP = """Set-up of clients (over HTTP, with a server at URL and a key of `cellvm keys add`):
+  Claude Code   claude mcp add --transport http cellvm URL/mcp --header "Authorization: Bearer KEY"
+  Codex         ~/.codex/config.toml:   [mcp_servers.cellvm]
+                                        url = "URL/mcp"
+                                        bearer_token_env_var = "CELLVM_API_KEY"
+  Cursor        ~/.cursor/mcp.json:     {"mcpServers": {"cellvm": {"url": "URL/mcp",
+                                          "headers": {"Authorization": "Bearer KEY"}}}}
+  VS Code       .vscode/mcp.json:       {"servers": {"cellvm": {"type": "http", "url": "URL/mcp",
+                                          "headers": {"Authorization": "Bearer KEY"}}}}
+  Gemini CLI    ~/.gemini/settings.json: {"mcpServers": {"cellvm": {"httpUrl": "URL/mcp",
+                                          "headers": {"Authorization": "Bearer KEY"}}}}
+Over stdio, for clients that start a program: command `cellvm`, arguments `mcp`.
+  Claude Code   claude mcp add cellvm -- cellvm mcp"""
+
+
+async def mcp(settings: Settings, url: str, scope: str, *, keep: bool) -> None:
+    """Serve MCP on standard input and output: for the server at `url`, or for one of this process alone."""
+    if url:
+        await relay(url, settings.api_key, scope, keep=keep)
+        return
+    with TemporaryDirectory(prefix="cellvm-mcp-") as directory:
+        own = replace(settings, host="127.0.0.1", port=0, data_dir=directory, api_key=new_key(), base_url="/")
+        with steps() as step:
+            if own.boots_machines:
+                await install_packages(own.qemu, step)
+            stack = AsyncExitStack()
+            server = await stack.enter_async_context(running(own, step))
+        async with stack:
+            await relay(server.url, own.api_key, scope, keep=False)
+
+
 def keys(settings: Settings, options: argparse.Namespace) -> int:
     """Make, list and remove API keys."""
     if options.action != "add" and (options.scope or options.of):
@@ -506,6 +540,7 @@ def parser() -> argparse.ArgumentParser:
         "doctor": "tell what this host offers and what is missing",
         "run": "run a Python file in a fresh sandbox",
         "nb": "run a notebook in a fresh sandbox: `cellvm nb run`",
+        "mcp": "serve MCP, the Model Context Protocol, on standard input and output",
         "keys": "make, list and remove API keys",
         "cache": "tell what is in the cache, or delete what nobody uses",
         "e2b": "print what a program for E2B needs to find this server: `cellvm e2b env`",
@@ -533,6 +568,14 @@ def parser() -> argparse.ArgumentParser:
                 "--get", action="append", default=[], metavar="PATH", help="fetch this file afterwards"
             )
             command.add_argument("--template", default="code_interpreter", help="default: code_interpreter")
+        if name == "mcp":
+            command.formatter_class, command.epilog = argparse.RawDescriptionHelpFormatter, MCP_SETUP
+            command.add_argument(
+                "--url", default="", help="the server whose sandboxes are used, with the key in CELLVM_API_KEY; "
+                "default: sandboxes of this process"
+            )  # fmt: skip
+            command.add_argument("--scope", default="", help="names the sandbox; default: one of this process")
+            command.add_argument("--keep", action="store_true", help="leave the sandbox running at the end")
         if name == "keys":
             command.add_argument("action", choices=("add", "list", "remove"))
             command.add_argument("name", nargs="?", default="", help="a label for `add`, the id for `remove`")
@@ -586,6 +629,8 @@ def main(argv: list[str] | None = None) -> int:
             case "cache":
                 unused = (settings.cache_days or math.inf) if options.unused is None else options.unused
                 return asyncio.run(cache(settings, options.action, unused))
+            case "mcp":
+                asyncio.run(mcp(settings, options.url, options.scope, keep=options.keep))
             case "keys":
                 return keys(settings, options)
             case "e2b":

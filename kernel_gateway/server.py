@@ -308,6 +308,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 max_message=settings.max_message_mb * 1024 * 1024,
                 kernel_idle_timeout=settings.kernel_idle_timeout,
                 kernel_max_life=settings.kernel_max_life or None,
+                mcp_idle_timeout=settings.mcp_idle_timeout,
                 max_connections=settings.max_connections,
                 max_requests=settings.max_requests,
                 domain=settings.domain,

@@ -114,6 +114,9 @@ class Settings:
     kernel_idle_timeout: int = setting(
         3600, "Seconds that a kernel made by a Jupyter client lives on unused and unconnected.", low=60, high=30 * 86400
     )
+    mcp_idle_timeout: int = setting(
+        1800, "Seconds that a sandbox made by an MCP client lives on after its last call.", low=60, high=3600
+    )
     kernel_max_life: int = setting(
         7 * 86400,
         "Seconds after which a kernel made by a Jupyter client ends, whatever it does; 0 for never.",

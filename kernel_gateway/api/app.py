@@ -11,7 +11,7 @@ from urllib.parse import unquote, unquote_to_bytes
 from tornado.httputil import HTTPServerRequest
 from tornado.web import Application
 
-from kernel_gateway.api import commands, events, figures, jupyter, ports, rest
+from kernel_gateway.api import commands, events, figures, jupyter, mcp, ports, rest
 from kernel_gateway.api.base import NOBODY, Endpoint, Missing, Requests, Route
 from kernel_gateway.api.channels import Channels
 from kernel_gateway.api.e2b import control, envd, interpreter, rpc
@@ -104,11 +104,14 @@ ROUTES = [
     Route("POST", f"{COMMAND}/signal", commands.signal_command, body=commands.SendSignal, status=204),
     Route("PUT", f"{COMMAND}/size", commands.resize_command, body=commands.Size, status=204),
     Route(
-        "GET", f"{BOX}/executions/{{execution}}", rest.get_execution, query=rest.Since,
+        "GET", f"{BOX}/executions/{{execution}}", rest.get_execution, query=rest.ExecutionQuery,
         answer=rest.ExecutionModel, produces="application/json",
     ),
+    Route("DELETE", f"{BOX}/executions/{{execution}}", rest.stop_execution, status=204),
     Route("GET", f"{BOX}/export", rest.export, query=rest.ExportQuery, produces="application/x-ipynb+json"),
-    Route("POST", f"{BOX}/execute", rest.execute, body=rest.Execute, answer=Cell, produces="application/json"),
+    Route(
+        "POST", f"{BOX}/execute", rest.execute, body=rest.Execute, answer=Cell, produces="application/json",
+    ),
     Route(
         "GET", f"{BOX}/files", rest.download, query=rest.PathQuery, produces="application/octet-stream",
         errors=(403, 416),
@@ -157,6 +160,8 @@ ROUTES = [
         "GET", f"{WEBHOOK}/deliveries", events.list_deliveries, query=events.DeliveryQuery,
         answer=list[events.DeliveryModel], errors=(404,),
     ),
+    Route("POST", "/mcp", mcp.serve, query=mcp.McpQuery, produces="application/json"),
+    Route("DELETE", "/mcp", mcp.delete_session, errors=(404,)),
     Route("GET", "/api", jupyter.api_version, answer=jupyter.ApiVersion, public=True),
     Route("GET", "/api/me", jupyter.me, answer=jupyter.Me),
     Route("GET", "/api/status", jupyter.status, answer=jupyter.ServerStatus),
@@ -306,6 +311,7 @@ def application(
     max_message: int = 64 * 1024 * 1024,
     kernel_idle_timeout: int = 3600,
     kernel_max_life: int | None = None,
+    mcp_idle_timeout: int = 1800,
     max_connections: int = 256,
     max_requests: int = 1000,
     domain: str = "localhost",
@@ -321,6 +327,7 @@ def application(
         max_message: largest WebSocket message from a client, in bytes.
         kernel_idle_timeout: seconds that a Jupyter client's kernel lives on unused.
         kernel_max_life: seconds after which such a kernel ends, whatever it does; None for never.
+        mcp_idle_timeout: seconds that a sandbox of an MCP client lives on after its last call.
         max_connections: WebSockets that one owner may have open at once.
         max_requests: requests that are answered at once for one owner.
         domain: services in sandboxes are reached as `{port}-{id}.{domain}`; it may include the server's port.
@@ -331,7 +338,8 @@ def application(
     sandboxes.metrics.registry.register(figures.Present(sandboxes))
     shared = {"sandboxes": sandboxes, "store": store}
     handlers: list[Any] = [
-        (pattern, Endpoint, {**shared, "routes": routes}) for pattern, routes in by_path(ROUTES).items()
+        (pattern, mcp.McpEndpoint if "/mcp" in pattern else Endpoint, {**shared, "routes": routes})
+        for pattern, routes in by_path(ROUTES).items()
     ]
     handlers += [(pattern, kind, shared) for pattern, kind in SOCKETS]
     handlers += [(pattern, Page, shared) for pattern in PAGE]
@@ -353,6 +361,7 @@ def application(
         kernel_idle_timeout=kernel_idle_timeout,
         kernel_max_life=kernel_max_life,
         sessions=defaultdict(jupyter.Sessions),  # by key
+        mcp=mcp.Mcp(mcp_idle_timeout),
         sockets=Sockets(max_connections, sandboxes.held),
         openapi=document(ROUTES),
         requests=Requests(max_requests),

@@ -617,6 +617,11 @@ class Endpoint(Handler):
         except Exception as error:  # noqa: BLE001
             await self._fail(error)
 
+    @property
+    def body(self) -> bytes:
+        """The whole body, for an operation that decodes it itself."""
+        return bytes(self._body)
+
     def _decoded(self, kind: Any) -> Any:
         """The body as its type. Its bytes are kept no longer."""
         data = bytes(self._body)

@@ -47,7 +47,7 @@ class Channels(Socket):
             told = message.new("iopub", "status", {"execution_state": state}, session="")
             self.write_message(self._frame(told), binary=self.is_binary)
 
-    def frames(self, records: list[Record | Gap]) -> list[str | bytes]:
+    async def frames(self, records: list[Record | Gap]) -> list[str | bytes]:
         """The messages for everybody or for this session, and the whole past if the client asked for it by `since`."""
         found = []
         for record in records:

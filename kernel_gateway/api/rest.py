@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 from urllib.parse import parse_qsl, quote, unquote
 
 import msgspec
@@ -34,15 +34,19 @@ from kernel_gateway.errors import (
     TooLarge,
     Unavailable,
 )
+from kernel_gateway.guest.answers import answer, told, whole_answer
 from kernel_gateway.guest.files import LISTING_SIZE, MAX_ENTRIES, Files, Writing
+from kernel_gateway.guest.guest import Guest
 from kernel_gateway.held import Holding
 from kernel_gateway.images.templates import Template
 from kernel_gateway.kernel import message
 from kernel_gateway.kernel.events import MAX_NAME, Cell, CellError, Collector, Events, Input, StreamEvent
+from kernel_gateway.kernel.executions import RUNNING, Execution
 from kernel_gateway.kernel.journal import Gap, Journal
 from kernel_gateway.kernel.kernel import Kernel
 from kernel_gateway.kernel.message import GATEWAY, By
 from kernel_gateway.kernel.notebook import session_notebook
+from kernel_gateway.kernel.shape import Shaper
 from kernel_gateway.network.policy import MAX_ENTRY, Floor, Policy, parse_policy
 from kernel_gateway.outcome import Ending
 from kernel_gateway.sandbox.lifecycle import ASLEEP, State
@@ -548,11 +552,21 @@ async def get_network(call: Call) -> NetworkState:
 # -- cells
 
 
+MaxOutput = Annotated[int, Meta(ge=200, le=1_000_000, description="Characters.")]
+Wait = Annotated[float, Meta(ge=0.1, le=MAX_TIMEOUT, description="Seconds.")]
+
+
 class Execute(Struct):
-    """A cell for the sandbox's persistent kernel."""
+    """A cell for the sandbox's persistent kernel.
+
+    With `wait` the answer comes after so many seconds if the cell is not over by then, and the cell goes on. With
+    `maxOutput` the answer has the output as one `text` of at most so many characters, for a model.
+    """
 
     code: str
     timeout: Seconds = 60.0
+    wait: Wait | None = None
+    maxOutput: MaxOutput | None = None
 
 
 LEGAL_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
@@ -570,23 +584,24 @@ async def execute(call: Call, body: Execute) -> None:
     The answer comes when the cell is over. With `Accept: application/x-ndjson` (or `text/event-stream`) events come as
     they happen: one JSON object a line, `{"type": "end"}` last. A client that hangs up interrupts the cell. With a
     header `Idempotency-Key: <id>` the cell goes on instead, and the same request again attaches to it, so it is not run
-    twice.
+    twice. With `wait` it goes on, too.
     """
     check_text("code", body.code)
     execution_id = call.http.request.headers.get("Idempotency-Key")
     check_id(execution_id)
-    kernel = call.sandbox.guest.kernel
+    guest = call.sandbox.guest
     by = By("execute", client_name(call.http) or GATEWAY.name)
-    if execution_id is None:
-        events = kernel.execute(body.code, timeout=body.timeout, by=by)
-    else:
-        events = kernel.events(kernel.run(body.code, execution_id=execution_id, timeout=body.timeout, by=by))
+    execution = guest.kernel.run(body.code, execution_id=execution_id, timeout=body.timeout, by=by)
+    is_attended = execution_id is None and body.wait is None
+    events = guest.kernel.attended(execution) if is_attended else guest.kernel.events(execution)
+    asked = Asked(body.wait, body.maxOutput)
     del body  # the cell may wait long, and its code is counted once
     async with aclosing(events):
         if framing := wanted_framing(call.http):
-            await stream(call.http, framing, events)
+            check_stream(asked)
+            await stream(call.http, framing, with_text(guest, execution, events, asked.max_output))
             return
-        cell = await collect(call, events)
+        cell = await collect(call, guest, execution, events, asked)
     call.http.set_header("Content-Type", "application/json")
     await call.http.finish(msgspec.json.encode(cell))
 
@@ -596,12 +611,51 @@ def client_name(http: Endpoint) -> str:
     return http.request.headers.get("X-Client-Name", "").strip()[:MAX_NAME]
 
 
-async def collect(call: Call, events: AsyncIterator[StreamEvent]) -> Cell:
-    """A cell's whole outcome. What there is no room for is left out and counted."""
-    collector = Collector(keep=call.http.hold("answers of cells").grow)
+class Asked(NamedTuple):
+    """What an answer is to be: after how many seconds at most, with a text of how many characters at most."""
+
+    wait: float | None = None
+    max_output: int | None = None
+
+
+def check_stream(asked: Asked) -> None:
+    """Refuse to limit the time of a stream, which tells everything at once."""
+    if asked.wait is not None:
+        raise InvalidRequest("`wait` is for an answer in one piece", hint="leave it out, or send no such `Accept`")
+
+
+async def with_text(
+    guest: Guest, execution: Execution, events: AsyncIterator[StreamEvent], limit: int | None
+) -> AsyncIterator[StreamEvent]:
+    """Events, the end of which has the cell's output as a text, if there is a limit."""
     async for event in events:
-        collector.add(event)
-    return collector.cell()
+        if limit is not None and event.type == "end":
+            made = await whole_answer(guest, execution, limit)
+            yield msgspec.structs.replace(event, text=made.text, outputFile=made.output_file)
+        else:
+            yield event
+
+
+async def collect(
+    call: Call, guest: Guest, execution: Execution, events: AsyncIterator[StreamEvent], asked: Asked, since: int = 0
+) -> Cell:
+    """What a cell gives within the time that the caller waits. What there is no room for is left out and counted."""
+    collector = Collector(keep=call.http.hold("answers of cells").grow)
+    if asked.max_output is not None:
+        call.http.hold("answers of cells", 2 * asked.max_output)
+    shaper = None if asked.max_output is None else Shaper(asked.max_output)
+    takers = [collector.add] if shaper is None else [collector.add, shaper.add]
+    since = max(since, await told(events, asked.wait, *takers))
+    cell = collector.cell()
+    if asked == Asked():
+        return cell
+    cell.executionCount = cell.executionCount or execution.count
+    cell.outcome = cell.outcome if execution.is_told(since) else RUNNING
+    cell.id, cell.status, cell.next = execution.id, cell.outcome, since
+    if shaper is not None:
+        made = await answer(guest, execution, shaper)
+        cell.text, cell.outputFile = made.text, made.output_file
+    return cell
 
 
 def wanted_framing(http: Endpoint) -> str | None:
@@ -661,6 +715,13 @@ class Since(Struct):
     since: Annotated[int, Meta(ge=0)] = 0
 
 
+class ExecutionQuery(Since):
+    """`wait` and `maxOutput` are as for `/execute`. With one of them the answer has what came after `since`."""
+
+    wait: Wait | None = None
+    maxOutput: MaxOutput | None = None
+
+
 def last_seen(call: Call) -> int:
     """The number of the last event that a client has, by the header of server-sent events or by its query."""
     header = call.http.request.headers.get("Last-Event-ID", "")
@@ -672,7 +733,7 @@ class ExecutionModel(Struct):
 
     `unknown` means that its kernel ended before it was over, so nobody can say how much of it has happened.
     `not_started` means that it never ran. `retrySafe` means that the same request again has no further effect.
-    `result` is there if it ran and its sandbox lives.
+    `result` is there if it ran and its sandbox lives, and while it runs to whoever asked with `wait` or `maxOutput`.
     """
 
     id: str
@@ -686,21 +747,42 @@ async def get_execution(call: Call) -> None:
 
     404 means that no such execution was ever started here, so it is safe to start it.
     """
-    kernel = call.sandbox.guest.kernel
-    execution = kernel.executions.get(call.path["execution"])
-    if execution is None:
-        raise NotFound("no such execution was started in this sandbox", hint="it has not run: it is safe to start it")
-    events = kernel.events(execution, last_seen(call))
+    guest = call.sandbox.guest
+    execution = found_execution(guest, call.path["execution"])
+    asked = Asked(call.query.wait, call.query.maxOutput)
+    since = last_seen(call)
+    events = guest.kernel.events(execution, since)
     async with aclosing(events):
         if framing := wanted_framing(call.http):
-            await stream(call.http, framing, events)
+            check_stream(asked)
+            await stream(call.http, framing, with_text(guest, execution, events, asked.max_output))
             return
         has_result = execution.outcome is not None and execution.outcome.error is None
-        result = await collect(call, events) if has_result else None
-    status = execution.state
+        if asked.max_output is not None and asked.wait is None and not has_result:
+            asked = asked._replace(wait=0.0)
+        is_asked = asked.wait is not None and execution.outcome is None
+        result = await collect(call, guest, execution, events, asked, since) if has_result or is_asked else None
+    status = execution.state if result is None else result.outcome
     call.http.set_header("Content-Type", "application/json")
-    answer = ExecutionModel(execution.id, status, status != Ending.UNKNOWN, result)
-    await call.http.finish(msgspec.json.encode(answer))
+    await call.http.finish(msgspec.json.encode(ExecutionModel(execution.id, status, status != Ending.UNKNOWN, result)))
+
+
+def found_execution(guest: Guest, execution_id: str) -> Execution:
+    """The execution of that id.
+
+    Raises:
+        NotFound: there is none.
+    """
+    execution = guest.kernel.executions.get(execution_id)
+    if execution is None:
+        raise NotFound("no such execution was started in this sandbox", hint="it has not run: it is safe to start it")
+    return execution
+
+
+async def stop_execution(call: Call) -> None:
+    """Interrupt an execution, or if its turn has not come, never run it. One that is over stays as it is."""
+    guest = call.sandbox.guest
+    guest.kernel.stop(found_execution(guest, call.path["execution"]))
 
 
 class ExportQuery(Struct):

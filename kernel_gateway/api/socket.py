@@ -176,7 +176,7 @@ class Socket(WebSocketHandler, Handler):
         """The sandbox that the path names."""
         raise NotImplementedError
 
-    def frames(self, records: list[Record | Gap]) -> list[str | bytes]:
+    async def frames(self, records: list[Record | Gap]) -> list[str | bytes]:
         """The frames that this client gets for records."""
         raise NotImplementedError
 
@@ -265,7 +265,7 @@ class Socket(WebSocketHandler, Handler):
                         break
                     self.seen.sent = max(self.seen.sent, self.reader.after)
                     is_text = all(isinstance(r, Record) and r.kind == "stream" for r in records)
-                    frames = self.frames(merged(records, self.sent_before))
+                    frames = await self.frames(merged(records, self.sent_before))
                     records.clear()  # the client may read slowly, and once in memory is enough
                     await self.send(frames)
                     self._written = self.reader.after

@@ -9,10 +9,12 @@ import msgspec
 from tornado.iostream import StreamClosedError
 
 from kernel_gateway.api.base import PROTOCOL
-from kernel_gateway.api.rest import check_id, check_text
+from kernel_gateway.api.rest import MaxOutput, check_id, check_text
 from kernel_gateway.api.socket import MALFORMED, Socket
 from kernel_gateway.errors import CellvmError
+from kernel_gateway.guest.answers import whole_answer
 from kernel_gateway.kernel.events import CellError, Events, StreamEvent, asked, made_at
+from kernel_gateway.kernel.executions import KEPT
 from kernel_gateway.kernel.journal import Gap, Record
 from kernel_gateway.kernel.message import GATEWAY, By
 from kernel_gateway.sandbox.access import Access
@@ -25,12 +27,16 @@ STATE_PAUSE = 0.05
 
 
 class Execute(msgspec.Struct, tag="execute", tag_field="type"):
-    """Run a cell. A cell sent again with the same `id` and code runs only once. `timeout`: seconds; default: none."""
+    """Run a cell. A cell sent again with the same `id` and code runs only once. `timeout`: seconds; default: none.
+
+    With `maxOutput` the end of the cell has its output as one text of at most so many characters.
+    """
 
     code: str
     id: str | None = None
     timeout: Annotated[float, msgspec.Meta(gt=0, le=86400)] | None = None
     allowInput: bool = True
+    maxOutput: MaxOutput | None = None
 
 
 class Input(msgspec.Struct, tag="input", tag_field="type"):
@@ -106,6 +112,7 @@ class AgentStream(Socket):
 
     def open(self, *args: str, **kwargs: str) -> None:
         self._events = Events()
+        self._limits: dict[str, int] = {}
         super().open(*args, **kwargs)
         now = StreamEvent("status", seq=self.reader.after, state=self.kernel.state, reason=self.kernel.reason or None)
         self.write_message(msgspec.json.encode(now).decode())
@@ -145,7 +152,7 @@ class AgentStream(Socket):
             self._telling.cancel()
         super().on_close()
 
-    def frames(self, records: list[Record | Gap]) -> list[str | bytes]:
+    async def frames(self, records: list[Record | Gap]) -> list[str | bytes]:
         found: list[StreamEvent] = []
         for record in records:
             if isinstance(record, Gap):
@@ -153,7 +160,19 @@ class AgentStream(Socket):
             else:
                 for event in self._events.receive(record.seq, record.kind, record.parent, record.ends, record.parts):
                     found.append(dated(event, record.parts))
-        return [msgspec.json.encode(event).decode() for event in found]
+        return [msgspec.json.encode(await self._with_text(event)).decode() for event in found]
+
+    async def _with_text(self, event: StreamEvent) -> StreamEvent:
+        """An event. The end of a cell has the cell's output as a text, if that was asked for."""
+        limit = self._limits.pop(event.id, None) if event.type == "end" else None
+        execution = self.kernel.executions.get(event.id)
+        if limit is None or execution is None:
+            return event
+        try:
+            told = await whole_answer(self.sandbox.guest, execution, limit)
+        except CellvmError:
+            return event  # the sandbox has just ended, which the close code tells, or there is no room
+        return msgspec.structs.replace(event, text=told.text, outputFile=told.output_file)
 
     async def on_message(self, frame: str | bytes) -> None:
         """Obey a command, or answer with a `refused` event if that is not possible."""
@@ -176,7 +195,7 @@ class AgentStream(Socket):
             case Execute():
                 check_id(command.id)
                 check_text("code", command.code)
-                self.kernel.run(
+                execution = self.kernel.run(
                     command.code,
                     execution_id=command.id,
                     timeout=command.timeout,
@@ -184,6 +203,10 @@ class AgentStream(Socket):
                     by=self._by,
                     session=self.session,
                 )
+                if command.maxOutput is not None:
+                    self._limits[execution.id] = command.maxOutput
+                    if len(self._limits) > KEPT:
+                        del self._limits[next(iter(self._limits))]
             case Input():
                 check_text("text", command.text)
                 await self.kernel.answer_input(command.text, self._by)

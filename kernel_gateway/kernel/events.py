@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from kernel_gateway.kernel import message
 from kernel_gateway.outcome import Ending
@@ -75,6 +76,9 @@ class Cell(msgspec.Struct):
     """What one execution gave. `outcome` is finished, or unknown if its kernel ended before it was over.
 
     `late` is what earlier cells have put out since. `restarted` says why the kernel is not the one of the cell before.
+
+    The last fields are for whoever asked with `wait` or `maxOutput`. `status` is running or the outcome, and `next` the
+    number after which further output comes. `text` is all of it for a model. `outputFile` has what `text` leaves out.
     """
 
     results: list[Result] = []
@@ -86,6 +90,11 @@ class Cell(msgspec.Struct):
     outcome: str = Ending.FINISHED
     late: list[Late] = []
     restarted: str | None = None
+    id: str | UnsetType = UNSET
+    status: str | UnsetType = UNSET
+    next: int | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+    outputFile: str | UnsetType | None = UNSET
 
 
 class StreamEvent(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -116,6 +125,7 @@ class StreamEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     code: str | None = None
     by: message.By | None = None
     at: str | None = None
+    outputFile: str | None = None
 
 
 class Events:

@@ -9,10 +9,13 @@ import msgspec
 
 from kernel_gateway.errors import Conflict, TooManyRequests
 from kernel_gateway.held import Account, Holding
+from kernel_gateway.kernel import message
 from kernel_gateway.kernel.events import CellError
 from kernel_gateway.kernel.message import GATEWAY, By
 from kernel_gateway.outcome import Ending, Outcome, Packed
 
+RUNNING = "running"
+"""The state of an execution that is not over."""
 KEPT = 1000
 """Number of executions that a kernel remembers. Not more of them may be unfinished at a time."""
 
@@ -40,9 +43,10 @@ class Execution:
     `id` is its Jupyter message id, and clients know it by that. `code` is kept, as bytes that are held for the owner,
     until the kernel has got it. `after` is the journal's number before its first message. `outcome` is None until it is
     over, and `last` is then the number of the last message to show. `timed_out` is the error to tell in place of the
-    interrupt that the gateway has sent. `clock` is when its time began. `count` is its number in the kernel, once it is
-    over. `restarted` says why its kernel is another one than the execution before had. `by` has asked for it, over the
-    connection of the client session `session` if it was one.
+    interrupt that the gateway has sent. `clock` is when its time began. `count` is its number in the kernel, once that
+    is known. `restarted` says why its kernel is another one than the execution before had. `told` is the number of the
+    last message that a model has been told of. `by` has asked for it, over the connection of the client session
+    `session` if it was one.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Execution:
         self.clock = time.monotonic()
         self.count: int | None = None
         self.restarted = ""
+        self.told = 0
         self.changed = asyncio.Event()
 
     def state_at_rest(self) -> ExecutionState:
@@ -96,11 +101,17 @@ class Execution:
 
     @property
     def state(self) -> str:
-        """ "running", or how it ended."""
-        return "running" if self.outcome is None else self.outcome.ending
+        """RUNNING, or how it ended."""
+        return RUNNING if self.outcome is None else self.outcome.ending
 
-    def start(self) -> None:
-        """Take note that the kernel has begun with it."""
+    def is_told(self, after: int) -> bool:
+        """Whether it is over, and a reader at the journal's number `after` has had all of it."""
+        return self.outcome is not None and after >= self.last
+
+    def start(self, kind: str, content: bytes) -> None:
+        """Take note that the kernel has begun with it, by a message of that kind."""
+        if kind == "execute_input":
+            self.count = message.read(content, message.Reply).execution_count
         if not self.is_started:
             self.is_started = True
             self.clock = time.monotonic()
@@ -143,6 +154,11 @@ class Executions:
 
     def get(self, execution_id: str) -> Execution | None:
         return self._by_id.get(execution_id)
+
+    @property
+    def last(self) -> Execution | None:
+        """The newest one."""
+        return next(reversed(self._by_id.values()), None)
 
     def find(self, execution_id: str, code: str) -> Execution | None:
         """The execution that was started with that id; None if there is none, or if it never ran and may be repeated.

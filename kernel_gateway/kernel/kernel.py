@@ -377,7 +377,7 @@ class Kernel:
                 self._reply_received(parent.msg_id, pending, parts[CONTENT])
         execution = self.executions.get(parent.msg_id)
         if execution is not None:
-            execution.start()
+            execution.start(head.msg_type, parts[CONTENT])
             if head.msg_type == "error" and execution.timed_out:
                 parts[CONTENT] = error_content(execution.timed_out)
             if head.msg_type == "error" and pending is not None:
@@ -773,8 +773,12 @@ class Kernel:
             log.warning("a kernel could not be asked whether a cell has stopped: %.500r", error)
             return False
 
-    async def events(self, execution: Execution, after: int = 0) -> AsyncGenerator[StreamEvent, None]:
+    async def events(
+        self, execution: Execution, after: int = 0, until: int | None = None
+    ) -> AsyncGenerator[StreamEvent, None]:
         """The events of a cell, from the journal's number `after` on, "end" last.
+
+        With `until` they are those up to that number, and nothing is waited for.
 
         Among them is, marked as late, what earlier cells of ours have put out since they ended. A status says if the
         kernel was replaced since the cell before and nobody was told.
@@ -785,7 +789,7 @@ class Kernel:
         translate = Events()
         reader = self.journal.reader(max(execution.after, after))
         async with aclosing(pages(reader, self.account)) as found:
-            while execution.outcome is None or reader.after < execution.last:
+            while reader.after < until if until is not None else not execution.is_told(reader.after):
                 records = await anext(found, None)
                 if records is None:
                     break
@@ -810,6 +814,8 @@ class Kernel:
                         count = None if earlier is None else earlier.count
                         for event in translate.receive(record.seq, record.kind, record.parent, False, record.parts):
                             yield msgspec.structs.replace(event, late=True, executionCount=count)
+        if until is not None:
+            return
         assert execution.outcome is not None  # a journal ends after all executions have
         if execution.outcome.error is not None:
             raise execution.outcome.error
@@ -819,21 +825,27 @@ class Kernel:
         """Whether a record is late output that this execution is to be told."""
         return self.executions.is_late(record.parent, record.seq) and self.executions.is_told_to(execution, record.seq)
 
-    async def execute(
+    def execute(
         self, code: str, *, timeout: float | None = None, quiet: bool = False, by: By = GATEWAY
     ) -> AsyncGenerator[StreamEvent, None]:
-        """`run` a cell and yield its `events`. Closing the iterator early interrupts the cell, or it is never run."""
-        execution = self.run(code, timeout=timeout, quiet=quiet, by=by)
-        del code  # a cell may wait long, and its code is counted once
+        """`run` a cell and return its `attended` events."""
+        return self.attended(self.run(code, timeout=timeout, quiet=quiet, by=by))
+
+    async def attended(self, execution: Execution) -> AsyncGenerator[StreamEvent, None]:
+        """The `events` of a cell. Closing the iterator early interrupts the cell, or it is never run."""
         try:
             async for event in self.events(execution):
                 yield event
         finally:
-            if execution.is_sent:
-                execution.is_unwanted = True
-                execution.changed.set()
-            else:
-                execution.end(Outcome(Ending.NOT_STARTED), self.journal.last)
+            self.stop(execution)
+
+    def stop(self, execution: Execution) -> None:
+        """Interrupt a cell, or if its turn has not come, never run it. Nothing happens to one that is over."""
+        if execution.is_sent:
+            execution.is_unwanted = True
+            execution.changed.set()
+        else:
+            execution.end(Outcome(Ending.NOT_STARTED), self.journal.last)
 
 
 def our_error(error: CellvmError) -> CellError:

@@ -59,7 +59,7 @@ VALID: dict[str, dict[str, object]] = {
     "Input": {"text": "x"},
     "SendSignal": {"signal": "SIGCONT"},
     "Size": {"rows": 24, "cols": 80},
-    "Execute": {"code": "1", "timeout": 5},
+    "Execute": {"code": "1", "timeout": 5, "wait": 5, "maxOutput": 1000},
     "InlineFile": {"path": "x", "content": "YQ=="},
     "MakeDir": {"path": "d"},
     "Move": {"source": "x", "destination": "y"},
