@@ -106,7 +106,8 @@ export function Trouble({ error, again }: { error: ApiError | undefined; again?:
 }
 
 /** A button that opens a list of actions. The browser closes it on Escape and on a click elsewhere. */
-export function Menu({ label, children, text = "⋯" }: { label: string; text?: string; children: ComponentChildren }) {
+export function Menu(props: { label: string; text?: string; look?: string; children: ComponentChildren }) {
+  const { label, children, text = "⋯", look = "quiet" } = props;
   const id = useId();
   const button = useRef<HTMLButtonElement>(null);
   const items = useRef<HTMLDivElement>(null);
@@ -121,7 +122,7 @@ export function Menu({ label, children, text = "⋯" }: { label: string; text?: 
       <button
         ref={button}
         type="button"
-        class="quiet"
+        class={look}
         popovertarget={id}
         aria-label={label}
         title={text === label ? undefined : label}

@@ -6,6 +6,7 @@ another server for anything.
 
 import asyncio
 import json
+import os
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -488,7 +489,7 @@ class Listener(asyncio.DatagramProtocol):
 @pytest.fixture(scope="module")
 async def arena(real: Service) -> str:
     """A sandbox for hostile output."""
-    return await real.create(metadata={"name": "arena"}, timeout=3600)
+    return await real.create(metadata={"name": "churn-model", "team": "growth"}, timeout=3600)
 
 
 @pytest.fixture
@@ -671,3 +672,59 @@ async def violations(page: Page, axe: str) -> list[Any]:
         "axe.run({exclude: [['iframe']]}, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa']})"
     )
     return [(each["id"], [node["html"][:200] for node in each["nodes"]][:4]) for each in found["violations"]]
+
+
+# -- pictures
+
+
+RESULTS = Path("test-results/page")
+IMAGES = Path(__file__).parents[2] / "docs" / "images"
+SHOWN = [
+    ("agent-42", "import random\n\nfor step in range(1, 4):\n    print(f'step {step} of 3')"),
+    ("agent-42", "display({'text/html': table}, raw=True)"),
+    ("agent-42", "import math\n\nmath.sqrt(-1)"),
+]
+TABLE = "<table><thead><tr><th></th><th>month</th><th>orders</th></tr></thead><tbody>" + "".join(
+    f"<tr><th>{row}</th><td>{month}</td><td>{orders}</td></tr>"
+    for row, (month, orders) in enumerate([("January", 1210), ("February", 1388), ("March", 1502)])
+)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_pictures(scheme: str, tab: Tab, real: Service) -> None:
+    """The main states are kept as pictures in `test-results/page`. With BLESS=1 they become those of the manual."""
+    folder = IMAGES if os.environ.get("BLESS") else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    page = tab.page
+    await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+    await page.goto(real.url)
+    await page.get_by_label("API key").wait_for()
+    await page.screenshot(path=folder / f"sign-in-{scheme}.png")
+    box = await real.create(metadata={"name": "report-7"}, timeout=3600)
+    await real.execute(box, f"table = {TABLE!r}")
+    for client, code in SHOWN:
+        body = {"code": code}
+        await real.call("POST", f"/sandboxes/{box}/execute", body, headers={"X-Client-Name": client})
+    await real.run(box, "sh", "-c", "mkdir -p models; for n in 1 2 3; do echo $n,$((n * n)); done > squares.csv")
+    await tab.open()
+    await expect(page.get_by_role("row", name="report-7")).to_be_visible()
+    await page.screenshot(path=folder / f"list-{scheme}.png")
+    await page.goto(f"{real.url}/#/{box}")
+    await expect(tab.cell("display(").frame_locator("iframe").locator("td").last).to_have_text("1502")
+    await expect(page.locator(".code-keyword").last).to_be_visible()
+    await page.screenshot(path=folder / f"cells-{scheme}.png")
+    await page.set_viewport_size({"width": 390, "height": 800})
+    await page.reload()
+    await expect(page.locator(".code-keyword").last).to_be_visible()
+    await page.screenshot(path=folder / f"phone-{scheme}.png")
+    await page.set_viewport_size({"width": 1280, "height": 860})
+    await page.goto(f"{real.url}/#/{box}/files")
+    await page.get_by_role("button", name="squares.csv", exact=True).click()
+    await expect(page.locator("pre.content")).to_contain_text("3,9")
+    await page.screenshot(path=folder / f"files-{scheme}.png")
+    await page.goto(f"{real.url}/#/{box}/terminal")
+    await expect(page.frame_locator(".terminal iframe").locator(".xterm-rows")).to_contain_text("#")
+    await page.keyboard.type("ls --color=always && python3 -c 'print(6 * 7)'\n")
+    await expect(page.frame_locator(".terminal iframe").locator(".xterm-rows")).to_contain_text("42")
+    await page.screenshot(path=folder / f"terminal-{scheme}.png")
+    await real.call("DELETE", f"/sandboxes/{box}")
