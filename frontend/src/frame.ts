@@ -166,15 +166,26 @@ function restartAll(): void {
   }
 }
 
-/** Sees to it that a frame has the keyboard only when the user gave it. */
+/** Sees to it that a frame has the keyboard only when the user gave it. A thief is removed, and gives back what it took. */
 export function guard(): void {
+  let last: HTMLElement | undefined;
   addEventListener("blur", () => {
     const thief = [...shown].find((frame) => frame.has(document.activeElement));
-    if (thief && !thief.isOpen) thief.remove("This output tried to take the keyboard, so it was taken away.");
+    if (!thief || thief.isOpen) return;
+    thief.remove("This output tried to take the keyboard, so it was taken away.");
+    last?.focus({ preventScroll: true });
   });
   const leave = (event: Event) => {
     for (const frame of shown) if (!frame.element.contains(event.target as Node)) frame.leave();
   };
   addEventListener("pointerdown", leave, true);
-  addEventListener("focusin", leave, true);
+  addEventListener(
+    "focusin",
+    (event) => {
+      const [focused] = event.composedPath(); // the editor is in a shadow root
+      if (!(focused instanceof HTMLIFrameElement)) last = focused as HTMLElement;
+      leave(event);
+    },
+    true,
+  );
 }

@@ -11,13 +11,8 @@ const tabs = new BroadcastChannel(NAME);
 
 /** Finds the key: in the address (`#key=…`, which is wiped at once), in this tab's storage, or in another tab. */
 export function findKey(): void {
-  const given = /^#key=([!-~]+)$/.exec(location.hash)?.[1];
-  if (given) {
-    history.replaceState(null, "", location.pathname);
-    signIn(decodeURIComponent(given));
-  } else {
-    key.value = sessionStorage.getItem(NAME) ?? "";
-  }
+  if (!takeFromAddress()) key.value = sessionStorage.getItem(NAME) ?? "";
+  addEventListener("hashchange", takeFromAddress); // somebody pastes the address into a tab that has the page already
   tabs.onmessage = ({ data }: MessageEvent<Told>) => {
     if ("ask" in data) {
       if (key.value) tabs.postMessage({ key: key.value } satisfies Told);
@@ -25,6 +20,14 @@ export function findKey(): void {
     else if (!data.key) keep("");
   };
   if (!key.value) tabs.postMessage({ ask: true } satisfies Told);
+}
+
+function takeFromAddress(): boolean {
+  const given = /^#key=([!-~]+)$/.exec(location.hash)?.[1];
+  if (!given) return false;
+  history.replaceState(null, "", location.pathname);
+  signIn(decodeURIComponent(given));
+  return true;
 }
 
 /** Takes a key for this tab and for those that have none. */

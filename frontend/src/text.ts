@@ -93,8 +93,8 @@ function node(run: Run): Text | HTMLElement {
   const text = document.createTextNode(run.text);
   if (!run.style && !run.color && !run.background) return text;
   const span = document.createElement("span");
-  span.className = run.style;
-  span.style.color = run.color;
+  span.className = run.color ? `${run.style} extended` : run.style;
+  if (run.color) span.style.setProperty("--color", run.color); // the style sheet makes it readable on both grounds
   span.style.background = run.background;
   span.append(text);
   return span;

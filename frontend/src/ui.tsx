@@ -1,7 +1,7 @@
 /** Small parts that several screens use. */
-import { useSignal } from "@preact/signals";
+import { useComputed, useSignal } from "@preact/signals";
 import type { ComponentChildren } from "preact";
-import { useEffect, useRef } from "preact/hooks";
+import { useEffect, useId, useRef } from "preact/hooks";
 import { ApiError } from "./api";
 
 /** A question that can't be taken back: what is lost, and what the button says. */
@@ -63,13 +63,13 @@ export function Ask({ question, close }: { question: Question; close: () => void
   );
 }
 
-/** Something that is under way, and what went wrong with it. */
+/** Something that is under way, and what went wrong with it last. */
 export function useWork() {
-  const isBusy = useSignal(false);
+  const begun = useSignal(0);
+  const isBusy = useComputed(() => begun.value > 0);
   const error = useSignal<ApiError | undefined>(undefined);
   const run = async (act: () => Promise<unknown>, then: () => void = () => {}) => {
-    if (isBusy.value) return;
-    isBusy.value = true;
+    begun.value += 1;
     error.value = undefined;
     try {
       await act();
@@ -78,7 +78,7 @@ export function useWork() {
       if (!(caught instanceof ApiError)) throw caught;
       error.value = caught;
     } finally {
-      isBusy.value = false;
+      begun.value -= 1;
     }
   };
   return { isBusy, error, run };
@@ -105,39 +105,41 @@ export function Trouble({ error, again }: { error: ApiError | undefined; again?:
   );
 }
 
-/** A button that opens a list of actions. */
-export function Menu({ label, children, text = "⋯" }: { label: string; text?: string; children: ComponentChildren }) {
-  const element = useRef<HTMLDetailsElement>(null);
-  useEffect(() => {
-    const close = (event: Event) => {
-      const menu = element.current;
-      if (!menu?.open) return;
-      if (event instanceof KeyboardEvent ? event.key === "Escape" : !menu.contains(event.target as Node)) {
-        menu.open = false;
-        if (event instanceof KeyboardEvent) menu.querySelector("summary")?.focus();
-      }
-    };
-    addEventListener("pointerdown", close);
-    addEventListener("keydown", close);
-    return () => {
-      removeEventListener("pointerdown", close);
-      removeEventListener("keydown", close);
-    };
-  }, []);
+/** A button that opens a list of actions. The browser closes it on Escape and on a click elsewhere. */
+export function Menu(props: { label: string; text?: string; look?: string; children: ComponentChildren }) {
+  const { label, children, text = "⋯", look = "quiet" } = props;
+  const id = useId();
+  const button = useRef<HTMLButtonElement>(null);
+  const items = useRef<HTMLDivElement>(null);
+  const place = () => {
+    const at = button.current?.getBoundingClientRect();
+    if (!at || !items.current) return;
+    items.current.style.top = `${at.bottom + 4}px`;
+    items.current.style.right = `${Math.max(document.documentElement.clientWidth - Math.max(at.right, 230), 8)}px`;
+  };
   return (
-    <details class="menu" ref={element}>
-      <summary class="button quiet" aria-label={label} title={label}>
+    <>
+      <button
+        ref={button}
+        type="button"
+        class={look}
+        popovertarget={id}
+        aria-label={label}
+        title={text === label ? undefined : label}
+      >
         {text}
-      </summary>
+      </button>
       <div
+        ref={items}
+        id={id}
+        popover="auto"
         class="items"
-        onClick={() => {
-          if (element.current) element.current.open = false;
-        }}
+        onBeforeToggle={place}
+        onClick={() => items.current?.hidePopover()}
       >
         {children}
       </div>
-    </details>
+    </>
   );
 }
 

@@ -6,6 +6,7 @@ another server for anything.
 
 import asyncio
 import json
+import os
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, async_playwright, expect
 
 from kernel_gateway.drivers.unisolated import Unisolated
+from tests.e2e import hostile as hostile_output
 from tests.e2e.browser import FLAGS, PICTURE
 from tests.e2e.conftest import cached, install_packages, run
 from tests.fakes import Service, serving
@@ -44,6 +46,17 @@ async def browser(programs: None) -> AsyncIterator[Browser]:
         chromium = await playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS.split())
         yield chromium
         await chromium.close()
+
+
+@pytest.fixture(scope="module")
+def packages(programs: None, progress: Any) -> Path:
+    """The folder of the page's JavaScript packages, from its lock file."""
+
+    def make(directory: Path) -> None:
+        progress(f"installing the page's packages in {directory}")
+        install_packages(FRONTEND, directory)
+
+    return cached("page", FRONTEND / "package-lock.json", make) / "node_modules"
 
 
 class Tab:
@@ -260,21 +273,28 @@ async def test_a_sandbox_that_ends(tab: Tab, real: Service) -> None:
 # -- the built files
 
 
-async def test_the_bundle_is_the_committed_one(programs: None, tmp_path: Path) -> None:
+@pytest.fixture
+def sources(packages: Path, tmp_path: Path) -> Path:
+    """A copy of the page's sources, with the packages of its lock file."""
+    copied = tmp_path / "frontend"
+    shutil.copytree(FRONTEND, copied, ignore=shutil.ignore_patterns("node_modules"))
+    (copied / "node_modules").symlink_to(packages)
+    return copied
+
+
+def test_the_bundle_is_the_committed_one(sources: Path, tmp_path: Path) -> None:
     """The sources make the committed files, byte for byte. (25, in part)"""
-
-    def make(directory: Path) -> None:
-        install_packages(FRONTEND, directory)
-
-    packages = cached("page", FRONTEND / "package-lock.json", make)
-    shutil.copytree(FRONTEND, tmp_path / "frontend", ignore=shutil.ignore_patterns("node_modules"))
-    (tmp_path / "frontend" / "node_modules").symlink_to(packages / "node_modules")
-    run(["node", "build.mjs", str(tmp_path / "built")], cwd=tmp_path / "frontend")
-    made, committed = (
-        {each.name: each.read_bytes() for each in folder.iterdir()} for folder in (tmp_path / "built", BUILT)
-    )
+    built = tmp_path / "built"
+    run(["node", "build.mjs", str(built)], cwd=sources)
+    made, committed = ({each.name: each.read_bytes() for each in folder.iterdir()} for folder in (built, BUILT))
     assert made.keys() == committed.keys()
     assert [name for name in made if made[name] != committed[name]] == []
+
+
+def test_the_sources(sources: Path) -> None:
+    """The types, the format and the tests of the pure modules are right."""
+    run(["npm", "run", "check"], cwd=sources)
+    run(["npm", "test"], cwd=sources)
 
 
 async def headers_of(service: Service, path: str, **options: Any) -> dict[str, str]:
@@ -319,3 +339,392 @@ async def test_headers(real: Service) -> None:
     assert again.code == 304
     missing = await real.call("GET", "/ui/nothing.js", key=None)
     assert (missing.code, json.loads(missing.body)["error"]) == (404, "not_found")
+
+
+# -- connections
+
+
+async def test_a_reload_amid_output(tab: Tab, real: Service, box: str) -> None:
+    """After a reload amid 20,000 prints the text is what was printed, to the byte. (6)"""
+    await tab.open(box)
+    await tab.run("for n in range(20_000): print('line', n, flush=True)")
+    await expect(tab.cell("20_000").locator(".outputs")).to_contain_text("line 300")
+    await tab.page.reload()
+    cell = tab.cell("20_000")
+    await expect(cell).to_have_class("cell done", timeout=60_000)
+    text = "".join(f"line {n}\n" for n in range(20_000))
+    await expect(cell.locator("pre").last).to_be_attached()
+    assert await until_text(cell, text) == text
+
+
+async def until_text(cell: Locator, wanted: str) -> str:
+    """The text of a cell's output, when all of it is drawn."""
+    found = ""
+    for _ in range(200):
+        found = await cell.locator(".outputs pre:not(:empty)").evaluate_all(
+            "all => all.map((each) => each.textContent).join('')"
+        )
+        if len(found) >= len(wanted):
+            break
+        await asyncio.sleep(0.05)
+    return found
+
+
+def cut(service: Service, box: str) -> None:
+    """Cut all connections to a sandbox's kernel, as a network does that breaks."""
+    for client in list(service.sandboxes.get(service.owner, box).guest.kernel.clients):
+        client._stream.close()  # type: ignore[attr-defined]
+
+
+async def test_lost_connections(tab: Tab, real: Service, box: str) -> None:
+    """The banner comes and goes. No output is lost, and a cell that is run meanwhile runs once. (7)"""
+    tab.announced += ["ERR_", "WebSocket", "503"]
+    await real.execute(box, "runs = 0")
+    await tab.open(box)
+    await tab.run("import time\nfor n in range(300): print('beat', n, flush=True); time.sleep(0.02)")
+    for _ in range(5):
+        cut(real, box)
+        await asyncio.sleep(0.3)
+    real.sandboxes.is_draining = True  # new connections are refused
+    cut(real, box)
+    await expect(tab.page.get_by_role("alert")).to_contain_text("trying again")
+    await tab.run("runs += 1; print('runs', runs)")
+    real.sandboxes.is_draining = False
+    await expect(tab.page.get_by_role("alert")).to_have_count(0)
+    await expect(tab.cell("runs += 1").locator(".outputs")).to_have_text("runs 1", timeout=30_000)
+    text = "".join(f"beat {n}\n" for n in range(300))
+    assert await until_text(tab.cell("'beat'"), text) == text
+
+
+# -- files and terminals
+
+
+async def test_files(tab: Tab, real: Service, box: str, tmp_path: Path) -> None:
+    """Files go up, are shown, come down to the byte, and are deleted. Their names are text. (20, in part)"""
+    content = bytes(range(256)) * 4000
+    (tmp_path / "up.bin").write_bytes(content)
+    (tmp_path / "notes.txt").write_text("grüße\n" * 300)
+    await tab.open(f"{box}/files")
+    await tab.page.get_by_label("Files to upload").set_input_files([tmp_path / "up.bin", tmp_path / "notes.txt"])
+    await tab.page.get_by_role("button", name="notes.txt", exact=True).click()
+    preview = tab.page.get_by_role("region", name="Preview of notes.txt")
+    await expect(preview.locator("pre")).to_contain_text("grüße")
+    await expect(preview).to_contain_text("beginning of the file")
+    await tab.page.get_by_role("button", name="up.bin", exact=True).click()
+    async with tab.page.expect_download() as download:
+        await tab.page.get_by_role("button", name="Download", exact=True).click()
+    assert Path(await (await download.value).path()).read_bytes() == content
+    await tab.page.get_by_role("button", name="Delete…").click()
+    await tab.page.get_by_role("button", name="Delete", exact=True).click()
+    await expect(tab.page.get_by_role("button", name="up.bin", exact=True)).to_have_count(0)
+    await tab.page.get_by_role("button", name="New folder…").click()
+    await tab.page.get_by_label("Name").fill("<b>new")
+    await tab.page.get_by_role("button", name="Make").click()
+    await expect(tab.page.get_by_label("Folder", exact=True)).to_contain_text("<b>new")
+
+
+async def test_an_upload_that_fails(tab: Tab, real: Service, box: str, tmp_path: Path) -> None:
+    """An upload that is refused tells why at its row, and the next one goes on."""
+    tab.announced.append("status of 40")
+    (tmp_path / "a.txt").write_text("a")
+    await tab.open(f"{box}/files/%2Fproc")
+    await tab.page.get_by_label("Files to upload").set_input_files(tmp_path / "a.txt")
+    await expect(tab.page.get_by_role("alert")).not_to_be_empty()
+
+
+async def test_a_terminal(tab: Tab, real: Service, box: str) -> None:
+    """A shell has UTF-8, Ctrl-C and its window's size. A reload attaches again, and F6 leaves it. (21, in part)"""
+    await tab.open(f"{box}/terminal")
+    screen = tab.page.frame_locator(".terminal iframe").locator(".xterm-rows")
+    await expect(screen).to_contain_text("#")
+    await tab.page.keyboard.type("sleep 100\n")
+    await tab.page.keyboard.press("Control+c")
+    await tab.page.keyboard.type("stty size; echo h\u00e9llo $((6 * 7))\n")
+    await expect(screen).to_contain_text("h\u00e9llo 42")
+    await expect(screen).not_to_contain_text("24 80")
+    await tab.page.keyboard.press("F6")
+    assert await tab.page.evaluate("document.activeElement.tagName") == "A"
+    await tab.page.reload()
+    await expect(screen).to_contain_text("h\u00e9llo 42")
+    await tab.page.get_by_role("button", name="End bash").first.click()
+    await tab.page.get_by_role("button", name="End", exact=True).click()
+    await expect(tab.page.get_by_role("button", name="End bash")).to_have_count(0)
+
+
+# -- what a sandbox may not do
+
+
+class Listener(asyncio.DatagramProtocol):
+    """What has come to a TCP and a UDP port."""
+
+    def __init__(self) -> None:
+        self.heard: list[bytes] = []
+
+    async def __aenter__(self) -> "Listener":
+        loop = asyncio.get_running_loop()
+        self._udp, _ = await loop.create_datagram_endpoint(lambda: self, local_addr=("127.0.0.1", 0))
+        self.udp = self._udp.get_extra_info("sockname")[1]
+        self._tcp = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.tcp = self._tcp.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._udp.close()
+        self._tcp.close()
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        self.heard.append(data)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.heard.append(await reader.read(200))
+        writer.close()
+
+    def filled(self, text: str) -> str:
+        url = f"http://127.0.0.1:{self.tcp}/"
+        for name, value in (("url", url), ("ws", url.replace("http", "ws")), ("udp", str(self.udp))):
+            text = text.replace(f"{{{name}}}", value)
+        return text
+
+
+@pytest.fixture(scope="module")
+async def arena(real: Service) -> str:
+    """A sandbox for hostile output."""
+    return await real.create(metadata={"name": "churn-model", "team": "growth"}, timeout=3600)
+
+
+@pytest.fixture
+async def hostile(tab: Tab, arena: str) -> AsyncIterator[Listener]:
+    """A listener that must hear nothing, and a page that must stay as it is."""
+    tab.announced.append("")  # the browser tells each thing that it blocks
+    await tab.open(arena)
+    async with Listener() as listener:
+        yield listener
+        tab.requests.clear()  # what was blocked is among them; the listener knows what was not
+        await asyncio.sleep(0.2)
+        assert listener.heard == []
+        assert tab.page.url.endswith(arena)
+        assert await tab.page.evaluate("window.hacked") is None
+        assert await tab.page.title() == "CellVM"
+        assert len(tab.page.context.pages) == 1
+
+
+async def display(tab: Tab, name: str, html: str) -> Locator:
+    """The cell that has displayed some HTML, when that is drawn."""
+    await tab.run(f"# {name}\ndisplay({{'text/html': {html!r}}}, raw=True)")
+    cell = tab.cell(f"# {name}")
+    await expect(cell.locator("iframe, [role=alert]")).to_be_attached()
+    return cell
+
+
+async def has_run(cell: Locator) -> bool:
+    """Whether a script of the cell's output has run. One that led its frame away has a notice in place of it."""
+    handle = await cell.locator("iframe").element_handles()
+    frame = await handle[0].content_frame() if handle else None
+    return frame is not None and await frame.evaluate("window.ran") is not None
+
+
+async def test_hostile_output(tab: Tab, hostile: Listener) -> None:
+    """No script of an output runs in a still frame. Nothing reaches a listener, the page or its address. (15, 16)"""
+    for name, html in {
+        **hostile_output.MARKUP,
+        **{name: f"<script>window.ran = 1; {script}</script>" for name, script in hostile_output.SCRIPTS.items()},
+    }.items():
+        cell = await display(tab, f"still {name}", hostile.filled(html))
+        await asyncio.sleep(0.2)
+        assert not await has_run(cell), name
+        assert hostile.heard == [], name
+
+
+async def test_hostile_scripts(tab: Tab, hostile: Listener) -> None:
+    """Scripts that the user lets run reach no listener, and neither the page nor its address. (15, 16)"""
+    ran = []
+    for name, script in hostile_output.SCRIPTS.items():
+        other = await display(tab, f"beside {name}", "<script>window.ran = 1</script>")
+        cell = await display(tab, f"live {name}", hostile.filled(f"<script>window.ran = 1; {script}</script>"))
+        await cell.get_by_role("button", name="Run this output's scripts").click()
+        await asyncio.sleep(0.3)
+        assert not await has_run(other), name
+        assert hostile.heard == [], name
+        box = await cell.locator(".frame").bounding_box()
+        assert box is None or box["height"] <= 2000, name
+        ran += [name] if await has_run(cell) else []
+    assert len(ran) >= len(hostile_output.SCRIPTS) - 3  # those that left their frame can't tell
+
+
+async def test_hostile_text(tab: Tab, real: Service, arena: str, hostile: Listener) -> None:
+    """Names, output, errors and prompts show as text, whatever they hold. Escapes but colours are dropped. (H18)"""
+    text = hostile_output.TEXT
+    box = await real.create(metadata={"name": text, text[:40]: text})
+    await real.call(
+        "POST", f"/sandboxes/{box}/execute",
+        {"code": f"import sys\ntext = {text!r}\nprint(text)\nprint(text, file=sys.stderr)\nprint('x' * 1_000_000)\n"
+                 "raise type('<img src=x onerror=hacked=1>', (Exception,), {})(text)"},
+        headers={"X-Client-Name": "<img src=x onerror=hacked=1>"},
+    )  # fmt: skip
+    await tab.page.goto(f"{real.url}/#/{box}")
+    cell = tab.page.locator("article")
+    await expect(cell.locator(".stream").first).to_contain_text("<img src=x onerror=window.hacked=1>link")
+    assert await cell.locator("img, a, script").count() == 0
+    await expect(cell.locator(".author")).to_have_text("<img src=x onerror=hacked=1>")
+    await tab.run("input(text)")
+    await expect(tab.page.locator("form.prompt .asked")).to_contain_text("<script>")
+    await tab.page.goto(f"{real.url}/#/")
+    await expect(tab.page.get_by_role("row", name="<img src=x").first).to_be_visible()
+    assert await tab.page.evaluate("window.hacked") is None
+    await real.call("DELETE", f"/sandboxes/{box}")
+    await tab.page.goto(f"{real.url}/#/{arena}")
+
+
+async def test_a_thief_of_the_keyboard(tab: Tab, hostile: Listener) -> None:
+    """A live frame that takes the focus is removed, and all that is typed is in the editor. (17, H12)"""
+    thief = "<input id=i><script>setInterval(() => { focus(); document.getElementById('i').focus() }, 10)</script>"
+    cell = await display(tab, "thief", thief)
+    await cell.get_by_role("button", name="Run this output's scripts").click()
+    editor = tab.page.get_by_role("textbox", name="Code of the next cell")
+    await editor.click()
+    await tab.page.keyboard.type("abcdefghijklmnopqrstuvwxyz012345", delay=15)
+    await expect(editor).to_have_text("abcdefghijklmnopqrstuvwxyz012345")
+    await expect(cell.get_by_role("alert")).to_contain_text("take the keyboard")
+    await editor.fill("")
+
+
+async def test_a_live_frame_that_loops(tab: Tab, hostile: Listener) -> None:
+    """The page answers while a live frame loops, and soon draws all other outputs again. (18, H13)"""
+    still = await display(tab, "innocent", "<p>innocent</p>")
+    cell = await display(tab, "loop", "<script>setTimeout(() => { while (true); }, 300)</script>")
+    await cell.get_by_role("button", name="Run this output's scripts").click()
+    await asyncio.sleep(1)
+    began = asyncio.get_running_loop().time()
+    await tab.page.get_by_role("link", name="Cells").click()
+    assert asyncio.get_running_loop().time() - began < 2  # a page that stood still would never answer
+    await expect(cell.get_by_role("alert")).to_contain_text("did not answer", timeout=20_000)
+    await expect(still.frame_locator("iframe").locator("p")).to_have_text("innocent", timeout=20_000)
+
+
+async def test_pictures_that_are_too_large(tab: Tab, hostile: Listener) -> None:
+    """A PNG of 50,000 × 50,000 is not decoded, and an SVG loads and runs nothing. (H17)"""
+    await tab.run(
+        "import base64, struct\nhead = b'\\x89PNG\\r\\n\\x1a\\n' + struct.pack('>I4sII', 13, b'IHDR', 50000, 50000)\n"
+        "display({'image/png': base64.b64encode(head + bytes(20)).decode()}, raw=True)"
+    )
+    await expect(tab.cell("50000").locator(".outputs")).to_contain_text("50000 × 50000 pixels is not drawn")
+    svg = hostile.filled(
+        "<svg xmlns='http://www.w3.org/2000/svg'><image href='{url}svg'/><script>hacked=1</script></svg>"
+    )
+    await tab.run(f"display({{'image/svg+xml': {svg!r}}}, raw=True)")
+    await expect(tab.cell("svg+xml").locator("img")).to_be_visible()
+
+
+async def test_a_hostile_terminal(tab: Tab, real: Service, box: str) -> None:
+    """A terminal answers no question of a program, sets no title and no clipboard, and lives through noise. (H20)"""
+    tab.announced.append("")
+    await tab.open(f"{box}/terminal")
+    screen = tab.page.frame_locator(".terminal iframe").locator(".xterm-rows")
+    await expect(screen).to_contain_text("#")
+    await tab.page.keyboard.type(
+        r"printf '\e]52;c;aGFja2Vk\a\e]0;hacked\a\eP$q\"p\e\\\e[21t'; head -c 200K /dev/urandom" + "\n"
+    )
+    await tab.page.keyboard.type("reset; echo still $((40 + 2))\n")
+    await expect(screen).to_contain_text("still 42", timeout=60_000)
+    assert await tab.page.title() == "CellVM"
+    await tab.page.keyboard.press("F6")
+    await tab.page.get_by_role("button", name="End bash").first.click()
+    await tab.page.get_by_role("button", name="End", exact=True).click()
+
+
+# -- for everybody
+
+
+AXE = "axe-core/axe.min.js"
+SCREENS = ("", "{box}", "{box}/files")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_accessibility(scheme: str, tab: Tab, real: Service, box: str, packages: Path) -> None:
+    """axe finds nothing on any screen, in either theme, and no screen scrolls sideways at 320 pixels. (23, in part)"""
+    page = tab.page
+    await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+    axe = (packages / AXE).read_text()
+    await page.goto(real.url)
+    await page.get_by_label("API key").wait_for()
+    found = {"sign-in": await violations(page, axe)}
+    await tab.open(box)
+    await tab.run("1 / 0")
+    await expect(tab.cell("1 / 0").locator(".failure")).to_be_visible()
+    for screen in SCREENS:
+        await page.goto(f"{real.url}/#/{screen.format(box=box)}")
+        await page.locator("main").wait_for()
+        await asyncio.sleep(0.3)
+        found[screen] = await violations(page, axe)
+    assert not any(found.values()), found
+    await page.set_viewport_size({"width": 320, "height": 640})
+    for screen in SCREENS:
+        await page.goto(f"{real.url}/#/{screen.format(box=box)}")
+        await page.locator("main").wait_for()
+        await asyncio.sleep(0.2)
+        assert await page.evaluate("document.documentElement.scrollWidth") <= 320, screen
+
+
+async def violations(page: Page, axe: str) -> list[Any]:
+    """What axe finds on the page, but not in frames, which have origins of their own."""
+    await page.evaluate(axe)
+    found = await page.evaluate(
+        "axe.run({exclude: [['iframe']]}, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa']})"
+    )
+    return [(each["id"], [node["html"][:200] for node in each["nodes"]][:4]) for each in found["violations"]]
+
+
+# -- pictures
+
+
+RESULTS = Path("test-results/page")
+IMAGES = Path(__file__).parents[2] / "docs" / "images"
+SHOWN = [
+    ("agent-42", "import random\n\nfor step in range(1, 4):\n    print(f'step {step} of 3')"),
+    ("agent-42", "display({'text/html': table}, raw=True)"),
+    ("agent-42", "import math\n\nmath.sqrt(-1)"),
+]
+TABLE = "<table><thead><tr><th></th><th>month</th><th>orders</th></tr></thead><tbody>" + "".join(
+    f"<tr><th>{row}</th><td>{month}</td><td>{orders}</td></tr>"
+    for row, (month, orders) in enumerate([("January", 1210), ("February", 1388), ("March", 1502)])
+)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_pictures(scheme: str, tab: Tab, real: Service) -> None:
+    """The main states are kept as pictures in `test-results/page`. With BLESS=1 they become those of the manual."""
+    folder = IMAGES if os.environ.get("BLESS") else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    page = tab.page
+    await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+    await page.goto(real.url)
+    await page.get_by_label("API key").wait_for()
+    await page.screenshot(path=folder / f"sign-in-{scheme}.png")
+    box = await real.create(metadata={"name": "report-7"}, timeout=3600)
+    await real.execute(box, f"table = {TABLE!r}")
+    for client, code in SHOWN:
+        body = {"code": code}
+        await real.call("POST", f"/sandboxes/{box}/execute", body, headers={"X-Client-Name": client})
+    await real.run(box, "sh", "-c", "mkdir -p models; for n in 1 2 3; do echo $n,$((n * n)); done > squares.csv")
+    await tab.open()
+    await expect(page.get_by_role("row", name="report-7")).to_be_visible()
+    await page.screenshot(path=folder / f"list-{scheme}.png")
+    await page.goto(f"{real.url}/#/{box}")
+    await expect(tab.cell("display(").frame_locator("iframe").locator("td").last).to_have_text("1502")
+    await expect(page.locator(".code-keyword").last).to_be_visible()
+    await page.screenshot(path=folder / f"cells-{scheme}.png")
+    await page.set_viewport_size({"width": 390, "height": 800})
+    await page.reload()
+    await expect(page.locator(".code-keyword").last).to_be_visible()
+    await page.screenshot(path=folder / f"phone-{scheme}.png")
+    await page.set_viewport_size({"width": 1280, "height": 860})
+    await page.goto(f"{real.url}/#/{box}/files")
+    await page.get_by_role("button", name="squares.csv", exact=True).click()
+    await expect(page.locator("pre.content")).to_contain_text("3,9")
+    await page.screenshot(path=folder / f"files-{scheme}.png")
+    await page.goto(f"{real.url}/#/{box}/terminal")
+    await expect(page.frame_locator(".terminal iframe").locator(".xterm-rows")).to_contain_text("#")
+    await page.keyboard.type("ls --color=always && python3 -c 'print(6 * 7)'\n")
+    await expect(page.frame_locator(".terminal iframe").locator(".xterm-rows")).to_contain_text("42")
+    await page.screenshot(path=folder / f"terminal-{scheme}.png")
+    await real.call("DELETE", f"/sandboxes/{box}")

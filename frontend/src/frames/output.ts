@@ -75,8 +75,14 @@ function run(code: string): void {
   document.body.append(script);
 }
 
-/** Takes away what ignores the policy: WebRTC. Nested frames would bring it back. */
+/**
+ * Takes away what ignores the policy: WebRTC, and scrolling to an element, which would also scroll the page. Nested frames
+ * would bring both back.
+ */
 function tame(): void {
+  for (const name of ["scrollIntoView", "scrollIntoViewIfNeeded"]) {
+    Object.defineProperty(Element.prototype, name, { value: () => {}, writable: false, configurable: false });
+  }
   const remove = (scope: Window & typeof globalThis) => {
     for (const name of ["RTCPeerConnection", "webkitRTCPeerConnection", "RTCDataChannel", "WebTransport"]) {
       Object.defineProperty(scope, name, { value: undefined, writable: false, configurable: false });

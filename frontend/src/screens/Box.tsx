@@ -1,15 +1,17 @@
 import { useSignal } from "@preact/signals";
 import { useEffect, useMemo } from "preact/hooks";
-import { get, of, send } from "../api";
+import { of, send } from "../api";
 import { notebook } from "../notebook";
 import { go, type Route, to } from "../route";
 import { Box, health, now, type Sandbox, said, sandboxes } from "../store";
 import { Stream } from "../stream";
 import { Ask, Menu, type Question, save, Trouble, useWork } from "../ui";
-import { bytes, clock, REASONS, safe } from "../words";
+import { clock, REASONS, safe } from "../words";
+import { Files } from "./Files";
 import { JupyterLab } from "./JupyterLab";
 import { extended } from "./List";
 import { Side } from "./Side";
+import { Terminals } from "./Terminals";
 import { ThemeMenu } from "./Theme";
 import { Transcript } from "./Transcript";
 
@@ -41,7 +43,9 @@ export function BoxScreen({ route }: { route: Route }) {
         <a href={to(id)} aria-current={tab === "cells" ? "page" : undefined}>
           Cells
         </a>
-        <a href={to(id, "files")} aria-current={tab === "files" ? "page" : undefined}></a>
+        <a href={to(id, "files")} aria-current={tab === "files" ? "page" : undefined}>
+          Files
+        </a>
         {health.value?.capabilities?.includes("pty") && (
           <a href={to(id, "terminal")} aria-current={tab === "terminal" ? "page" : undefined}>
             Terminal
@@ -61,6 +65,8 @@ export function BoxScreen({ route }: { route: Route }) {
       <Banner box={box} stream={stream} />
       <div class={`box at-${tab}`}>
         {tab === "cells" && <Transcript box={box} stream={stream} />}
+        {tab === "files" && <Files key={id} id={id} path={route.rest} isGone={isGone} />}
+        {tab === "terminal" && <Terminals key={id} id={id} pid={route.rest} isGone={isGone} />}
         {tab === "cells" && <Side box={box} sandbox={sandbox} />}
       </div>
       {question.value && <Ask question={question.value} close={() => (question.value = undefined)} />}
@@ -137,11 +143,16 @@ function Actions({ box, stream, sandbox, ask, openLab }: ActionsProps) {
   return (
     <div class="row actions" role="toolbar" aria-label="Actions">
       <Trouble error={work.error.value} />
-      <button type="button" onClick={() => stream.send({ type: "interrupt" })} title="Stop the cell that runs (i i)">
+      <button
+        type="button"
+        aria-label="Interrupt"
+        onClick={() => stream.send({ type: "interrupt" })}
+        title="Stop the cell that runs (i i)"
+      >
         <span class="stop" aria-hidden="true">
           ■
-        </span>{" "}
-        Interrupt
+        </span>
+        <span class="wide">Interrupt</span>
       </button>
       {can.includes("hold") && (
         <button
@@ -158,6 +169,7 @@ function Actions({ box, stream, sandbox, ask, openLab }: ActionsProps) {
       <button
         type="button"
         class="optional"
+        data-restart
         onClick={() =>
           ask({
             title: "Restart the kernel?",
@@ -259,15 +271,4 @@ function Banner({ box, stream }: { box: Box; stream: Stream }) {
       </button>
     </div>
   );
-}
-
-/** Reads a sandbox's use of memory and disk in words. */
-export function usageOf(sandbox: Sandbox): string {
-  const { usage } = sandbox;
-  return usage ? `${bytes(usage.memUsed)} of ${bytes(usage.memTotal)}` : "";
-}
-
-/** One sandbox, asked for once. */
-export function readSandbox(id: string): Promise<Sandbox> {
-  return get(of(id));
 }

@@ -1,7 +1,6 @@
 import { useSignal } from "@preact/signals";
 import { useEffect, useLayoutEffect, useRef } from "preact/hooks";
 import { Screen } from "../ansi";
-import { Frame, type FrameKind } from "../frame";
 import { highlight } from "../highlight";
 import { shown } from "../mime";
 import { type Box, type Bundle, type Cell, type CellError, now, type Output, said } from "../store";
@@ -9,6 +8,7 @@ import { isMine, type Stream } from "../stream";
 import { drawOnce, TextView } from "../text";
 import { save } from "../ui";
 import { duration, safe, time } from "../words";
+import { Allow, Framed } from "./Framed";
 
 const STATES: Record<Cell["state"], string> = {
   sent: "waiting",
@@ -253,40 +253,5 @@ function Script({ code, title }: { code: string; title: string }) {
     <p class="notice">
       This output is a script. <Allow allow={() => (isAllowed.value = true)} />
     </p>
-  );
-}
-
-function Allow({ allow }: { allow: () => void }) {
-  return (
-    <button
-      type="button"
-      title="It runs apart from this page and without network, but can learn your address."
-      onClick={allow}
-    >
-      Run this output's scripts
-    </button>
-  );
-}
-
-function Framed({ kind, data, title }: { kind: FrameKind; data: unknown; title: string }) {
-  const place = useRef<HTMLDivElement>(null);
-  const isBlocked = useSignal(false);
-  const isLive = useSignal(kind === "script");
-  useLayoutEffect(() => {
-    const frame = new Frame(kind, data, title, isLive.value, () => {
-      isBlocked.value = true;
-    });
-    place.current?.replaceChildren(frame.element);
-    return () => frame.close();
-  }, [kind, data, isLive.value]);
-  return (
-    <figure class="framed">
-      <div ref={place} />
-      {isBlocked.value && !isLive.value && (
-        <figcaption class="notice">
-          Scripts of this output were kept from running. <Allow allow={() => (isLive.value = true)} />
-        </figcaption>
-      )}
-    </figure>
   );
 }

@@ -304,7 +304,7 @@ function NewSandbox() {
   return (
     <>
       <Trouble error={work.error.value} />
-      <Menu label="New sandbox" text={work.isBusy.value ? "Starting …" : "+ New sandbox"}>
+      <Menu label="New sandbox" look="primary" text={work.isBusy.value ? "Starting …" : "+ New sandbox"}>
         {templates.value.map((each) => (
           <button key={each.templateID} type="button" onClick={() => create(work, each)}>
             <strong>{each.templateID}</strong>

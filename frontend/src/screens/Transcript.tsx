@@ -25,9 +25,12 @@ export function Transcript({ box, stream }: { box: Box; stream: Stream }) {
   const toEnd = () => scrollTo({ top: document.documentElement.scrollHeight });
 
   useEffect(() => {
+    let before = scrollY;
     const scrolled = () => {
-      const root = document.documentElement;
-      follows.current = root.scrollHeight - innerHeight - scrollY < NEAR;
+      const isNear = document.documentElement.scrollHeight - innerHeight - scrollY < NEAR;
+      // What grows moves the end away, but only the user moves up.
+      follows.current = isNear || (follows.current && scrollY >= before);
+      before = scrollY;
       if (follows.current) news.value = 0;
     };
     addEventListener("scroll", scrolled, { passive: true });
