@@ -339,7 +339,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{settings.base_path}"
                 yield Server(url, made, sandboxes, driver)
             finally:
-                sandboxes.is_draining = True
+                sandboxes.places.is_draining = True
                 http.stop()
                 await drain(app.settings["requests"], settings.shutdown_timeout)
                 app.settings["sockets"].close(GOING_DOWN, "the server is going down")

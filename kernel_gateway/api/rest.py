@@ -307,13 +307,13 @@ async def pause(call: Call, body: Pause) -> None:
     """
     if not body.memory:
         raise Unavailable("this server does not offer memory: false, a pause that keeps the files alone")
-    await call.sandboxes.pause(call.sandbox)
+    await call.sandboxes.pauses.pause(call.sandbox)
 
 
 async def connect(call: Call, body: Connect) -> SandboxModel:
     """Resume the sandbox if it is paused (201). One that runs lives at least `timeout` seconds more (200)."""
     sandbox = call.sandbox
-    if await call.sandboxes.resume(sandbox, body.timeout):
+    if await call.sandboxes.pauses.resume(sandbox, body.timeout):
         call.http.set_status(201)
     return model(sandbox)
 
@@ -323,7 +323,7 @@ async def resume(call: Call, body: Resume) -> SandboxModel:
     sandbox = call.sandbox
     if sandbox.state is State.RUNNING:
         raise Conflict("the sandbox is running", hint="POST /sandboxes/{id}/connect takes it as it is")
-    await call.sandboxes.resume(sandbox, body.timeout)
+    await call.sandboxes.pauses.resume(sandbox, body.timeout)
     if body.autoPause is not None:
         sandbox.auto_pause = body.autoPause
     return model(sandbox)
@@ -1070,8 +1070,8 @@ async def limits(call: Call) -> LimitsModel:
     requests, sockets = (call.http.application.settings[name] for name in ("requests", "sockets"))
     creates, held = sandboxes.creates, sandboxes.held
     return LimitsModel(
-        sandboxes=Limit(sandboxes.per_owner, sandboxes.places_of(owner)),
-        pausedSandboxes=Limit(sandboxes.max_paused, sandboxes.paused_of(owner)),
+        sandboxes=Limit(sandboxes.places.per_owner, sandboxes.places.of(owner)),
+        pausedSandboxes=Limit(sandboxes.pauses.maximum, sandboxes.pauses.of(owner)),
         createsPerMinute=RateLimit(creates.most, creates.of(owner, now), creates.reset(owner, now)),
         requests=Limit(requests.most, requests.of(owner)),
         connections=Limit(sockets.most, sockets.of(owner)),
@@ -1083,16 +1083,16 @@ async def health(call: Call) -> Health:
     """The server's own health. No key is needed."""
     sandboxes = call.sandboxes
     capabilities = sandboxes.capabilities
-    if sandboxes.is_draining:
+    if sandboxes.places.is_draining:
         call.http.set_status(503)
     return Health(
-        ready=not sandboxes.is_draining,
+        ready=not sandboxes.places.is_draining,
         version=__version__,
         isolation=capabilities.isolation,
         accelerator=capabilities.accelerator,
         network=capabilities.network,
         sandboxes=len(sandboxes),
-        maxSandboxes=sandboxes.maximum,
+        maxSandboxes=sandboxes.places.maximum,
         pool=[PoolModel(pool.template_id, pool.ready, pool.size) for pool in sandboxes.pools.values()],
         trouble=sandboxes.trouble or None,
     )
