@@ -67,7 +67,8 @@ class Script:
 
     `sample` makes a handshake's random sample. `resumed` may change the acknowledgement before it is sent. `handlers`
     replace the handlers of requests. `start_error` is raised instead of starting, and `filter_error` when a network
-    policy is applied or refusals are read. Saving takes `save_delay` seconds, and ends with `save_error`.
+    policy is applied or refusals are read. Saving takes `save_delay` seconds, and ends with
+    `save_error`, or with `write_error` when its files are written.
     """
 
     sample: Callable[[], bytes] = lambda: os.urandom(16)
@@ -77,6 +78,7 @@ class Script:
     start_delay: float = 0.0
     filter_error: Exception | None = None
     save_error: Exception | None = None
+    write_error: Exception | None = None
     save_delay: float = 0.0
 
 
@@ -215,6 +217,13 @@ class FakeGuest:
         await self.kernel.close()
         await cancel(*self._tasks.values())
 
+    def copy(self) -> "FakeGuest":
+        """Another guest with the files and the kernel's names of this one. What is under way is not copied."""
+        other = FakeGuest(self._sock, self.script, self.die)
+        other.env, other.files, other.epoch = dict(self.env), dict(self.files), self.epoch
+        other.kernel.resemble(self.kernel)
+        return other
+
     def move(self, sock: socket.socket, die: Callable[[str], None]) -> None:
         """Go on as another machine."""
         self._sock, self.die, self.is_saved = sock, die, False
@@ -280,7 +289,7 @@ class FakeGuest:
         await stream.reply(wire.Done())
 
     async def _do_resume(self, stream: Stream, body: wire.Resume) -> None:
-        self.env = {"HOME": HOME, "E2B_SANDBOX": "true", **body.env}
+        self.env = {**(self.env if body.is_copy else {"HOME": HOME, "E2B_SANDBOX": "true"}), **body.env}
         reply = self.script.resumed(
             wire.Resumed(
                 nonce=body.nonce, generation=wire.GENERATION, drift_ns=0, sample=self.script.sample(), home=HOME
@@ -582,6 +591,12 @@ class FakeKernel:
             self._cells.get_nowait()
         self._names, self._count = {}, 0
         await self._say("idle", "restarted")
+
+    def resemble(self, other: "FakeKernel") -> None:
+        """Have the names and the count of another kernel, and as much credit."""
+        self._names, self._count = dict(other._names), other._count
+        for number, stream in other._streams.items():
+            self._streams[number].credit = stream.credit
 
     async def close(self) -> None:
         self._closing = True
@@ -905,26 +920,28 @@ class SavingDriver(FakeDriver):
         super().__init__(**options)
         self.saved: dict[str, FakeGuest] = {}
 
-    async def save(self, vm: Any, directory: Path) -> None:
+    async def capture(self, vm: Any, *, goes_on: bool) -> "FakeCaptured":
         await vm.stop()
         await asyncio.sleep(self.script.save_delay)
         if self.script.save_error is not None:
             raise self.script.save_error
         if not vm.is_alive:
             raise DriverError("the machine has ended")
-        name = os.urandom(8).hex()
-        (directory / "machine").write_text(name)
-        self.saved[name] = vm.guest
-        vm.guest.is_saved = True
+        return FakeCaptured(self, vm.guest.copy() if goes_on else vm.guest, goes_on)
 
-    async def restore(self, directory: Path) -> FakeVm:
+    async def restore(self, source: "Path | FakeCaptured") -> FakeVm:
         script = self.script
         await asyncio.sleep(script.start_delay)
         if script.start_error is not None:
             raise script.start_error
-        guest = self.saved.get((directory / "machine").read_text())
+        if isinstance(source, FakeCaptured):
+            guest: FakeGuest | None = source.guest
+        else:
+            guest = self.saved.get((source / "machine").read_text())
         if guest is None:
             raise Damaged("it is none of ours")
+        if not guest.is_saved:
+            guest = guest.copy()
         vm = StoppableFakeVm(script, FakeSlot(script) if self.has_cards else None, guest)
         vm.guest.script = script
         self.machines.append(vm)
@@ -935,6 +952,27 @@ class SavingDriver(FakeDriver):
         """End what goes on in saved machines."""
         for guest in self.saved.values():
             await guest.end()
+
+
+class FakeCaptured:
+    """A machine as it stood: the guest itself if it does not go on, or else a copy, of which copies are made."""
+
+    def __init__(self, driver: SavingDriver, guest: FakeGuest, is_copy: bool) -> None:
+        self.guest = guest
+        self.is_open = True
+        self._driver = driver
+        self._is_copy = is_copy
+
+    async def write(self, directory: Path) -> None:
+        if self._driver.script.write_error is not None:
+            raise self._driver.script.write_error
+        name = os.urandom(8).hex()
+        (directory / "machine").write_text(name)
+        self._driver.saved[name] = self.guest
+        self.guest.is_saved = not self._is_copy
+
+    def close(self) -> None:
+        self.is_open = False
 
 
 async def cancel(*tasks: asyncio.Task[Any] | None) -> None:

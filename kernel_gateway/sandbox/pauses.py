@@ -110,7 +110,11 @@ class Pauses:
         try:
             for client in list(guest.kernel.clients):
                 client.leave()
-            async with shelf.filled(sandbox.id) as directory, self._machines.guests.saved(guest, directory):
+            async with (
+                shelf.filled(sandbox.id) as directory,
+                self._machines.guests.still(guest, goes_on=False) as still,
+            ):
+                await still.write(directory)
                 self._places.check_room_for_files()
                 try:
                     await shelf.put(directory, sandbox.id)
