@@ -296,6 +296,8 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 preparation=preparation,
                 paused=private(settings.data_path / "paused"),
                 max_paused=settings.max_paused_per_key,
+                snapshots=private(settings.data_path / "snapshots"),
+                max_snapshots=settings.max_snapshots_per_key,
                 pause_at_close=settings.at_shutdown == "pause",
             )
             floor = await surroundings(settings, opened.network)

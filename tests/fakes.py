@@ -217,12 +217,17 @@ class FakeGuest:
         await self.kernel.close()
         await cancel(*self._tasks.values())
 
-    def copy(self) -> "FakeGuest":
-        """Another guest with the files and the kernel's names of this one. What is under way is not copied."""
-        other = FakeGuest(self._sock, self.script, self.die)
-        other.env, other.files, other.epoch = dict(self.env), dict(self.files), self.epoch
-        other.kernel.resemble(self.kernel)
-        return other
+    def frozen(self) -> Callable[[], "FakeGuest"]:
+        """What makes guests with the files and the kernel's names that this one has now, and nothing under way."""
+        env, files, epoch, kernel = dict(self.env), dict(self.files), self.epoch, self.kernel.frozen()
+
+        def thaw() -> FakeGuest:
+            other = FakeGuest(self._sock, self.script, self.die)
+            other.env, other.files, other.epoch = dict(env), dict(files), epoch
+            kernel(other.kernel)
+            return other
+
+        return thaw
 
     def move(self, sock: socket.socket, die: Callable[[str], None]) -> None:
         """Go on as another machine."""
@@ -592,11 +597,17 @@ class FakeKernel:
         self._names, self._count = {}, 0
         await self._say("idle", "restarted")
 
-    def resemble(self, other: "FakeKernel") -> None:
-        """Have the names and the count of another kernel, and as much credit."""
-        self._names, self._count = dict(other._names), other._count
-        for number, stream in other._streams.items():
-            self._streams[number].credit = stream.credit
+    def frozen(self) -> Callable[["FakeKernel"], None]:
+        """What gives another kernel the names, the count and the credit that this one has now."""
+        names, count, credit = dict(self._names), self._count, {n: each.credit for n, each in self._streams.items()}
+
+        def thaw(other: FakeKernel) -> None:
+            other._names, other._count = dict(names), count
+            for number, stream in other._streams.items():
+                stream.begin_epoch()
+                stream.credit = credit[number]
+
+        return thaw
 
     async def close(self) -> None:
         self._closing = True
@@ -918,7 +929,7 @@ class SavingDriver(FakeDriver):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.saved: dict[str, FakeGuest] = {}
+        self.saved: dict[str, FakeGuest | Callable[[], FakeGuest]] = {}
 
     async def capture(self, vm: Any, *, goes_on: bool) -> "FakeCaptured":
         await vm.stop()
@@ -927,21 +938,17 @@ class SavingDriver(FakeDriver):
             raise self.script.save_error
         if not vm.is_alive:
             raise DriverError("the machine has ended")
-        return FakeCaptured(self, vm.guest.copy() if goes_on else vm.guest, goes_on)
+        return FakeCaptured(self, vm.guest, vm.guest.frozen() if goes_on else None)
 
     async def restore(self, source: "Path | FakeCaptured") -> FakeVm:
         script = self.script
         await asyncio.sleep(script.start_delay)
         if script.start_error is not None:
             raise script.start_error
-        if isinstance(source, FakeCaptured):
-            guest: FakeGuest | None = source.guest
-        else:
-            guest = self.saved.get((source / "machine").read_text())
-        if guest is None:
+        make = source.thaw if isinstance(source, FakeCaptured) else self.saved.get((source / "machine").read_text())
+        if make is None:
             raise Damaged("it is none of ours")
-        if not guest.is_saved:
-            guest = guest.copy()
+        guest = make if isinstance(make, FakeGuest) else make()
         vm = StoppableFakeVm(script, FakeSlot(script) if self.has_cards else None, guest)
         vm.guest.script = script
         self.machines.append(vm)
@@ -951,28 +958,28 @@ class SavingDriver(FakeDriver):
     async def close(self) -> None:
         """End what goes on in saved machines."""
         for guest in self.saved.values():
-            await guest.end()
+            if isinstance(guest, FakeGuest):
+                await guest.end()
 
 
 class FakeCaptured:
-    """A machine as it stood: the guest itself if it does not go on, or else a copy, of which copies are made."""
+    """A machine as it stood: the guest itself if it does not go on, or else what makes copies of it."""
 
-    def __init__(self, driver: SavingDriver, guest: FakeGuest, is_copy: bool) -> None:
-        self.guest = guest
-        self.is_open = True
+    def __init__(self, driver: SavingDriver, guest: FakeGuest, thaw: Callable[[], FakeGuest] | None) -> None:
+        self.thaw = thaw
         self._driver = driver
-        self._is_copy = is_copy
+        self._guest = guest
 
     async def write(self, directory: Path) -> None:
         if self._driver.script.write_error is not None:
             raise self._driver.script.write_error
         name = os.urandom(8).hex()
         (directory / "machine").write_text(name)
-        self._driver.saved[name] = self.guest
-        self.guest.is_saved = not self._is_copy
+        self._driver.saved[name] = self.thaw or self._guest
+        self._guest.is_saved = self.thaw is None
 
     def close(self) -> None:
-        self.is_open = False
+        pass
 
 
 async def cancel(*tasks: asyncio.Task[Any] | None) -> None:
@@ -1083,6 +1090,7 @@ async def serving(
     network: FakeNetwork | None = None,
     journals: Path | None = None,
     max_paused: int = 100,
+    max_snapshots: int = 100,
     pause_at_close: bool = False,
     **options: Any,
 ) -> AsyncIterator[Service]:
@@ -1091,7 +1099,9 @@ async def serving(
     db = Store(directory / store)
     guests = Guests(driver)
     paused = directory / "paused"
-    paused.mkdir(mode=0o700, exist_ok=True)
+    snapshots = directory / "snapshots"
+    for folder in (paused, snapshots):
+        folder.mkdir(mode=0o700, exist_ok=True)
     pools = {"code_interpreter": Pool(guests, "code_interpreter", pool_size)} if pool_size else {}
     sandboxes = Sandboxes(
         Templates(TEMPLATES),
@@ -1106,6 +1116,8 @@ async def serving(
         journals=journals,
         paused=paused,
         max_paused=max_paused,
+        snapshots=snapshots,
+        max_snapshots=max_snapshots,
         pause_at_close=pause_at_close,
     )
     http = HTTPServer(application(sandboxes, db, **options), max_body_size=1 << 50, max_header_size=64 * 1024)

@@ -2,13 +2,23 @@
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from kernel_gateway import drivers
-from kernel_gateway.drivers import DriverError, Vm
-from kernel_gateway.errors import CellvmError, Corrupt, HostFull, Incompatible, Unavailable
-from kernel_gateway.guest.guest import Guest, Guests
+from kernel_gateway.drivers import DriverError, NoSpace, Vm
+from kernel_gateway.errors import (
+    CellvmError,
+    Corrupt,
+    GuestFailure,
+    HostFull,
+    Incompatible,
+    InsufficientStorage,
+    Unavailable,
+)
+from kernel_gateway.guest.guest import Guest, Guests, Identity, Still
 from kernel_gateway.held import Held
 from kernel_gateway.images.preparation import Preparation
 from kernel_gateway.images.templates import Template, Templates
@@ -21,6 +31,29 @@ log = logging.getLogger(__name__)
 
 START_ATTEMPTS = 2
 DEFAULT_POLICY = Policy()
+
+
+@contextmanager
+def saving(sandbox: Sandbox, what: str) -> Iterator[None]:
+    """Tell what keeps a sandbox from being saved in the words of its owner.
+
+    Args:
+        what: "paused", for example.
+
+    Raises:
+        InsufficientStorage: the disk has no room.
+        GuestFailure: the sandbox can't be saved.
+    """
+    try:
+        yield
+    except NoSpace as error:
+        hint = "the operator must free some space; the sandbox still runs"
+        raise InsufficientStorage(f"the sandbox can't be {what}: {error}", hint=hint) from error
+    except (DriverError, OSError) as error:
+        log.error("sandbox %s could not be %s: %.500s", sandbox.id, what, error)
+        raise GuestFailure(
+            "failed", f"the sandbox could not be {what}, and still runs; the server's log says why"
+        ) from error
 
 
 class Machines:
@@ -89,18 +122,35 @@ class Machines:
             Incompatible: it can't go on with this host, or with this template.
             HostFull: no machine could be started.
         """
+        return await self._restored(sandbox, directory, None)
+
+    async def copy(self, sandbox: Sandbox, source: Path | Still) -> Guest:
+        """A guest that stands where another sandbox stood, and is this sandbox's own.
+
+        Args:
+            source: the directory of a snapshot, or how the other one stood.
+
+        Raises:
+            Corrupt, Incompatible, HostFull: as `saved`.
+        """
+        began = time.monotonic()
+        guest = await self._restored(sandbox, source, Identity(sandbox.id, sandbox.full_env))
+        path = "snapshot" if isinstance(source, Path) else "fork"
+        self._metrics.creates.labels(sandbox.template.id, path).observe(time.monotonic() - began)
+        return guest
+
+    async def _restored(self, sandbox: Sandbox, source: Path | Still, another: Identity | None) -> Guest:
         account, prepare = self._held.account(sandbox.owner), partial(self._prepare, policy=sandbox.policy)
+        what = "paused sandbox" if another is None else "snapshot"
         try:
-            return await self.guests.restore(directory, account, self._journals, prepare)
+            return await self.guests.restore(source, account, self._journals, prepare, another)
         except drivers.Damaged as error:
-            log.error("sandbox %s can't be resumed: %s", sandbox.id, error)
-            what = "the files of the paused sandbox are damaged, and it can't be resumed"
-            raise Corrupt(
-                what, hint="the server's log names the file; restore it from a copy, or delete the sandbox"
-            ) from error
+            log.error("sandbox %s can't go on from its files: %s", sandbox.id, error)
+            hint = f"the server's log names the file; restore it from a copy, or delete the {what}"
+            raise Corrupt(f"the files of the {what} are damaged, and it can't be resumed", hint=hint) from error
         except drivers.Incompatible as error:
-            hint = "resume it where it was paused, or delete it"
-            raise Incompatible(f"the sandbox can't be resumed here: {error}", hint=hint) from error
+            hint = f"use it where it was saved, or delete the {what}"
+            raise Incompatible(f"the {what} can't be resumed here: {error}", hint=hint) from error
         except (DriverError, OSError) as error:
             log.error("sandbox %s could not be resumed: %.500s", sandbox.id, error)
             raise HostFull("no machine could be started for the sandbox", hint="the server's log says why") from error

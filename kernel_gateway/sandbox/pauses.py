@@ -5,24 +5,20 @@ import logging
 from collections.abc import Mapping
 from contextlib import suppress
 
-from kernel_gateway.drivers import DriverError, NoSpace
 from kernel_gateway.errors import (
     CellvmError,
     Draining,
-    GuestFailure,
     HostFull,
-    InsufficientStorage,
     SandboxDied,
     TooManyRequests,
-    Unavailable,
 )
 from kernel_gateway.guest.guest import Guest
 from kernel_gateway.sandbox.lifecycle import ASLEEP, ENDED, Event, State
-from kernel_gateway.sandbox.machines import Machines
+from kernel_gateway.sandbox.machines import Machines, saving
 from kernel_gateway.sandbox.places import Places
 from kernel_gateway.sandbox.record import Record, read_record, record_of
 from kernel_gateway.sandbox.sandbox import Sandbox
-from kernel_gateway.sandbox.shelf import Shelf
+from kernel_gateway.sandbox.shelf import Shelf, offered
 from kernel_gateway.sandbox.store import Store
 
 log = logging.getLogger(__name__)
@@ -68,13 +64,7 @@ class Pauses:
         Raises:
             Unavailable: they can't.
         """
-        if self._shelf is None:
-            raise Unavailable(
-                f"this server can't pause sandboxes: they run on {self._machines.capabilities.accelerator} without a "
-                "machine that could be saved",
-                hint="run it with another --isolation",
-            )
-        return self._shelf
+        return offered(self._shelf, self._machines.capabilities, "pause sandboxes")
 
     def of(self, owner: str) -> int:
         """Number of an owner's sandboxes that are paused, or on their way to a pause or back."""
@@ -110,28 +100,21 @@ class Pauses:
         try:
             for client in list(guest.kernel.clients):
                 client.leave()
-            async with (
-                shelf.filled(sandbox.id) as directory,
-                self._machines.guests.still(guest, goes_on=False) as still,
-            ):
-                await still.write(directory)
-                self._places.check_room_for_files()
-                try:
-                    await shelf.put(directory, sandbox.id)
-                    await self._store.sandbox_paused(sandbox.id, record_of(sandbox))
-                except BaseException:
-                    await shelf.discard(sandbox.id)
-                    raise
-                sandbox.has_files = True
-                sandbox.apply(Event.SAVED)
-        except NoSpace as error:
-            hint = "the operator must free some space; the sandbox still runs"
-            raise InsufficientStorage(f"the sandbox can't be paused: {error}", hint=hint) from error
-        except (DriverError, OSError) as error:
-            log.error("sandbox %s could not be paused: %.500s", sandbox.id, error)
-            raise GuestFailure(
-                "failed", "the sandbox could not be paused, and still runs; the server's log says why"
-            ) from error
+            with saving(sandbox, "paused"):
+                async with (
+                    shelf.filled(sandbox.id) as directory,
+                    self._machines.guests.still(guest, goes_on=False) as still,
+                ):
+                    await still.write(directory)
+                    self._places.check_room_for_files()
+                    try:
+                        await shelf.put(directory, sandbox.id)
+                        await self._store.sandbox_paused(sandbox.id, record_of(sandbox))
+                    except BaseException:
+                        await shelf.discard(sandbox.id)
+                        raise
+                    sandbox.has_files = True
+                    sandbox.apply(Event.SAVED)
         finally:
             sandbox.apply(Event.PAUSE_FAILED)
 

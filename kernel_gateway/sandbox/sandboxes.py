@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol
 
 from kernel_gateway.drivers import DriverError
 from kernel_gateway.errors import (
@@ -18,7 +18,7 @@ from kernel_gateway.errors import (
     InvalidRequest,
     NotFound,
 )
-from kernel_gateway.guest.guest import Guests
+from kernel_gateway.guest.guest import Guest, Guests, Still
 from kernel_gateway.held import Held
 from kernel_gateway.images.preparation import Preparation
 from kernel_gateway.images.templates import Template, Templates
@@ -26,14 +26,16 @@ from kernel_gateway.metrics import Metrics
 from kernel_gateway.network.policy import Floor, Policy, Refusal
 from kernel_gateway.rate import Rate
 from kernel_gateway.sandbox.lifecycle import ENDED, Event, State
-from kernel_gateway.sandbox.machines import DEFAULT_POLICY, Machines
+from kernel_gateway.sandbox.machines import DEFAULT_POLICY, Machines, saving
 from kernel_gateway.sandbox.pauses import Pauses
 from kernel_gateway.sandbox.places import Places
 from kernel_gateway.sandbox.pool import Pool
 from kernel_gateway.sandbox.record import paused_sandbox
 from kernel_gateway.sandbox.sandbox import Sandbox, filter_of, new_id
 from kernel_gateway.sandbox.shelf import Shelf
+from kernel_gateway.sandbox.snapshots import Snapshot, Snapshots
 from kernel_gateway.sandbox.store import Store
+from kernel_gateway.tasks import to_its_end
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,11 @@ PAUSE = 1.0
 """Seconds after which a task that must live is started again."""
 FLUSH_LIMIT = 5.0
 """Seconds that a server which goes down waits for the database to take the ends of its sandboxes."""
-T = TypeVar("T")
+
+
+STARTS_AT_ONCE = 2
+"""Children of one fork that are started at the same time."""
+NOTHING: Mapping[str, object] = {}
 
 
 class Network(Protocol):
@@ -55,13 +61,6 @@ class Network(Protocol):
 
     @property
     def floor(self) -> Floor: ...
-
-
-async def to_its_end(task: asyncio.Task[T]) -> T:
-    """The result of a task that goes on even if nobody waits for it any more."""
-    # asyncio would complain of an exception that nobody has looked at.
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())
-    return await asyncio.shield(task)
 
 
 async def supervised(name: str, work: Callable[[], Awaitable[None]]) -> None:
@@ -86,6 +85,7 @@ class Sandboxes:
         journals: the directory for kernels' output that memory does not hold. It is on the disk that sandboxes use.
         preparation: None if every template is ready from the start.
         paused: the directory of paused sandboxes; None if none can be paused. An owner may have `max_paused` of them.
+        snapshots: the same for snapshots, of which an owner may have `max_snapshots`.
         pause_at_close: sandboxes that run are paused when the server goes down, as far as they can be.
     """
 
@@ -106,6 +106,8 @@ class Sandboxes:
         preparation: Preparation | None = None,
         paused: Path | None = None,
         max_paused: int = 100,
+        snapshots: Path | None = None,
+        max_snapshots: int = 100,
         pause_at_close: bool = False,
     ) -> None:
         self.templates = templates
@@ -119,12 +121,13 @@ class Sandboxes:
         self._store = store
         self._sandboxes: dict[str, Sandbox] = {}
         self._machines = Machines(guests, pools, templates, self.held, self.metrics, journals, preparation)
-        shelf = None if paused is None or not guests.can_save else Shelf(paused)
-        self.pauses = Pauses(self._sandboxes, self.places, self._machines, store, shelf, max_paused)
+        shelves = [None if each is None or not guests.can_save else Shelf(each) for each in (paused, snapshots)]
+        self.pauses = Pauses(self._sandboxes, self.places, self._machines, store, shelves[0], max_paused)
+        self.snapshots = Snapshots(self.places, self._machines, store, shelves[1], max_snapshots)
         self._pause_at_close = pause_at_close
         self._make = partial(Sandbox, ended=self._ended, vacated=self.places.free, discard=self.pauses.discard)
         self._tasks: list[asyncio.Task[None]] = []
-        self._beside: set[asyncio.Task[None]] = set()
+        self._beside: set[asyncio.Task[Any]] = set()
         self.started_at = time.time()
 
     def __repr__(self) -> str:
@@ -142,10 +145,11 @@ class Sandboxes:
         return self._store.trouble or self.places.lack_of_space()
 
     def start(self) -> None:
-        """Find the paused sandboxes, and begin to fill pools and to watch lifetimes."""
+        """Find the paused sandboxes and the snapshots, and begin to fill pools and to watch lifetimes."""
         floor = Floor() if self.network is None else self.network.floor
         for sandbox_id, record in self.pauses.found().items():
             self._sandboxes[sandbox_id] = paused_sandbox(self._make, sandbox_id, record, floor)
+        self.snapshots.load()
         self._tasks = [asyncio.create_task(supervised(repr(pool), pool.run)) for pool in self.pools.values()]
         self._tasks.append(asyncio.create_task(supervised("the watch over lifetimes", self._expire)))
 
@@ -161,6 +165,7 @@ class Sandboxes:
         await asyncio.gather(*(sandbox.gone() for sandbox in ending if sandbox.state in ENDED))
         await asyncio.gather(*self._tasks, *self._beside, return_exceptions=True)
         await self.pauses.settled()
+        await self.snapshots.close()
         for sandbox in self:
             await sandbox.vacated()
             if sandbox.work is not None:
@@ -180,12 +185,14 @@ class Sandboxes:
         longest_life: int | None = None,
         auto_pause: bool = False,
         auto_resume: bool = False,
+        snapshot: Snapshot | None = None,
     ) -> Sandbox:
         """A new, running sandbox. It never runs with another policy than `policy`.
 
         Args:
             auto_pause: pause it when its lifetime is over.
             auto_resume: let any request wake it when it is paused.
+            snapshot: what it starts from, in place of the template as it was made.
 
         Raises:
             TooManyRequests: the owner has `per_owner` already, or has created as many in this minute as one may.
@@ -193,18 +200,14 @@ class Sandboxes:
             TemplateNotReady: the template is still being built.
             Draining: the server is going down.
             Unavailable: this server can't enforce the policy, or can't pause sandboxes.
+            NotFound, Corrupt, Incompatible: the snapshot was deleted, is damaged, or does not fit this host.
         """
         self._machines.check_enforceable(policy)
         if auto_pause or auto_resume:
             self.pauses.check_offered()
-        self.creates.count(owner, "sandboxes", time.monotonic())
-        await self._machines.require(template)
-        await self.places.room(owner)
-        if lack := self.places.lack_of_space():
-            raise HostFull(lack, hint="the operator must free some space")
-        sandbox_id = new_id()
+        await self._admit(owner, template)
         sandbox = self._make(
-            sandbox_id,
+            new_id(),
             owner,
             template,
             timeout=timeout,
@@ -216,18 +219,118 @@ class Sandboxes:
             auto_pause=auto_pause,
             auto_resume=auto_resume,
         )
-        self._sandboxes[sandbox_id] = sandbox
-        self.places.take(sandbox)
+        self._begin(sandbox)
+        if snapshot is None:
+            return await self._start(sandbox, self._machines.fresh)
+        return await self._start(sandbox, partial(self._from_snapshot, snapshot), {"snapshotID": snapshot.id})
+
+    async def fork(self, sandbox: Sandbox, count: int, timeout: int | None = None) -> "list[Sandbox | CellvmError]":
+        """That many copies of a running sandbox, each with an identity of its own, or why one could not be started.
+
+        This is done to its end, even if the client has gone.
+
+        Args:
+            timeout: seconds of their lifetimes; None for as many as the sandbox was created with.
+
+        Raises:
+            Unavailable: machines of this server can't be copied.
+            Conflict, SandboxDied: the sandbox is not running.
+            TooManyRequests, HostFull, Draining: there is no room for all of them.
+            InsufficientStorage: the disk has no room.
+            CellvmError: the sandbox could not be captured.
+        """
+        self.pauses.check_offered()
+        guest = sandbox.guest
+        await self._admit(sandbox.owner, sandbox.template, count)
+        children = [self._child(sandbox, timeout) for _ in range(count)]
+        forking = asyncio.create_task(self._fork(sandbox, guest, children))
+        self._keep(forking)
+        return await to_its_end(forking)
+
+    def _child(self, parent: Sandbox, timeout: int | None) -> Sandbox:
+        """A copy of a sandbox, which has no machine yet."""
+        child = self._make(
+            new_id(),
+            parent.owner,
+            parent.template,
+            timeout=parent.timeout if timeout is None else timeout,
+            metadata=parent.metadata,
+            env=parent.env,
+            policy=parent.policy,
+            idle_timeout=parent.idle_timeout,
+            longest_life=parent.life_left,
+            auto_pause=parent.auto_pause,
+            auto_resume=parent.auto_resume,
+        )
+        child.open_ports, child.all_ports_open = set(parent.open_ports), parent.all_ports_open
+        child.kernel_name = parent.kernel_name
+        self._begin(child)
+        return child
+
+    async def _fork(self, parent: Sandbox, guest: Guest, children: "list[Sandbox]") -> "list[Sandbox | CellvmError]":
+        turns = asyncio.Semaphore(STARTS_AT_ONCE)
+
+        async def start(child: Sandbox, still: Still) -> Sandbox | CellvmError:
+            async with turns:
+                try:
+                    return await self._start(child, partial(self._machines.copy, source=still), {"parent": parent.id})
+                except CellvmError as error:
+                    return error
+
         try:
-            await self._store.sandbox_created(sandbox_id, owner, template.id)
-            guest = await self._machines.fresh(sandbox)
+            with saving(parent, "forked"):
+                async with self._machines.guests.still(guest, goes_on=True) as still:
+                    pass
+        except BaseException:
+            for child in children:
+                child.apply(Event.START_FAILED)
+            raise
+        try:
+            return await asyncio.gather(*(start(child, still) for child in children))
+        finally:
+            still.close()
+
+    async def _from_snapshot(self, snapshot: Snapshot, sandbox: Sandbox) -> Guest:
+        async with self.snapshots.used(snapshot) as directory:
+            return await self._machines.copy(sandbox, directory)
+
+    async def _admit(self, owner: str, template: Template, count: int = 1) -> None:
+        """Return when the owner may create that many sandboxes of a template.
+
+        Raises:
+            CellvmError: as `create`.
+        """
+        for _ in range(count):
+            self.creates.count(owner, "sandboxes", time.monotonic())
+        await self._machines.require(template)
+        await self.places.room(owner, count)
+        if lack := self.places.lack_of_space():
+            raise HostFull(lack, hint="the operator must free some space")
+
+    def _begin(self, sandbox: Sandbox) -> None:
+        """Take in a sandbox that was admitted in this same turn."""
+        self._sandboxes[sandbox.id] = sandbox
+        self.places.take(sandbox)
+
+    async def _start(
+        self, sandbox: Sandbox, start: Callable[[Sandbox], Awaitable[Guest]], data: Mapping[str, object] = NOTHING
+    ) -> Sandbox:
+        """Write a new sandbox down, and let it run.
+
+        Args:
+            start: gives it its guest.
+            data: what its first event tells besides.
+        """
+        try:
+            await self._store.sandbox_created(sandbox.id, sandbox.owner, sandbox.template.id, data)
+            guest = await start(sandbox)
             if sandbox.state is not State.CREATING:
                 await guest.kill()
                 raise Conflict("the sandbox was ended while it was being created")
         except BaseException:
             sandbox.apply(Event.START_FAILED)
             raise
-        sandbox.set_timeout(timeout)
+        sandbox.set_timeout(sandbox.timeout)
         sandbox.started(guest)
         return sandbox
 
@@ -317,7 +420,7 @@ class Sandboxes:
         self.metrics.ends.labels(str(reason)).inc()
         del self._sandboxes[sandbox.id]
 
-    def _keep(self, task: asyncio.Task[None]) -> None:
+    def _keep(self, task: asyncio.Task[Any]) -> None:
         self._beside.add(task)
         task.add_done_callback(self._beside.discard)
 
