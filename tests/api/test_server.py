@@ -238,6 +238,7 @@ async def test_a_server_from_start_to_end(
         "lock",
         "paused",
         "reserve",
+        "snapshots",
     ]
     with pytest.raises(ConnectionError):
         await client.fetch(server.url + "/health")
