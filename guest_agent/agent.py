@@ -98,12 +98,13 @@ class Agent:
                 stream.reply(wire.Done())
 
     async def _resume(self, request: wire.Resume) -> wire.Resumed:
-        self._env = self._kernel.env = {**self._base_env, **request.env}
-        if not self._kernel.is_running:  # with driver `unisolated` no template has started it
+        before = self._env if request.is_copy else self._base_env
+        self._env = self._kernel.env = {**before, **request.env}
+        if not (self._kernel.is_running or request.is_copy):  # with driver `unisolated` no template has started it
             await self._kernel.start()
         self._add_entropy(request.entropy)
         # The kernel reseeds from that entropy. The rest is done meanwhile, on the other processor.
-        resuming = asyncio.create_task(self._kernel.resume())
+        resuming = asyncio.create_task(self._kernel.resume(request.env if request.is_copy else None))
         await asyncio.sleep(0)
         drift = self._step_clock(request.wall_ns)
         if self._uid is not None:

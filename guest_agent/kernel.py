@@ -496,17 +496,23 @@ class Kernel:
         self._pump("shell")
         return await answer
 
-    async def resume(self) -> None:
+    async def resume(self, added: dict[str, str] | None = None) -> None:
         """Make the kernel's random state, session and environment the sandbox's own.
 
         The kernel is replaced if its process must have been started with that environment.
+
+        Args:
+            added: the kernel is a copy of one at work, and goes on, if there is one. These variables are added to its
+                environment, which its user may have changed.
         """
-        if self._started_with != startup.read_once(self.env):
+        if added is not None and self._resumes is None:
+            return
+        if added is None and self._started_with != startup.read_once(self.env):
             self._expected_exit = self._pid
             await self.start()
         if self._resumes is None:
             raise AgentError("kernel_unavailable", "the kernel is not running")
         reader, writer = self._resumes
-        writer.write(json.dumps(self.env).encode() + b"\n")
-        if not await reader.readline():
+        writer.write(json.dumps([self.env, added]).encode() + b"\n")
+        if not await reader.readline() and added is None:  # a copy's kernel may end at any moment, as any kernel
             raise AgentError("kernel_unavailable", "the kernel ended while it was being resumed")

@@ -11,10 +11,10 @@ Agent and nursery talk in JSON lines on the socket FD:
     {"fork": connection_file, "env": {...}}   -> {"pid": n}
                                   unasked     -> {"exited": pid, "status": wait status}
 
-Each kernel connects to the socket `resume` beside its connection file. A JSON object on it is the environment of the
-sandbox that this kernel now belongs to. The kernel renews the state that clones must not share and answers with its new
-session id. A thread waits for the object, because the way over the control channel takes ten times as long and every
-create pays for it.
+Each kernel connects to the socket `resume` beside its connection file. A JSON list on it has the environment of the
+sandbox that this kernel now belongs to, and for a copy of a kernel at work the variables that are new, else null. The
+kernel renews the state that clones must not share and answers with its new session id. A thread waits for the list,
+because the way over the control channel takes ten times as long and every create pays for it.
 """
 
 import asyncio
@@ -281,8 +281,12 @@ def await_resumes(channel: socket.socket, session: Any, shell: Any, path: list[s
     """Make this kernel another sandbox's whenever the agent says so."""
     for line in channel.makefile("rb"):
         reseed()
-        adopt(json.loads(line), path)
-        shell.init_environment()  # what the shell itself sets
+        env, added = json.loads(line)
+        if added is None:
+            adopt(env, path)
+            shell.init_environment()  # what the shell itself sets
+        else:
+            os.environ.update(added)
         session.session = uuid.uuid4().hex
         channel.sendall(json.dumps(session.session).encode() + b"\n")
 

@@ -212,6 +212,9 @@ class Resume(Body):
     """Make a restored machine a sandbox of its own. The agent acknowledges this before any user byte passes.
 
     `entropy` is 64 random bytes of the host, `wall_ns` its clock (ns since 1970). Every process sees `env`.
+
+    `is_copy` says that the machine is a copy of a sandbox that was at work. Its kernel and its commands go on. Random
+    state, names and the kernel's session become its own, and `env` is added to what there is.
     """
 
     nonce: bytes
@@ -220,6 +223,7 @@ class Resume(Body):
     sandbox_id: str
     hostname: str
     env: dict[str, str]
+    is_copy: bool = False
 
 
 class Continue(Body):

@@ -296,6 +296,8 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 preparation=preparation,
                 paused=private(settings.data_path / "paused"),
                 max_paused=settings.max_paused_per_key,
+                snapshots=private(settings.data_path / "snapshots"),
+                max_snapshots=settings.max_snapshots_per_key,
                 pause_at_close=settings.at_shutdown == "pause",
             )
             floor = await surroundings(settings, opened.network)
@@ -340,7 +342,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{settings.base_path}"
                 yield Server(url, made, sandboxes, driver)
             finally:
-                sandboxes.is_draining = True
+                sandboxes.places.is_draining = True
                 http.stop()
                 await drain(app.settings["requests"], settings.shutdown_timeout)
                 app.settings["sockets"].close(GOING_DOWN, "the server is going down")

@@ -53,6 +53,9 @@ class Settings:
     max_paused_per_key: int = setting(
         100, "Paused sandboxes that one key may have; beyond, pauses answer 429.", low=1, high=100_000
     )
+    max_snapshots_per_key: int = setting(
+        100, "Snapshots that one key may have; beyond, taking one answers 429.", low=1, high=100_000
+    )
     max_creates_per_minute: int = setting(
         600, "Sandboxes that one key may create within a minute; beyond, creates answer 429.", low=1, high=1000000
     )

@@ -67,7 +67,8 @@ class Script:
 
     `sample` makes a handshake's random sample. `resumed` may change the acknowledgement before it is sent. `handlers`
     replace the handlers of requests. `start_error` is raised instead of starting, and `filter_error` when a network
-    policy is applied or refusals are read. Saving takes `save_delay` seconds, and ends with `save_error`.
+    policy is applied or refusals are read. Saving takes `save_delay` seconds, and ends with
+    `save_error`, or with `write_error` when its files are written.
     """
 
     sample: Callable[[], bytes] = lambda: os.urandom(16)
@@ -77,6 +78,7 @@ class Script:
     start_delay: float = 0.0
     filter_error: Exception | None = None
     save_error: Exception | None = None
+    write_error: Exception | None = None
     save_delay: float = 0.0
 
 
@@ -215,6 +217,18 @@ class FakeGuest:
         await self.kernel.close()
         await cancel(*self._tasks.values())
 
+    def frozen(self) -> Callable[[], "FakeGuest"]:
+        """What makes guests with the files and the kernel's names that this one has now, and nothing under way."""
+        env, files, epoch, kernel = dict(self.env), dict(self.files), self.epoch, self.kernel.frozen()
+
+        def thaw() -> FakeGuest:
+            other = FakeGuest(self._sock, self.script, self.die)
+            other.env, other.files, other.epoch = dict(env), dict(files), epoch
+            kernel(other.kernel)
+            return other
+
+        return thaw
+
     def move(self, sock: socket.socket, die: Callable[[str], None]) -> None:
         """Go on as another machine."""
         self._sock, self.die, self.is_saved = sock, die, False
@@ -280,7 +294,7 @@ class FakeGuest:
         await stream.reply(wire.Done())
 
     async def _do_resume(self, stream: Stream, body: wire.Resume) -> None:
-        self.env = {"HOME": HOME, "E2B_SANDBOX": "true", **body.env}
+        self.env = {**(self.env if body.is_copy else {"HOME": HOME, "E2B_SANDBOX": "true"}), **body.env}
         reply = self.script.resumed(
             wire.Resumed(
                 nonce=body.nonce, generation=wire.GENERATION, drift_ns=0, sample=self.script.sample(), home=HOME
@@ -582,6 +596,18 @@ class FakeKernel:
             self._cells.get_nowait()
         self._names, self._count = {}, 0
         await self._say("idle", "restarted")
+
+    def frozen(self) -> Callable[["FakeKernel"], None]:
+        """What gives another kernel the names, the count and the credit that this one has now."""
+        names, count, credit = dict(self._names), self._count, {n: each.credit for n, each in self._streams.items()}
+
+        def thaw(other: FakeKernel) -> None:
+            other._names, other._count = dict(names), count
+            for number, stream in other._streams.items():
+                stream.begin_epoch()
+                stream.credit = credit[number]
+
+        return thaw
 
     async def close(self) -> None:
         self._closing = True
@@ -903,28 +929,26 @@ class SavingDriver(FakeDriver):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.saved: dict[str, FakeGuest] = {}
+        self.saved: dict[str, FakeGuest | Callable[[], FakeGuest]] = {}
 
-    async def save(self, vm: Any, directory: Path) -> None:
+    async def capture(self, vm: Any, *, goes_on: bool) -> "FakeCaptured":
         await vm.stop()
         await asyncio.sleep(self.script.save_delay)
         if self.script.save_error is not None:
             raise self.script.save_error
         if not vm.is_alive:
             raise DriverError("the machine has ended")
-        name = os.urandom(8).hex()
-        (directory / "machine").write_text(name)
-        self.saved[name] = vm.guest
-        vm.guest.is_saved = True
+        return FakeCaptured(self, vm.guest, vm.guest.frozen() if goes_on else None)
 
-    async def restore(self, directory: Path) -> FakeVm:
+    async def restore(self, source: "Path | FakeCaptured") -> FakeVm:
         script = self.script
         await asyncio.sleep(script.start_delay)
         if script.start_error is not None:
             raise script.start_error
-        guest = self.saved.get((directory / "machine").read_text())
-        if guest is None:
+        make = source.thaw if isinstance(source, FakeCaptured) else self.saved.get((source / "machine").read_text())
+        if make is None:
             raise Damaged("it is none of ours")
+        guest = make if isinstance(make, FakeGuest) else make()
         vm = StoppableFakeVm(script, FakeSlot(script) if self.has_cards else None, guest)
         vm.guest.script = script
         self.machines.append(vm)
@@ -934,7 +958,28 @@ class SavingDriver(FakeDriver):
     async def close(self) -> None:
         """End what goes on in saved machines."""
         for guest in self.saved.values():
-            await guest.end()
+            if isinstance(guest, FakeGuest):
+                await guest.end()
+
+
+class FakeCaptured:
+    """A machine as it stood: the guest itself if it does not go on, or else what makes copies of it."""
+
+    def __init__(self, driver: SavingDriver, guest: FakeGuest, thaw: Callable[[], FakeGuest] | None) -> None:
+        self.thaw = thaw
+        self._driver = driver
+        self._guest = guest
+
+    async def write(self, directory: Path) -> None:
+        if self._driver.script.write_error is not None:
+            raise self._driver.script.write_error
+        name = os.urandom(8).hex()
+        (directory / "machine").write_text(name)
+        self._driver.saved[name] = self.thaw or self._guest
+        self._guest.is_saved = self.thaw is None
+
+    def close(self) -> None:
+        pass
 
 
 async def cancel(*tasks: asyncio.Task[Any] | None) -> None:
@@ -1045,6 +1090,7 @@ async def serving(
     network: FakeNetwork | None = None,
     journals: Path | None = None,
     max_paused: int = 100,
+    max_snapshots: int = 100,
     pause_at_close: bool = False,
     **options: Any,
 ) -> AsyncIterator[Service]:
@@ -1053,7 +1099,9 @@ async def serving(
     db = Store(directory / store)
     guests = Guests(driver)
     paused = directory / "paused"
-    paused.mkdir(mode=0o700, exist_ok=True)
+    snapshots = directory / "snapshots"
+    for folder in (paused, snapshots):
+        folder.mkdir(mode=0o700, exist_ok=True)
     pools = {"code_interpreter": Pool(guests, "code_interpreter", pool_size)} if pool_size else {}
     sandboxes = Sandboxes(
         Templates(TEMPLATES),
@@ -1068,6 +1116,8 @@ async def serving(
         journals=journals,
         paused=paused,
         max_paused=max_paused,
+        snapshots=snapshots,
+        max_snapshots=max_snapshots,
         pause_at_close=pause_at_close,
     )
     http = HTTPServer(application(sandboxes, db, **options), max_body_size=1 << 50, max_header_size=64 * 1024)

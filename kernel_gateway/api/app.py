@@ -83,6 +83,17 @@ ROUTES = [
     Route(
         "POST", f"{BOX}/resume", rest.resume, body=rest.Resume, answer=rest.SandboxModel, status=201, errors=(501,),
     ),
+    Route(
+        "POST", f"{BOX}/snapshots", rest.take_snapshot, body=rest.TakeSnapshot, answer=rest.SnapshotModel, status=201,
+        errors=(409, 501, 507),
+    ),
+    Route("GET", "/snapshots", rest.list_snapshots, query=rest.SnapshotsQuery, answer=list[rest.SnapshotModel]),
+    Route("DELETE", "/snapshots/{snapshot}", rest.delete_snapshot, status=204, errors=(404,)),
+    Route("DELETE", "/templates/{template}", control.delete_template, status=204, errors=(404,)),
+    Route(
+        "POST", f"{BOX}/fork", control.fork, body=rest.Fork, answer=list[control.ForkModel], status=201,
+        errors=(501, 507),
+    ),
     Route("GET", f"{BOX}/network", rest.get_network, answer=rest.NetworkState),
     Route("PUT", f"{BOX}/network", rest.set_network, body=rest.SetNetwork, status=204, errors=(501,)),
     Route("GET", f"{BOX}/ports", ports.list_ports, answer=ports.PortsModel),

@@ -600,7 +600,7 @@ class Endpoint(Handler):
             try:
                 result = await route.operation(*arguments)
             except Asleep as paused:
-                await self._sandboxes.wake(paused.sandbox)
+                await self._sandboxes.pauses.wake(paused.sandbox)
                 result = await route.operation(*arguments)
             if route.produces is None and not self._finished:
                 if self.get_status() == 200:

@@ -115,7 +115,7 @@ async def stream_events(call: Call) -> None:
     http.set_header("Content-Type", framing)
     await http.flush()
     quiet_since = time.monotonic()
-    while not (http.is_head or call.sandboxes.is_draining):
+    while not (http.is_head or call.sandboxes.places.is_draining):
         found = await call.mine.events(after=seen, limit=PAGE, oldest_first=True)
         for event in found:
             line = one_line(msgspec.json.encode(model(event)))

@@ -46,11 +46,11 @@ class Present(Collector):
             "cellvm_pool_ready", "Machines in stock.", ("template",),
             {(pool.template_id,): pool.ready for pool in sandboxes.pools.values()},
         )  # fmt: skip
-        yield GaugeMetricFamily("cellvm_places", "Machines that there may be at once.", sandboxes.maximum)
+        yield GaugeMetricFamily("cellvm_places", "Machines that there may be at once.", sandboxes.places.maximum)
         yield GaugeMetricFamily(
             "cellvm_held_bytes", "Bytes in memory that wait on behalf of somebody.", sandboxes.held.size
         )
-        yield GaugeMetricFamily("cellvm_disk_bytes", "Bytes of disk that sandboxes take.", sandboxes.disk_bytes)
+        yield GaugeMetricFamily("cellvm_disk_bytes", "Bytes of disk that sandboxes take.", sandboxes.places.disk_bytes)
         yield GaugeMetricFamily(
             "cellvm_trouble", "1 while something is amiss; GET /health says what.", float(bool(sandboxes.trouble))
         )

@@ -23,7 +23,7 @@ from kernel_gateway.kernel.journal import Gap
 from kernel_gateway.kernel.pages import cost
 from kernel_gateway.sandbox.lifecycle import Event
 from kernel_gateway.sandbox.sandbox import Sandbox, kernel_id, sandbox_id
-from kernel_gateway.sandbox.sandboxes import to_its_end
+from kernel_gateway.tasks import to_its_end
 
 DEAD_FOR = 3600
 """Seconds that a kernel which died stays listed as dead."""

@@ -290,10 +290,10 @@ class Preview(HTTPMessageDelegate):
         refuse_key_in_path(self._rest, self._store.find_key)
         carried = without_keys(headers, self._request.query, self._store.find_key)
         sandbox = self._sandbox = self._find(carried)
-        if self._sandboxes.is_draining:
+        if self._sandboxes.places.is_draining:
             raise Draining("the server is going down")
         if sandbox.state in ASLEEP:
-            await self._sandboxes.wake(sandbox)
+            await self._sandboxes.pauses.wake(sandbox)
         link = sandbox.guest.link
         if len(sandbox.port_users) >= (MAX_VISITORS if self._is_visitor else MAX_CONNECTIONS):
             raise HostFull("there are too many connections to ports of this sandbox", hint="close some, or wait")

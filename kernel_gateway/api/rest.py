@@ -51,6 +51,7 @@ from kernel_gateway.network.policy import MAX_ENTRY, Floor, Policy, parse_policy
 from kernel_gateway.outcome import Ending
 from kernel_gateway.sandbox.lifecycle import ASLEEP, State
 from kernel_gateway.sandbox.sandbox import Sandbox
+from kernel_gateway.sandbox.snapshots import Snapshot
 
 MAX_TIMEOUT = 3600
 INLINE_LIMIT = 1024 * 1024
@@ -206,6 +207,43 @@ class Pause(Struct):
     requireHealthyGuest: bool = False
 
 
+class TakeSnapshot(Struct):
+    """`name` may be used in place of the snapshot's id. `memory: false` is not offered."""
+
+    name: str = ""
+    memory: bool = True
+
+
+class Fork(Struct):
+    """`count` copies, and their lifetimes. Without `timeout` they get the one of their parent's create."""
+
+    count: Annotated[int, Meta(ge=1, le=100)] = 1
+    timeout: Timeout | None = None
+
+
+class SnapshotModel(Struct):
+    """A sandbox as it stood at one moment. `snapshotID` and `names` can be the `templateID` of a create.
+
+    `size` is in bytes of the server's disk.
+    """
+
+    snapshotID: str
+    names: list[str]
+    sandboxID: str
+    templateID: str
+    createdAt: str
+    size: int
+
+
+class SnapshotsQuery(Struct):
+    """Filters, and a page: `limit`, and the `X-Next-Token` of the page before."""
+
+    sandboxID: str | None = None
+    name: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 100
+    nextToken: str | None = None
+
+
 class Refresh(Struct):
     duration: Timeout = 60
 
@@ -298,9 +336,14 @@ def usage_model(reading: wire.Metrics) -> UsageModel:
 async def create_sandbox(call: Call, body: CreateSandbox) -> SandboxModel:
     """Create a sandbox. It is running when the answer comes."""
     template = call.sandboxes.templates.find(body.templateID)
+    snapshot = None if template is not None else call.mine.find_snapshot(body.templateID)
+    if snapshot is not None:
+        template = snapshot.template
     if template is None:
         known = ", ".join(template.id for template in call.sandboxes.templates)
-        raise InvalidRequest(f"unknown template: {body.templateID[:100]}", hint=f"this server offers {known}")
+        raise InvalidRequest(
+            f"unknown template: {body.templateID[:100]}", hint=f"this server offers {known}, and your own snapshots"
+        )
     if not body.autoPauseMemory:
         raise Unavailable("this server does not offer autoPauseMemory: false, a pause that keeps the files alone")
     check_env(body.envVars)
@@ -310,7 +353,8 @@ async def create_sandbox(call: Call, body: CreateSandbox) -> SandboxModel:
         template,
         timeout=body.timeout,
         metadata=body.metadata,
-        env=body.envVars,
+        env=body.envVars if snapshot is None else {**snapshot.env, **body.envVars},
+        snapshot=snapshot,
         policy=read_policy(call, network, body.allow_internet_access, body.allowInternetAccess),
         auto_pause=body.autoPause,
         auto_resume=body.autoResume is not None and body.autoResume.enabled,
@@ -370,7 +414,7 @@ async def changes(call: Call) -> AsyncGenerator[ListEvent, None]:
     """The list, and then what changes in it. A client that reads slowly is told of fewer changes."""
     known = {each.sandboxID: each for each in listed(call)}
     yield ListEvent("snapshot", sandboxes=list(known.values()))
-    while not call.sandboxes.is_draining:
+    while not call.sandboxes.places.is_draining:
         await asyncio.sleep(LIST_PAUSE)
         present = {each.sandboxID: each for each in listed(call)}
         for name, described in present.items():
@@ -421,13 +465,13 @@ async def pause(call: Call, body: Pause) -> None:
     """
     if not body.memory:
         raise Unavailable("this server does not offer memory: false, a pause that keeps the files alone")
-    await call.sandboxes.pause(call.sandbox)
+    await call.sandboxes.pauses.pause(call.sandbox)
 
 
 async def connect(call: Call, body: Connect) -> SandboxModel:
     """Resume the sandbox if it is paused (201). One that runs lives at least `timeout` seconds more (200)."""
     sandbox = call.sandbox
-    if await call.sandboxes.resume(sandbox, body.timeout):
+    if await call.sandboxes.pauses.resume(sandbox, body.timeout):
         call.http.set_status(201)
     return model(sandbox)
 
@@ -437,10 +481,63 @@ async def resume(call: Call, body: Resume) -> SandboxModel:
     sandbox = call.sandbox
     if sandbox.state is State.RUNNING:
         raise Conflict("the sandbox is running", hint="POST /sandboxes/{id}/connect takes it as it is")
-    await call.sandboxes.resume(sandbox, body.timeout)
+    await call.sandboxes.pauses.resume(sandbox, body.timeout)
     if body.autoPause is not None:
         sandbox.auto_pause = body.autoPause
     return model(sandbox)
+
+
+LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+async def take_snapshot(call: Call, body: TakeSnapshot) -> SnapshotModel:
+    """Keep the sandbox as it stands, with its memory. It stands still for a moment, and goes on.
+
+    The snapshot's id or name is a `templateID` for creates. What starts from it has all that the sandbox had.
+    """
+    if not body.memory:
+        raise Unavailable("this server does not offer memory: false, a snapshot that keeps the files alone")
+    if body.name:
+        if not LEGAL_NAME.fullmatch(body.name):
+            raise InvalidRequest(
+                "a snapshot's name has 1 to 64 letters, digits or any of _ . - and begins with no mark"
+            )
+        if call.sandboxes.templates.find(body.name) is not None:
+            raise Conflict(f"{body.name!r} is the name of a template", hint="choose another name")
+    return snapshot_model(await call.mine.take_snapshot(call.sandbox, body.name))
+
+
+def snapshot_model(snapshot: Snapshot) -> SnapshotModel:
+    return SnapshotModel(
+        snapshotID=snapshot.id,
+        names=[snapshot.name] if snapshot.name else [],
+        sandboxID=snapshot.sandbox,
+        templateID=snapshot.template.id,
+        createdAt=rfc3339(datetime.fromtimestamp(snapshot.created, UTC)),
+        size=snapshot.size,
+    )
+
+
+async def list_snapshots(call: Call) -> list[SnapshotModel]:
+    """Your snapshots in pages, newest first. The header `X-Next-Token` is there if more follow."""
+    query = call.query
+    found = [
+        each
+        for each in call.mine.snapshots()
+        if query.sandboxID in (None, each.sandbox) and query.name in (None, each.name, each.id)
+    ]
+    if query.nextToken is not None:
+        ids = [each.id for each in found]
+        found = found[ids.index(query.nextToken) + 1 :] if query.nextToken in ids else []
+    if len(found) > query.limit:
+        found = found[: query.limit]
+        call.http.set_header("X-Next-Token", found[-1].id)
+    return [snapshot_model(each) for each in found]
+
+
+async def delete_snapshot(call: Call) -> None:
+    """Delete a snapshot by its id or name. Sandboxes that were started from it go on."""
+    await call.mine.delete_snapshot(call.path["snapshot"])
 
 
 async def set_timeout(call: Call, body: SetTimeout) -> None:
@@ -1260,6 +1357,7 @@ class LimitsModel(Struct):
 
     sandboxes: Limit
     pausedSandboxes: Limit
+    snapshots: Limit
     createsPerMinute: RateLimit
     requests: Limit
     connections: Limit
@@ -1272,8 +1370,9 @@ async def limits(call: Call) -> LimitsModel:
     requests, sockets = (call.http.application.settings[name] for name in ("requests", "sockets"))
     creates, held = sandboxes.creates, sandboxes.held
     return LimitsModel(
-        sandboxes=Limit(sandboxes.per_owner, sandboxes.places_of(owner)),
-        pausedSandboxes=Limit(sandboxes.max_paused, sandboxes.paused_of(owner)),
+        sandboxes=Limit(sandboxes.places.per_owner, sandboxes.places.of(owner)),
+        pausedSandboxes=Limit(sandboxes.pauses.maximum, sandboxes.pauses.of(owner)),
+        snapshots=Limit(sandboxes.snapshots.maximum, len(sandboxes.snapshots.of(owner))),
         createsPerMinute=RateLimit(creates.most, creates.of(owner, now), creates.reset(owner, now)),
         requests=Limit(requests.most, requests.of(owner)),
         connections=Limit(sockets.most, sockets.of(owner)),
@@ -1285,17 +1384,17 @@ async def health(call: Call) -> Health:
     """The server's own health. No key is needed."""
     sandboxes = call.sandboxes
     capabilities = sandboxes.capabilities
-    if sandboxes.is_draining:
+    if sandboxes.places.is_draining:
         call.http.set_status(503)
     return Health(
-        ready=not sandboxes.is_draining,
+        ready=not sandboxes.places.is_draining,
         version=__version__,
         isolation=capabilities.isolation,
         accelerator=capabilities.accelerator,
         network=capabilities.network,
         sandboxes=len(sandboxes),
-        maxSandboxes=sandboxes.maximum,
+        maxSandboxes=sandboxes.places.maximum,
         pool=[PoolModel(pool.template_id, pool.ready, pool.size) for pool in sandboxes.pools.values()],
-        capabilities=["pty", "hold", *(["pause"] if sandboxes.can_pause else [])],
+        capabilities=["pty", "hold", *(["pause"] if sandboxes.pauses.is_offered else [])],
         trouble=sandboxes.trouble or None,
     )

@@ -189,12 +189,12 @@ class Socket(WebSocketHandler, Handler):
             self.key = mine.key
             mine.key.scope.check_change()
             self._sockets.check(mine.key.owner)
-            if self._sandboxes.is_draining:
+            if self._sandboxes.places.is_draining:
                 raise Draining("the server is going down")
             self._query: SocketQuery = self.query(SocketQuery)
             self.sandbox = self.find(mine, self.path_args[0])
             if self.sandbox.state in ASLEEP:
-                await self._sandboxes.wake(self.sandbox)
+                await self._sandboxes.pauses.wake(self.sandbox)
             self.kernel = self.sandbox.guest.kernel
             since = self._query.since
             if since is not None and since > self.kernel.journal.last:

@@ -115,26 +115,43 @@ class VmDriver(Protocol):
         """
 
 
-@runtime_checkable
-class Suspends(Protocol):
-    """A driver that can save a machine to files, and start machines from them. Its machines are `Stops`, too."""
+class Captured(Protocol):
+    """A machine as it stood at one moment. It is of its driver, and holds descriptors until it is closed."""
 
-    async def save(self, vm: Vm, directory: Path) -> None:
-        """Stop a machine, and write to an empty directory how its memory, devices and disk differ from its template's.
-
-        Afterwards the machine stands still, also if this fails. It may be continued or killed, and may be saved again.
-        The caller has brought the machine's link to rest, because bytes that are under way are not saved.
+    async def write(self, directory: Path) -> None:
+        """Write to an empty directory how the machine's memory, devices and disk differ from its template's.
 
         Raises:
             NoSpace: the disk has no room for the files.
-            DriverError: the files could not be written, or the machine has ended. What was written is of no use.
+            DriverError: the files could not be written. What was written is of no use.
         """
 
-    async def restore(self, directory: Path) -> Vm:
-        """A machine that stands where `save` has stopped another one, with a network card of its own.
+    def close(self) -> None:
+        """Let go of it. Idempotent."""
 
-        A directory may be restored from many times. The machine runs from its first `cont` on. The caller says what it
-        is, by `Link.cont` or `Link.resume`, before any other request.
+
+@runtime_checkable
+class Suspends(Protocol):
+    """A driver that can capture a machine, and start machines from that. Its machines are `Stops`, too."""
+
+    async def capture(self, vm: Vm, *, goes_on: bool) -> Captured:
+        """Stop a machine, and hold how it stands. Afterwards it stands still, also if this fails.
+
+        The caller has brought the machine's link to rest, because bytes that are under way are not captured.
+
+        Args:
+            goes_on: the machine may go on while the capture is used. Otherwise it must stand still until it is closed.
+
+        Raises:
+            NoSpace: the disk has no room.
+            DriverError: it can't be captured, or has ended.
+        """
+
+    async def restore(self, source: Path | Captured) -> Vm:
+        """A machine that stands where another one was captured, with a network card of its own.
+
+        A directory, or a capture that is not closed, may be restored from many times. The machine runs from its first
+        `cont` on. The caller says what it is, by `Link.cont` or `Link.resume`, before any other request.
 
         Raises:
             Damaged: the files are not what was saved.

@@ -15,35 +15,25 @@ import asyncio
 import errno
 import fcntl
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from kernel_gateway.drivers import Capabilities, Damaged, DriverError, Incompatible, Nic, Nics, NoSpace
+from kernel_gateway.drivers.base import Base, Image
+from kernel_gateway.drivers.captured import Captured, with_small_memory
 from kernel_gateway.drivers.jail import SERVER, Cell, Jail, opened_for_machines
+from kernel_gateway.drivers.pages import at_places, copy_pages, memory_places, own_pages
 from kernel_gateway.drivers.qemu_argv import Descriptors, Machine, qemu
 from kernel_gateway.drivers.qmp import Qmp
-from kernel_gateway.drivers.saved import (
-    TEMPLATE,
-    Manifest,
-    Saved,
-    disk_parts,
-    in_process,
-    keep_template,
-    memory_places,
-    own_pages,
-    save_pages,
-    write_file,
-    write_manifest,
-)
+from kernel_gateway.drivers.saved import TEMPLATE, Saved
 from kernel_gateway.images.cache import in_thread
 from kernel_gateway.images.snapshot import SEALS, Snapshot, SnapshotCorrupt, copy_disk, memory_file
 
@@ -57,40 +47,14 @@ STANDSTILL = (0.5, 30.0)
 """A machine that has used less than so many seconds of processor time in so many seconds stands still. On a host with
 a load of 30 for each processor it would still get twice as much."""
 TCG_TIME_SCALE = 4.0
+COPIED_IN_MEMORY = 256 * 1024**2
+"""Bytes of a machine's own memory that are copied to memory. A larger copy goes to the disk, which takes longer."""
 T = TypeVar("T")
 _CAPABILITIES = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
-HEADER, FULL_SECTION = 8, b"\x04"
-"""Bytes of the header of a machine's state, and the type of a section with a whole device."""
-NO_DESCRIPTION = b"\x06\0\0\0\0"
-"""The section of a state's description, empty. QEMU complains on the console of a state without one."""
 IMAGE = ("kernel", "initrd", "root")
 """The names of an image's files where a saved machine keeps them, in the order of Image's fields."""
 HOSTS = {"qemu": "QEMU", "firmware": "firmware", "argv": "QEMU's arguments", "cpu": "processor"}
 """The part of what a snapshot was made with that is the host's, and what people call it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """Open descriptors of what machines of a template boot from: readable, never written."""
-
-    kernel: int
-    initrd: int
-    root: int
-
-    def close(self) -> None:
-        """Close them, when no machine will be started with them any more."""
-        for fd in astuple(self):
-            os.close(fd)
-
-
-@dataclass(frozen=True, slots=True)
-class Base:
-    """What a template's machines start from. `files` are the snapshot's and the image's, by their names in TEMPLATE."""
-
-    snapshot: Snapshot
-    image: Image
-    machine: Machine
-    files: dict[str, Path]
 
 
 class QemuVm:
@@ -292,47 +256,8 @@ def _told_as_driver_error(what: str = "the machine could not be started") -> Ite
         raise kind(f"{what}: {error}") from error
 
 
-def _pread(fd: int, buffer: memoryview, at: int) -> int:
-    return os.preadv(fd, [buffer], at)
-
-
 def _pwrite(fd: int, buffer: memoryview, at: int) -> int:
     return os.pwrite(fd, buffer, at)
-
-
-def _save(
-    base: Base, places: list[tuple[int, int, int]], memory: int, pagemap: int, disk: int, devices: int, directory: Path
-) -> None:
-    """Write the files of a machine that stands still. This runs in a thread."""
-    own = list(own_pages(pagemap, places))
-    parts = list(disk_parts(disk, base.snapshot.disk))
-    need = sum(length for _, length in [*own, *parts]) + os.fstat(devices).st_size
-    free = shutil.disk_usage(directory).free
-    if free < need:
-        raise NoSpace(f"saving the machine may take {need >> 20} MiB, and the disk has {free >> 20} MiB free")
-    digests = save_pages(in_process(places, os.preadv, memory), base.snapshot.memory, own, directory / "memory")
-    digests |= save_pages(partial(_pread, disk), base.snapshot.disk, parts, directory / "disk")
-    digests["state"] = write_file(directory / "state", _with_small_memory(base.snapshot.state, devices))
-    keep_template(directory, base.files)
-    found = base.snapshot.manifest
-    write_manifest(directory, Manifest(found.template, found.made_with, found.tsc_khz, digests))
-
-
-def _with_small_memory(template: int, devices: int) -> bytes:
-    """A state that QEMU loads: the beginning of the template's, then the devices' of a machine.
-
-    The beginning has what QEMU does not write with the devices alone: its configuration, and the small memories beside
-    the RAM (firmware and ACPI tables), which no guest changes. Both states have the same sections in the same order.
-
-    Raises:
-        DriverError: QEMU has written something else.
-    """
-    whole, own = (os.pread(fd, os.fstat(fd).st_size, 0) for fd in (template, devices))
-    # A section begins with its type, its number and its name (QEMU, migration/savevm.c, `save_section_header`).
-    first = own[HEADER : HEADER + 6 + own[HEADER + 5]]
-    if own[:HEADER] != whole[:HEADER] or first[:1] != FULL_SECTION or whole.count(first) != 1:
-        raise DriverError("QEMU wrote a state of the machine's devices that has not the form of its template's")
-    return whole[: whole.index(first)] + own[HEADER:] + NO_DESCRIPTION
 
 
 def _held(content: bytes) -> int:
@@ -412,14 +337,14 @@ class Qemu:
         return vm
 
     @asynccontextmanager
-    async def _clone(self, base: Base, saved: Saved | None = None) -> AsyncIterator[QemuVm]:
-        """A machine that stands still, as its template's snapshot has it, or as it was saved.
+    async def _clone(self, base: Base, saved: Saved | Captured | None = None) -> AsyncIterator[QemuVm]:
+        """A machine that stands still, as its template's snapshot has it, or as it was saved or captured.
 
         If the block fails, nothing is left of the machine.
         """
         snapshot = base.snapshot
         with ExitStack() as opened, _told_as_driver_error():
-            disk = os.open(self._disk_dir, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            disk = self._file_on_disk()
             opened.callback(os.close, disk)
             copy_disk(snapshot.disk, disk)
             devices = snapshot.state
@@ -438,22 +363,25 @@ class Qemu:
                 if saved is not None:  # before the devices, because they look at their queues in memory
                     memory = os.open(f"/proc/{vm.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
                     opened.callback(os.close, memory)
-                    write = in_process(memory_places(vm.pid, snapshot.memory), os.pwritev, memory)
+                    write = at_places(memory_places(vm.pid, snapshot.memory), os.pwritev, memory)
                     await in_thread(saved.put_pages, "memory", write, base.machine.ram_mb << 20)
                 await qmp.execute("migrate-set-capabilities", capabilities=_CAPABILITIES)
                 await qmp.execute("migrate-incoming", uri=await qmp.pass_state(state))
                 await qmp.migrated()
                 yield vm
 
-    async def restore(self, directory: Path) -> QemuVm:
-        """A machine that stands where `save` has stopped another one.
+    async def restore(self, source: Path | Captured) -> QemuVm:
+        """A machine that stands where another one was captured, from its files or as it was captured.
 
         Raises:
             Damaged: the files are not what was saved.
             Incompatible: it can't go on here; the text says why.
             DriverError: it could not be started. In all cases nothing is left behind.
         """
-        saved = await in_thread(Saved, directory)
+        if isinstance(source, Captured):
+            async with self._clone(source.base, source) as vm:
+                return vm
+        saved = await in_thread(Saved, source)
         async with self._clone(await self._base_of(saved), saved) as vm:
             return vm
 
@@ -481,34 +409,51 @@ class Qemu:
                 self._kept[key] = kept
         return self._kept[key]
 
-    async def save(self, vm: QemuVm, directory: Path) -> None:
-        """Stop a machine, and write what it has that its template has not to an empty directory.
+    async def capture(self, vm: QemuVm, *, goes_on: bool) -> Captured:
+        """Stop a machine, and hold what it has that its template has not.
+
+        Args:
+            goes_on: the machine may go on while the capture is used, which takes a copy of its memory and its disk.
 
         Raises:
             NoSpace: the disk has no room.
-            DriverError: the files could not be written, or the machine has ended.
+            DriverError: the machine can't be read, or has ended.
         """
         base = vm.base
         assert base is not None
-        await vm.stop()
-        qmp = await vm.control()
-        with ExitStack() as opened, _told_as_driver_error("the machine could not be saved"):
+        with ExitStack() as opened, _told_as_driver_error("the machine could not be captured"):
             # The files are opened here, where the machine is known to live: another process may have its number later.
             memory = os.open(f"/proc/{vm.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
             opened.callback(os.close, memory)
-            pagemap = os.open(f"/proc/{vm.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-            opened.callback(os.close, pagemap)
             disk = os.dup(vm.disk)
             opened.callback(os.close, disk)
-            devices = memory_file("devices")
-            opened.callback(os.close, devices)
-            writable = os.open(f"/proc/self/fd/{devices}", os.O_WRONLY | os.O_CLOEXEC)
-            opened.callback(os.close, writable)
-            await qmp.save_devices(writable)
             places = memory_places(vm.pid, base.snapshot.memory)
-            await in_thread(_save, base, places, memory, pagemap, disk, devices, directory)
-        if vm.has_ended:
-            raise DriverError("the machine ended while it was saved")
+            with ExitStack() as used:
+                pagemap = os.open(f"/proc/{vm.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+                used.callback(os.close, pagemap)
+                devices = memory_file("devices")
+                used.callback(os.close, devices)
+                writable = os.open(f"/proc/self/fd/{devices}", os.O_WRONLY | os.O_CLOEXEC)
+                used.callback(os.close, writable)
+                await vm.stop()
+                await (await vm.control()).save_devices(writable)
+                own = await in_thread(lambda: list(own_pages(pagemap, places)))
+                if goes_on:
+                    size = sum(length for _, length in own)
+                    copy = memory_file("memory") if size <= COPIED_IN_MEMORY else self._file_on_disk()
+                    opened.callback(os.close, copy)
+                    places = await in_thread(copy_pages, vm.pid, places, own, copy)
+                    memory, original, disk = copy, disk, self._file_on_disk()
+                    opened.callback(os.close, disk)
+                    await in_thread(copy_disk, original, disk)
+                if vm.has_ended:
+                    raise DriverError("the machine ended while it was captured")
+                state = with_small_memory(base.snapshot.state, devices)
+            return Captured(base, state, at_places(places, os.preadv, memory), own, disk, opened.pop_all())
+
+    def _file_on_disk(self) -> int:
+        """A new file without a name, where disks take their space."""
+        return os.open(self._disk_dir, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
     async def boot(self, image: Image, machine: Machine, memory: int, disk: int) -> QemuVm:
         """Start the guest's kernel on a shared memory file and a disk, both the caller's.

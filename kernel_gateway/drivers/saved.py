@@ -16,38 +16,27 @@ still, so what was checked is what the machine has. A machine whose files are da
 """
 
 import array
-import bisect
 import errno
 import hashlib
 import logging
-import mmap
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 
 import msgspec
 
 from kernel_gateway.drivers import Damaged, NoSpace
+from kernel_gateway.drivers.pages import PAGE, PIECE, Part, Read, Write
 from kernel_gateway.images.snapshot import FileDigest, extents
 from kernel_gateway.private import foreign
 
 log = logging.getLogger(__name__)
 
-PAGE = mmap.PAGESIZE
-PIECE = 1024 * 1024
 MANIFEST = "machine.json"
 TEMPLATE = "template"
 PARTS = ("memory", "disk")
 _ZEROS = bytes(PAGE)
-_IS_OWN = bytes(int(bool(byte & 0xC0) and not byte & 0x20) for byte in range(256))
-"""For the highest byte of an entry of /proc/PID/pagemap: 1 if the page is there or swapped out, and of no file.
-
-Source: kernel, Documentation/admin-guide/mm/pagemap.rst."""
-
-Read = Callable[[memoryview, int], int]
-Write = Callable[[memoryview, int], int]
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -59,49 +48,7 @@ class Manifest(msgspec.Struct, frozen=True):
     files: dict[str, FileDigest]
 
 
-def memory_places(pid: int, memory: int) -> list[tuple[int, int, int]]:
-    """Where a process has mapped a memory file: address, offset in the file, and length of each part."""
-    wanted = os.fstat(memory)
-    found = []
-    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-        addresses, _, offset, device, inode, *_ = line.split(maxsplit=5)
-        major, minor = (int(number, 16) for number in device.split(":"))
-        if int(inode) == wanted.st_ino and os.makedev(major, minor) == wanted.st_dev:
-            start, end = (int(number, 16) for number in addresses.split("-"))
-            found.append((start, int(offset, 16), end - start))
-    return found
-
-
-def own_pages(pagemap: int, places: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
-    """The parts of a private mapping that a process has written to, as offset in the file and length.
-
-    Args:
-        pagemap: the process's /proc/PID/pagemap, open.
-    """
-    for address, offset, length in places:
-        entries = os.pread(pagemap, length // PAGE * 8, address // PAGE * 8)
-        for run in re.finditer(b"\1+", entries[7::8].translate(_IS_OWN)):
-            yield offset + run.start() * PAGE, len(run[0]) * PAGE
-
-
-def in_process(places: list[tuple[int, int, int]], how: Callable[[int, list[memoryview], int], int], fd: int) -> Read:
-    """A function that reads or writes a mapping by the offset in its file, through /proc/PID/mem.
-
-    Args:
-        how: `os.preadv` or `os.pwritev`.
-        fd: /proc/PID/mem, open.
-    """
-    ordered = sorted((offset, address, length) for address, offset, length in places)
-    offsets = [offset for offset, _, _ in ordered]
-
-    def move(buffer: memoryview, at: int) -> int:
-        offset, address, length = ordered[bisect.bisect_right(offsets, at) - 1]
-        return how(fd, [buffer[: offset + length - at]], address + at - offset)
-
-    return move
-
-
-def disk_parts(disk: int, base: int) -> Iterator[tuple[int, int]]:
+def disk_parts(disk: int, base: int) -> Iterator[Part]:
     """The parts in which two sparse files of one length may differ: whole pages, in order, each once."""
     done = 0
     for offset, length in sorted([*extents(disk), *extents(base)]):
@@ -133,7 +80,7 @@ class _Out:
         return FileDigest(self._size, self._hash.hexdigest())
 
 
-def save_pages(read: Read, base: int, parts: Iterable[tuple[int, int]], path: Path) -> dict[str, FileDigest]:
+def save_pages(read: Read, base: int, parts: Iterable[Part], path: Path) -> dict[str, FileDigest]:
     """Write those pages of `parts` that differ from a base to `path`, and their places beside it; returns the digests.
 
     Args:

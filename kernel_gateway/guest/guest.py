@@ -13,14 +13,14 @@ import logging
 import os
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import BinaryIO, ClassVar, NamedTuple
 
 import msgspec
 
-from kernel_gateway.drivers import Damaged, DriverError, NoSpace, Stops, Suspends, Vm, VmDriver
+from kernel_gateway.drivers import Captured, Damaged, DriverError, NoSpace, Stops, Suspends, Vm, VmDriver
 from kernel_gateway.errors import CellvmError, GuestUnresponsive
 from kernel_gateway.guest.commands import Commands, CommandState
 from kernel_gateway.guest.link import Link, Rest
@@ -81,6 +81,40 @@ class Guest:
         await self.vm.kill()
 
 
+class Identity(NamedTuple):
+    """What a copy of a sandbox becomes: another sandbox, with its variables."""
+
+    sandbox_id: str
+    env: dict[str, str]
+
+
+class Still:
+    """How a guest stood at one moment, with the server's half of it. It must be closed."""
+
+    def __init__(self, captured: Captured, host: HostState, dump: Dump) -> None:
+        self.captured = captured
+        self._host = msgspec.msgpack.encode(host)  # what it is made of goes on to change
+        self._dump = dump
+
+    def host(self) -> tuple[HostState, Iterator[list[Record]]]:
+        """The server's half, and the pages of the kernel's journal. Both are the caller's own."""
+        return _host.decode(self._host), map(decode_page, self._dump.pages())
+
+    async def write(self, directory: Path) -> None:
+        """Write it to an empty directory.
+
+        Raises:
+            NoSpace: the disk has no room.
+            DriverError: it can't be written.
+        """
+        await self.captured.write(directory)
+        await in_thread(_write_host, directory, _host.decode(self._host), self._dump)
+
+    def close(self) -> None:
+        self.captured.close()
+        self._dump.close()
+
+
 class Guests:
     """The starter of guests. It refuses a guest whose randomness is not fresh, because such a machine must not be used.
 
@@ -128,39 +162,40 @@ class Guests:
         return isinstance(self._driver, Suspends)
 
     @asynccontextmanager
-    async def saved(self, guest: Guest, directory: Path) -> AsyncIterator[None]:
-        """Save a guest to an empty directory. It stands still within the block, and goes on after it.
+    async def still(self, guest: Guest, *, goes_on: bool) -> AsyncIterator["Still"]:
+        """Capture a guest. It stands still within the block, and goes on after it.
 
         If its link is closed within the block, the guest is not used any more.
 
+        Args:
+            goes_on: what this gives is used after the block, and closed by the caller.
+
         Raises:
             NoSpace: the disk has no room.
-            DriverError: it can't be saved.
+            DriverError: it can't be captured.
             CellvmError: the guest does not come to rest.
         """
         driver = self._driver
         assert isinstance(driver, Suspends)
         await guest.kernel.settled(SETTLING * self._driver.capabilities.time_scale)
-        async with guest.link.at_rest():
-            try:
-                await driver.save(guest.vm, directory)
-                await self._save_host(guest, directory)
-                yield
-            finally:
-                if not guest.link.closed.done():
-                    await self._go_on(guest)
-
-    async def _save_host(self, guest: Guest, directory: Path) -> None:
-        states, running = guest.commands.at_rest()
-        host = HostState(guest.home, guest.link.rest(running), guest.kernel.state_at_rest(), states, b"")
-        dump = guest.kernel.journal.dump()
-        try:
-            await in_thread(_write_host, directory, host, dump)
-        finally:
-            dump.close()
+        async with guest.link.at_rest(), AsyncExitStack() as after:
+            after.push_async_callback(self._go_on, guest)
+            captured = await driver.capture(guest.vm, goes_on=goes_on)
+            with ExitStack() as undo:
+                undo.callback(captured.close)
+                states, running = guest.commands.at_rest()
+                host = HostState(guest.home, guest.link.rest(running), guest.kernel.state_at_rest(), states, b"")
+                dump = guest.kernel.journal.dump()
+                still = Still(captured, host, await in_thread(dump.detached) if goes_on else dump)
+                undo.pop_all()
+            if not goes_on:
+                after.callback(still.close)
+            yield still
 
     async def _go_on(self, guest: Guest) -> None:
-        """Let a guest that stood still go on. One that does not is given up."""
+        """Let a guest that stood still go on, if it is used. One that does not is given up."""
+        if guest.link.closed.done():
+            return
         assert isinstance(guest.vm, Stops)
         try:
             await guest.vm.cont()
@@ -169,13 +204,20 @@ class Guests:
             guest.link.close(GuestUnresponsive(f"the machine does not go on after it stood still: {error}"))
 
     async def restore(
-        self, directory: Path, account: Account, journals: Path | None, enforce: Callable[[Vm], Awaitable[None]]
+        self,
+        source: "Path | Still",
+        account: Account,
+        journals: Path | None,
+        enforce: Callable[[Vm], Awaitable[None]],
+        another: Identity | None = None,
     ) -> Guest:
-        """A guest that goes on where one was saved. All that went on in it goes on.
+        """A guest that goes on where one was captured. All that went on in it goes on.
 
         Args:
+            source: the directory that it was written to, or how it stood.
             account, journals: as of `Guest.adopt`.
             enforce: called with the machine before it runs.
+            another: the sandbox that it becomes; None for the one that it was.
 
         Raises:
             Damaged, Incompatible, DriverError: as `Suspends.restore`.
@@ -183,8 +225,8 @@ class Guests:
         """
         driver = self._driver
         assert isinstance(driver, Suspends)
-        host, pages = await in_thread(_read_host, directory)
-        vm = await driver.restore(directory)
+        host, pages = await in_thread(_read_host, source) if isinstance(source, Path) else source.host()
+        vm = await driver.restore(source if isinstance(source, Path) else source.captured)
         async with AsyncExitStack() as undo:
             undo.push_async_callback(vm.kill)
             await enforce(vm)
@@ -201,7 +243,14 @@ class Guests:
             guest.commands.restore(host.commands, account)
             assert isinstance(vm, Stops)
             await vm.cont()
-            self._check_fresh((await link.cont()).sample)
+            if another is None:
+                self._check_fresh((await link.cont()).sample)
+            else:
+                env = {**self._env, **another.env}
+                resumed = await link.resume(
+                    sandbox_id=another.sandbox_id, hostname=another.sandbox_id, env=env, is_copy=True
+                )
+                self._check_fresh(resumed.sample)
             undo.pop_all()
         return guest
 

@@ -406,11 +406,14 @@ class Link(asyncio.Protocol):
         return reply
 
     async def resume(
-        self, *, sandbox_id: str, hostname: str, env: dict[str, str], timeout: float = 10.0
+        self, *, sandbox_id: str, hostname: str, env: dict[str, str], is_copy: bool = False, timeout: float = 10.0
     ) -> wire.Resumed:
         """Do the resume handshake (fresh entropy, the host's clock, an identity), and return its acknowledgement.
 
         It makes the machine another sandbox. It ends a rest.
+
+        Args:
+            is_copy: what its processes have goes on, and `env` is added to their kernel's environment.
 
         Raises:
             GuestUnresponsive, GuestFailure, SandboxDied: the handshake failed; the machine must not be used.
@@ -422,6 +425,7 @@ class Link(asyncio.Protocol):
             sandbox_id=sandbox_id,
             hostname=hostname,
             env=env,
+            is_copy=is_copy,
         )
         return await self._acknowledged(fresh, timeout)
 

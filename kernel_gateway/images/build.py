@@ -19,8 +19,9 @@ import msgspec
 
 from guest_agent import wire
 from kernel_gateway.drivers import DriverError
+from kernel_gateway.drivers.base import Image
 from kernel_gateway.drivers.jail import opened_for_machines
-from kernel_gateway.drivers.qemu import IMAGE, Image, Qemu, QemuVm
+from kernel_gateway.drivers.qemu import IMAGE, Qemu, QemuVm
 from kernel_gateway.drivers.qemu_argv import Descriptors, Machine, qemu
 from kernel_gateway.drivers.tsc import is_same_rate, tsc_khz
 from kernel_gateway.errors import CellvmError, GuestUnresponsive

@@ -342,6 +342,20 @@ class Dump(NamedTuple):
         for at in range(0, len(self.records), DUMPED):
             yield msgspec.msgpack.encode(self.records[at : at + DUMPED])
 
+    def detached(self) -> "Dump":
+        """This dump with its part of the file in memory, so that it stays as it is when the journal goes on."""
+        if self.fd is None:
+            return self
+        copy = os.memfd_create("journal", os.MFD_CLOEXEC)
+        try:
+            for segment in self.segments:
+                os.pwrite(copy, os.pread(self.fd, segment.size, segment.at), segment.at)
+        except BaseException:
+            os.close(copy)
+            raise
+        os.close(self.fd)
+        return self._replace(fd=copy)
+
     def close(self) -> None:
         if self.fd is not None:
             os.close(self.fd)

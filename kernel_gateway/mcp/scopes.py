@@ -13,8 +13,9 @@ from kernel_gateway.errors import InvalidRequest, NotFound
 from kernel_gateway.network.policy import Policy
 from kernel_gateway.sandbox.access import Access
 from kernel_gateway.sandbox.lifecycle import ASLEEP, State
+from kernel_gateway.sandbox.machines import DEFAULT_POLICY
 from kernel_gateway.sandbox.sandbox import Sandbox
-from kernel_gateway.sandbox.sandboxes import DEFAULT_POLICY, Sandboxes
+from kernel_gateway.sandbox.sandboxes import Sandboxes
 
 SCOPE = "cellvm.scope"
 """The name of the scope in a sandbox's metadata."""
@@ -115,7 +116,7 @@ class Caller:
     async def awake(self, sandbox: Sandbox) -> Sandbox:
         """The sandbox, resumed if it is paused."""
         if sandbox.state in ASLEEP:
-            await self.sandboxes.resume(sandbox, self.scopes.idle_timeout)
+            await self.sandboxes.pauses.resume(sandbox, self.scopes.idle_timeout)
         return sandbox
 
     async def create(

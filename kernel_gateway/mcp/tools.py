@@ -23,8 +23,8 @@ from kernel_gateway.kernel.journal import Gap
 from kernel_gateway.kernel.shape import IMAGE_LIMIT, Shaper, size_text
 from kernel_gateway.mcp.scopes import Caller
 from kernel_gateway.network.policy import Policy
+from kernel_gateway.sandbox.machines import DEFAULT_POLICY
 from kernel_gateway.sandbox.sandbox import Sandbox
-from kernel_gateway.sandbox.sandboxes import DEFAULT_POLICY
 
 READ_LIMIT = 64 * 1024 * 1024
 """Bytes of a file that are read to find lines in it."""

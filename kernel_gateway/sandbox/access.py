@@ -3,13 +3,14 @@
 import builtins
 from typing import Any
 
-from kernel_gateway.errors import NotFound
+from kernel_gateway.errors import CellvmError, NotFound
 from kernel_gateway.images.templates import Template
 from kernel_gateway.sandbox import outbox
 from kernel_gateway.sandbox.key import Key
 from kernel_gateway.sandbox.outbox import Event
 from kernel_gateway.sandbox.sandbox import Sandbox, sandbox_id
 from kernel_gateway.sandbox.sandboxes import Sandboxes
+from kernel_gateway.sandbox.snapshots import Snapshot
 from kernel_gateway.sandbox.store import Entry, Store
 
 
@@ -19,6 +20,7 @@ class Access:
     def __init__(self, sandboxes: Sandboxes, store: Store, key: Key) -> None:
         self.key = key
         self._sandboxes = sandboxes
+        self._snapshots = sandboxes.snapshots
         self.store = store
 
     def of_kernel(self, kernel: str) -> Sandbox:
@@ -55,6 +57,39 @@ class Access:
         """
         self.key.scope.check_create(template.id)
         return await self._sandboxes.create(self.key.owner, template, **fields)
+
+    def snapshots(self) -> builtins.list[Snapshot]:
+        """The snapshots in the key's sight, newest first."""
+        scope = self.key.scope
+        return [each for each in self._snapshots.of(self.key.owner) if scope.covers(each.sandbox, each.template.id)]
+
+    def find_snapshot(self, name: str) -> Snapshot | None:
+        """The snapshot of that id or name."""
+        return next((each for each in self.snapshots() if name and name in (each.id, each.name)), None)
+
+    async def take_snapshot(self, sandbox: Sandbox, name: str) -> Snapshot:
+        """A new snapshot; as `Snapshots.take`."""
+        return await self._snapshots.take(sandbox, name)
+
+    async def delete_snapshot(self, name: str) -> None:
+        """Delete the snapshot of that id or name.
+
+        Raises:
+            NotFound: there is none in the key's sight.
+        """
+        snapshot = self.find_snapshot(name)
+        if snapshot is None:
+            raise NotFound("snapshot not found")
+        await self._snapshots.delete(snapshot)
+
+    async def fork(self, sandbox: Sandbox, count: int, timeout: int | None) -> builtins.list[Sandbox | CellvmError]:
+        """Copies of a sandbox; as `Sandboxes.fork`.
+
+        Raises:
+            Forbidden: the key may not create them.
+        """
+        self.key.scope.check_create(sandbox.template.id)
+        return await self._sandboxes.fork(sandbox, count, timeout)
 
     def ended_since(self, moment: float) -> list[Entry]:
         """The sandboxes that ended after `moment`, but not by a request, the last one first."""

@@ -168,6 +168,11 @@ class Sandbox:
         self.set_timeout(timeout)
 
     @property
+    def full_env(self) -> dict[str, str]:
+        """What every process in it sees of its owner and of us."""
+        return {**self.env, "E2B_SANDBOX_ID": self.id, "E2B_TEMPLATE_ID": self.template.id}
+
+    @property
     def token_key(self) -> Key:
         """What a token of the sandbox is worth: a key that sees it alone."""
         return Key("", self.owner, "token", 0.0, Scope(sandbox=self.id))

@@ -1,4 +1,4 @@
-"""Paused sandboxes on disk: a folder for each, whole or not there.
+"""Paused sandboxes, or snapshots, on disk: a folder for each, whole or not there.
 
 A folder is filled under a name with a dot in front, and gets its own name when all of it is on disk. What is not whole,
 or is nobody's any more, is deleted when the server starts.
@@ -12,54 +12,70 @@ from collections.abc import AsyncIterator, Container
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from kernel_gateway.drivers import Capabilities
+from kernel_gateway.errors import Unavailable
 from kernel_gateway.images.cache import in_thread
 
 log = logging.getLogger(__name__)
 
 
 class Shelf:
-    """The folders of paused sandboxes, below a directory of the server's own."""
+    """The folders of sandboxes or snapshots by their ids, below a directory of the server's own."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def path(self, sandbox_id: str) -> Path:
-        """Where a paused sandbox is, whether there is one or not."""
-        return self._directory / sandbox_id
+    def path(self, name: str) -> Path:
+        """Where one is, whether it is there or not."""
+        return self._directory / name
 
     @asynccontextmanager
-    async def filled(self, sandbox_id: str) -> AsyncIterator[Path]:
+    async def filled(self, name: str) -> AsyncIterator[Path]:
         """A new folder, to be filled and put on the shelf within the block. Otherwise it is deleted."""
-        work = self._directory / f".{sandbox_id}-{secrets.token_hex(4)}"
+        work = self._directory / f".{name}-{secrets.token_hex(4)}"
         try:
             await in_thread(work.mkdir, 0o700)
             yield work
         finally:
             await in_thread(_delete, work)
 
-    async def put(self, work: Path, sandbox_id: str) -> None:
+    async def put(self, work: Path, name: str) -> None:
         """Give a folder that is filled its name, for good.
 
         Raises:
             OSError: the disk refuses.
         """
-        await in_thread(self._put, work, sandbox_id)
+        await in_thread(self._put, work, name)
 
-    def _put(self, work: Path, sandbox_id: str) -> None:
+    def _put(self, work: Path, name: str) -> None:
         _to_disk(work)
-        work.rename(self.path(sandbox_id))
+        work.rename(self.path(name))
         _to_disk(self._directory)
 
-    async def discard(self, sandbox_id: str) -> None:
-        """Delete a sandbox's folder. What can't be deleted now is left to the next start."""
-        await in_thread(_delete, self.path(sandbox_id))
+    async def discard(self, name: str) -> None:
+        """Delete a folder. What can't be deleted now is left to the next start."""
+        await in_thread(_delete, self.path(name))
 
     def sweep(self, known: Container[str]) -> None:
-        """Delete all folders but those of known sandboxes."""
+        """Delete all folders but the known ones."""
         for path in self._directory.iterdir():
             if path.name not in known:
                 log.warning("%s is left of an earlier server, and is deleted", path)
                 _delete(path)
+
+
+def offered(shelf: Shelf | None, capabilities: Capabilities, what: str) -> Shelf:
+    """The shelf of a server that can do something.
+
+    Raises:
+        Unavailable: it can't, because its machines can't be saved.
+    """
+    if shelf is None:
+        raise Unavailable(
+            f"this server can't {what}: they run on {capabilities.accelerator} without a machine that could be saved",
+            hint="run it with another --isolation",
+        )
+    return shelf
 
 
 def _to_disk(directory: Path) -> None:

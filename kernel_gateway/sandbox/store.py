@@ -44,6 +44,7 @@ SCHEMA = (
         "UPDATE keys SET id = owner",
     ),
     ("ALTER TABLE sandboxes ADD COLUMN paused TEXT", *outbox.SCHEMA),
+    ("CREATE TABLE snapshots (id TEXT PRIMARY KEY, record TEXT NOT NULL) STRICT",),
 )
 """What makes each version of the database from the one before."""
 KEPT_DAYS = 30
@@ -201,13 +202,18 @@ class Store:
 
     # -- sandboxes
 
-    async def sandbox_created(self, sandbox_id: str, owner: str, template: str) -> None:
+    async def sandbox_created(
+        self, sandbox_id: str, owner: str, template: str, data: Mapping[str, object] = outbox.NONE
+    ) -> None:
         """Write a sandbox down.
+
+        Args:
+            data: what its event tells besides.
 
         Raises:
             HostFull: the database can't be written.
         """
-        await self._in_thread(self._write_first, Entry(sandbox_id, owner, template, time.time()))
+        await self._in_thread(self._write_first, Entry(sandbox_id, owner, template, time.time()), data)
         self._wake()
 
     async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
@@ -293,6 +299,28 @@ class Store:
         query = "SELECT id, paused FROM sandboxes WHERE paused IS NOT NULL AND ended IS NULL"
         return dict(self._db.execute(query).fetchall())
 
+    async def snapshot_taken(self, snapshot_id: str, sandbox_id: str, record: str) -> None:
+        """Write a snapshot down, with an event of its sandbox.
+
+        Raises:
+            HostFull: the database can't be written.
+        """
+        await self._in_thread(self._write_snapshot, snapshot_id, sandbox_id, record)
+        self._wake()
+
+    async def snapshot_deleted(self, snapshot_id: str) -> None:
+        """Forget a snapshot.
+
+        Raises:
+            HostFull: the database can't be written.
+        """
+        query = "DELETE FROM snapshots WHERE id = ?"
+        await self.change(lambda db: db.execute(query, (snapshot_id,)))
+
+    def snapshots(self) -> dict[str, str]:
+        """The records of all snapshots by their ids."""
+        return dict(self._db.execute("SELECT id, record FROM snapshots").fetchall())
+
     def entry(self, sandbox_id: str) -> Entry | None:
         """What is written down of a sandbox, whoever owns it. The caller must check what its client may know."""
         if sandbox_id in self._unwritten:
@@ -332,9 +360,9 @@ class Store:
                 log.warning("the database can be written again")
             self.trouble, pause = "", RETRY[0]
 
-    def _write_first(self, entry: Entry) -> None:
+    def _write_first(self, entry: Entry, data: Mapping[str, object]) -> None:
         """Write a new entry, and see to the reserve. This runs in the thread."""
-        self._insert([entry], [outbox.event("created", entry.owner, entry.id, entry.template, once=True)])
+        self._insert([entry], [outbox.event("created", entry.owner, entry.id, entry.template, data, once=True)])
         if not self._reserve.exists():
             try:
                 with self._reserve.open("wb") as file:
@@ -367,6 +395,15 @@ class Store:
                 self._writing_db,
                 (_killed(each.owner, each.id, each.template, each.reason or "") for each in entries if each.ended),
             )
+
+    def _write_snapshot(self, snapshot_id: str, sandbox_id: str, record: str) -> None:
+        """Write a snapshot. This runs in the thread."""
+        with transaction(self._writing_db):
+            self._writing_db.execute("INSERT INTO snapshots (id, record) VALUES (?, ?)", (snapshot_id, record))
+            query = "SELECT owner, template FROM sandboxes WHERE id = ?"
+            for owner, template in self._writing_db.execute(query, (sandbox_id,)).fetchall():
+                data = {"reason": "snapshot", "snapshotID": snapshot_id}
+                outbox.record(self._writing_db, [outbox.event("updated", owner, sandbox_id, template, data)])
 
     def _write_paused(self, sandbox_id: str, record: str | None) -> None:
         """Write a pause or its end so that a loss of power can't undo it. This runs in the thread."""

@@ -442,7 +442,7 @@ async def test_a_place_is_free_when_its_machine_is_gone(tmp_path: Path) -> None:
 
 async def test_a_place_whose_machine_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A create waits a bounded time for it, and is refused then. The place is free as soon as the machine has ended."""
-    monkeypatch.setattr("kernel_gateway.sandbox.sandboxes.ROOM_LIMIT", 0.2)
+    monkeypatch.setattr("kernel_gateway.sandbox.places.ROOM_LIMIT", 0.2)
     driver = FakeDriver()
     async with serving(tmp_path, driver, max_sandboxes=1) as service:
         box = await service.create()
@@ -473,7 +473,7 @@ async def test_a_full_disk_costs_its_greatest_user_only(tmp_path: Path, monkeypa
     def disk_usage(_: Path) -> SimpleNamespace:
         return SimpleNamespace(total=total, free=others_leave - sum(vm.disk_bytes for vm in driver.alive))
 
-    monkeypatch.setattr("kernel_gateway.sandbox.sandboxes.shutil.disk_usage", disk_usage)
+    monkeypatch.setattr("kernel_gateway.sandbox.places.shutil.disk_usage", disk_usage)
     async with serving(tmp_path, driver, journals=tmp_path) as service:
         others_leave = 2_000 * mib
         boxes = [await service.create() for _ in range(3)]

@@ -196,7 +196,7 @@ async def test_a_stream_ends_with_its_client_and_its_server(service: Service) ->
         await asyncio.sleep(0.05)
     assert await requests(service) == 0
     async with stream(service) as reader:
-        service.sandboxes.is_draining = True
+        service.sandboxes.places.is_draining = True
         async with asyncio.timeout(5):
             assert await reader.read() == b""
 

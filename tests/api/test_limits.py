@@ -21,6 +21,7 @@ async def test_limits_of_a_key(tmp_path: Path) -> None:
         nothing = {
             "sandboxes": {"limit": 2, "used": 0},
             "pausedSandboxes": {"limit": 100, "used": 0},
+            "snapshots": {"limit": 100, "used": 0},
             "createsPerMinute": {"limit": 5, "used": 0, "reset": 0},
             "requests": {"limit": 9, "used": 1},
             "connections": {"limit": 7, "used": 0},
@@ -35,7 +36,8 @@ async def test_limits_of_a_key(tmp_path: Path) -> None:
             assert 55 <= found["createsPerMinute"].pop("reset") <= 60
             assert found["heldBytes"].pop("used") >= 128 << 10
             assert {name: each["used"] for name, each in found.items() if "used" in each} == {
-                "sandboxes": 1, "pausedSandboxes": 0, "createsPerMinute": 1, "requests": 2, "connections": 1,
+                "sandboxes": 1, "pausedSandboxes": 0, "snapshots": 0,
+                "createsPerMinute": 1, "requests": 2, "connections": 1,
             }  # fmt: skip
             assert await limits(service, service.other_key) == nothing
             assert (await service.call("DELETE", f"/sandboxes/{box}")).code == 204

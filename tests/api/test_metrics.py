@@ -49,7 +49,7 @@ async def test_what_is_counted(service: Service) -> None:
     assert found["cellvm_requests_total", "POST", "/sandboxes/{id}/execute", "200"] == 1
     assert found["cellvm_requests_total", "", "", "404"] == 1
     assert found["cellvm_request_seconds_count", "POST", "/sandboxes"] == 2
-    assert (found["cellvm_places",], found["cellvm_trouble",]) == (service.sandboxes.maximum, 0)
+    assert (found["cellvm_places",], found["cellvm_trouble",]) == (service.sandboxes.places.maximum, 0)
     assert found["process_resident_memory_bytes",] > 1e6
 
 

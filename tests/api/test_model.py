@@ -199,7 +199,7 @@ class World:
             if each.id not in kept:
                 await sandboxes.kill(each)
         left = kept & {each.id for each in sandboxes.list(self.service.owner)}
-        await eventually(lambda: {each.id for each in sandboxes._places} == left, PATIENCE)
+        await eventually(lambda: {each.id for each in sandboxes.places} == left, PATIENCE)
         assert len(self.driver.alive) == len(left)
         await self.service.store.flush(PATIENCE)
         with closing(sqlite3.connect(self.service.store.path)) as db:
@@ -277,7 +277,7 @@ class Run:
         finally:
             doing.cancel()
             await asyncio.gather(doing, return_exceptions=True)
-        assert len(self.world.driver.alive) <= len(self.service.sandboxes._places) <= PLACES
+        assert len(self.world.driver.alive) <= len(self.service.sandboxes.places) <= PLACES
 
     async def ask(
         self, method: str, path: str, body: Any = None, *headers: str, data: bytes = b""
@@ -442,7 +442,7 @@ class Run:
         self.causes.append(Cause("end", chosen))
         status, _ = await self.ask("DELETE", f"/sandboxes/{chosen}")
         assert status in (204, 404)
-        assert status == 404 or chosen not in {each.id for each in self.service.sandboxes._places}
+        assert status == 404 or chosen not in {each.id for each in self.service.sandboxes.places}
 
     async def expire(self, box: str, step: Step) -> None:
         self.causes.append(Cause("end", box))

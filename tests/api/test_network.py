@@ -208,7 +208,7 @@ async def test_a_full_and_a_draining_server(filtered: Service) -> None:
         await filtered.create(allow_internet_access=False)
     answer = await filtered.call("POST", "/sandboxes", {"templateID": "base", "network": RULES})
     assert (answer.code, error_of(answer)["error"]) == (503, "host_full")
-    filtered.sandboxes.is_draining = True
+    filtered.sandboxes.places.is_draining = True
     answer = await filtered.call("POST", "/sandboxes", {"templateID": "base", "network": RULES})
     assert (answer.code, error_of(answer)["error"]) == (503, "draining")
     assert len(filtered.driver.machines) == 4

@@ -58,7 +58,7 @@ async def test_pause_and_resume(service: Service, driver: SavingDriver, tmp_path
     assert await post(service, box, "pause") == 204
     assert (await status(service, box), files(tmp_path)) == ("paused", [box])
     await eventually(lambda: not driver.alive)
-    assert len(service.sandboxes._places) == 0
+    assert len(service.sandboxes.places) == 0
     described = json.loads((await service.call("GET", f"/sandboxes/{box}")).body)
     assert (described["state"], described["metadata"]) == ("paused", {"a": "b"})
     resumed = await service.call("POST", f"/sandboxes/{box}/resume", {"timeout": 77})
@@ -231,7 +231,7 @@ async def test_a_resume_that_fails(
     answer = await service.call("POST", f"/sandboxes/{box}/resume", {})
     assert (answer.code, error_of(answer)["error"]) == (code, word)
     assert await status(service, box) == "paused"
-    assert not service.sandboxes._places
+    assert not service.sandboxes.places
     driver.script = Script()
     assert await post(service, box, "resume") == 201
 
@@ -259,7 +259,7 @@ async def test_no_handshake_no_sandbox(service: Service, driver: SavingDriver) -
     """A machine whose random sample was seen before is not used, and the sandbox stays paused."""
     box = await service.create()
     await post(service, box, "pause")
-    (known,) = list(service.sandboxes._guests._samples)[-1:]
+    (known,) = list(service.sandboxes._machines.guests._samples)[-1:]
     driver.script = Script(sample=lambda: known)
     answer = await service.call("POST", f"/sandboxes/{box}/resume", {})
     assert answer.code == 502
@@ -460,7 +460,7 @@ def test_any_interleaving(
                 return (
                     len(running) + len(paused) == len(found)
                     and not any(each.is_over() for each in service.sandboxes)
-                    and {each.id for each in service.sandboxes._places} == running
+                    and {each.id for each in service.sandboxes.places} == running
                     and set(files(directory)) == paused
                     and len(driver.alive) == len(running)
                     and set(service.store.paused()) == paused
@@ -547,6 +547,6 @@ async def test_a_pause_leaves_room_for_others(
 ) -> None:
     """Files that would leave too little of the disk for sandboxes that run are not kept."""
     box = await service.create()
-    monkeypatch.setattr(service.sandboxes, "_space", lambda: (100 << 20, 1 << 30))
+    monkeypatch.setattr(service.sandboxes.places, "_space", lambda: (100 << 20, 1 << 30))
     assert await post(service, box, "pause") == 507
     assert (await status(service, box), files(tmp_path)) == ("running", [])

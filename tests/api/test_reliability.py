@@ -144,7 +144,7 @@ async def test_a_machine_that_does_not_acknowledge_is_destroyed(
 async def test_a_repeated_sample_is_never_used(service: Service, caplog: pytest.LogCaptureFixture) -> None:
     """The second of two machines with the same randomness is destroyed, with a critical line in the log."""
     await service.create()
-    first = next(iter(service.sandboxes._guests._samples))
+    first = next(iter(service.sandboxes._machines.guests._samples))
     service.driver.script.sample = lambda: first
     with caplog.at_level(logging.CRITICAL):
         answer = await service.call("POST", "/sandboxes", {"templateID": "base"})

@@ -226,7 +226,7 @@ async def test_full(tmp_path: Path) -> None:
 
 async def test_draining(service: Service, box: str) -> None:
     """A server that goes down creates no sandboxes, says so in its health, and still serves existing ones."""
-    service.sandboxes.is_draining = True
+    service.sandboxes.places.is_draining = True
     answer = await service.call("POST", "/sandboxes", {"templateID": "base"})
     assert (answer.code, error_of(answer)["error"], answer.headers["Retry-After"]) == (503, "draining", "10")
     answer = await service.call("GET", "/health")

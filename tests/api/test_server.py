@@ -177,8 +177,8 @@ async def test_a_disk_at_its_floor(tmp_path: Path, client: AsyncHTTPClient, monk
         body = {"templateID": "code_interpreter"}
         box = json.loads((await call(client, server, "POST", "/sandboxes", body)).body)["sandboxID"]
         assert json.loads((await call(client, server, "GET", "/health")).body)["trouble"] is None
-        monkeypatch.setattr("kernel_gateway.sandbox.sandboxes.FLOOR_SHARE", 1.0)
-        monkeypatch.setattr("kernel_gateway.sandbox.sandboxes.FLOOR", 1 << 60)
+        monkeypatch.setattr("kernel_gateway.sandbox.places.FLOOR_SHARE", 1.0)
+        monkeypatch.setattr("kernel_gateway.sandbox.places.FLOOR", 1 << 60)
         answer = await call(client, server, "POST", "/sandboxes", body)
         assert (answer.code, error_of(answer)["error"]) == (503, "host_full")
         assert "MiB free" in error_of(answer)["message"]
@@ -238,6 +238,7 @@ async def test_a_server_from_start_to_end(
         "lock",
         "paused",
         "reserve",
+        "snapshots",
     ]
     with pytest.raises(ConnectionError):
         await client.fetch(server.url + "/health")

@@ -16,8 +16,9 @@ import pytest
 
 from kernel_gateway import kvm
 from kernel_gateway.drivers import Damaged, DriverError
+from kernel_gateway.drivers.base import Image
 from kernel_gateway.drivers.jail import Jail
-from kernel_gateway.drivers.qemu import Image, Qemu, QemuVm
+from kernel_gateway.drivers.qemu import Qemu, QemuVm
 from kernel_gateway.drivers.qemu_argv import Machine
 from kernel_gateway.images.snapshot import Manifest, Snapshot, memory_file
 
@@ -174,6 +175,15 @@ async def test_save_and_restore(bench: Bench, counting: QemuVm, tmp_path: Path) 
     assert "SIGKILL" in await counting.wait()
 
 
+async def saved(driver: Qemu, vm: QemuVm, folder: Path) -> None:
+    """Capture a machine and write it to a folder."""
+    captured = await driver.capture(vm, goes_on=False)
+    try:
+        await captured.write(folder)
+    finally:
+        captured.close()
+
+
 async def test_a_saved_machine(bench: Bench, counting: QemuVm, tmp_path: Path) -> None:
     """A clone that was saved goes on with its next digit, on its own and from its files, again and again."""
     await bench.offer(counting, tmp_path)
@@ -184,7 +194,7 @@ async def test_a_saved_machine(bench: Bench, counting: QemuVm, tmp_path: Path) -
             await clone.progressing(counted(clone, 7), cpu=20)
             folder = tmp_path / f"saved{number}"
             folder.mkdir(mode=0o700)
-            await bench.driver.save(clone, folder)
+            await saved(bench.driver, clone, folder)
             following = (int(digits(clone)[-1]) + 1) % 10
             told = len(digits(clone))
             await asyncio.sleep(0.2)
@@ -210,6 +220,34 @@ async def test_a_saved_machine(bench: Bench, counting: QemuVm, tmp_path: Path) -
         await clone.kill()
 
 
+async def test_copies_of_a_machine_that_goes_on(bench: Bench, counting: QemuVm, tmp_path: Path) -> None:
+    """Copies begin where the machine was captured, though it has gone on since, and even ended."""
+    await bench.offer(counting, tmp_path)
+    clone = await bench.driver.start("tiny")
+    clone.open().close()
+    captured = None
+    try:
+        await clone.progressing(counted(clone, 7), cpu=20)
+        captured = await bench.driver.capture(clone, goes_on=True)
+        following = (int(digits(clone)[-1]) + 1) % 10
+        await clone.cont()
+        await clone.progressing(counted(clone, 20), cpu=20)
+        await clone.kill()
+        for _ in range(2):
+            copy = await bench.driver.restore(captured)
+            copy.open().close()
+            try:
+                await copy.cont()
+                await copy.progressing(counted(copy, 12), cpu=20)
+                assert (int(digits(copy)[0]) - following) % 10 in (0, 9)
+            finally:
+                await copy.kill()
+    finally:
+        if captured is not None:
+            captured.close()
+        await clone.kill()
+
+
 async def test_a_save_that_fails(bench: Bench, counting: QemuVm, tmp_path: Path) -> None:
     """The machine goes on after a save that found no room, and can be saved then."""
     await bench.offer(counting, tmp_path)
@@ -220,11 +258,11 @@ async def test_a_save_that_fails(bench: Bench, counting: QemuVm, tmp_path: Path)
     (folder / "memory").mkdir()
     try:
         with pytest.raises(DriverError):
-            await bench.driver.save(clone, folder)
+            await saved(bench.driver, clone, folder)
         await clone.cont()
         await clone.progressing(counted(clone, 3), cpu=20)
         (tmp_path / "other").mkdir(mode=0o700)
-        await bench.driver.save(clone, tmp_path / "other")
+        await saved(bench.driver, clone, tmp_path / "other")
     finally:
         await clone.kill()
 
@@ -238,7 +276,7 @@ async def test_damage_is_found_before_a_machine_runs(bench: Bench, counting: Qem
     folder = tmp_path / "saved"
     folder.mkdir(mode=0o700)
     try:
-        await bench.driver.save(clone, folder)
+        await saved(bench.driver, clone, folder)
     finally:
         await clone.kill()
     content = bytearray((folder / name).read_bytes()) or bytearray(b"x")  # this guest changes nothing in its memory

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from kernel_gateway.drivers import DriverError
+from kernel_gateway.drivers.base import Image
 from kernel_gateway.drivers.jail import Jail, Users
-from kernel_gateway.drivers.qemu import Image, Qemu
+from kernel_gateway.drivers.qemu import Qemu
 from kernel_gateway.drivers.qemu_argv import Machine
 from kernel_gateway.drivers.qmp import FATAL, Qmp
 from tests.fakes import eventually

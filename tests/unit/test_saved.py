@@ -12,18 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernel_gateway.drivers import Damaged, NoSpace
-from kernel_gateway.drivers.saved import (
-    MANIFEST,
-    PAGE,
-    Manifest,
-    Saved,
-    disk_parts,
-    in_process,
-    memory_places,
-    own_pages,
-    save_pages,
-    write_manifest,
-)
+from kernel_gateway.drivers.pages import PAGE, at_places, copy_pages, memory_places, own_pages
+from kernel_gateway.drivers.saved import MANIFEST, Manifest, Saved, disk_parts, save_pages, write_manifest
 from kernel_gateway.images.snapshot import memory_file
 
 PAGES = 600
@@ -171,10 +161,16 @@ def test_the_own_pages_of_a_process() -> None:
         try:
             assert list(own_pages(pagemap, places)) == [(3 * PAGE, 2 * PAGE), (17 * PAGE, PAGE)]
             buffer = memoryview(bytearray(PAGE))
-            assert in_process(places, os.preadv, memory)(buffer, 17 * PAGE) == PAGE
+            assert at_places(places, os.preadv, memory)(buffer, 17 * PAGE) == PAGE
             assert buffer[1] == 99
-            assert in_process(places, os.pwritev, memory)(memoryview(b"new"), 9 * PAGE) == 3
+            assert at_places(places, os.pwritev, memory)(memoryview(b"new"), 9 * PAGE) == 3
             assert mapping[9 * PAGE : 9 * PAGE + 3] == b"new"
+            copy = memory_file("copy")
+            copied = copy_pages(os.getpid(), places, [(3 * PAGE, 2 * PAGE), (17 * PAGE, PAGE)], copy)
+            mapping[17 * PAGE + 1] = 0
+            assert at_places(copied, os.preadv, copy)(buffer, 17 * PAGE) == PAGE
+            assert buffer[1] == 99
+            os.close(copy)
             assert os.pread(base, 1, 9 * PAGE) == b"\0"
         finally:
             os.close(pagemap)

@@ -13,8 +13,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from kernel_gateway.api import rest
-from kernel_gateway.api.base import Call
-from kernel_gateway.errors import Conflict, InvalidRequest, Unavailable
+from kernel_gateway.api.base import STATUS, Call
+from kernel_gateway.errors import CellvmError, Conflict, InvalidRequest, Unavailable
 from kernel_gateway.sandbox.lifecycle import State
 from kernel_gateway.sandbox.sandbox import Sandbox
 
@@ -178,6 +178,37 @@ def _told(call: Call, sandbox_id: str) -> SandboxWithTokens:
 async def connect(call: Call, body: Connect) -> SandboxWithTokens:
     """Resume the sandbox if it is paused (201). One that runs lives at least `timeout` seconds more (200)."""
     return with_tokens(call, call.sandbox, await rest.connect(call, body))
+
+
+async def delete_template(call: Call) -> None:
+    """Delete a snapshot, which is a template to E2B's clients. The server's own templates are not found here."""
+    await call.mine.delete_snapshot(call.path["template"])
+
+
+class ForkError(Struct):
+    """Why a copy could not be started, as any error."""
+
+    code: int
+    message: str
+    error: str
+
+
+class ForkModel(Struct, omit_defaults=True):
+    """One copy, or why there is none."""
+
+    sandbox: SandboxWithTokens | None = None
+    error: ForkError | None = None
+
+
+async def fork(call: Call, body: rest.Fork) -> list[ForkModel]:
+    """Copies of the sandbox, each with its own id, kernel id, tokens, randomness and network, and all that it had."""
+    made = await call.mine.fork(call.sandbox, body.count, body.timeout)
+    return [
+        ForkModel(error=ForkError(STATUS[each.code], str(each), each.code))
+        if isinstance(each, CellvmError)
+        else ForkModel(sandbox=with_tokens(call, each, rest.model(each)))
+        for each in made
+    ]
 
 
 async def get_sandbox(call: Call) -> SandboxWithTokens:

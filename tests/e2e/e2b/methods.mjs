@@ -15,7 +15,6 @@ const INTERNAL = new Set((
   'Sandbox.jupyterUrl Commands.start Git.getRemoteUrl Git.hasUpstream Git.resolveRemoteName Git.runGit Git.runShell ' +
   'Git.withRemoteCredentials Sandbox.getFullInfo'
 ).split(' '))
-const later = 'snapshots and forks come later'
 const pauses = 'needs machines that can be saved, which this server has not'
 const sleep = (ms) => new Promise((done) => setTimeout(done, ms))
 
@@ -196,10 +195,11 @@ async function git(box) {
 
 async function notOffered(box) {
   await refused('Sandbox.pause Sandbox.betaPause', pauses, () => Sandbox.pause(box.sandboxId), '501')
-  await refused('Sandbox.createSnapshot', later, () => Sandbox.createSnapshot(box.sandboxId))
-  await refused('Sandbox.listSnapshots', later, () => Sandbox.listSnapshots().nextItems())
-  await refused('Sandbox.fork', later, () => Sandbox.fork(box.sandboxId))
-  await refused('Sandbox.deleteSnapshot', later, () => Sandbox.deleteSnapshot('missing'))
+  await refused('Sandbox.createSnapshot', pauses, () => Sandbox.createSnapshot(box.sandboxId), '501')
+  await refused('Sandbox.fork', pauses, () => Sandbox.fork(box.sandboxId), '501')
+  assert.deepEqual(await Sandbox.listSnapshots().nextItems(), [])
+  assert.equal(await Sandbox.deleteSnapshot('missing'), false)
+  tell('works', 'Sandbox.listSnapshots Sandbox.deleteSnapshot')
   await refused('Sandbox.getMcpToken Sandbox.getMcpUrl', 'there is no template mcp-gateway',
     () => Sandbox.create({ mcp: { x: {} } }), 'mcp')
 }
