@@ -39,7 +39,7 @@ lock:                ## renew the lock files of the guests, of development, of t
 	  --universal --extra dev pyproject.toml -o requirements-dev.lock
 	$(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \
 	  --universal tests/e2e/lab.in -o tests/e2e/lab.lock
-	for each in tests/e2e/e2b/python-*.in; do \
+	for each in tests/e2e/e2b/python-*.in tests/e2e/mcp/python-*.in; do \
 	  $(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \
 	    --universal $$each -o $${each%.in}.lock; done
 	$(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \
