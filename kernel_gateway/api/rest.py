@@ -1214,6 +1214,6 @@ async def health(call: Call) -> Health:
         sandboxes=len(sandboxes),
         maxSandboxes=sandboxes.maximum,
         pool=[PoolModel(pool.template_id, pool.ready, pool.size) for pool in sandboxes.pools.values()],
-        capabilities=["pty", "hold", *(["pause"] if sandboxes.can_pause else [])],
+        capabilities=["pty", "hold", "variables", *(["pause"] if sandboxes.can_pause else [])],
         trouble=sandboxes.trouble or None,
     )
