@@ -105,6 +105,12 @@ export interface Waiting {
   code: string;
 }
 
+export interface Variable {
+  name: string;
+  type: string;
+  value: string;
+}
+
 export interface Link {
   state: "connecting" | "open" | "lost" | "paused" | "gone";
   since: number;
@@ -119,6 +125,9 @@ export class Box {
   readonly waitingCount = signal(0);
   readonly held = signal<{ by: By; isMine: boolean; until: number } | undefined>(undefined);
   readonly asks = signal("");
+  readonly variables = signal<Variable[] | undefined>(undefined);
+  /** Counts the cells that have ended, because variables may be others then. */
+  readonly changes = signal(0);
   readonly answered = signal<{ id: string; by: By } | undefined>(undefined);
   readonly link = signal<Link>({ state: "connecting", since: Date.now(), reason: "" });
   /** Cells that were sent and have not begun, by id. They are sent again after a lost connection. */
@@ -198,6 +207,9 @@ export class Box {
         this.waitingCount.value = event.waitingCount ?? 0;
         this.held.value = event.held;
         break;
+      case "variables":
+        this.variables.value = event.variables ?? [];
+        break;
       case "refused":
         this.refusal(event);
         break;
@@ -262,6 +274,7 @@ export class Box {
             : "done",
     }));
     if (this.asks.value === event.id) this.asks.value = "";
+    this.changes.value += 1;
   }
 
   private print(id: string, isError: boolean, text: string): void {
@@ -369,6 +382,7 @@ export interface StreamEvent {
   waitingCount?: number;
   held?: { by: By; isMine: boolean; until: number };
   answered?: { id: string; by: By };
+  variables?: Variable[];
 }
 
 // -- the page

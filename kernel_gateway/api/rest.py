@@ -1395,6 +1395,6 @@ async def health(call: Call) -> Health:
         sandboxes=len(sandboxes),
         maxSandboxes=sandboxes.places.maximum,
         pool=[PoolModel(pool.template_id, pool.ready, pool.size) for pool in sandboxes.pools.values()],
-        capabilities=["pty", "hold", *(["pause"] if sandboxes.pauses.is_offered else [])],
+        capabilities=["pty", "hold", "variables", *(["pause"] if sandboxes.pauses.is_offered else [])],
         trouble=sandboxes.trouble or None,
     )

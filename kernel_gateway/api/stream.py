@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+import uuid
 from contextlib import suppress
 from typing import Annotated
 
@@ -13,10 +14,11 @@ from kernel_gateway.api.rest import MaxOutput, check_id, check_text
 from kernel_gateway.api.socket import MALFORMED, Socket
 from kernel_gateway.errors import CellvmError
 from kernel_gateway.guest.answers import whole_answer
-from kernel_gateway.kernel.events import CellError, Events, StreamEvent, asked, made_at
+from kernel_gateway.kernel import message
+from kernel_gateway.kernel.events import CellError, Events, StreamEvent, asked, made_at, variables
 from kernel_gateway.kernel.executions import KEPT
 from kernel_gateway.kernel.journal import Gap, Record
-from kernel_gateway.kernel.message import GATEWAY, By
+from kernel_gateway.kernel.message import CONTENT, GATEWAY, By
 from kernel_gateway.sandbox.access import Access
 from kernel_gateway.sandbox.sandbox import Sandbox
 
@@ -63,7 +65,11 @@ class Release(msgspec.Struct, tag="release", tag_field="type"):
     """Let the cells of others run again."""
 
 
-Command = Execute | Input | Interrupt | Restart | HoldOthers | Release
+class ListVariables(msgspec.Struct, tag="variables", tag_field="type"):
+    """Ask for the variables of the kernel's namespace, also while a cell runs. The answer is an event of that type."""
+
+
+Command = Execute | Input | Interrupt | Restart | HoldOthers | Release | ListVariables
 _command = msgspec.json.Decoder(Command)
 
 
@@ -118,6 +124,7 @@ class AgentStream(Socket):
         self.write_message(msgspec.json.encode(now).decode())
         self._by = By("stream", self._query.client or GATEWAY.name)
         self._told: StateEvent | None = None
+        self._asked_for = ""
         self._telling: asyncio.Task[None] | None = None
         self.changed()
 
@@ -157,6 +164,8 @@ class AgentStream(Socket):
         for record in records:
             if isinstance(record, Gap):
                 found.append(StreamEvent("gap", seq=record.seq, messages=record.messages))
+            elif record.kind == "debug_reply" and record.parent == self._asked_for:
+                found.append(StreamEvent("variables", record.seq, variables=variables(record.parts[CONTENT])))
             else:
                 for event in self._events.receive(record.seq, record.kind, record.parent, record.ends, record.parts):
                     found.append(dated(event, record.parts))
@@ -218,6 +227,12 @@ class AgentStream(Socket):
                 self.kernel.hold_others(self.session, self._by, command.seconds)
             case Release():
                 self.kernel.release(self.session)
+            case ListVariables():
+                self._asked_for = uuid.uuid4().hex
+                request = {"type": "request", "seq": 1, "command": "inspectVariables"}
+                parts = message.new("control", "debug_request", request, session=self.session, msg_id=self._asked_for)
+                if sending := self.kernel.send(parts, self.session):
+                    await sending
 
 
 def dated(event: StreamEvent, parts: list[bytes]) -> StreamEvent:

@@ -23,6 +23,8 @@ MAX_PAGES = 100
 OUTPUTS = frozenset({"stdout", "stderr", "result", "display", "error"})
 """Events that a pending `clear` waits for."""
 WAYS = ("execute", "stream", "jupyter")
+MAX_VARIABLES, MAX_VALUE = 500, 300
+"""Variables that are told at once, and characters of the value of each."""
 MAX_NAME, MAX_DATE = 64, 40
 """Characters of a client's name, and of a time."""
 RESTARTED = "restarted"
@@ -126,6 +128,7 @@ class StreamEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     by: message.By | None = None
     at: str | None = None
     outputFile: str | None = None
+    variables: "list[Variable] | None" = None
 
 
 class Events:
@@ -223,6 +226,36 @@ class Dated(msgspec.Struct):
 def made_at(parts: Sequence[bytes]) -> str:
     """When a message was made, by the clock of whoever made it."""
     return message.read(parts[message.HEADER], Dated).date[:MAX_DATE]
+
+
+class Variable(msgspec.Struct):
+    """A variable of the kernel's namespace, and the beginning of its value as text."""
+
+    name: str
+    type: str = ""
+    value: str = ""
+
+
+class Found(msgspec.Struct):
+    variables: list[Variable] = []
+
+
+class Inspected(msgspec.Struct):
+    """The content of the reply to `inspectVariables`."""
+
+    body: Found = msgspec.field(default_factory=Found)
+
+
+def variables(content: bytes) -> list[Variable]:
+    """The variables that a reply to `inspectVariables` tells, cut to what a list of them needs."""
+    if len(content) > MAX_PAYLOAD:
+        return []
+    told = message.read(content, Inspected).body.variables
+    return [
+        Variable(each.name[:MAX_NAME], each.type[:MAX_NAME], each.value[:MAX_VALUE])
+        for each in told[:MAX_VARIABLES]
+        if each.name.isidentifier() and not each.name.startswith("_")
+    ]
 
 
 class Clear(msgspec.Struct):

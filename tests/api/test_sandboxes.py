@@ -6,6 +6,7 @@ import re
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,7 @@ async def test_create(service: Service) -> None:
     assert len(tokens) == 2
     assert all(re.fullmatch("[0-9a-f]{48}", token) for token in tokens)
     assert body.pop("domain") == "localhost"
+    assert abs(body["kernel"].pop("since") - started.timestamp()) < 5
     assert body == {
         "sandboxID": body["sandboxID"],
         "templateID": "code_interpreter",
@@ -48,6 +50,7 @@ async def test_create(service: Service) -> None:
         "diskSizeMB": 10240,
         "envdVersion": body["envdVersion"],
         "kernelID": kernel_id(body["sandboxID"]),
+        "kernel": {"state": "idle"},
     }
     assert service.guest(body["sandboxID"]).env == {
         "HOME": "/home/user",
@@ -299,7 +302,7 @@ async def test_all_forms_of_a_key(service: Service, headers: dict[str, str], whi
         ("/t/wrong/sandboxes", 401),
         ("/t/%ff/sandboxes", 401),
         ("/t//sandboxes", 404),
-        ("/t/KEY", 404),
+        ("/t/KEY", 400),  # the page would be there
     ],
 )
 async def test_a_key_in_the_address(service: Service, caplog: pytest.LogCaptureFixture, path: str, status: int) -> None:
@@ -355,6 +358,31 @@ async def test_a_removed_key_is_out_at_once(service: Service) -> None:
 # -- the server's own routes
 
 
+async def test_the_list_as_a_stream(service: Service) -> None:
+    """A client that follows the list is told what there is, then what is new, another, or gone. A HEAD ends at once."""
+    told: list[dict[str, Any]] = []
+    headers = {"Accept": "application/x-ndjson"}
+    first = await service.create()
+    assert (await service.call("HEAD", "/sandboxes", headers=headers)).code == 200
+    following = asyncio.create_task(
+        service.call(
+            "GET",
+            "/sandboxes",
+            headers=headers,
+            streaming_callback=lambda data: told.extend(map(json.loads, data.splitlines())),
+        )
+    )
+    await eventually(lambda: told)
+    assert [each["sandboxID"] for each in told[0]["sandboxes"]] == [first]
+    second = await service.create(metadata={"a": "b"})
+    await eventually(lambda: {"sandbox"} == {each["type"] for each in told[1:]})
+    assert told[1]["sandbox"]["sandboxID"] == second
+    await service.call("DELETE", f"/sandboxes/{first}")
+    await eventually(lambda: {"type": "gone", "sandboxID": first} in told)
+    service.sandboxes.is_draining = True
+    assert (await following).code == 200
+
+
 async def test_health(pooled: Service) -> None:
     """Health needs no key and tells readiness, isolation, accelerator, network, use and stock."""
     await eventually(lambda: pooled.sandboxes.pools["code_interpreter"].ready == 1)
@@ -371,6 +399,7 @@ async def test_health(pooled: Service) -> None:
             "sandboxes": 0,
             "maxSandboxes": 4,
             "pool": [{"template": "code_interpreter", "ready": 1, "size": 1}],
+            "capabilities": ["pty", "hold", "variables"],
             "trouble": None,
         },
     )
@@ -389,7 +418,7 @@ async def test_templates(service: Service) -> None:
 
 async def test_unknown_paths_and_methods(service: Service) -> None:
     """An unknown path gets 404, an unknown method 405 with the allowed ones. Both have the error's shape."""
-    for path in ("/", "/nope", "/sandboxes/a/b/c", "/sandboxes/a/files/x", "//", "/sandbox%65s%00"):
+    for path in ("/nope", "/ui/nope.js", "/sandboxes/a/b/c", "/sandboxes/a/files/x", "//", "/sandbox%65s%00"):
         assert (await service.call("GET", path)).code == 404
         assert error_of(await service.call("GET", path))["error"] == "not_found"
     for method in ("PUT", "PATCH", "DELETE", "OPTIONS"):

@@ -120,6 +120,25 @@ async def test_a_hold_ends_with_its_connection(real: Service, real_box: str, mon
     assert (await real.execute(real_box, "'free'"))["outcome"] == "finished"
 
 
+async def test_variables(real: Service, real_box: str) -> None:
+    """The variables are told to the one who asks, also while a cell runs. A value that can't be shown stops nothing."""
+    async with agent(real, real_box) as client, agent(real, real_box) as other:
+        bad = "class Bad:\n    def __repr__(self): raise ValueError\n"
+        await client.run(f"{bad}number, text, bad = 6 * 7, 'x' * 10_000, Bad()")
+        await client.send("execute", code="import time; time.sleep(60)", id="runs")
+        await client.until("started", id="runs")
+        await client.send("variables")
+        told = (await client.until("variables"))[-1]["variables"]
+        found = {each["name"]: each for each in told}
+        assert (found["number"]["type"], found["number"]["value"]) == ("int", "42")
+        assert len(found["text"]["value"]) <= 300
+        assert "bad" in found
+        assert not [name for name in found if name.startswith("_")]
+        await client.send("interrupt")
+        await other.until("end", id="runs")
+        assert "variables" not in kinds(other.events)
+
+
 async def test_input_is_told_to_all(real: Service, real_box: str) -> None:
     """All clients are told which cell asks, and who has answered, but not what."""
     async with (

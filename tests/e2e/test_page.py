@@ -238,6 +238,19 @@ async def test_a_hold(tab: Tab, real: Service, box: str) -> None:
     await expect(tab.page.locator(".waiting")).to_have_count(0)
 
 
+async def test_variables(tab: Tab, box: str) -> None:
+    """Variables are listed while a cell runs, and a value that can't be shown disturbs nothing. (22, in part)"""
+    await tab.open(box)
+    await tab.run("class Bad:\n    def __repr__(self): raise ValueError\nbad, answer = Bad(), 42")
+    await tab.run("import time; time.sleep(30)")
+    await expect(tab.cell("time.sleep(30)")).to_have_class("cell running")
+    listed = tab.page.locator(".variables > div")
+    await expect(listed.filter(has_text="answer")).to_contain_text("42", timeout=10_000)
+    await expect(listed.filter(has_text="bad")).to_be_visible()
+    await tab.page.get_by_role("button", name="Interrupt", exact=True).click()
+    await expect(tab.cell("time.sleep(30)")).to_have_class("cell failed")
+
+
 async def test_a_kernel_that_dies(tab: Tab, box: str) -> None:
     """Why the kernel was restarted and that variables are gone is said, and the next cell works. (11)"""
     await tab.open(box)
@@ -727,4 +740,5 @@ async def test_pictures(scheme: str, tab: Tab, real: Service) -> None:
     await page.keyboard.type("ls --color=always && python3 -c 'print(6 * 7)'\n")
     await expect(page.frame_locator(".terminal iframe").locator(".xterm-rows")).to_contain_text("42")
     await page.screenshot(path=folder / f"terminal-{scheme}.png")
+    await page.goto("about:blank")  # a page with a sandbox that goes would complain
     await real.call("DELETE", f"/sandboxes/{box}")

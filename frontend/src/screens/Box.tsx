@@ -67,7 +67,7 @@ export function BoxScreen({ route }: { route: Route }) {
         {tab === "cells" && <Transcript box={box} stream={stream} />}
         {tab === "files" && <Files key={id} id={id} path={route.rest} isGone={isGone} />}
         {tab === "terminal" && <Terminals key={id} id={id} pid={route.rest} isGone={isGone} />}
-        {tab === "cells" && <Side box={box} sandbox={sandbox} />}
+        {tab === "cells" && <Side box={box} stream={stream} sandbox={sandbox} />}
       </div>
       {question.value && <Ask question={question.value} close={() => (question.value = undefined)} />}
       {isLabOpen.value && sandbox && <JupyterLab sandbox={sandbox} close={() => (isLabOpen.value = false)} />}

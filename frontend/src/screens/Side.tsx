@@ -2,6 +2,7 @@ import { useSignal } from "@preact/signals";
 import { useEffect } from "preact/hooks";
 import { get, of, send } from "../api";
 import { type Box, health, type Sandbox } from "../store";
+import type { Stream } from "../stream";
 import { Sparkline, Trouble, useWork } from "../ui";
 import { bytes, safe } from "../words";
 
@@ -32,18 +33,59 @@ interface Network {
 
 /** Milliseconds between two readings, while they are in view. */
 const PAUSE = 5000;
+/** Milliseconds after a cell's end before variables are asked for, because another may follow at once. */
+const SETTLED = 300;
 /** Seconds of the past that are drawn. */
 const PAST = 600;
 
 /** What goes on in the sandbox beside its cells. */
-export function Side({ box, sandbox }: { box: Box; sandbox: Sandbox | undefined }) {
+export function Side({ box, stream, sandbox }: { box: Box; stream: Stream; sandbox: Sandbox | undefined }) {
   if (sandbox?.status !== "running" || box.link.value.state === "gone") return <aside class="side" hidden />;
   return (
     <aside class="side" aria-label="About the sandbox">
+      {health.value?.capabilities?.includes("variables") && <Variables box={box} stream={stream} />}
       <Load id={box.id} />
       {health.value?.network !== "host" && <Connections id={box.id} />}
       <About sandbox={sandbox} />
     </aside>
+  );
+}
+
+/** Types of variables that are no data. */
+const NO_DATA = ["module", "function", "type", "builtin_function_or_method", "method", "ZMQExitAutocall"];
+
+/** The variables of the kernel, asked for after each cell and from time to time while one runs. */
+function Variables({ box, stream }: { box: Box; stream: Stream }) {
+  const changes = box.changes.value;
+  const isOpen = box.link.value.state === "open";
+  useEffect(() => {
+    if (!isOpen) return;
+    const ask = () => document.visibilityState === "visible" && stream.send({ type: "variables" });
+    const soon = setTimeout(ask, SETTLED);
+    const timer = setInterval(ask, PAUSE);
+    return () => {
+      clearTimeout(soon);
+      clearInterval(timer);
+    };
+  }, [changes, isOpen]);
+  const found = box.variables.value?.filter((each) => !NO_DATA.includes(each.type));
+  return (
+    <section>
+      <h2>Variables</h2>
+      {!found?.length && <p class="muted">None yet.</p>}
+      {found && found.length > 0 && (
+        <dl class="variables">
+          {found.map((each) => (
+            <div key={each.name}>
+              <dt>
+                <code>{safe(each.name)}</code> <span class="muted">{safe(each.type)}</span>
+              </dt>
+              <dd title={safe(each.value)}>{safe(each.value)}</dd>
+            </div>
+          ))}
+        </dl>
+      )}
+    </section>
   );
 }
 
