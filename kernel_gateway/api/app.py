@@ -24,6 +24,7 @@ from kernel_gateway.api.socket import NOT_ALLOWED, Socket, Sockets
 from kernel_gateway.api.stream import AgentStream
 from kernel_gateway.errors import CellvmError, InvalidRequest, Misdirected, NotFound
 from kernel_gateway.kernel.events import Cell
+from kernel_gateway.mcp.protocol import Failure
 from kernel_gateway.network.policy import Floor
 from kernel_gateway.ports import NONE, Place, place_of_host, place_of_path
 from kernel_gateway.sandbox.lifecycle import Event
@@ -171,7 +172,9 @@ ROUTES = [
         "GET", f"{WEBHOOK}/deliveries", events.list_deliveries, query=events.DeliveryQuery,
         answer=list[events.DeliveryModel], errors=(404,),
     ),
-    Route("POST", "/mcp", mcp.serve, query=mcp.McpQuery, produces="application/json"),
+    Route(
+        "POST", "/mcp", mcp.serve, query=mcp.McpQuery, refusal=Failure, produces="application/json", errors=(404,),
+    ),
     Route("DELETE", "/mcp", mcp.delete_session, errors=(404,)),
     Route("GET", "/api", jupyter.api_version, answer=jupyter.ApiVersion, public=True),
     Route("GET", "/api/me", jupyter.me, answer=jupyter.Me),

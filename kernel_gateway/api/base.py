@@ -196,7 +196,8 @@ class Route:
 
     `operation` gets the Call, and the decoded body when `body` is a type. Its result is sent as JSON with `status`,
     unless it has set `also`, the other status of a success, or has sent its answer itself, as one with `produces`, a
-    content type, does. An `upload` operation reads the raw body from `call.http`.
+    content type, does. An `upload` operation reads the raw body from `call.http`. `refusal` is the type of errors that
+    the operation sends itself.
     """
 
     method: str
@@ -208,6 +209,7 @@ class Route:
     status: int = 200
     also: int | None = None
     produces: str | None = None
+    refusal: Any = None
     upload: bool = False
     public: bool = False
     errors: tuple[int, ...] = field(default=())

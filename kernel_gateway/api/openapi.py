@@ -20,7 +20,12 @@ async def serve_document(call: Call) -> dict[str, Any]:
 
 def document(routes: list[Route]) -> dict[str, Any]:
     """Describe every route."""
-    kinds = [kind for route in routes for kind in (route.body, route.query, route.answer) if kind not in (None, dict)]
+    kinds = [
+        kind
+        for route in routes
+        for kind in (route.body, route.query, route.answer, route.refusal)
+        if kind not in (None, dict)
+    ]
     schemas, components = msgspec.json.schema_components([*kinds, ErrorBody], ref_template=REF)
     schema_of = {repr(kind): schema for kind, schema in zip([*kinds, ErrorBody], schemas, strict=True)}
     paths: dict[str, dict[str, Any]] = {}
@@ -81,7 +86,8 @@ def _operation(route: Route, schema_of: dict[str, Any], components: dict[str, An
         errors |= {404, 409, 502}
     if route.body is not None or route.upload:
         errors.add(413)
-    error = {"application/json": {"schema": schema_of[repr(ErrorBody)]}}
+    told = [schema_of[repr(kind)] for kind in (ErrorBody, route.refusal) if kind is not None]
+    error = {"application/json": {"schema": told[0] if len(told) == 1 else {"anyOf": told}}}
     described["responses"] |= {str(code): {"description": phrase(code), "content": error} for code in sorted(errors)}
     if 206 not in errors and route.produces == "application/octet-stream":
         described["responses"]["206"] = {"description": phrase(206)}

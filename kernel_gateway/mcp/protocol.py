@@ -33,6 +33,22 @@ INSTRUCTIONS = (
 )
 
 
+class Error(msgspec.Struct, omit_defaults=True):
+    """Why a request was not answered."""
+
+    code: int
+    message: str
+    data: Any = None
+
+
+class Failure(msgspec.Struct):
+    """The message that tells an error. `id` is the request's, null if it could not be read."""
+
+    id: str | int | None
+    error: Error
+    jsonrpc: str = "2.0"
+
+
 class Refused(Exception):
     """A message that is answered with an error, and the HTTP status of the answer."""
 
@@ -45,8 +61,7 @@ class Refused(Exception):
 
     def encoded(self) -> bytes:
         """The error as a message."""
-        error = {"code": self.code, "message": str(self)} | ({} if self.data is None else {"data": self.data})
-        return msgspec.json.encode({"jsonrpc": "2.0", "id": self.request, "error": error})
+        return msgspec.json.encode(Failure(self.request, Error(self.code, str(self), self.data)))
 
 
 class Request(NamedTuple):
