@@ -12,7 +12,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AbstractAsyncContextManager, aclosing, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext, suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 from urllib.parse import parse_qsl, quote, unquote
@@ -686,19 +686,21 @@ async def execute(call: Call, body: Execute) -> None:
     check_text("code", body.code)
     execution_id = call.http.request.headers.get("Idempotency-Key")
     check_id(execution_id)
+    asked = Asked(body.wait, body.maxOutput)
+    framing = wanted_framing(call.http)
+    if framing:
+        check_stream(asked)
     guest = call.sandbox.guest
     by = By("execute", client_name(call.http) or GATEWAY.name)
     execution = guest.kernel.run(body.code, execution_id=execution_id, timeout=body.timeout, by=by)
     is_attended = execution_id is None and body.wait is None
-    events = guest.kernel.attended(execution) if is_attended else guest.kernel.events(execution)
-    asked = Asked(body.wait, body.maxOutput)
     del body  # the cell may wait long, and its code is counted once
-    async with aclosing(events):
-        if framing := wanted_framing(call.http):
-            check_stream(asked)
-            await stream(call.http, framing, with_text(guest, execution, events, asked.max_output))
-            return
-        cell = await collect(call, guest, execution, events, asked)
+    with guest.kernel.attended(execution) if is_attended else nullcontext():
+        async with aclosing(guest.kernel.events(execution)) as events:
+            if framing:
+                await stream(call.http, framing, with_text(guest, execution, events, asked.max_output))
+                return
+            cell = await collect(call, guest, execution, events, asked)
     call.http.set_header("Content-Type", "application/json")
     await call.http.finish(msgspec.json.encode(cell))
 

@@ -4,8 +4,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -825,17 +825,21 @@ class Kernel:
         """Whether a record is late output that this execution is to be told."""
         return self.executions.is_late(record.parent, record.seq) and self.executions.is_told_to(execution, record.seq)
 
-    def execute(
+    async def execute(
         self, code: str, *, timeout: float | None = None, quiet: bool = False, by: By = GATEWAY
     ) -> AsyncGenerator[StreamEvent, None]:
-        """`run` a cell and return its `attended` events."""
-        return self.attended(self.run(code, timeout=timeout, quiet=quiet, by=by))
-
-    async def attended(self, execution: Execution) -> AsyncGenerator[StreamEvent, None]:
-        """The `events` of a cell. Closing the iterator early interrupts the cell, or it is never run."""
-        try:
+        """`run` a cell and yield its `events`. Closing the iterator early interrupts the cell, or it is never run."""
+        execution = self.run(code, timeout=timeout, quiet=quiet, by=by)
+        del code  # a cell may wait long, and its code is counted once
+        with self.attended(execution):
             async for event in self.events(execution):
                 yield event
+
+    @contextmanager
+    def attended(self, execution: Execution) -> Iterator[None]:
+        """While somebody waits for a cell. Leaving early interrupts the cell, or it is never run."""
+        try:
+            yield
         finally:
             self.stop(execution)
 

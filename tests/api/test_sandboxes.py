@@ -379,7 +379,7 @@ async def test_the_list_as_a_stream(service: Service) -> None:
     assert told[1]["sandbox"]["sandboxID"] == second
     await service.call("DELETE", f"/sandboxes/{first}")
     await eventually(lambda: {"type": "gone", "sandboxID": first} in told)
-    service.sandboxes.is_draining = True
+    service.sandboxes.places.is_draining = True
     assert (await following).code == 200
 
 

@@ -398,11 +398,11 @@ async def test_lost_connections(tab: Tab, real: Service, box: str) -> None:
     for _ in range(5):
         cut(real, box)
         await asyncio.sleep(0.3)
-    real.sandboxes.is_draining = True  # new connections are refused
+    real.sandboxes.places.is_draining = True  # new connections are refused
     cut(real, box)
     await expect(tab.page.get_by_role("alert")).to_contain_text("trying again")
     await tab.run("runs += 1; print('runs', runs)")
-    real.sandboxes.is_draining = False
+    real.sandboxes.places.is_draining = False
     await expect(tab.page.get_by_role("alert")).to_have_count(0)
     await expect(tab.cell("runs += 1").locator(".outputs")).to_have_text("runs 1", timeout=30_000)
     text = "".join(f"beat {n}\n" for n in range(300))
