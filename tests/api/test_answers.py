@@ -170,5 +170,6 @@ async def test_streams_have_the_text_at_their_end(real: Service, real_box: str) 
     answer = await real.call("POST", path, {"code": "print(1)\n2", "maxOutput": 300}, headers=accept)
     end = json.loads(answer.body.splitlines()[-1])
     assert (end["type"], end["text"]) == ("end", "1\n2")
-    refused = await real.call("POST", path, {"code": "1", "wait": 1}, headers=accept)
+    refused = await real.call("POST", path, {"code": "ran = 1", "wait": 1}, headers=accept)
     assert (refused.code, error_of(refused)["error"]) == (400, "invalid_request")
+    assert (await real.execute(real_box, "ran"))["error"]["name"] == "NameError"
