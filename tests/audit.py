@@ -16,7 +16,13 @@ from kernel_gateway.images.cache import SUITE
 from kernel_gateway.images.image import newest_images
 from kernel_gateway.settings import Settings
 
-LOCKS = ("requirements-dev.lock", "rootfs/requirements.lock", "tests/e2e/lab.lock", "docs/requirements.lock")
+LOCKS = (
+    "requirements-dev.lock",
+    "rootfs/requirements.lock",
+    "tests/e2e/lab.lock",
+    "docs/requirements.lock",
+    "tests/e2e/mcp/python-2.3.0.lock",
+)
 KERNEL = "linux-image-cloud-amd64"
 """The package that always needs the newest kernel, whose own package has a new name with each version."""
 
