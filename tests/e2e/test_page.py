@@ -22,6 +22,9 @@ from tests.e2e.browser import FLAGS, PICTURE
 from tests.e2e.conftest import cached, install_packages, run
 from tests.fakes import Service, serving
 
+pytestmark = pytest.mark.alone
+"""A browser, a server and a kernel have two processors to share already."""
+
 FRONTEND = Path(__file__).parents[2] / "frontend"
 BUILT = Path(__file__).parents[2] / "kernel_gateway" / "_page"
 
@@ -489,8 +492,7 @@ class Listener(asyncio.DatagramProtocol):
         self.heard.append(data)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if data := await reader.read(200):  # a busy Chromium connects ahead of what it then blocks, and says nothing
-            self.heard.append(data)
+        self.heard.append(await reader.read(200))
         writer.close()
 
     def filled(self, text: str) -> str:
