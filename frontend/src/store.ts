@@ -263,6 +263,7 @@ export class Box {
   }
 
   private ended(event: StreamEvent): void {
+    if (!this.cells.has(event.id)) return; // a cell that was never shown has nothing to tell
     this.change(event.id, (cell) => ({
       count: event.executionCount ?? cell.count,
       endedAt: Date.parse(event.at ?? "") || 0,

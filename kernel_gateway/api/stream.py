@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-import uuid
 from contextlib import suppress
 from typing import Annotated
 
@@ -18,12 +17,14 @@ from kernel_gateway.kernel import message
 from kernel_gateway.kernel.events import CellError, Events, StreamEvent, asked, made_at, variables
 from kernel_gateway.kernel.executions import KEPT
 from kernel_gateway.kernel.journal import Gap, Record
-from kernel_gateway.kernel.message import CONTENT, GATEWAY, By
+from kernel_gateway.kernel.message import GATEWAY, PARENT, By
 from kernel_gateway.sandbox.access import Access
 from kernel_gateway.sandbox.sandbox import Sandbox
 
 SHOWN, SHOWN_CODE = 20, 200
 """Cells that wait of which a `state` tells, and characters of the code of each."""
+LISTING = 10.0
+"""Seconds that the kernel has to tell its variables."""
 STATE_PAUSE = 0.05
 """Seconds between two `state` events, because a short cell's coming and going is no news."""
 
@@ -124,7 +125,7 @@ class AgentStream(Socket):
         self.write_message(msgspec.json.encode(now).decode())
         self._by = By("stream", self._query.client or GATEWAY.name)
         self._told: StateEvent | None = None
-        self._asked_for = ""
+        self._listing: asyncio.Task[None] | None = None
         self._telling: asyncio.Task[None] | None = None
         self.changed()
 
@@ -155,8 +156,9 @@ class AgentStream(Socket):
         )
 
     def on_close(self) -> None:
-        if self._telling is not None:
-            self._telling.cancel()
+        for task in (self._telling, self._listing):
+            if task is not None:
+                task.cancel()
         super().on_close()
 
     async def frames(self, records: list[Record | Gap]) -> list[str | bytes]:
@@ -164,11 +166,9 @@ class AgentStream(Socket):
         for record in records:
             if isinstance(record, Gap):
                 found.append(StreamEvent("gap", seq=record.seq, messages=record.messages))
-            elif record.kind == "debug_reply" and record.parent == self._asked_for:
-                found.append(StreamEvent("variables", record.seq, variables=variables(record.parts[CONTENT])))
             else:
-                for event in self._events.receive(record.seq, record.kind, record.parent, record.ends, record.parts):
-                    found.append(dated(event, record.parts))
+                made = self._events.receive(record.seq, record.kind, record.parent, record.ends, record.parts)
+                found += [dated(event, record.parts) for event in made if is_of_cell(event, record.parts)]
         return [msgspec.json.encode(await self._with_text(event)).decode() for event in found]
 
     async def _with_text(self, event: StreamEvent) -> StreamEvent:
@@ -228,11 +228,23 @@ class AgentStream(Socket):
             case Release():
                 self.kernel.release(self.session)
             case ListVariables():
-                self._asked_for = uuid.uuid4().hex
-                request = {"type": "request", "seq": 1, "command": "inspectVariables"}
-                parts = message.new("control", "debug_request", request, session=self.session, msg_id=self._asked_for)
-                if sending := self.kernel.send(parts, self.session):
-                    await sending
+                if self._listing is None:
+                    self._listing = asyncio.create_task(self._tell_variables())
+
+    async def _tell_variables(self) -> None:
+        """Ask for the variables and tell them. Other commands are obeyed meanwhile, because a repr may take long."""
+        request = {"type": "request", "seq": 1, "command": "inspectVariables"}
+        with suppress(StreamClosedError, CellvmError):  # the connection is being closed, and tells why
+            content = await self.kernel.ask("debug_request", request, LISTING)
+            if content is not None:
+                told = StreamEvent("variables", seq=self.reader.after, variables=variables(content))
+                await self.send([msgspec.json.encode(told).decode()])
+        self._listing = None
+
+
+def is_of_cell(event: StreamEvent, parts: list[bytes]) -> bool:
+    """Whether it is no end of another request of Jupyter's. An execution that never ran has no header to tell."""
+    return event.type != "end" or message.header(parts[PARENT]).msg_type in ("execute_request", "")
 
 
 def dated(event: StreamEvent, parts: list[bytes]) -> StreamEvent:

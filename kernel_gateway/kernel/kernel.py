@@ -35,6 +35,8 @@ ASK_LIMIT = 0.2
 """Seconds that the guest has to tell whether a cell has stopped, because the answer must not wait for it."""
 REPLY_GRACE = 5.0
 """Seconds in which the reply of an interrupted cell must follow once its code has stopped. A traceback takes time."""
+QUESTIONS = 100
+"""Number of our own questions to the kernel whose messages are recognized and kept from everybody else."""
 HOLD_GRACE = 30.0
 """Seconds for which a client that has lost its connection goes on to hold the cells of others."""
 MAX_SESSIONS = 1000
@@ -148,6 +150,7 @@ class Kernel:
         self.hold: Hold | None = None
         self._letting_go: asyncio.TimerHandle | None = None
         self.since = time.time()
+        self._questions: dict[str, asyncio.Future[bytes]] = {}
         self.asking = ""
         self.answered: tuple[str, By] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -361,9 +364,16 @@ class Kernel:
     def _message_received(self, parts: list[bytes]) -> None:
         if len(parts) <= CONTENT or parts[CHANNEL] not in message.SENT_BY_KERNEL or self._state is State.CLOSED:
             return  # this is not a kernel's message, or nobody reads it any more
-        head = message.header(parts[HEADER])
+        head, parent = message.header(parts[HEADER]), message.header(parts[PARENT])
         self._kernel_session = head.session
-        parent = message.header(parts[PARENT])
+        question = self._questions.get(parent.msg_id)
+        if question is None:
+            self._told(parts, head, parent)
+        elif head.msg_type.endswith("_reply") and not question.done():
+            question.set_result(parts[CONTENT])
+
+    def _told(self, parts: list[bytes], head: message.Header, parent: message.Header) -> None:
+        """Take a message that is for everybody, or for the client that asked."""
         pending = self._pending.get(parent.msg_id)
         session: str | None = None
         if parts[CHANNEL] == b"iopub":
@@ -548,6 +558,24 @@ class Kernel:
         await self._link.send_kernel_message(
             message.new("stdin", "input_reply", {"value": text}, session=self._session)
         )
+
+    async def ask(self, kind: str, fields: dict[str, Any], limit: float) -> bytes | None:
+        """The content of the reply to a request of ours, which is answered beside cells. No client or journal sees it.
+
+        Args:
+            limit: seconds after which there is no answer, which is None.
+
+        Raises:
+            CellvmError: the sandbox has ended.
+        """
+        parts = message.new("control", kind, fields, session=self._session)
+        reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._questions[message.header(parts[HEADER]).msg_id] = reply
+        if len(self._questions) > QUESTIONS:
+            del self._questions[next(iter(self._questions))]
+        await self._link.send_kernel_message(parts)
+        done, _ = await asyncio.wait({reply}, timeout=limit)
+        return reply.result() if done else None
 
     def _answered(self, by: By) -> None:
         self.asking, self.answered = "", (self.asking, by)

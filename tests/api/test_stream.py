@@ -137,6 +137,27 @@ async def test_variables(real: Service, real_box: str) -> None:
         await client.send("interrupt")
         await other.until("end", id="runs")
         assert "variables" not in kinds(other.events)
+        assert {event["id"] for event in other.events if event["type"] == "end"} <= {"runs", client.events[1]["id"]}
+
+
+async def test_a_repr_that_sleeps(real: Service, real_box: str) -> None:
+    """While the kernel can't tell its variables, commands of the same client are obeyed."""
+    async with agent(real, real_box) as client:
+        await client.run(
+            "import time\nclass Slow:\n    def __repr__(self): time.sleep(2); return 'slow'\nslow = Slow()"
+        )
+        await client.send("variables")
+        assert kinds(await client.run("'runs'")) == ["started", "result", "end"]
+        await client.run("del slow")
+
+
+async def test_ends_of_other_requests(real: Service, real_box: str) -> None:
+    """What Jupyter's clients ask besides cells has no end in the stream, because it never began there."""
+    kernel = json.loads((await real.call("GET", f"/sandboxes/{real_box}")).body)["kernelID"]
+    async with agent(real, real_box) as client, channels(real, kernel) as jupyter:
+        await jupyter.ask("kernel_info_request")
+        assert kinds(await client.run("1")) == ["started", "result", "end"]
+        assert kinds(client.events) == ["status", "started", "result", "end"]
 
 
 async def test_input_is_told_to_all(real: Service, real_box: str) -> None:

@@ -42,7 +42,7 @@ function show(order: Order, port: MessagePort): void {
   if (order.isLive) tame();
   document.addEventListener("securitypolicyviolation", () => port.postMessage({ blocked: true }), { once: true });
   port.onmessage = () => port.postMessage({ pong: true });
-  const tell = () => port.postMessage({ height: document.documentElement.scrollHeight });
+  const tell = () => port.postMessage({ height: document.body.scrollHeight });
   new ResizeObserver(tell).observe(document.body);
   addEventListener("load", tell, true); // pictures change the height when they come
   if (order.kind === "plotly") void draw(order);
