@@ -115,9 +115,11 @@ def plain_steps() -> Iterator[Callable[[str], None]]:
             waiting.cancel()
 
 
-M_MMAP_THRESHOLD = -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGE_BUFFER = 1024 * 1024
 """Bytes from which on a buffer has memory of its own, which the system gets back when the buffer is freed."""
+KEPT_MEMORY = 8 * 1024 * 1024
+"""Bytes that were freed and are kept for the next buffers, because the system clears each page that it gives anew."""
 
 
 async def serve(settings: Settings) -> None:
@@ -138,7 +140,9 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
     # Otherwise glibc raises the threshold with each large buffer, and keeps what was freed between small ones.
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BUFFER)
+    allocator = ctypes.CDLL(None)
+    allocator.mallopt(M_MMAP_THRESHOLD, LARGE_BUFFER)
+    allocator.mallopt(M_TRIM_THRESHOLD, KEPT_MEMORY)
     async with AsyncExitStack() as stack:
         with steps() as step:
             if settings.boots_machines:
