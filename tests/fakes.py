@@ -553,7 +553,9 @@ async def _bash(stream: Stream, body: wire.Spawn) -> int:
         with tarfile.open(fileobj=BytesIO(content)) as tar:
             for member in tar:
                 if member.isfile():
-                    name = posixpath.relpath(member.name, source) if member.name != source else ""
+                    name = posixpath.relpath(member.name, source)
+                    if name == ".":
+                        name = posixpath.basename(source) if target.endswith("/") else ""
                     found = tar.extractfile(member)
                     assert found is not None
                     files[posixpath.normpath(f"{target}/{name}")] = found.read()

@@ -23,7 +23,7 @@ import msgspec
 from kernel_gateway.errors import CellvmError, Conflict, InvalidRequest, NotFound, TooManyRequests
 from kernel_gateway.held import Held
 from kernel_gateway.images.templates import Template
-from kernel_gateway.sandbox.recipe import Recipe, check
+from kernel_gateway.sandbox.recipe import Defaults, Recipe, check
 from kernel_gateway.sandbox.sandbox import Sandbox
 from kernel_gateway.sandbox.snapshots import Snapshot, Snapshots
 from kernel_gateway.sandbox.steps import BASE, FINALIZE, Line, Log, do_recipe
@@ -372,7 +372,8 @@ class Builds:
         metadata = {"buildID": build.id, "template": build.name}
         sandbox = await self._create(build.owner, base, timeout=TIME_LIMIT, metadata=metadata, env={}, snapshot=source)
         try:
-            await do_recipe(sandbox, recipe, uploads, log_)
+            context = await do_recipe(sandbox, recipe, uploads, log_)
+            sandbox.defaults = Defaults(context.user, context.workdir)
             template = msgspec.structs.replace(
                 base, id=build.template, aliases=[build.name], description="", on_request=False
             )

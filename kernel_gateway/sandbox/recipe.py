@@ -83,6 +83,13 @@ class Context(NamedTuple):
     env: dict[str, str]
 
 
+class Defaults(msgspec.Struct, frozen=True):
+    """Whose commands of E2B's clients are that name no user, and where they run. Empty for what every guest has."""
+
+    user: str = ""
+    workdir: str = ""
+
+
 class Run(NamedTuple):
     """A command of a build, the user that it runs as, and what the log says of it."""
 

@@ -228,6 +228,7 @@ class Sandboxes:
         self._begin(sandbox)
         if snapshot is None:
             return await self._start(sandbox, self._machines.fresh)
+        sandbox.defaults = snapshot.defaults
         return await self._start(sandbox, partial(self._from_snapshot, snapshot), {"snapshotID": snapshot.id})
 
     async def fork(self, sandbox: Sandbox, count: int, timeout: int | None = None) -> "list[Sandbox | CellvmError]":
@@ -269,7 +270,7 @@ class Sandboxes:
             auto_resume=parent.auto_resume,
         )
         child.open_ports, child.all_ports_open = set(parent.open_ports), parent.all_ports_open
-        child.kernel_name = parent.kernel_name
+        child.kernel_name, child.defaults = parent.kernel_name, parent.defaults
         self._begin(child)
         return child
 

@@ -23,6 +23,7 @@ from kernel_gateway.images.cache import in_thread
 from kernel_gateway.images.templates import Template
 from kernel_gateway.sandbox.machines import Machines, saving
 from kernel_gateway.sandbox.places import Places
+from kernel_gateway.sandbox.recipe import Defaults
 from kernel_gateway.sandbox.sandbox import Sandbox
 from kernel_gateway.sandbox.shelf import Shelf, offered
 from kernel_gateway.sandbox.store import Store
@@ -37,7 +38,8 @@ ID_LENGTH = 20
 class Snapshot(msgspec.Struct, frozen=True):
     """A snapshot of one of the owner's sandboxes. `created` is in seconds since 1970, `size` in bytes of disk.
 
-    `name` is empty if it has none. `env` are the variables that its sandbox was created with.
+    `name` is empty if it has none. `env` are the variables that its sandbox was created with, and `defaults` are how
+    commands run there.
     """
 
     id: str
@@ -48,6 +50,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     env: dict[str, str]
     created: float
     size: int
+    defaults: Defaults = Defaults()
 
 
 class Snapshots:
@@ -150,7 +153,15 @@ class Snapshots:
                     self._places.check_room_for_files()
                     size = await in_thread(_size, directory)
                     snapshot = Snapshot(
-                        snapshot_id, sandbox.owner, name, sandbox.id, template, sandbox.env, created, size
+                        snapshot_id,
+                        sandbox.owner,
+                        name,
+                        sandbox.id,
+                        template,
+                        sandbox.env,
+                        created,
+                        size,
+                        sandbox.defaults,
                     )
                     try:
                         await shelf.put(directory, snapshot_id)

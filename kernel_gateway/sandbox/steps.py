@@ -86,7 +86,7 @@ async def do_recipe(sandbox: Sandbox, recipe: Recipe, uploads: Mapping[str, Uplo
         CellvmError: the sandbox has ended, or does not answer.
     """
     guest = sandbox.guest
-    context = Context(guest.user, guest.home, {})
+    context = Context(sandbox.defaults.user or guest.user, sandbox.defaults.workdir or guest.home, {})
     for number, step in enumerate(recipe.steps, 1):
         run = command(step, context)
         log.begin(str(number), run.told if run else f"{step.type} {' '.join(step.args[::2])}")

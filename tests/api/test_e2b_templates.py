@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import tarfile
+from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from kernel_gateway.drivers import DriverError
 from kernel_gateway.sandbox import uploads
 from kernel_gateway.sandbox.key import Scope
+from tests.api.test_e2b import Box
 from tests.fakes import FakeDriver, SavingDriver, Script, Service, error_of, eventually, serving
 
 FILES = "a" * 64
@@ -464,3 +466,24 @@ async def test_a_build_that_is_deleted_while_it_is_saved(
     assert (await service.call("DELETE", "/templates/mine")).code == 204
     await eventually(lambda: not service.sandboxes.snapshots._begun)
     assert (snapshots(tmp_path), len(service.sandboxes)) == (0, 0)
+
+
+async def test_user_and_workdir(service: Service) -> None:
+    """The last ones hold for E2B's commands that name none, also in forks and after a pause."""
+    await built(service, ("WORKDIR", "/srv"), ("USER", "root"))
+    box = await service.create(templateID="mine")
+    fork = json.loads((await service.call("POST", f"/sandboxes/{box}/fork", {})).body)[0]["sandbox"]["sandboxID"]
+    await service.call("POST", f"/sandboxes/{box}/pause", {})
+    await service.call("POST", f"/sandboxes/{box}/resume", {})
+    for each in (box, fork):
+        e2b = Box(service, service.sandboxes.get(service.owner, each))
+        whoami = {"process": {"cmd": "/bin/bash", "args": ["-l", "-c", "whoami"]}}
+        for options, said in (
+            ({}, "root in /srv"),
+            ({"headers": {"Authorization": "Basic " + b64encode(b"user:").decode()}}, "user in /srv"),
+        ):
+            events, _ = await e2b.stream("process.Process/Start", whoami, **options)
+            told = [event["event"]["data"]["stdout"] for event in events if "data" in event["event"]]
+            assert b64decode("".join(told)).decode() == f"{said}\n"
+        entry = json.loads((await e2b.rpc("filesystem.Filesystem/MakeDir", {"path": "d"})).body)["entry"]
+        assert entry["path"] == "/root/d"
