@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 from tempfile import mkdtemp
+from zipfile import ZipFile
 
 URL, IS_REAL = sys.argv[1], "real" in sys.argv
 os.environ |= {"E2B_API_URL": URL, "E2B_SANDBOX_URL": URL}
@@ -19,6 +20,12 @@ FOLDER = Path(mkdtemp())
 (FOLDER / "app" / "main.py").write_text("import greeting\nprint(greeting.TEXT)\n")
 (FOLDER / "app" / "greeting.py").write_text("TEXT = 'hello'\n")
 (FOLDER / "notes.txt").write_text("notes")
+WHEEL = "polite-1-py3-none-any.whl"
+with ZipFile(FOLDER / WHEEL, "w") as wheel:
+    wheel.writestr("polite.py", "PLEASE = 'please'\n")
+    wheel.writestr("polite-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: polite\nVersion: 1\n")
+    wheel.writestr("polite-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+    wheel.writestr("polite-1.dist-info/RECORD", "")
 
 
 def shown(*methods: str) -> None:
@@ -110,16 +117,17 @@ def real() -> None:
         .make_dir("/srv/app/deep/er")
         .make_symlink("/srv/app/main.py", "/srv/app/link.py")
         .run_cmd("python -c 'import sys; print(sys.version)' > /srv/app/version")
-        .pip_install("six")
+        .copy(WHEEL, "/srv/")
+        .pip_install(f"--no-index /srv/{WHEEL}")
         .run_cmd("id -un > /root/who", user="root")
         .rename("/srv/app/deep", "/srv/app/renamed")
-        .remove("/srv/app/renamed/er")
+        .remove("/srv/app/renamed/er", recursive=True)
         .set_workdir("/srv/app")
         .set_start_cmd("python -m http.server 8000", wait_for_port(8000))
     )
     info = Template.build(template, "served", on_build_logs=default_build_logger())
     with Sandbox.create("served") as box:
-        ran = box.commands.run("python link.py && id -un && pwd && python -c 'import six' && ls -ld main.py renamed")
+        ran = box.commands.run("python link.py && id -un && pwd && python -c 'import polite' && ls -ld main.py renamed")
         lines = ran.stdout.splitlines()
         assert lines[:3] == ["hello", "user", "/srv/app"], ran
         assert lines[3].startswith("-rwxr-xr-x 1 user user"), ran
@@ -154,3 +162,5 @@ else:
     again()
     failures()
     asyncio.run(background())
+sys.stdout.flush()
+os._exit(0)  # the SDK's HTTP client now and then aborts while the interpreter ends
