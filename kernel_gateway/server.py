@@ -298,6 +298,8 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 max_paused=settings.max_paused_per_key,
                 snapshots=private(settings.data_path / "snapshots"),
                 max_snapshots=settings.max_snapshots_per_key,
+                checkpoints=private(settings.data_path / "checkpoints"),
+                checkpoint_bytes=settings.max_checkpoints_mb << 20,
                 pause_at_close=settings.at_shutdown == "pause",
             )
             floor = await surroundings(settings, opened.network)

@@ -56,6 +56,9 @@ class Settings:
     max_snapshots_per_key: int = setting(
         100, "Snapshots that one key may have; beyond, taking one answers 429.", low=1, high=100_000
     )
+    max_checkpoints_mb: int = setting(
+        2048, "MiB of disk that the checkpoints of one sandbox may take; the oldest make room.", low=1, high=10_000_000
+    )
     max_creates_per_minute: int = setting(
         600, "Sandboxes that one key may create within a minute; beyond, creates answer 429.", low=1, high=1000000
     )

@@ -67,7 +67,7 @@ class Script:
 
     `sample` makes a handshake's random sample. `resumed` may change the acknowledgement before it is sent. `handlers`
     replace the handlers of requests. `start_error` is raised instead of starting, and `filter_error` when a network
-    policy is applied or refusals are read. Saving takes `save_delay` seconds, and ends with
+    policy is applied or refusals are read. Saving takes `save_delay` seconds and `save_size` bytes, and ends with
     `save_error`, or with `write_error` when its files are written.
     """
 
@@ -80,6 +80,7 @@ class Script:
     save_error: Exception | None = None
     write_error: Exception | None = None
     save_delay: float = 0.0
+    save_size: int = 0
 
 
 class Stream:
@@ -970,11 +971,15 @@ class FakeCaptured:
         self._driver = driver
         self._guest = guest
 
+    async def size(self) -> int:
+        return self._driver.script.save_size + 64 * 1024  # what the server adds to it, too
+
     async def write(self, directory: Path) -> None:
         if self._driver.script.write_error is not None:
             raise self._driver.script.write_error
         name = os.urandom(8).hex()
         (directory / "machine").write_text(name)
+        (directory / "memory").write_bytes(b"m" * self._driver.script.save_size)
         self._driver.saved[name] = self.thaw or self._guest
         self._guest.is_saved = self.thaw is None
 
@@ -1091,6 +1096,7 @@ async def serving(
     journals: Path | None = None,
     max_paused: int = 100,
     max_snapshots: int = 100,
+    checkpoint_bytes: int = 2 << 30,
     pause_at_close: bool = False,
     **options: Any,
 ) -> AsyncIterator[Service]:
@@ -1100,7 +1106,8 @@ async def serving(
     guests = Guests(driver)
     paused = directory / "paused"
     snapshots = directory / "snapshots"
-    for folder in (paused, snapshots):
+    checkpoints = directory / "checkpoints"
+    for folder in (paused, snapshots, checkpoints):
         folder.mkdir(mode=0o700, exist_ok=True)
     pools = {"code_interpreter": Pool(guests, "code_interpreter", pool_size)} if pool_size else {}
     sandboxes = Sandboxes(
@@ -1118,6 +1125,8 @@ async def serving(
         max_paused=max_paused,
         snapshots=snapshots,
         max_snapshots=max_snapshots,
+        checkpoints=checkpoints,
+        checkpoint_bytes=checkpoint_bytes,
         pause_at_close=pause_at_close,
     )
     http = HTTPServer(application(sandboxes, db, **options), max_body_size=1 << 50, max_header_size=64 * 1024)

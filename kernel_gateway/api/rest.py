@@ -99,6 +99,8 @@ class CreateSandbox(Struct):
     With `autoPause` it is paused when its lifetime is over, in place of its end. With `autoResume` every request that
     needs it wakes it when it is paused. `autoPauseMemory: false` is not offered.
 
+    With `checkpoints: "cell"` a checkpoint is taken after each cell.
+
     `allow_internet_access` and `allowInternetAccess` are one field in two spellings.
     """
 
@@ -112,6 +114,7 @@ class CreateSandbox(Struct):
     autoPause: bool = False
     autoPauseMemory: bool = True
     autoResume: AutoResume | None = None
+    checkpoints: Literal["cell"] | None = None
 
 
 class NetworkModel(Struct):
@@ -282,7 +285,7 @@ def rfc3339(moment: datetime) -> str:
     return moment.isoformat().replace("+00:00", "Z")
 
 
-SHOWN_AS = {State.PAUSING: State.RUNNING, State.RESUMING: State.PAUSED}
+SHOWN_AS = {State.PAUSING: State.RUNNING, State.RESUMING: State.PAUSED, State.RESTORING: State.RUNNING}
 """SandBase's and E2B's words for states that they do not have."""
 
 
@@ -358,6 +361,7 @@ async def create_sandbox(call: Call, body: CreateSandbox) -> SandboxModel:
         policy=read_policy(call, network, body.allow_internet_access, body.allowInternetAccess),
         auto_pause=body.autoPause,
         auto_resume=body.autoResume is not None and body.autoResume.enabled,
+        checkpoints=body.checkpoints is not None,
     )
     sandbox.open_all_ports(network.allowPublicTraffic is True)
     return model(sandbox)
@@ -1397,6 +1401,6 @@ async def health(call: Call) -> Health:
         sandboxes=len(sandboxes),
         maxSandboxes=sandboxes.places.maximum,
         pool=[PoolModel(pool.template_id, pool.ready, pool.size) for pool in sandboxes.pools.values()],
-        capabilities=["pty", "hold", "variables", *(["pause"] if sandboxes.pauses.is_offered else [])],
+        capabilities=["pty", "hold", "variables", *(["pause", "checkpoints"] if sandboxes.pauses.is_offered else [])],
         trouble=sandboxes.trouble or None,
     )
