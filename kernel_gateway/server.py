@@ -288,6 +288,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 pools,
                 store,
                 maximum=settings.max_sandboxes,
+                max_timeout=settings.max_timeout,
                 per_owner=settings.max_sandboxes_per_key or settings.max_sandboxes,
                 journals=journals,
                 held=Held(settings.max_held_mb << 20, settings.max_held_total_mb << 20),

@@ -46,6 +46,9 @@ class Settings:
     templates: str = setting("", "Templates to offer, separated by commas. Default: all there are.")
     template_dir: str = setting("", "Folder of template files. Default: those that come with CellVM.")
     pool_size: int = setting(3, "Machines kept ready for the first template (code_interpreter).", low=0, high=1000)
+    max_timeout: int = setting(
+        3600, "Seconds that a request may let a sandbox live; beyond, it answers 400.", low=300, high=30 * 86400
+    )
     max_sandboxes: int = setting(20, "Sandboxes there may be at once; beyond, creates answer 503.", low=1, high=10000)
     max_sandboxes_per_key: int = setting(
         0, "Sandboxes that one key may have at once; beyond, creates answer 429. 0: all there are.", low=0, high=10000

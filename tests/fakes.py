@@ -68,7 +68,7 @@ class Script:
     `sample` makes a handshake's random sample. `resumed` may change the acknowledgement before it is sent. `handlers`
     replace the handlers of requests. `start_error` is raised instead of starting, and `filter_error` when a network
     policy is applied or refusals are read. Saving takes `save_delay` seconds and `save_size` bytes, and ends with
-    `save_error`, or with `write_error` when its files are written.
+    `save_error`, or with `write_error` when its files are written. `notes` are what cells have said by `note(…)`.
     """
 
     sample: Callable[[], bytes] = lambda: os.urandom(16)
@@ -81,6 +81,7 @@ class Script:
     write_error: Exception | None = None
     save_delay: float = 0.0
     save_size: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 class Stream:
@@ -746,6 +747,8 @@ class FakeKernel:
                 return await self._inputs.get()
             case "display":
                 await self.publish("iopub", "display_data", parent, {"data": args[0], "metadata": {}})
+            case "note":
+                self._guest.script.notes.append(args[0])
             case "time.sleep":
                 await self._sleep(args[0])
             case "os._exit":
@@ -1088,6 +1091,7 @@ async def serving(
     *,
     max_sandboxes: int = 4,
     per_owner: int | None = None,
+    max_timeout: int = 3600,
     pool_size: int = 0,
     held: Held | None = None,
     creates_per_minute: int = 100_000,
@@ -1117,6 +1121,7 @@ async def serving(
         db,
         maximum=max_sandboxes,
         per_owner=per_owner,
+        max_timeout=max_timeout,
         held=held,
         creates_per_minute=creates_per_minute,
         network=network,

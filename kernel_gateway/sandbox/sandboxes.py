@@ -77,6 +77,7 @@ async def supervised(name: str, work: Callable[[], Awaitable[None]]) -> None:
 class Sandboxes:
     """The collection. `places` says how many there may be.
 
+    A request may let a sandbox live `max_timeout` seconds from then on, and as often as it likes.
     `held` counts what waits in the server for each owner, and one owner creates `creates_per_minute` sandboxes at most.
     `metrics` counts creates and ends. `network` is None if machines have no network card. `pauses` lets sandboxes go to
     disk and come back, and `checkpoints` lets them go back to what they were.
@@ -100,6 +101,7 @@ class Sandboxes:
         *,
         maximum: int,
         per_owner: int | None = None,
+        max_timeout: int = 3600,
         journals: Path | None = None,
         held: Held | None = None,
         creates_per_minute: int = 600,
@@ -118,6 +120,7 @@ class Sandboxes:
         self.pools = pools
         self.capabilities = guests.capabilities
         self.network = network
+        self.max_timeout = max_timeout
         self.held = held or Held()
         self.metrics = metrics or Metrics()
         self.creates = Rate(creates_per_minute)

@@ -153,7 +153,7 @@ class Snapshots:
             raise NotFound("snapshot not found")
         del self._known[snapshot.id]
         try:
-            await self._store.snapshot_deleted(snapshot.id)
+            await self._store.snapshot_deleted(snapshot.id, snapshot.sandbox)
         except BaseException:
             self._known[snapshot.id] = snapshot
             raise
