@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 
 from kernel_gateway.errors import CellvmError, InsufficientStorage, SandboxDied, SandboxRestored
+from kernel_gateway.guest.guest import Guest
 from kernel_gateway.images.cache import in_thread
 from kernel_gateway.sandbox.lifecycle import ENDED, Event, State
 from kernel_gateway.sandbox.machines import Machines, saving
@@ -159,26 +160,27 @@ class Checkpoints:
             SandboxDied: it has ended meanwhile.
         """
         shelf = self.check_offered()
-        checkpoint = sandbox.timeline.find(number)
-        _ = sandbox.guest  # raises if it is not running
+        sandbox.timeline.find(number)
+        now = sandbox.guest  # raises if it is not running
         sandbox.apply(Event.RESTORE)
-        sandbox.work = asyncio.create_task(self._restore(sandbox, checkpoint, shelf))
+        sandbox.work = asyncio.create_task(self._restore(sandbox, now, number, shelf))
         await sandbox.done(sandbox.work)
 
-    async def _restore(self, sandbox: Sandbox, checkpoint: Checkpoint, shelf: Shelf) -> None:
+    async def _restore(self, sandbox: Sandbox, now: Guest, number: int, shelf: Shelf) -> None:
         try:
             # No policy is replaced meanwhile, because only one of the two machines would have the new one.
             async with self._turns, sandbox.checkpointing, sandbox.applying:
                 await sandbox.vacated()
-                path = shelf.path(_name(sandbox, checkpoint.number))
-                guest = await self._machines.saved(sandbox, path, "checkpoint")
-                if sandbox.state is not State.RESTORING:
+                sandbox.timeline.find(number)  # another one may have needed its room meanwhile
+                guest = await self._machines.saved(sandbox, shelf.path(_name(sandbox, number)), "checkpoint")
+                # A closed link ends the sandbox in a moment: its clients have been told that it is over.
+                if sandbox.state is not State.RESTORING or now.link.closed.done():
                     await guest.kill()
                     raise SandboxDied("the sandbox has ended")
-                undone = f"the sandbox went back to checkpoint {checkpoint.number}"
+                undone = f"the sandbox went back to checkpoint {number}"
                 sandbox.went_back(guest, SandboxRestored(undone, hint="what ran since then is undone"))
-                sandbox.timeline.add(Return(checkpoint.number, datetime.now(UTC)))
-                self._tell(sandbox, "restored", {"checkpoint": checkpoint.number})
+                sandbox.timeline.add(Return(number, datetime.now(UTC)))
+                self._tell(sandbox, "restored", {"checkpoint": number})
                 await sandbox.vacated()
         except BaseException:
             sandbox.apply(Event.RESTORE_FAILED)

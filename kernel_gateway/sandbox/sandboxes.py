@@ -25,6 +25,7 @@ from kernel_gateway.images.templates import Template, Templates
 from kernel_gateway.metrics import Metrics
 from kernel_gateway.network.policy import Floor, Policy, Refusal
 from kernel_gateway.rate import Rate
+from kernel_gateway.sandbox.builds import Builds
 from kernel_gateway.sandbox.checkpoints import Checkpoints
 from kernel_gateway.sandbox.lifecycle import ENDED, Event, State
 from kernel_gateway.sandbox.machines import DEFAULT_POLICY, Machines, saving
@@ -36,6 +37,7 @@ from kernel_gateway.sandbox.sandbox import Sandbox, filter_of, new_id
 from kernel_gateway.sandbox.shelf import Shelf
 from kernel_gateway.sandbox.snapshots import Snapshot, Snapshots
 from kernel_gateway.sandbox.store import Store
+from kernel_gateway.sandbox.uploads import Uploads
 from kernel_gateway.tasks import to_its_end
 
 log = logging.getLogger(__name__)
@@ -133,6 +135,8 @@ class Sandboxes:
         self.pauses = Pauses(self._sandboxes, self.places, self._machines, store, shelves[0], max_paused)
         self.snapshots = Snapshots(self.places, self._machines, store, shelves[1], max_snapshots)
         self.checkpoints = Checkpoints(self.places, self._machines, store, shelves[2], checkpoint_bytes)
+        uploads = Uploads(self.places, journals)
+        self.builds = Builds(self.create, self.kill, self.snapshots, uploads, store, self.held)
         self._pause_at_close = pause_at_close
         self._make = partial(
             Sandbox,
@@ -166,6 +170,7 @@ class Sandboxes:
             self._sandboxes[sandbox_id] = paused_sandbox(self._make, sandbox_id, record, floor)
         self.checkpoints.sweep(self)
         self.snapshots.load()
+        self.builds.load()
         self._tasks = [asyncio.create_task(supervised(repr(pool), pool.run)) for pool in self.pools.values()]
         self._tasks.append(asyncio.create_task(supervised("the watch over lifetimes", self._expire)))
 
@@ -174,6 +179,7 @@ class Sandboxes:
         self.places.is_draining = True
         for task in self._tasks:
             task.cancel()
+        await self.builds.close()
         await self.pauses.close(pause_all=self._pause_at_close)
         ending = [sandbox for sandbox in self.places if sandbox.state is not State.PAUSED]
         for sandbox in ending:
@@ -244,6 +250,7 @@ class Sandboxes:
         self._begin(sandbox)
         if snapshot is None:
             return await self._start(sandbox, self._machines.fresh)
+        sandbox.defaults = snapshot.defaults
         return await self._start(sandbox, partial(self._from_snapshot, snapshot), {"snapshotID": snapshot.id})
 
     async def fork(self, sandbox: Sandbox, count: int, timeout: int | None = None) -> "list[Sandbox | CellvmError]":
@@ -285,7 +292,8 @@ class Sandboxes:
             auto_resume=parent.auto_resume,
         )
         child.open_ports, child.all_ports_open = set(parent.open_ports), parent.all_ports_open
-        child.kernel_name, child.timeline.is_automatic = parent.kernel_name, parent.timeline.is_automatic
+        child.kernel_name, child.defaults = parent.kernel_name, parent.defaults
+        child.timeline.is_automatic = parent.timeline.is_automatic
         self._begin(child)
         return child
 

@@ -11,7 +11,7 @@ import pytest
 from tornado.simple_httpclient import HTTPTimeoutError
 
 from kernel_gateway.drivers import DriverError, Incompatible, NoSpace
-from kernel_gateway.errors import InsufficientStorage, NotFound, TooManyRequests
+from kernel_gateway.errors import InsufficientStorage, NotFound, SandboxDied, TooManyRequests
 from kernel_gateway.sandbox.lifecycle import State
 from kernel_gateway.sandbox.timeline import KEPT, MARKS, Checkpoint, Return, Timeline
 from tests.api.clients import agent, channels
@@ -327,6 +327,40 @@ async def test_a_machine_that_ends_meanwhile(service: Service, driver: SavingDri
     assert (await back).code == 502
     await eventually(lambda: len(service.sandboxes.places) == 0)
     assert (driver.alive, files(tmp_path)) == ([], [])
+
+
+async def test_a_machine_that_ends_in_the_last_moment(
+    service: Service, driver: SavingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When clients have been told that the sandbox has ended, it does not come back."""
+    box = await service.create()
+    await taken(service, box)
+    sandbox, machines = service.sandboxes.get(service.owner, box), service.sandboxes._machines
+    now, saved = sandbox.guest, machines.saved
+
+    async def saved_too_late(*args: Any) -> Any:
+        guest = await saved(*args)
+        now.link.close(SandboxDied("killed by a test"))
+        return guest
+
+    monkeypatch.setattr(machines, "saved", saved_too_late)
+    assert await post(service, box, "checkpoints/1/restore") == 502
+    await eventually(lambda: len(service.sandboxes.places) == 0)
+    assert driver.alive == []
+
+
+async def test_a_checkpoint_that_makes_room_meanwhile(service: Service, driver: SavingDriver) -> None:
+    """A return that has waited for another checkpoint finds out that its own had to make room."""
+    driver.script = Script(save_size=6 * MB)
+    box = await service.create(checkpoints="cell")
+    await service.execute(box, "x = 1")
+    await at_rest(service)
+    driver.script.save_delay = 0.1
+    taking = asyncio.create_task(taken(service, box))
+    await eventually(lambda: service.sandboxes.get(service.owner, box).checkpointing.locked())
+    answer = await service.call("POST", f"/sandboxes/{box}/checkpoints/1/restore")
+    assert (answer.code, error_of(answer)["hint"], await taking) == (404, "it was thinned", 2)
+    assert (await text(service, box, "x"), len(driver.alive)) == ("1", 1)
 
 
 @pytest.mark.parametrize("what", ["checkpoints", "checkpoints/1/restore"])
