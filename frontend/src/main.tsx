@@ -4,8 +4,10 @@ import { get } from "./api";
 import { follow } from "./feed";
 import { guard } from "./frame";
 import { findKey, key } from "./key";
+import { moveBetweenRegions } from "./regions";
 import { followAddress, route } from "./route";
 import { BoxScreen } from "./screens/Box";
+import { Help } from "./screens/Help";
 import { List } from "./screens/List";
 import { SignIn } from "./screens/SignIn";
 import { applyTheme } from "./screens/Theme";
@@ -16,6 +18,7 @@ function App() {
   return (
     <>
       {!key.value ? <SignIn /> : where.id ? <BoxScreen key={where.id} route={where} /> : <List />}
+      <Help />
       <p class="hidden" role="status" aria-live="polite">
         {said.value}
       </p>
@@ -27,6 +30,7 @@ findKey();
 applyTheme();
 followAddress();
 guard();
+moveBetweenRegions();
 render(<App />, document.body);
 follow();
 if (!key.value) {

@@ -20,7 +20,7 @@ from kernel_gateway.drivers.unisolated import Unisolated
 from tests.e2e import hostile as hostile_output
 from tests.e2e.browser import FLAGS, PICTURE
 from tests.e2e.conftest import cached, install_packages, run
-from tests.fakes import Service, serving
+from tests.fakes import SavingDriver, Service, serving
 
 pytestmark = pytest.mark.alone
 """A browser, a server and a kernel have two processors to share already."""
@@ -284,6 +284,133 @@ async def test_a_sandbox_that_ends(tab: Tab, real: Service) -> None:
     await banner.get_by_role("button", name="All sandboxes").click()
     await tab.page.get_by_role("radio", name="Ended, 24 h").check()
     await expect(tab.page.get_by_role("row", name=box)).to_contain_text("died")
+
+
+# -- sandboxes as a whole
+
+
+@pytest.fixture
+async def saving(tmp_path: Path) -> AsyncIterator[Service]:
+    """A service over fake machines that can be saved."""
+    driver = SavingDriver()
+    async with serving(tmp_path, driver) as running:
+        yield running
+    await driver.close()
+
+
+async def test_snapshots_forks_and_pauses(context: BrowserContext, saving: Service) -> None:
+    """A snapshot is taken, started from and deleted, a fork is opened, and a pause ends where it began. (J11, J12)"""
+    tab = Tab(await context.new_page(), saving)
+    tab.announced.append("409")  # a reading that is asked for while the sandbox is being paused
+    page, box = tab.page, await saving.create()
+
+    async def choose(name: str) -> None:
+        await page.get_by_role("button", name="More", exact=True).click()
+        await page.get_by_role("button", name=name, exact=True).click()
+
+    async def is_elsewhere(*before: str) -> str:
+        await page.wait_for_function("before => !before.some((each) => location.hash.includes(each))", arg=before)
+        await expect(tab.page.locator(".state")).to_contain_text("idle")
+        return page.url.rpartition("/")[2]
+
+    await tab.open(box)
+    await choose("Snapshots…")
+    await page.get_by_label("Name").fill("before-7")
+    await page.get_by_role("button", name="Take a snapshot").click()
+    await page.get_by_role("button", name="Start before-7").click()
+    started = await is_elsewhere(box)
+    await choose("Fork and open the copy")
+    forked = await is_elsewhere(box, started)
+    await choose("Pause…")
+    await page.get_by_role("button", name="Pause", exact=True).click()
+    await page.get_by_role("button", name="Resume").click()
+    await expect(page.locator(".state")).to_contain_text("idle")
+    await page.goto(f"{saving.url}/#/")
+    await expect(page.locator("tbody tr")).to_have_count(3)
+    row = page.locator("tr", has_text=forked[:12])
+    await row.get_by_role("button", name="More").click()
+    await page.get_by_role("button", name="End…").click()
+    await page.get_by_role("button", name="End", exact=True).click()
+    await expect(page.locator("tbody tr")).to_have_count(2)
+    await page.get_by_role("button", name="New sandbox").click()
+    await page.get_by_role("button", name="From a snapshot…").click()
+    await page.get_by_role("button", name="Delete before-7").click()
+    await page.get_by_role("button", name="Delete", exact=True).click()
+    await expect(page.get_by_role("dialog", name="Snapshots")).to_contain_text("There is no snapshot yet")
+    assert json.loads((await saving.call("GET", "/snapshots")).body) == []
+    tab.check()
+
+
+async def test_what_the_server_can_not_do(tab: Tab, box: str) -> None:
+    """There is no button for what the server does not name."""
+    await tab.open(box)
+    await tab.page.get_by_role("button", name="More", exact=True).click()
+    await expect(tab.page.get_by_role("button", name="Ports…")).to_be_visible()
+    for name in ("Snapshots…", "Fork and open the copy", "Pause…"):
+        await expect(tab.page.get_by_role("button", name=name)).to_have_count(0)
+
+
+async def test_ports(tab: Tab, real: Service, box: str) -> None:
+    """A service is opened in a tab of its own, which can't reach the page, and closed again. (J10)"""
+    tab.announced.append("404")
+    code = "import subprocess, os\nos.makedirs('site', exist_ok=True)\nopen('site/index.html', 'w').write('served')\n"
+    await real.execute(box, code + "web = subprocess.Popen(['python3', '-m', 'http.server', '8123', '-d', 'site'])")
+    await tab.open(box)
+    await tab.page.get_by_role("button", name="More", exact=True).click()
+    await tab.page.get_by_role("button", name="Ports…").click()
+    await tab.page.get_by_label("Port", exact=True).fill("8123")
+    await tab.page.get_by_role("button", name="Open", exact=True).click()
+    async with tab.page.context.expect_page() as opened:
+        await tab.page.get_by_role("link", name="8123").click()
+    service = await opened.value
+    for _ in range(50):  # the service has begun to listen at some time
+        if "served" in await service.content():
+            break
+        await asyncio.sleep(0.1)
+        await service.reload()
+    assert "served" in await service.content()
+    assert await service.evaluate("[window.opener, document.referrer, sessionStorage.length]") == [None, "", 0]
+    await service.close()
+    await tab.page.get_by_role("button", name="Close port 8123").click()
+    await expect(tab.page.get_by_role("link", name="8123")).to_have_count(0)
+    await real.execute(box, "web.kill()")
+
+
+async def test_keys(tab: Tab, box: str) -> None:
+    """Names are completed, `?` lists the keys, and F6 moves between the parts of the page. (23, in part)"""
+    await tab.open(box)
+    cell = await tab.run("häuser_total, häuser_table = 1, 2")
+    await expect(cell).to_have_class("cell done")
+    page, editor = tab.page, tab.page.get_by_role("textbox", name="Code of the next cell")
+
+    async def write(text: str) -> None:
+        await page.keyboard.press("Control+a")
+        await page.keyboard.press("Backspace")
+        await page.keyboard.type(text)
+
+    await write("'ö😀', häu")
+    await page.keyboard.press("Tab")
+    await expect(page.get_by_role("option")).to_have_count(2)
+    await page.keyboard.press("ArrowDown")
+    await page.keyboard.press("Tab")
+    await expect(editor).to_have_text("'ö😀', häuser_total")
+    await write("if 1:")
+    await page.keyboard.press("Tab")
+    await expect(editor).to_have_text("if 1:    ")
+    await page.keyboard.press("Escape")
+    await page.keyboard.press("Tab")
+    await expect(page.get_by_role("button", name="Run", exact=True)).to_be_focused()
+    await page.keyboard.press("F6")
+    await expect(page.get_by_role("link", name="All sandboxes")).to_be_focused()
+    await page.keyboard.press("F6")
+    await expect(page.get_by_role("link", name="Cells")).to_be_focused()
+    await page.keyboard.press("Shift+F6")
+    await expect(page.get_by_role("link", name="All sandboxes")).to_be_focused()
+    await tab.cell("häuser_total").focus()
+    await page.keyboard.press("?")
+    await expect(page.get_by_role("dialog", name="Keys")).to_contain_text("F6")
+    await page.keyboard.press("Escape")
+    await expect(page.get_by_role("dialog")).to_have_count(0)
 
 
 # -- the built files

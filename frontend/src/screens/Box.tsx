@@ -1,16 +1,19 @@
 import { useSignal } from "@preact/signals";
 import { useEffect, useMemo } from "preact/hooks";
-import { of, send } from "../api";
+import { ending, extended, pausing, restarting } from "../actions";
+import { ApiError, of, send } from "../api";
 import { notebook } from "../notebook";
 import { go, type Route, to } from "../route";
-import { Box, health, now, type Sandbox, said, sandboxes } from "../store";
+import { Box, now, offers, type Sandbox, said, sandboxes } from "../store";
 import { Stream } from "../stream";
 import { Ask, Menu, type Question, save, Trouble, useWork } from "../ui";
 import { clock, REASONS, safe } from "../words";
 import { Files } from "./Files";
+import { HelpButton } from "./Help";
 import { JupyterLab } from "./JupyterLab";
-import { extended } from "./List";
+import { Ports } from "./Ports";
 import { Side } from "./Side";
+import { Snapshots } from "./Snapshots";
 import { Terminals } from "./Terminals";
 import { ThemeMenu } from "./Theme";
 import { Transcript } from "./Transcript";
@@ -21,7 +24,8 @@ export function BoxScreen({ route }: { route: Route }) {
   const box = useMemo(() => new Box(id), [id]);
   const stream = useMemo(() => new Stream(box), [box]);
   const question = useSignal<Question | undefined>(undefined);
-  const isLabOpen = useSignal(false);
+  const opened = useSignal<"" | "lab" | "ports" | "snapshots">("");
+  const close = () => (opened.value = "");
   useEffect(() => () => stream.close(), [stream]);
   const sandbox = sandboxes.value?.find((each) => each.sandboxID === id);
   const isGone = box.link.value.state === "gone";
@@ -37,6 +41,7 @@ export function BoxScreen({ route }: { route: Route }) {
         <BoxState box={box} />
         <span class="grow" />
         {sandbox && !isGone && <TimeLeft sandbox={sandbox} />}
+        <HelpButton />
         <ThemeMenu />
       </header>
       <nav class="bar" aria-label="Parts of the sandbox">
@@ -46,7 +51,7 @@ export function BoxScreen({ route }: { route: Route }) {
         <a href={to(id, "files")} aria-current={tab === "files" ? "page" : undefined}>
           Files
         </a>
-        {health.value?.capabilities?.includes("pty") && (
+        {offers("pty") && (
           <a href={to(id, "terminal")} aria-current={tab === "terminal" ? "page" : undefined}>
             Terminal
           </a>
@@ -58,7 +63,7 @@ export function BoxScreen({ route }: { route: Route }) {
             stream={stream}
             sandbox={sandbox}
             ask={(asked) => (question.value = asked)}
-            openLab={() => (isLabOpen.value = true)}
+            open={(dialog) => (opened.value = dialog)}
           />
         )}
       </nav>
@@ -70,7 +75,9 @@ export function BoxScreen({ route }: { route: Route }) {
         {tab === "cells" && <Side box={box} stream={stream} sandbox={sandbox} />}
       </div>
       {question.value && <Ask question={question.value} close={() => (question.value = undefined)} />}
-      {isLabOpen.value && sandbox && <JupyterLab sandbox={sandbox} close={() => (isLabOpen.value = false)} />}
+      {opened.value === "lab" && sandbox && <JupyterLab sandbox={sandbox} close={close} />}
+      {opened.value === "ports" && <Ports id={id} close={close} />}
+      {opened.value === "snapshots" && <Snapshots id={id} close={close} />}
     </>
   );
 }
@@ -124,21 +131,30 @@ function TimeLeft({ sandbox }: { sandbox: Sandbox }) {
   );
 }
 
+/** One of the copies that a fork has made, or why there is none. */
+interface Forked {
+  sandbox?: Sandbox;
+  error?: { code: number; error: string; message: string };
+}
+
 interface ActionsProps {
   box: Box;
   stream: Stream;
   sandbox: Sandbox | undefined;
   ask: (question: Question) => void;
-  openLab: () => void;
+  open: (dialog: "lab" | "ports" | "snapshots") => void;
 }
 
 /** What can be done with the whole sandbox. */
-function Actions({ box, stream, sandbox, ask, openLab }: ActionsProps) {
+function Actions({ box, stream, sandbox, ask, open }: ActionsProps) {
   const work = useWork();
   const held = box.held.value;
-  const can = health.value?.capabilities ?? [];
   const isPaused = box.link.value.state === "paused";
-  const end = () => send("DELETE", of(box.id)).then(() => undefined);
+  const fork = async () => {
+    const [made]: Forked[] = await (await send("POST", of(box.id, "/fork"), {})).json();
+    if (made?.error) throw new ApiError(made.error.code, made.error.error, made.error.message);
+    if (made?.sandbox) go(made.sandbox.sandboxID);
+  };
   if (isPaused) return null;
   return (
     <div class="row actions" role="toolbar" aria-label="Actions">
@@ -154,7 +170,7 @@ function Actions({ box, stream, sandbox, ask, openLab }: ActionsProps) {
         </span>
         <span class="wide">Interrupt</span>
       </button>
-      {can.includes("hold") && (
+      {offers("hold") && (
         <button
           type="button"
           class="optional"
@@ -170,14 +186,7 @@ function Actions({ box, stream, sandbox, ask, openLab }: ActionsProps) {
         type="button"
         class="optional"
         data-restart
-        onClick={() =>
-          ask({
-            title: "Restart the kernel?",
-            text: "All variables are lost, and the cell that runs is ended. Files stay.",
-            button: "Restart",
-            act: () => stream.send({ type: "restart" }),
-          })
-        }
+        onClick={() => ask(restarting(() => stream.send({ type: "restart" })))}
       >
         Restart…
       </button>
@@ -185,36 +194,28 @@ function Actions({ box, stream, sandbox, ask, openLab }: ActionsProps) {
         <button type="button" onClick={() => exportNotebook(box, work)}>
           Save as notebook
         </button>
-        <button type="button" disabled={!sandbox} onClick={openLab}>
+        <button type="button" disabled={!sandbox} onClick={() => open("lab")}>
           Open in JupyterLab…
         </button>
-        {can.includes("pause") && (
-          <button
-            type="button"
-            onClick={() =>
-              ask({
-                title: "Pause this sandbox?",
-                text: "All of it is saved to disk, with its variables. It costs no memory until it is resumed.",
-                button: "Pause",
-                act: () => send("POST", of(box.id, "/pause"), {}).then(() => undefined),
-              })
-            }
-          >
+        <button type="button" onClick={() => open("ports")}>
+          Ports…
+        </button>
+        {offers("snapshot") && (
+          <button type="button" onClick={() => open("snapshots")}>
+            Snapshots…
+          </button>
+        )}
+        {offers("fork") && (
+          <button type="button" onClick={() => work.run(fork)}>
+            Fork and open the copy
+          </button>
+        )}
+        {offers("pause") && (
+          <button type="button" onClick={() => ask(pausing(box.id))}>
             Pause…
           </button>
         )}
-        <button
-          type="button"
-          class="bad"
-          onClick={() =>
-            ask({
-              title: "End this sandbox?",
-              text: "Its variables, files and programs are gone for good. Save the notebook first if you need it.",
-              button: "End",
-              act: end,
-            })
-          }
-        >
+        <button type="button" class="bad" onClick={() => ask(ending(box.id))}>
           End…
         </button>
       </Menu>

@@ -5,6 +5,7 @@ import type { Stream } from "../stream";
 import { safe } from "../words";
 import { CellView } from "./CellView";
 import { Composer } from "./Composer";
+import { showKeys } from "./Help";
 
 /** Pixels from the end within which the page follows what is new. */
 const NEAR = 120;
@@ -128,6 +129,9 @@ function moveAmongCells(event: KeyboardEvent, stream: Stream): void {
       break;
     case "c":
       void navigator.clipboard.writeText(cell.querySelector(".code")?.textContent ?? "");
+      break;
+    case "?":
+      showKeys();
       break;
     case ".":
       document.querySelector<HTMLElement>("article.running")?.focus();
