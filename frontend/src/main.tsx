@@ -3,7 +3,7 @@ import { render } from "preact";
 import { get } from "./api";
 import { follow } from "./feed";
 import { guard } from "./frame";
-import { findKey, key } from "./key";
+import { findKey, key, share } from "./key";
 import { moveBetweenRegions } from "./regions";
 import { followAddress, route } from "./route";
 import { BoxScreen } from "./screens/Box";
@@ -14,7 +14,7 @@ import { applyTheme } from "./screens/Theme";
 import { type Health, health, now, said } from "./store";
 
 function App() {
-  const where = route.value;
+  const where = share.value ? { ...route.value, id: share.value.id } : route.value;
   return (
     <>
       {!key.value ? <SignIn /> : where.id ? <BoxScreen key={where.id} route={where} /> : <List />}

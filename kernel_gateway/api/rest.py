@@ -1402,6 +1402,7 @@ async def health(call: Call) -> Health:
             "hold",
             "variables",
             "complete",
+            "share",
             *(["pause", "snapshot", "fork"] if sandboxes.pauses.is_offered else []),
         ],
         trouble=sandboxes.trouble or None,

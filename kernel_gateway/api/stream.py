@@ -121,6 +121,8 @@ class StateEvent(msgspec.Struct, tag="state", tag_field="type", omit_defaults=Tr
 class AgentStream(Socket):
     """Everything that happens in one sandbox's kernel, whoever caused it."""
 
+    route = "/sandboxes/{id}/stream"
+
     def find(self, mine: Access, name: str) -> Sandbox:
         return mine.get(name)
 
@@ -211,6 +213,7 @@ class AgentStream(Socket):
             await self.send([msgspec.json.encode(refused).decode()])
 
     async def _obey(self, command: Command) -> None:
+        self.key.scope.check_change()
         match command:
             case Execute():
                 check_id(command.id)

@@ -7,6 +7,7 @@ another server for anything.
 import asyncio
 import json
 import os
+import re
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import nbformat
 import pytest
 from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, async_playwright, expect
 
+from kernel_gateway.api.app import watch_keys
 from kernel_gateway.drivers.unisolated import Unisolated
 from tests.e2e import hostile as hostile_output
 from tests.e2e.browser import FLAGS, PICTURE
@@ -374,6 +376,42 @@ async def test_ports(tab: Tab, real: Service, box: str) -> None:
     await tab.page.get_by_role("button", name="Close port 8123").click()
     await expect(tab.page.get_by_role("link", name="8123")).to_have_count(0)
     await real.execute(box, "web.kill()")
+
+
+async def test_links(tab: Tab, browser: Browser, real: Service, box: str) -> None:
+    """A link shows one sandbox to somebody without a key, to watch it or to use it, until it is revoked."""
+    watching = asyncio.create_task(watch_keys(real.app))
+    await tab.open(box)
+    await tab.run("'before'")
+    await tab.page.get_by_role("button", name="More", exact=True).click()
+    await tab.page.get_by_role("button", name="Share…").click()
+    for mode, may_use in (("watch", False), ("use", True)):
+        await tab.page.get_by_label("Others may").select_option(mode)
+        await tab.page.get_by_role("button", name="Make a link").click()
+        url = tab.page.get_by_label("Link, shown once")
+        await expect(url).to_have_value(re.compile(f"#{mode}="))
+        async with await browser.new_context() as elsewhere:
+            other = Tab(await elsewhere.new_page(), real)
+            other.announced += ["401", "WebSocket"]
+            await other.page.goto(await url.input_value())
+            await expect(other.cell("'before'").locator(".outputs")).to_have_text("'before'")
+            assert other.page.url == f"{real.url}/#/{box}"
+            for name in ("Interrupt", "Restart…", "Hold others", "Run"):
+                await expect(other.page.get_by_role("button", name=name, exact=True)).to_have_count(int(may_use))
+            await expect(other.page.get_by_role("link", name="Terminal")).to_have_count(int(may_use))
+            await expect(other.page.get_by_role("link", name="All sandboxes")).to_have_count(0)
+            if may_use:
+                await other.run("'theirs'")
+                await expect(tab.cell("'theirs'").locator(".outputs")).to_have_text("'theirs'")
+            await other.page.get_by_role("link", name="Files").click()
+            await expect(other.page.get_by_role("button", name="Upload…")).to_be_enabled(enabled=may_use)
+            await other.page.reload()
+            await expect(other.page.get_by_role("button", name="Upload…")).to_be_enabled(enabled=may_use)
+            await tab.page.get_by_role("button", name="Revoke").click()
+            await expect(other.page.get_by_role("alert")).to_contain_text("not good any more")
+            other.check()
+        await expect(tab.page.get_by_role("dialog")).to_contain_text("There is no link.")
+    watching.cancel()
 
 
 async def test_keys(tab: Tab, box: str) -> None:

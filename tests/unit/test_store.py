@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from kernel_gateway.errors import HostFull, InvalidRequest
-from kernel_gateway.sandbox.key import Key, parse_scope
+from kernel_gateway.sandbox.key import Key, new_key, parse_scope
 from kernel_gateway.sandbox.outbox import Event
-from kernel_gateway.sandbox.store import RESERVE, SCHEMA, Entry, Store, new_key
+from kernel_gateway.sandbox.store import RESERVE, SCHEMA, Entry, Store
 from tests.fakes import eventually
 
 

@@ -2,6 +2,7 @@ import { useSignal } from "@preact/signals";
 import { useEffect, useMemo } from "preact/hooks";
 import { ending, extended, pausing, restarting } from "../actions";
 import { ApiError, of, send } from "../api";
+import { may, share } from "../key";
 import { notebook } from "../notebook";
 import { go, type Route, to } from "../route";
 import { Box, now, offers, type Sandbox, said, sandboxes } from "../store";
@@ -12,6 +13,7 @@ import { Files } from "./Files";
 import { HelpButton } from "./Help";
 import { JupyterLab } from "./JupyterLab";
 import { Ports } from "./Ports";
+import { Shares } from "./Shares";
 import { Side } from "./Side";
 import { Snapshots } from "./Snapshots";
 import { Terminals } from "./Terminals";
@@ -24,7 +26,7 @@ export function BoxScreen({ route }: { route: Route }) {
   const box = useMemo(() => new Box(id), [id]);
   const stream = useMemo(() => new Stream(box), [box]);
   const question = useSignal<Question | undefined>(undefined);
-  const opened = useSignal<"" | "lab" | "ports" | "snapshots">("");
+  const opened = useSignal<"" | Opened>("");
   const close = () => (opened.value = "");
   useEffect(() => () => stream.close(), [stream]);
   const sandbox = sandboxes.value?.find((each) => each.sandboxID === id);
@@ -32,12 +34,15 @@ export function BoxScreen({ route }: { route: Route }) {
   return (
     <>
       <header class="top">
-        <a class="quiet button icon" href={to()} aria-label="All sandboxes" title="All sandboxes">
-          ‹
-        </a>
+        {may("own") && (
+          <a class="quiet button icon" href={to()} aria-label="All sandboxes" title="All sandboxes">
+            ‹
+          </a>
+        )}
         <h1>
           {safe(sandbox?.metadata["name"] ?? "") || "Sandbox"} <code class="id">{id.slice(0, 12)}</code>
         </h1>
+        {share.value && <span class="chip">{may("use") ? "shared with you" : "you are watching"}</span>}
         <BoxState box={box} />
         <span class="grow" />
         {sandbox && !isGone && <TimeLeft sandbox={sandbox} />}
@@ -51,7 +56,7 @@ export function BoxScreen({ route }: { route: Route }) {
         <a href={to(id, "files")} aria-current={tab === "files" ? "page" : undefined}>
           Files
         </a>
-        {offers("pty") && (
+        {offers("pty") && may("use") && (
           <a href={to(id, "terminal")} aria-current={tab === "terminal" ? "page" : undefined}>
             Terminal
           </a>
@@ -77,6 +82,7 @@ export function BoxScreen({ route }: { route: Route }) {
       {question.value && <Ask question={question.value} close={() => (question.value = undefined)} />}
       {opened.value === "lab" && sandbox && <JupyterLab sandbox={sandbox} close={close} />}
       {opened.value === "ports" && <Ports id={id} close={close} />}
+      {opened.value === "shares" && <Shares id={id} close={close} />}
       {opened.value === "snapshots" && <Snapshots id={id} close={close} />}
     </>
   );
@@ -121,6 +127,7 @@ function TimeLeft({ sandbox }: { sandbox: Sandbox }) {
       <button
         type="button"
         class="quiet"
+        hidden={!may("own")}
         title="Let it live 10 minutes longer"
         onClick={() => work.run(() => send("POST", of(sandbox.sandboxID, "/refreshes"), { duration: extended(left) }))}
       >
@@ -130,6 +137,9 @@ function TimeLeft({ sandbox }: { sandbox: Sandbox }) {
     </span>
   );
 }
+
+/** The dialogs that are about a whole sandbox. */
+type Opened = "lab" | "ports" | "snapshots" | "shares";
 
 /** One of the copies that a fork has made, or why there is none. */
 interface Forked {
@@ -142,7 +152,7 @@ interface ActionsProps {
   stream: Stream;
   sandbox: Sandbox | undefined;
   ask: (question: Question) => void;
-  open: (dialog: "lab" | "ports" | "snapshots") => void;
+  open: (dialog: Opened) => void;
 }
 
 /** What can be done with the whole sandbox. */
@@ -150,17 +160,13 @@ function Actions({ box, stream, sandbox, ask, open }: ActionsProps) {
   const work = useWork();
   const held = box.held.value;
   const isPaused = box.link.value.state === "paused";
-  const fork = async () => {
-    const [made]: Forked[] = await (await send("POST", of(box.id, "/fork"), {})).json();
-    if (made?.error) throw new ApiError(made.error.code, made.error.error, made.error.message);
-    if (made?.sandbox) go(made.sandbox.sandboxID);
-  };
   if (isPaused) return null;
   return (
     <div class="row actions" role="toolbar" aria-label="Actions">
       <Trouble error={work.error.value} />
       <button
         type="button"
+        hidden={!may("use")}
         aria-label="Interrupt"
         onClick={() => stream.send({ type: "interrupt" })}
         title="Stop the cell that runs (i i)"
@@ -170,7 +176,7 @@ function Actions({ box, stream, sandbox, ask, open }: ActionsProps) {
         </span>
         <span class="wide">Interrupt</span>
       </button>
-      {offers("hold") && (
+      {offers("hold") && may("use") && (
         <button
           type="button"
           class="optional"
@@ -186,6 +192,7 @@ function Actions({ box, stream, sandbox, ask, open }: ActionsProps) {
         type="button"
         class="optional"
         data-restart
+        hidden={!may("use")}
         onClick={() => ask(restarting(() => stream.send({ type: "restart" })))}
       >
         Restart…
@@ -194,32 +201,53 @@ function Actions({ box, stream, sandbox, ask, open }: ActionsProps) {
         <button type="button" onClick={() => exportNotebook(box, work)}>
           Save as notebook
         </button>
-        <button type="button" disabled={!sandbox} onClick={() => open("lab")}>
-          Open in JupyterLab…
-        </button>
-        <button type="button" onClick={() => open("ports")}>
-          Ports…
-        </button>
-        {offers("snapshot") && (
-          <button type="button" onClick={() => open("snapshots")}>
-            Snapshots…
-          </button>
-        )}
-        {offers("fork") && (
-          <button type="button" onClick={() => work.run(fork)}>
-            Fork and open the copy
-          </button>
-        )}
-        {offers("pause") && (
-          <button type="button" onClick={() => ask(pausing(box.id))}>
-            Pause…
-          </button>
-        )}
-        <button type="button" class="bad" onClick={() => ask(ending(box.id))}>
-          End…
-        </button>
+        {may("own") && <OwnActions box={box} sandbox={sandbox} ask={ask} open={open} work={work} />}
       </Menu>
     </div>
+  );
+}
+
+type OwnProps = Omit<ActionsProps, "stream"> & { work: ReturnType<typeof useWork> };
+
+/** What only the owner of a sandbox may do. */
+function OwnActions({ box, sandbox, ask, open, work }: OwnProps) {
+  const fork = async () => {
+    const [made]: Forked[] = await (await send("POST", of(box.id, "/fork"), {})).json();
+    if (made?.error) throw new ApiError(made.error.code, made.error.error, made.error.message);
+    if (made?.sandbox) go(made.sandbox.sandboxID);
+  };
+  return (
+    <>
+      <button type="button" disabled={!sandbox} onClick={() => open("lab")}>
+        Open in JupyterLab…
+      </button>
+      {offers("share") && (
+        <button type="button" onClick={() => open("shares")}>
+          Share…
+        </button>
+      )}
+      <button type="button" onClick={() => open("ports")}>
+        Ports…
+      </button>
+      {offers("snapshot") && (
+        <button type="button" onClick={() => open("snapshots")}>
+          Snapshots…
+        </button>
+      )}
+      {offers("fork") && (
+        <button type="button" onClick={() => work.run(fork)}>
+          Fork and open the copy
+        </button>
+      )}
+      {offers("pause") && (
+        <button type="button" onClick={() => ask(pausing(box.id))}>
+          Pause…
+        </button>
+      )}
+      <button type="button" class="bad" onClick={() => ask(ending(box.id))}>
+        End…
+      </button>
+    </>
   );
 }
 
@@ -249,7 +277,12 @@ function Banner({ box, stream }: { box: Box; stream: Stream }) {
     return (
       <div class="banner" role="status">
         <p>The sandbox is paused. Its variables, files and programs are on disk.</p>
-        <button type="button" class="primary" onClick={() => work.run(resume, () => stream.connect())}>
+        <button
+          type="button"
+          class="primary"
+          hidden={!may("own")}
+          onClick={() => work.run(resume, () => stream.connect())}
+        >
           {work.isBusy.value ? "Resuming …" : "Resume"}
         </button>
         <Trouble error={work.error.value} />
@@ -267,7 +300,7 @@ function Banner({ box, stream }: { box: Box; stream: Stream }) {
       <button type="button" onClick={() => save(`${box.id}.ipynb`, notebook(box))}>
         Save as notebook
       </button>
-      <button type="button" onClick={() => go()}>
+      <button type="button" hidden={!may("own")} onClick={() => go()}>
         All sandboxes
       </button>
     </div>
