@@ -92,16 +92,25 @@ class Stream:
         self._send([wire.header(FrameType.END, self.number, 0, flags)], is_bulk=True)
 
     async def receive(self) -> bytes | None:
-        """The next DATA payload, or None at its END (or when the stream was cancelled)."""
+        """The next DATA payload, or None from its END on (or when the stream was cancelled)."""
         while not self._incoming:
             if self.cancelled.is_set():
                 return None
             self._arrived.clear()
             await self._arrived.wait()
-        data = self._incoming.popleft()
+        data = self._incoming[0]
         if data is not None:
+            del self._incoming[0]
             self.take(len(data))
         return data
+
+    async def receive_many(self, size: int) -> list[bytes]:
+        """DATA payloads that have `size` bytes or more together, or what is left until the END."""
+        found: list[bytes] = []
+        while size > 0 and (data := await self.receive()) is not None:
+            found.append(data)
+            size -= len(data)
+        return found
 
     def take(self, amount: int) -> None:
         """Count received bytes that are dealt with, and grant credit for them when they make a CHUNK."""

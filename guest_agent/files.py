@@ -32,7 +32,7 @@ TREES = THREADS // 2
 """Deletes and moves at once. They may take long, and the other threads stay free for short work."""
 SANDBOX_USER = "user"
 PIECE = 1024 * 1024
-"""Bytes of a file that are read at a time. A smaller piece would cost more in the change of threads than in reading."""
+"""Bytes of a file that are read or written at a time. The change of threads would cost more than a smaller piece."""
 PAGE = 200_000
 """Characters, roughly, of the directory entries in one answer. They are far below the limit of a frame."""
 MAX_NAMES = 1_000_000
@@ -190,8 +190,8 @@ class Files:
             return
         fd, part, real = await self._work(uid, _open_part, path)
         try:
-            while data := await stream.receive():
-                await self._work(uid, _write, path, fd, data)
+            while pieces := await stream.receive_many(PIECE):
+                await self._work(uid, _write, path, fd, pieces)
             if stream.cancelled.is_set():
                 raise AgentError("failed", f"{path}: the upload was cut short, the old content stays")
             await self._work(uid, _replace, path, part, real)
@@ -206,8 +206,8 @@ class Files:
         path = request.path
         fd = await self._work(uid, _open_in_place, path, request.metadata)
         try:
-            while data := await stream.receive():
-                await self._work(uid, _write, path, fd, data)
+            while pieces := await stream.receive_many(PIECE):
+                await self._work(uid, _write, path, fd, pieces)
             stream.raise_if_cancelled()
         finally:
             await self._work(uid, os.close, fd)
@@ -450,11 +450,12 @@ def _open_in_place(path: str, metadata: dict[str, str] | None) -> int:
     return fd
 
 
-def _write(path: str, fd: int, data: bytes) -> None:
-    view = memoryview(data)
+def _write(path: str, fd: int, pieces: list[bytes]) -> None:
     with errors(path):
-        while view:
-            view = view[os.write(fd, view) :]
+        for piece in pieces:
+            view = memoryview(piece)
+            while view:
+                view = view[os.write(fd, view) :]
 
 
 def _replace(path: str, part: str, real: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `cellvm serve | build | doctor | run | nb | mcp | keys | cache`."""
+"""The command line: `cellvm serve | build | doctor | run | nb | mcp | keys | certs | e2b | cache`."""
 
 import argparse
 import asyncio
@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from guest_agent import wire
-from kernel_gateway import __version__, kvm
+from kernel_gateway import __version__, certificates, kvm
 from kernel_gateway.drivers import DriverError
 from kernel_gateway.errors import CellvmError
 from kernel_gateway.guest.files import Files
@@ -115,9 +115,11 @@ def plain_steps() -> Iterator[Callable[[str], None]]:
             waiting.cancel()
 
 
-M_MMAP_THRESHOLD = -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGE_BUFFER = 1024 * 1024
 """Bytes from which on a buffer has memory of its own, which the system gets back when the buffer is freed."""
+KEPT_MEMORY = 8 * 1024 * 1024
+"""Bytes that were freed and are kept for the next buffers, because the system clears each page that it gives anew."""
 
 
 async def serve(settings: Settings) -> None:
@@ -138,7 +140,9 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
     # Otherwise glibc raises the threshold with each large buffer, and keeps what was freed between small ones.
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BUFFER)
+    allocator = ctypes.CDLL(None)
+    allocator.mallopt(M_MMAP_THRESHOLD, LARGE_BUFFER)
+    allocator.mallopt(M_TRIM_THRESHOLD, KEPT_MEMORY)
     async with AsyncExitStack() as stack:
         with steps() as step:
             if settings.boots_machines:
@@ -504,14 +508,50 @@ def seconds(text: str) -> float:
     return value
 
 
+def certs(settings: Settings, *, renew: bool) -> str:
+    """Make certificates for `--domain` unless they are good, and tell what to do with them."""
+    domain = settings.domain_name
+    if domain == "localhost":
+        domain = "sbx.localhost"  # no client takes a certificate for *.localhost
+    try:
+        files, is_new = certificates.make(private(settings.data_path / "certificates"), domain, renew=renew)
+        left = certificates.days_left(certificates.read(files.server))
+    except ValueError as error:
+        raise SettingsError(f"{settings.data_path / 'certificates'}: {error}; delete what is there") from error
+    port = settings.domain.partition(":")[2] or "8443"
+    made = "new" if is_new else "as before; --renew makes a new one"
+    return f"""{files.server}   certificate and key for *.{domain}, {left:.0f} days ({made})
+{files.authority}   the authority that clients must trust (its key, {files.authority_key.name}, stays where it is)
+
+# The server
+cellvm serve --domain {domain}:{port} --port {port} --tls-cert {files.server}
+
+# Programs for E2B on this machine
+{e2b_names(f"{domain}:{port}", files.authority)}
+
+# curl: --cacert {files.authority}; browsers: import it as an authority. It can sign names of {domain} only.
+# Run this command again before the {left:.0f} days are over, and start the server again; clients go on as they are."""
+
+
+def e2b_names(domain: str, authority: Path | None) -> str:
+    """The lines for programs that reach sandboxes by names, with the authority to trust, if it is a private one."""
+    trust = (
+        ""
+        if authority is None
+        else f"\nexport SSL_CERT_FILE={authority}        # Python\nexport NODE_EXTRA_CA_CERTS={authority}  # JavaScript"
+    )
+    return f"""export E2B_DOMAIN={domain}{trust}
+export E2B_API_KEY=e2b_...   # a key of `cellvm keys add`"""
+
+
 def e2b_env(settings: Settings) -> str:
     """The lines to paste for programs that are written for E2B, by the settings of the server that they shall use."""
     key = "export E2B_API_KEY=e2b_...   # a key of `cellvm keys add`"
     if settings.tls_cert:
+        own = certificates.Files.of(settings.data_path / "certificates")
+        authority = own.authority if Path(settings.tls_cert).absolute() == own.server.absolute() else None
         return f"""# Python and JavaScript, by the names of sandboxes: *.{settings.domain} must lead to this server
-export E2B_DOMAIN={settings.domain}
-# if no public authority has signed the certificate: SSL_CERT_FILE (Python), NODE_EXTRA_CA_CERTS (JavaScript)
-{key}"""
+{e2b_names(settings.domain, authority)}"""
     url = f"http://{settings.host}:{settings.port}"
     return f"""# Python and JavaScript, by one address
 export E2B_API_URL={url}
@@ -522,6 +562,10 @@ export E2B_SANDBOX_URL={url}
 from e2b_code_interpreter import Sandbox
 with Sandbox.create() as sandbox:
     print(sandbox.run_code("1 + 1").text)
+
+# A framework, for example smolagents
+from smolagents import CodeAgent
+agent = CodeAgent(tools=[], model=model, executor_type="e2b")
 
 // JavaScript
 import {{ Sandbox }} from '@e2b/code-interpreter'
@@ -542,6 +586,7 @@ def parser() -> argparse.ArgumentParser:
         "nb": "run a notebook in a fresh sandbox: `cellvm nb run`",
         "mcp": "serve MCP, the Model Context Protocol, on standard input and output",
         "keys": "make, list and remove API keys",
+        "certs": "make an authority of your own and a certificate for the names of sandboxes",
         "cache": "tell what is in the cache, or delete what nobody uses",
         "e2b": "print what a program for E2B needs to find this server: `cellvm e2b env`",
     }
@@ -588,6 +633,8 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--with-sandboxes", action="store_true", help="end the removed key's sandboxes, too")
         if name == "e2b":
             command.add_argument("action", choices=("env",))
+        if name == "certs":
+            command.add_argument("--renew", action="store_true", help="make the certificate anew in any case")
         if name == "cache":
             command.add_argument("action", choices=("list", "prune"))
             command.add_argument(
@@ -633,6 +680,8 @@ def main(argv: list[str] | None = None) -> int:
                 asyncio.run(mcp(settings, options.url, options.scope, keep=options.keep))
             case "keys":
                 return keys(settings, options)
+            case "certs":
+                print(certs(settings, renew=options.renew))
             case "e2b":
                 print(e2b_env(settings))
     except (SettingsError, NotebookError, BuildError, DriverError, CellvmError, OSError) as error:

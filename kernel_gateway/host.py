@@ -12,6 +12,7 @@ from ipaddress import IPv4Address, ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from kernel_gateway import certificates
 from kernel_gateway.drivers.cgroup import CONTROLLERS
 from kernel_gateway.drivers.jail import JailError, check_users, claims_directory, found_groups, tried, working_view
 from kernel_gateway.images.build import qemu_version
@@ -121,6 +122,7 @@ def examine(
         yield Finding("fail", "/proc is not mounted", "machines get their files through /proc/self/fd")
     yield _port(settings)
     yield from _clear(settings)
+    yield from _names(settings)
 
 
 def swap(memory: Mapping[str, str]) -> Finding:
@@ -313,6 +315,33 @@ def promised(settings: Settings, disk_mb: int) -> Finding:
 def _clear(settings: Settings) -> Iterator[Finding]:
     if not (settings.tls_cert or _is_loopback(settings.host)):
         yield Finding("warn", f"--host {settings.host} without TLS: keys cross the network in clear", IN_CLEAR)
+
+
+def _names(settings: Settings) -> Iterator[Finding]:
+    """Whether the names of sandboxes lead here, and how long the certificate is good for them."""
+    domain = settings.domain_name
+    name = f"8000-sandbox.{domain}"
+    if certificates.resolves(name):
+        yield Finding("ok", f"names below {domain} resolve", f"services are reached as PORT-SANDBOX.{settings.domain}")
+    else:
+        meaning = "browsers and curl know names below localhost by themselves; for others install libnss-myhostname"
+        if not f".{domain}".endswith(".localhost"):
+            meaning = f"let *.{domain} lead to this server, in DNS"
+        yield Finding("warn", f"names below {domain} do not resolve on this machine", meaning)
+    if not settings.tls_cert:
+        return
+    try:
+        certificate = certificates.read(Path(settings.tls_cert))
+    except (OSError, ValueError) as error:
+        yield Finding("fail", f"--tls-cert {settings.tls_cert} can't be read: {error}", "")
+        return
+    left = certificates.days_left(certificate)
+    if f"*.{domain}" not in certificates.names(certificate):
+        meaning = f"programs that use names refuse it; `cellvm certs --domain {settings.domain}` makes one"
+        yield Finding("warn", f"the certificate is not for *.{domain}", meaning)
+    level = "fail" if left < 0 else "warn" if left < certificates.RENEW else "ok"
+    what = f"the certificate is good for {left:.0f} more days" if left >= 0 else "the certificate is no longer valid"
+    yield Finding(level, what, "" if level == "ok" else "renew it: `cellvm certs`, if it is of that command")
 
 
 def _is_loopback(host: str) -> bool:

@@ -178,9 +178,14 @@ class Settings:
                 raise SettingsError(
                     f"--allow-host takes names as box.example.com, without scheme and port, not {name!r}"
                 )
-        own = (self.host, self.domain.partition(":")[0].strip("."))
+        own = (self.host, self.domain_name)
         named = frozenset(name.lower().rstrip(".") for name in (*own, *_listed(self.allow_host)))
         return None if "*" in named else named
+
+    @property
+    def domain_name(self) -> str:
+        """The domain without its port, in small letters."""
+        return self.domain.partition(":")[0].strip(".").lower()
 
     @property
     def egress_exceptions(self) -> tuple[IPv4Network, ...]:

@@ -13,11 +13,13 @@ import os
 import posixpath
 import re
 import socket
+import tarfile
 import time
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from io import BytesIO
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from kernel_gateway.guest.guest import Guests
 from kernel_gateway.held import Held
 from kernel_gateway.images.templates import Template, Templates
 from kernel_gateway.network.policy import Floor, Policy, Refusal
+from kernel_gateway.sandbox import recipe
 from kernel_gateway.sandbox.pool import Pool
 from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
@@ -538,9 +541,51 @@ async def _sh(stream: Stream, body: wire.Spawn) -> int:
     return 2
 
 
+async def _bash(stream: Stream, body: wire.Spawn) -> int:
+    """What builds of templates run: COPY and WORKDIR as the scripts do, and a few lines of shell."""
+    at = body.argv.index("-c")
+    script, files = body.argv[at + 1], stream.guest.files
+    if script == recipe.WORKDIR:
+        files.setdefault(body.argv[at + 3], None)
+    elif script == recipe.COPY:
+        archive, source, target, *_ = body.argv[at + 3 :]
+        content = files.pop(archive)
+        assert content is not None
+        with tarfile.open(fileobj=BytesIO(content)) as tar:
+            for member in tar:
+                if member.isfile():
+                    name = posixpath.relpath(member.name, source)
+                    if name == ".":
+                        name = posixpath.basename(source) if target.endswith("/") else ""
+                    found = tar.extractfile(member)
+                    assert found is not None
+                    files[posixpath.normpath(f"{target}/{name}")] = found.read()
+    elif found := re.fullmatch(r"touch (\S+)", script):
+        files[posixpath.join(body.cwd, found[1])] = b""
+    elif found := re.fullmatch(r"test -e (\S+)", script):
+        return int(found[1] not in files)
+    elif found := re.fullmatch(r"sleep (\d+)", script):
+        await asyncio.sleep(int(found[1]))
+    elif found := re.fullmatch(r"echo \$(\w+)", script):
+        await stream.data(f"{body.env.get(found[1], '')}\n".encode(), wire.STDOUT)
+    elif script == "whoami":
+        await stream.data(f"{body.user or 'user'} in {body.cwd}\n".encode(), wire.STDOUT)
+    else:
+        return await _sh(stream, wire.Spawn(argv=["sh", "-c", script], env={}, cwd=body.cwd))
+    return 0
+
+
+async def _id(stream: Stream, body: wire.Spawn) -> int:
+    """Whether there is such a user."""
+    if body.argv[-1] in ("user", "root"):
+        return 0
+    await stream.data(f"id: '{body.argv[-1]}': no such user\n".encode(), wire.STDERR)
+    return 1
+
+
 PROGRAMS: dict[str, Callable[[Stream, wire.Spawn], Awaitable[int]]] = {
     "true": _true, "false": _false, "echo": _echo, "cat": _cat, "env": _env, "sleep": _sleep, "flood": _flood,
-    "binary": _binary, "die": _die, "sh": _sh,
+    "binary": _binary, "die": _die, "sh": _sh, "/bin/bash": _bash, "id": _id,
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from tornado.web import Application
 from kernel_gateway.api import commands, events, figures, jupyter, mcp, ports, rest, shares
 from kernel_gateway.api.base import NOBODY, Endpoint, Missing, Requests, Route
 from kernel_gateway.api.channels import Channels
-from kernel_gateway.api.e2b import control, envd, interpreter, rpc
+from kernel_gateway.api.e2b import control, envd, interpreter, rpc, templates
 from kernel_gateway.api.e2b.plane import ENVD, INTERPRETER, Plane, place_of_headers
 from kernel_gateway.api.guesses import Guesses
 from kernel_gateway.api.openapi import document, serve_document
@@ -46,6 +46,7 @@ FS = f"{BOX}/filesystem"
 KERNEL = "/api/kernels/{kernel}"
 SESSION = "/api/sessions/{session}"
 WEBHOOK = "/events/webhooks/{webhook}"
+BUILD = "/templates/{template}/builds/{build}"
 
 ROUTES = [
     Route("GET", "/health", rest.health, answer=rest.Health, public=True),
@@ -54,9 +55,37 @@ ROUTES = [
     Route("GET", "/api/spec.yaml", serve_document, answer=dict, public=True),
     Route("GET", "/metrics", figures.figures, produces="text/plain", errors=(403,)),
     Route("GET", "/limits", rest.limits, answer=rest.LimitsModel),
-    Route("GET", "/templates", rest.list_templates, answer=list[rest.TemplateModel]),
-    Route("GET", "/templates/aliases/{template}", rest.get_template, answer=rest.TemplateModel, errors=(404,)),
-    Route("GET", "/templates/{template}", rest.get_template, answer=rest.TemplateModel, errors=(404,)),
+    Route("GET", "/templates", templates.list_templates, answer=list[templates.TemplateModel]),
+    Route("GET", "/v2/templates", templates.list_templates, answer=list[templates.TemplateModel]),
+    Route(
+        "GET", "/templates/aliases/{template}", templates.get_template, answer=templates.TemplateModel, errors=(404,),
+    ),
+    Route(
+        "POST", "/templates/tags", templates.assign_tags, body=templates.AssignTags, answer=templates.AssignedTags,
+        status=201, errors=(404,),
+    ),
+    Route("DELETE", "/templates/tags", templates.remove_tags, body=templates.RemoveTags, status=204, errors=(404,)),
+    Route("GET", "/templates/{template}", templates.get_template, answer=templates.TemplateModel, errors=(404,)),
+    Route("GET", "/templates/{template}/tags", templates.list_tags, answer=list[templates.TagModel], errors=(404,)),
+    Route(
+        "POST", "/v3/templates", templates.request_build, body=templates.RequestBuild, answer=templates.BuildModel,
+        status=202, errors=(409, 501),
+    ),
+    Route(
+        "GET", "/templates/{template}/files/{files}", templates.upload_link, answer=templates.UploadLink, status=201,
+        errors=(404, 409),
+    ),
+    Route(
+        "PUT", "/templates/{template}/files/{files}", templates.upload, query=templates.UploadPermit, upload=True,
+        public=True, errors=(401, 404, 429, 507),
+    ),
+    Route(
+        "POST", f"/v2{BUILD}", templates.start_build, body=templates.StartBuild, status=202, errors=(404, 409),
+    ),
+    Route(
+        "GET", f"{BUILD}/status", templates.build_status, query=templates.StatusQuery, answer=templates.StatusModel,
+        errors=(404,),
+    ),
     Route(
         "POST", "/sandboxes", control.create_sandbox, body=control.CreateSandbox, answer=control.SandboxWithTokens,
         status=201, errors=(409, 501),
@@ -90,7 +119,7 @@ ROUTES = [
     ),
     Route("GET", "/snapshots", rest.list_snapshots, query=rest.SnapshotsQuery, answer=list[rest.SnapshotModel]),
     Route("DELETE", "/snapshots/{snapshot}", rest.delete_snapshot, status=204, errors=(404,)),
-    Route("DELETE", "/templates/{template}", control.delete_template, status=204, errors=(404,)),
+    Route("DELETE", "/templates/{template}", templates.delete_template, status=204, errors=(404,)),
     Route(
         "POST", f"{BOX}/fork", control.fork, body=rest.Fork, answer=list[control.ForkModel], status=201,
         errors=(501, 507),

@@ -36,7 +36,7 @@ class Present(Collector):
         sandboxes = self._sandboxes
         yield _gauge(
             "cellvm_sandboxes", "Sandboxes, by state and template.", ("state", "template"),
-            Counter((str(each.state), each.template.id) for each in sandboxes),
+            Counter((str(each.state), sandboxes.templates.label(each.template)) for each in sandboxes),
         )  # fmt: skip
         yield _gauge(
             "cellvm_kernels", "Kernels of running sandboxes, by what they do.", ("state",),

@@ -38,7 +38,6 @@ from kernel_gateway.guest.answers import answer, told, whole_answer
 from kernel_gateway.guest.files import LISTING_SIZE, MAX_ENTRIES, Files, Writing
 from kernel_gateway.guest.guest import Guest
 from kernel_gateway.held import Holding
-from kernel_gateway.images.templates import Template
 from kernel_gateway.kernel import message
 from kernel_gateway.kernel.events import MAX_NAME, Cell, CellError, Collector, Events, Input, StreamEvent
 from kernel_gateway.kernel.executions import RUNNING, Execution
@@ -336,13 +335,14 @@ def usage_model(reading: wire.Metrics) -> UsageModel:
 async def create_sandbox(call: Call, body: CreateSandbox) -> SandboxModel:
     """Create a sandbox. It is running when the answer comes."""
     template = call.sandboxes.templates.find(body.templateID)
-    snapshot = None if template is not None else call.mine.find_snapshot(body.templateID)
+    snapshot = None if template is not None else call.mine.find_source(body.templateID)
     if snapshot is not None:
         template = snapshot.template
     if template is None:
         known = ", ".join(template.id for template in call.sandboxes.templates)
         raise InvalidRequest(
-            f"unknown template: {body.templateID[:100]}", hint=f"this server offers {known}, and your own snapshots"
+            f"unknown template: {body.templateID[:100]}",
+            hint=f"this server offers {known}, and your own snapshots and templates",
         )
     if not body.autoPauseMemory:
         raise Unavailable("this server does not offer autoPauseMemory: false, a pause that keeps the files alone")
@@ -502,7 +502,8 @@ async def take_snapshot(call: Call, body: TakeSnapshot) -> SnapshotModel:
             raise InvalidRequest(
                 "a snapshot's name has 1 to 64 letters, digits or any of _ . - and begins with no mark"
             )
-        if call.sandboxes.templates.find(body.name) is not None:
+        builds = call.sandboxes.builds.of(call.owner)
+        if call.sandboxes.templates.find(body.name) is not None or any(each.name == body.name for each in builds):
             raise Conflict(f"{body.name!r} is the name of a template", hint="choose another name")
     return snapshot_model(await call.mine.take_snapshot(call.sandbox, body.name))
 
@@ -1277,42 +1278,6 @@ async def sandbox_health(call: Call) -> None:
         hint = "POST /sandboxes/{id}/resume lets it go on"
         raise GuestUnresponsive(f"the sandbox is {sandbox.state}", hint=hint, outcome=Ending.NOT_STARTED)
     await sandbox.guest.link.call(wire.Ping(), wire.Done, timeout=5)
-
-
-class TemplateModel(Struct):
-    """A template."""
-
-    templateID: str
-    aliases: list[str]
-    description: str
-    cpuCount: int
-    memoryMB: int
-    diskSizeMB: int
-    public: bool = True
-
-
-def template_model(template: Template) -> TemplateModel:
-    return TemplateModel(
-        templateID=template.id,
-        aliases=template.aliases,
-        description=template.description,
-        cpuCount=template.vcpus,
-        memoryMB=template.memory_mb,
-        diskSizeMB=template.disk_mb,
-    )
-
-
-async def list_templates(call: Call) -> list[TemplateModel]:
-    """The templates this server offers."""
-    return [template_model(template) for template in call.sandboxes.templates]
-
-
-async def get_template(call: Call) -> TemplateModel:
-    """One template, by id or alias."""
-    template = call.sandboxes.templates.find(call.path["template"])
-    if template is None:
-        raise NotFound("template not found")
-    return template_model(template)
 
 
 class PoolModel(Struct):

@@ -77,5 +77,9 @@ class Templates:
         """The template of that id or alias."""
         return self._by_id.get(self._ids.get(name, ""))
 
+    def label(self, template: Template) -> str:
+        """What figures call a template: its id, or one word for all that owners have built."""
+        return template.id if template.id in self._by_id else "built"
+
     def __iter__(self) -> Iterator[Template]:
         return iter(self._by_id.values())

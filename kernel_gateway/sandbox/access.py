@@ -22,6 +22,7 @@ class Access:
         self.key = key
         self._sandboxes = sandboxes
         self._snapshots = sandboxes.snapshots
+        self._builds = sandboxes.builds
         self.store = store
 
     def of_kernel(self, kernel: str) -> Sandbox:
@@ -60,13 +61,26 @@ class Access:
         return await self._sandboxes.create(self.key.owner, template, **fields)
 
     def snapshots(self) -> builtins.list[Snapshot]:
-        """The snapshots in the key's sight, newest first."""
-        scope = self.key.scope
-        return [each for each in self._snapshots.of(self.key.owner) if scope.covers(each.sandbox, each.template.id)]
+        """The snapshots in the key's sight, newest first. Those that are templates are not among them."""
+        scope, templates = self.key.scope, self._builds.results(self.key.owner)
+        return [
+            each
+            for each in self._snapshots.of(self.key.owner)
+            if scope.covers(each.sandbox, each.template.id) and each.id not in templates
+        ]
 
     def find_snapshot(self, name: str) -> Snapshot | None:
         """The snapshot of that id or name."""
         return next((each for each in self.snapshots() if name and name in (each.id, each.name)), None)
+
+    def find_source(self, name: str) -> Snapshot | None:
+        """What a sandbox can start from under that name: a snapshot, or a template of the owner's."""
+        if (snapshot := self.find_snapshot(name)) is not None:
+            return snapshot
+        found = self._builds.named(self.key.owner, name)
+        if found is None or not self.key.scope.covers(found[1].sandbox, found[1].template.id):
+            return None
+        return found[1]
 
     async def take_snapshot(self, sandbox: Sandbox, name: str) -> Snapshot:
         """A new snapshot; as `Snapshots.take`."""

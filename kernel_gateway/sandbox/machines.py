@@ -136,7 +136,7 @@ class Machines:
         began = time.monotonic()
         guest = await self._restored(sandbox, source, Identity(sandbox.id, sandbox.full_env))
         path = "snapshot" if isinstance(source, Path) else "fork"
-        self._metrics.creates.labels(sandbox.template.id, path).observe(time.monotonic() - began)
+        self._metrics.creates.labels(self._templates.label(sandbox.template), path).observe(time.monotonic() - began)
         return guest
 
     async def _restored(self, sandbox: Sandbox, source: Path | Still, another: Identity | None) -> Guest:

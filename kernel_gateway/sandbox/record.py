@@ -10,6 +10,7 @@ from kernel_gateway.errors import CellvmError
 from kernel_gateway.images.templates import Template
 from kernel_gateway.network.policy import Floor, Policy, parse_policy
 from kernel_gateway.sandbox.lifecycle import State
+from kernel_gateway.sandbox.recipe import Defaults
 from kernel_gateway.sandbox.sandbox import Sandbox
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class Record(msgspec.Struct):
     paused_at: datetime
     access_token: str = ""
     traffic_token: str = ""
+    defaults: Defaults = Defaults()
 
 
 def record_of(sandbox: Sandbox) -> str:
@@ -66,6 +68,7 @@ def record_of(sandbox: Sandbox) -> str:
         paused_at=sandbox.paused_at or datetime.now(UTC),
         access_token=sandbox.access_token,
         traffic_token=sandbox.traffic_token,
+        defaults=sandbox.defaults,
     )
     return msgspec.json.encode(record).decode()
 
@@ -102,6 +105,7 @@ def paused_sandbox(make: Callable[..., Sandbox], sandbox_id: str, record: Record
     )
     sandbox.open_ports, sandbox.all_ports_open = record.open_ports, record.all_ports_open
     sandbox.kernel_name, sandbox.was_stopped = record.kernel_name, record.was_stopped
+    sandbox.defaults = record.defaults
     if record.access_token:  # records of earlier servers have none
         sandbox.access_token, sandbox.traffic_token = record.access_token, record.traffic_token
     sandbox.started_at, sandbox.paused_at, sandbox.has_files = record.started_at, record.paused_at, True

@@ -24,6 +24,7 @@ from kernel_gateway.network.policy import Policy, Refusal
 from kernel_gateway.outcome import Ending
 from kernel_gateway.sandbox.key import Key, Scope
 from kernel_gateway.sandbox.lifecycle import ASLEEP, ENDED, Event, State, decide
+from kernel_gateway.sandbox.recipe import Defaults
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class Sandbox:
 
     With `auto_pause` it is paused when its lifetime is over, and with `auto_resume` every request wakes it. So it is,
     too, if it `was_stopped`: paused with its server, and not for its owner. `work` is the task that pauses or resumes
-    it. Paused time does not count: a resume begins a new lifetime.
+    it. `defaults` say how commands run that leave it open. Paused time does not count: a resume begins a new lifetime.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class Sandbox:
         self.auto_pause = auto_pause
         self.auto_resume = auto_resume
         self.was_stopped = False
+        self.defaults = Defaults()
         self.pauses_failed = 0
         self.has_files = False
         self.work: asyncio.Task[None] | None = None

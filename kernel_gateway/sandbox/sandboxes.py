@@ -25,6 +25,7 @@ from kernel_gateway.images.templates import Template, Templates
 from kernel_gateway.metrics import Metrics
 from kernel_gateway.network.policy import Floor, Policy, Refusal
 from kernel_gateway.rate import Rate
+from kernel_gateway.sandbox.builds import Builds
 from kernel_gateway.sandbox.lifecycle import ENDED, Event, State
 from kernel_gateway.sandbox.machines import DEFAULT_POLICY, Machines, saving
 from kernel_gateway.sandbox.pauses import Pauses
@@ -35,6 +36,7 @@ from kernel_gateway.sandbox.sandbox import Sandbox, filter_of, new_id
 from kernel_gateway.sandbox.shelf import Shelf
 from kernel_gateway.sandbox.snapshots import Snapshot, Snapshots
 from kernel_gateway.sandbox.store import Store
+from kernel_gateway.sandbox.uploads import Uploads
 from kernel_gateway.tasks import to_its_end
 
 log = logging.getLogger(__name__)
@@ -124,6 +126,8 @@ class Sandboxes:
         shelves = [None if each is None or not guests.can_save else Shelf(each) for each in (paused, snapshots)]
         self.pauses = Pauses(self._sandboxes, self.places, self._machines, store, shelves[0], max_paused)
         self.snapshots = Snapshots(self.places, self._machines, store, shelves[1], max_snapshots)
+        uploads = Uploads(self.places, journals)
+        self.builds = Builds(self.create, self.kill, self.snapshots, uploads, store, self.held)
         self._pause_at_close = pause_at_close
         self._make = partial(Sandbox, ended=self._ended, vacated=self.places.free, discard=self.pauses.discard)
         self._tasks: list[asyncio.Task[None]] = []
@@ -150,6 +154,7 @@ class Sandboxes:
         for sandbox_id, record in self.pauses.found().items():
             self._sandboxes[sandbox_id] = paused_sandbox(self._make, sandbox_id, record, floor)
         self.snapshots.load()
+        self.builds.load()
         self._tasks = [asyncio.create_task(supervised(repr(pool), pool.run)) for pool in self.pools.values()]
         self._tasks.append(asyncio.create_task(supervised("the watch over lifetimes", self._expire)))
 
@@ -158,6 +163,7 @@ class Sandboxes:
         self.places.is_draining = True
         for task in self._tasks:
             task.cancel()
+        await self.builds.close()
         await self.pauses.close(pause_all=self._pause_at_close)
         ending = [sandbox for sandbox in self.places if sandbox.state is not State.PAUSED]
         for sandbox in ending:
@@ -222,6 +228,7 @@ class Sandboxes:
         self._begin(sandbox)
         if snapshot is None:
             return await self._start(sandbox, self._machines.fresh)
+        sandbox.defaults = snapshot.defaults
         return await self._start(sandbox, partial(self._from_snapshot, snapshot), {"snapshotID": snapshot.id})
 
     async def fork(self, sandbox: Sandbox, count: int, timeout: int | None = None) -> "list[Sandbox | CellvmError]":
@@ -263,7 +270,7 @@ class Sandboxes:
             auto_resume=parent.auto_resume,
         )
         child.open_ports, child.all_ports_open = set(parent.open_ports), parent.all_ports_open
-        child.kernel_name = parent.kernel_name
+        child.kernel_name, child.defaults = parent.kernel_name, parent.defaults
         self._begin(child)
         return child
 

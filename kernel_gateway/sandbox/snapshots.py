@@ -23,6 +23,7 @@ from kernel_gateway.images.cache import in_thread
 from kernel_gateway.images.templates import Template
 from kernel_gateway.sandbox.machines import Machines, saving
 from kernel_gateway.sandbox.places import Places
+from kernel_gateway.sandbox.recipe import Defaults
 from kernel_gateway.sandbox.sandbox import Sandbox
 from kernel_gateway.sandbox.shelf import Shelf, offered
 from kernel_gateway.sandbox.store import Store
@@ -37,7 +38,8 @@ ID_LENGTH = 20
 class Snapshot(msgspec.Struct, frozen=True):
     """A snapshot of one of the owner's sandboxes. `created` is in seconds since 1970, `size` in bytes of disk.
 
-    `name` is empty if it has none. `env` are the variables that its sandbox was created with.
+    `name` is empty if it has none. `env` are the variables that its sandbox was created with, and `defaults` are how
+    commands run there.
     """
 
     id: str
@@ -48,6 +50,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     env: dict[str, str]
     created: float
     size: int
+    defaults: Defaults = Defaults()
 
 
 class Snapshots:
@@ -86,8 +89,30 @@ class Snapshots:
         mine = [each for each in self._known.values() if each.owner == owner]
         return sorted(mine, key=lambda each: (each.created, each.id), reverse=True)
 
-    async def take(self, sandbox: Sandbox, name: str = "") -> Snapshot:
+    def find(self, snapshot_id: str) -> Snapshot | None:
+        """The snapshot of that id, whoever owns it. The caller must check what its client may do."""
+        return self._known.get(snapshot_id)
+
+    def of_name(self, owner: str, name: str) -> Snapshot | None:
+        """The owner's snapshot of that id or name."""
+        return next((each for each in self.of(owner) if name and name in (each.id, each.name)), None)
+
+    def check_offered(self, what: str) -> Shelf:
+        """Where snapshots are.
+
+        Args:
+            what: what the client wants to do, for the refusal's message.
+
+        Raises:
+            Unavailable: machines of this server can't be saved.
+        """
+        return offered(self._shelf, self._machines.capabilities, what)
+
+    async def take(self, sandbox: Sandbox, name: str = "", *, template: Template | None = None) -> Snapshot:
         """A new snapshot of a running sandbox. This is done to its end, even if the client has gone.
+
+        Args:
+            template: the template of what is started from it; None for the sandbox's own.
 
         Raises:
             Unavailable: machines of this server can't be saved.
@@ -96,7 +121,7 @@ class Snapshots:
             InsufficientStorage: the disk has no room.
             CellvmError: the sandbox could not be captured, or has ended.
         """
-        shelf = offered(self._shelf, self._machines.capabilities, "take snapshots of sandboxes")
+        shelf = self.check_offered("take snapshots of sandboxes")
         _ = sandbox.guest  # raises if it is not running
         if len(self.of(sandbox.owner)) + sum(owner == sandbox.owner for owner, _ in self._begun) >= self.maximum:
             raise TooManyRequests(
@@ -109,12 +134,12 @@ class Snapshots:
         if lack := self._places.lack_of_space():
             raise InsufficientStorage(lack, hint="the operator must free some space; the sandbox still runs")
         self._begun.append((sandbox.owner, name))  # from this turn on it counts
-        task = asyncio.create_task(self._take(sandbox, name, shelf))
+        task = asyncio.create_task(self._take(sandbox, name, shelf, template or sandbox.template))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return await to_its_end(task)
 
-    async def _take(self, sandbox: Sandbox, name: str, shelf: Shelf) -> Snapshot:
+    async def _take(self, sandbox: Sandbox, name: str, shelf: Shelf, template: Template) -> Snapshot:
         snapshot_id = PREFIX + "".join(secrets.choice(string.digits + string.ascii_lowercase) for _ in range(ID_LENGTH))
         try:
             with saving(sandbox, "captured"):
@@ -128,7 +153,15 @@ class Snapshots:
                     self._places.check_room_for_files()
                     size = await in_thread(_size, directory)
                     snapshot = Snapshot(
-                        snapshot_id, sandbox.owner, name, sandbox.id, sandbox.template, sandbox.env, created, size
+                        snapshot_id,
+                        sandbox.owner,
+                        name,
+                        sandbox.id,
+                        template,
+                        sandbox.env,
+                        created,
+                        size,
+                        sandbox.defaults,
                     )
                     try:
                         await shelf.put(directory, snapshot_id)

@@ -13,7 +13,7 @@ import secrets
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +46,7 @@ SCHEMA = (
     ),
     ("ALTER TABLE sandboxes ADD COLUMN paused TEXT", *outbox.SCHEMA),
     ("CREATE TABLE snapshots (id TEXT PRIMARY KEY, record TEXT NOT NULL) STRICT",),
+    ("CREATE TABLE builds (id TEXT PRIMARY KEY, record TEXT NOT NULL) STRICT",),
     shares.SCHEMA,
 )
 """What makes each version of the database from the one before."""
@@ -324,6 +325,24 @@ class Store:
     def snapshots(self) -> dict[str, str]:
         """The records of all snapshots by their ids."""
         return dict(self._db.execute("SELECT id, record FROM snapshots").fetchall())
+
+    async def builds_changed(self, kept: Iterable[tuple[str, str]], gone: Iterable[str]) -> None:
+        """Write builds of templates down, each its id and its record, and forget others by their ids.
+
+        Raises:
+            HostFull: the database can't be written.
+        """
+        rows, ids = list(kept), [(each,) for each in gone]
+
+        def change(db: sqlite3.Connection) -> None:
+            db.executemany("INSERT OR REPLACE INTO builds (id, record) VALUES (?, ?)", rows)
+            db.executemany("DELETE FROM builds WHERE id = ?", ids)
+
+        await self.change(change)
+
+    def builds(self) -> dict[str, str]:
+        """The records of all builds of templates by their ids."""
+        return dict(self._db.execute("SELECT id, record FROM builds").fetchall())
 
     def entry(self, sandbox_id: str) -> Entry | None:
         """What is written down of a sandbox, whoever owns it. The caller must check what its client may know."""

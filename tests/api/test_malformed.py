@@ -39,6 +39,16 @@ VALID: dict[str, dict[str, object]] = {
     "MakeShare": {"mode": "use", "seconds": 60},
     "TakeSnapshot": {"name": "a", "memory": True},
     "Fork": {"count": 1, "timeout": 60},
+    "RequestBuild": {"name": "a:b", "tags": ["c"], "cpuCount": 1, "memoryMB": 512, "minFreeDiskMb": 1},
+    "StartBuild": {
+        "fromTemplate": "base",
+        "startCmd": "true",
+        "readyCmd": "true",
+        "force": True,
+        "steps": [{"type": "RUN", "args": ["true"], "force": False}],
+    },
+    "AssignTags": {"target": "a:b", "tags": ["c"]},
+    "RemoveTags": {"name": "a", "tags": ["c"]},
     "WebhookBody": {
         "name": "a",
         "url": "https://example.com/",
@@ -69,6 +79,7 @@ VALID: dict[str, dict[str, object]] = {
     "StartKernel": {"name": "base", "env": {"A": "b"}, "path": "x"},
     "SessionBody": {"path": "x", "name": "y", "type": "notebook", "kernel": {"name": "base"}},
 }
+BUILD = {"template": "none", "build": "none"}
 TEXTS = [
     b"", b" ", b"{", b"}", b"[]", b"null", b"3", b'"x"', b"true", b"{}{}", b"{]", b'{"a"}', b"{'a': 1}", b"{,}",
     b'{"a": 1,}', b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"\0", b"{\0}", b"[" * 10_000, b'{"a":' * 10_000, b"NaN",
@@ -118,7 +129,7 @@ async def address(service: Service, box: str) -> dict[str, str]:
     await service.call(
         "POST", f"/sandboxes/{box}/commands", {"cmd": "sleep", "args": ["600"], "tag": "c", "stdin": True}
     )
-    return {"id": box, "kernel": kernel, "session": json.loads(answer.body)["id"], "command": "c"}
+    return {"id": box, "kernel": kernel, "session": json.loads(answer.body)["id"], "command": "c", **BUILD}
 
 
 @pytest.mark.alone
@@ -277,6 +288,8 @@ async def test_a_json_body_too_large(service: Service, route: Route) -> None:
         for at in range(0, len(body), 1 << 18):
             await write(body[at : at + (1 << 18)])
 
+    if route.method == "DELETE":  # this client sends chunks with no DELETE
+        return
     answer = await service.call(route.method, path, body_producer=produce)
     assert (answer.code, error_of(answer)["error"]) == (413, "too_large")
 

@@ -17,7 +17,7 @@ from kernel_gateway.api.app import ROUTES, watch_keys
 from kernel_gateway.api.socket import MAX_VIEWERS
 from kernel_gateway.sandbox.key import hashed, parse_scope
 from kernel_gateway.sandbox.shares import MAX_SHARES
-from tests.api.clients import Agent, agent
+from tests.api.clients import Agent, address, agent, opening
 from tests.fakes import ENDLESS, Service, cancel, error_of, eventually, serving
 
 
@@ -95,7 +95,8 @@ async def test_what_a_link_reaches(service: Service, box: str, mode: str) -> Non
         await theirs.until("status")
     with pytest.raises(InvalidStatus, match="404"):
         await agent(service, other, key=link.key).__aenter__()
-    assert (await service.call("GET", f"/api/kernels/{kernel}/channels", key=link.key)).code == 400
+    with pytest.raises(InvalidStatus, match="403"):
+        await opening(address(service, f"/api/kernels/{kernel}/channels"), link.key)
     assert "Token" not in (await link.call("GET")).body.decode()
 
 

@@ -4,6 +4,7 @@ One server without isolation serves them all. docs/e2b.md has a table of the met
 what each generation has shown. `BLESS=1` writes what they have shown into it.
 """
 
+import asyncio
 import json
 import os
 import re
@@ -12,10 +13,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from kernel_gateway import certificates
 from tests.e2e.conftest import cached, install_packages, run
 from tests.guest.client import KEY, Server
 
@@ -53,32 +57,18 @@ def server(directory: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def server_by_name(directory: Path) -> Iterator[Server]:
-    """A server whose sandboxes have names, with TLS and a certificate authority of its own."""
+    """A server whose sandboxes have names, with TLS and the certificates of `cellvm certs`."""
     port = free_port()
+    files, _ = certificates.make(directory, "sbx.localhost")
     flags = {
         "--isolation": "unisolated",
         "--port": port,
         "--domain": f"sbx.localhost:{port}",
-        "--tls-cert": certificate(directory, "sbx.localhost"),
+        "--tls-cert": files.server,
     }
     running = Server(directory / "names", pool_size=1, max_sandboxes=20, flags=flags, ca=directory / "ca.pem")
     yield running
     running.close()
-
-
-def certificate(directory: Path, domain: str) -> Path:
-    """A certificate with its key for all names of a domain. `ca.pem` beside it has signed it."""
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    ca, own = directory / "ca.pem", directory / "server.pem"
-    extensions = directory / "extensions"
-    extensions.write_text(f"subjectAltName=DNS:*.{domain},DNS:{domain},DNS:localhost,IP:127.0.0.1\n")
-    run(["openssl", "req", "-x509", *key, "-days", "7", "-subj", "/CN=test", "-keyout", f"{ca}.key", "-out", str(ca)])
-    run(["openssl", "req", *key, "-subj", f"/CN={domain}", "-keyout", f"{own}.key", "-out", f"{own}.csr"])
-    signed = ["-CA", str(ca), "-CAkey", f"{ca}.key", "-CAcreateserial", "-days", "7", "-extfile", str(extensions)]
-    run(["openssl", "x509", "-req", "-in", f"{own}.csr", *signed, "-out", str(own)])
-    with own.open("a") as file:
-        file.write(Path(f"{own}.key").read_text())
-    return own
 
 
 def python_of(version: str, progress: Callable[[str], None]) -> Path:
@@ -152,6 +142,41 @@ def test_programs(program: str, server: Server, progress: Callable[[str], None])
     command = [str(python), str(HERE / "programs.py"), program, server.url]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=variables())
     assert result.returncode == 0, f"{result.stdout[-1500:]}\n{result.stderr[-4000:]}"
+
+
+async def test_by_names(server_by_name: Server, directory: Path, progress: Callable[[str], None]) -> None:
+    """The newest SDK reaches sandboxes by their names, over TLS, with what `cellvm e2b env` prints.
+
+    This machine need not resolve such names, because the SDK is told of a proxy that leads all of them to the server.
+    """
+    python, port = python_of(PYTHONS[0], progress), server_by_name.url.rsplit(":", 1)[1]
+    env = variables(E2B_DOMAIN=f"sbx.localhost:{port}", SSL_CERT_FILE=str(directory / "ca.pem"))
+    asked: set[str] = set()
+    proxy = await asyncio.start_server(partial(lead, asked), "127.0.0.1", 0)
+    async with proxy:
+        command = [str(python), str(HERE / "names.py"), f"http://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"]
+        program = await asyncio.create_subprocess_exec(*command, env=env, stderr=asyncio.subprocess.PIPE)
+        _, errors = await asyncio.wait_for(program.communicate(), 60)
+    assert program.returncode == 0, errors.decode()[-4000:]
+    assert {name.partition("-")[0] for name in asked} == {"api.sbx.localhost", "49983", "49999"}
+
+
+async def lead(asked: set[str], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """A proxy's connection: it takes any name, and leads to that port of this machine."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    name, _, port = head.split()[1].decode().rpartition(":")
+    asked.add(name)
+    beyond, to = await asyncio.open_connection("127.0.0.1", int(port))
+    writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+
+    async def pass_on(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await source.read(65536):
+                target.write(data)
+                await target.drain()
+        target.close()
+
+    await asyncio.gather(pass_on(reader, to), pass_on(beyond, writer))
 
 
 @pytest.mark.parametrize("program", ["long_command", "web_server", "terminal", "killed"])

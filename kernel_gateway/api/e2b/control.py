@@ -180,11 +180,6 @@ async def connect(call: Call, body: Connect) -> SandboxWithTokens:
     return with_tokens(call, call.sandbox, await rest.connect(call, body))
 
 
-async def delete_template(call: Call) -> None:
-    """Delete a snapshot, which is a template to E2B's clients. The server's own templates are not found here."""
-    await call.mine.delete_snapshot(call.path["template"])
-
-
 class ForkError(Struct):
     """Why a copy could not be started, as any error."""
 

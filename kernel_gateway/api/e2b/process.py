@@ -217,7 +217,9 @@ async def start(call: Call, body: Start) -> AsyncGenerator[dict[str, Any], None]
     limit = timeout(call.http.request.headers.get("Connect-Timeout-Ms", "")) or 0.0
     command = begin(
         call,
-        StartCommand(process.cmd, process.args, process.envs, process.cwd or "~", limit),
+        StartCommand(
+            process.cmd, process.args, process.envs, process.cwd or call.sandbox.defaults.workdir or "~", limit
+        ),
         user="" if user == call.sandbox.guest.user else user,
         tag=body.tag or "",
         terminal=(body.pty.size.rows, body.pty.size.cols) if body.pty else None,
@@ -229,8 +231,9 @@ async def start(call: Call, body: Start) -> AsyncGenerator[dict[str, Any], None]
 
 
 def user_of(call: Call) -> str:
+    """The user that the request, or else the sandbox's template, asks for; empty for the guest's own."""
     assert isinstance(call.http, Plane)
-    return call.http.user()
+    return call.http.user() or call.sandbox.defaults.user
 
 
 async def check_user(call: Call, user: str) -> Files:
