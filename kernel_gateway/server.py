@@ -288,6 +288,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 pools,
                 store,
                 maximum=settings.max_sandboxes,
+                max_timeout=settings.max_timeout,
                 per_owner=settings.max_sandboxes_per_key or settings.max_sandboxes,
                 journals=journals,
                 held=Held(settings.max_held_mb << 20, settings.max_held_total_mb << 20),
@@ -298,6 +299,8 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 max_paused=settings.max_paused_per_key,
                 snapshots=private(settings.data_path / "snapshots"),
                 max_snapshots=settings.max_snapshots_per_key,
+                checkpoints=private(settings.data_path / "checkpoints"),
+                checkpoint_bytes=settings.max_checkpoints_mb << 20,
                 pause_at_close=settings.at_shutdown == "pause",
             )
             floor = await surroundings(settings, opened.network)

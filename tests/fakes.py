@@ -71,8 +71,8 @@ class Script:
 
     `sample` makes a handshake's random sample. `resumed` may change the acknowledgement before it is sent. `handlers`
     replace the handlers of requests. `start_error` is raised instead of starting, and `filter_error` when a network
-    policy is applied or refusals are read. Saving takes `save_delay` seconds, and ends with
-    `save_error`, or with `write_error` when its files are written.
+    policy is applied or refusals are read. Saving takes `save_delay` seconds and `save_size` bytes, and ends with
+    `save_error`, or with `write_error` when its files are written. `notes` are what cells have said by `note(…)`.
     """
 
     sample: Callable[[], bytes] = lambda: os.urandom(16)
@@ -84,6 +84,8 @@ class Script:
     save_error: Exception | None = None
     write_error: Exception | None = None
     save_delay: float = 0.0
+    save_size: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 class Stream:
@@ -791,6 +793,8 @@ class FakeKernel:
                 return await self._inputs.get()
             case "display":
                 await self.publish("iopub", "display_data", parent, {"data": args[0], "metadata": {}})
+            case "note":
+                self._guest.script.notes.append(args[0])
             case "time.sleep":
                 await self._sleep(args[0])
             case "os._exit":
@@ -1016,11 +1020,15 @@ class FakeCaptured:
         self._driver = driver
         self._guest = guest
 
+    async def size(self) -> int:
+        return self._driver.script.save_size + 64 * 1024  # what the server adds to it, too
+
     async def write(self, directory: Path) -> None:
         if self._driver.script.write_error is not None:
             raise self._driver.script.write_error
         name = os.urandom(8).hex()
         (directory / "machine").write_text(name)
+        (directory / "memory").write_bytes(b"m" * self._driver.script.save_size)
         self._driver.saved[name] = self.thaw or self._guest
         self._guest.is_saved = self.thaw is None
 
@@ -1130,6 +1138,7 @@ async def serving(
     *,
     max_sandboxes: int = 4,
     per_owner: int | None = None,
+    max_timeout: int = 3600,
     pool_size: int = 0,
     held: Held | None = None,
     creates_per_minute: int = 100_000,
@@ -1138,6 +1147,7 @@ async def serving(
     journals: Path | None = None,
     max_paused: int = 100,
     max_snapshots: int = 100,
+    checkpoint_bytes: int = 2 << 30,
     pause_at_close: bool = False,
     **options: Any,
 ) -> AsyncIterator[Service]:
@@ -1147,7 +1157,8 @@ async def serving(
     guests = Guests(driver)
     paused = directory / "paused"
     snapshots = directory / "snapshots"
-    for folder in (paused, snapshots):
+    checkpoints = directory / "checkpoints"
+    for folder in (paused, snapshots, checkpoints):
         folder.mkdir(mode=0o700, exist_ok=True)
     pools = {"code_interpreter": Pool(guests, "code_interpreter", pool_size)} if pool_size else {}
     sandboxes = Sandboxes(
@@ -1157,6 +1168,7 @@ async def serving(
         db,
         maximum=max_sandboxes,
         per_owner=per_owner,
+        max_timeout=max_timeout,
         held=held,
         creates_per_minute=creates_per_minute,
         network=network,
@@ -1165,6 +1177,8 @@ async def serving(
         max_paused=max_paused,
         snapshots=snapshots,
         max_snapshots=max_snapshots,
+        checkpoints=checkpoints,
+        checkpoint_bytes=checkpoint_bytes,
         pause_at_close=pause_at_close,
     )
     app = application(sandboxes, db, **options)

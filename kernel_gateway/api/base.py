@@ -59,6 +59,7 @@ STATUS: dict[str, int] = {
     "not_found": 404,
     "conflict": 409,
     "sandbox_paused": 409,
+    "sandbox_restored": 409,
     "snapshot_corrupt": 409,
     "snapshot_incompatible": 409,
     "insufficient_storage": 507,

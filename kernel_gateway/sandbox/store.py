@@ -313,14 +313,19 @@ class Store:
         await self._in_thread(self._write_snapshot, snapshot_id, sandbox_id, record)
         self._wake()
 
-    async def snapshot_deleted(self, snapshot_id: str) -> None:
-        """Forget a snapshot.
+    async def snapshot_deleted(self, snapshot_id: str, sandbox_id: str) -> None:
+        """Forget a snapshot, with an event of its sandbox.
 
         Raises:
             HostFull: the database can't be written.
         """
-        query = "DELETE FROM snapshots WHERE id = ?"
-        await self.change(lambda db: db.execute(query, (snapshot_id,)))
+
+        def delete(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM snapshots WHERE id = ?", (snapshot_id,))
+            _tell_of_snapshot(db, "snapshot_deleted", snapshot_id, sandbox_id)
+
+        await self.change(delete)
+        self._wake()
 
     def snapshots(self) -> dict[str, str]:
         """The records of all snapshots by their ids."""
@@ -426,10 +431,7 @@ class Store:
         """Write a snapshot. This runs in the thread."""
         with transaction(self._writing_db):
             self._writing_db.execute("INSERT INTO snapshots (id, record) VALUES (?, ?)", (snapshot_id, record))
-            query = "SELECT owner, template FROM sandboxes WHERE id = ?"
-            for owner, template in self._writing_db.execute(query, (sandbox_id,)).fetchall():
-                data = {"reason": "snapshot", "snapshotID": snapshot_id}
-                outbox.record(self._writing_db, [outbox.event("updated", owner, sandbox_id, template, data)])
+            _tell_of_snapshot(self._writing_db, "snapshot", snapshot_id, sandbox_id)
 
     def _write_paused(self, sandbox_id: str, record: str | None) -> None:
         """Write a pause or its end so that a loss of power can't undo it. This runs in the thread."""
@@ -483,6 +485,14 @@ class Store:
     def _wake(self) -> None:
         self._news.set()
         self._news = asyncio.Event()
+
+
+def _tell_of_snapshot(db: sqlite3.Connection, reason: str, snapshot_id: str, sandbox_id: str) -> None:
+    """Record an event of a snapshot's sandbox, unless that is forgotten by now."""
+    query = "SELECT owner, template FROM sandboxes WHERE id = ?"
+    for owner, template in db.execute(query, (sandbox_id,)).fetchall():
+        data = {"reason": reason, "snapshotID": snapshot_id}
+        outbox.record(db, [outbox.event("updated", owner, sandbox_id, template, data)])
 
 
 def _killed(owner: str, sandbox_id: str, template: str, reason: str) -> outbox.Event:
