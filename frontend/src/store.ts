@@ -324,6 +324,11 @@ export class Box {
     const state = event.state ?? "";
     const isNews = state !== this.kernel.value;
     this.kernel.value = state;
+    if (state === "idle" && /^the sandbox went back to checkpoint \d+$/.test(event.reason ?? "")) {
+      const text = `${event.reason}. Variables, files and programs are as they were then.`;
+      this.note(`status-${event.seq}`, text.replace("the", "The"), false);
+      this.changes.value += 1;
+    }
     if (!isNews || (state !== "restarting" && state !== "dead" && state !== "starting")) return;
     const cause = [
       event.exitCode ? `exit code ${event.exitCode}` : "",

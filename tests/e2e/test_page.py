@@ -343,6 +343,41 @@ async def test_snapshots_forks_and_pauses(context: BrowserContext, saving: Servi
     tab.check()
 
 
+async def test_the_way_back(context: BrowserContext, saving: Service) -> None:
+    """The timeline has a way back to before a cell, and the next cell of another client finds what was then. (J11)"""
+    tab = Tab(await context.new_page(), saving)
+    page, box = tab.page, await saving.create()
+
+    async def value() -> Any:
+        return (await saving.execute(box, "x"))["results"][0]["data"]["text/plain"]
+
+    await saving.execute(box, "x = 'then'")
+    await tab.open(box)
+    await page.get_by_role("button", name="More", exact=True).click()
+    await page.get_by_role("button", name="Timeline…", exact=True).click()
+    timeline = page.get_by_role("dialog", name="Timeline")
+    await timeline.get_by_role("button", name="Take a checkpoint").click()
+    await expect(timeline.get_by_text("Checkpoint 1", exact=True)).to_be_visible()
+    await timeline.get_by_role("button", name="Close").click()
+    await saving.execute(box, "x = 'now'")
+    assert "now" in await value()
+    await page.get_by_role("button", name="More", exact=True).click()
+    await page.get_by_role("button", name="Timeline…", exact=True).click()
+    back = timeline.get_by_role("button", name="Go back to before cell")
+    await expect(back).to_have_count(1)
+    await expect(back.locator("..")).to_contain_text("x = 'now'")
+    await back.click()
+    await page.get_by_role("button", name="Go back", exact=True).click()
+    await expect(timeline).to_contain_text("Went back to checkpoint 1")
+    await timeline.get_by_role("button", name="Delete checkpoint 1").click()
+    await expect(timeline).to_contain_text("deleted")
+    await expect(timeline.get_by_role("button", name="Go back")).to_have_count(0)
+    await timeline.get_by_role("button", name="Close").click()
+    await expect(page.get_by_role("note")).to_contain_text("The sandbox went back to checkpoint 1.")
+    assert "then" in await value()
+    tab.check()
+
+
 async def test_what_the_server_can_not_do(tab: Tab, box: str) -> None:
     """There is no button for what the server does not name."""
     await tab.open(box)

@@ -18,6 +18,7 @@ import { Side } from "./Side";
 import { Snapshots } from "./Snapshots";
 import { Terminals } from "./Terminals";
 import { ThemeMenu } from "./Theme";
+import { Timeline } from "./Timeline";
 import { Transcript } from "./Transcript";
 
 /** One sandbox: its cells, files and terminals. */
@@ -84,6 +85,7 @@ export function BoxScreen({ route }: { route: Route }) {
       {opened.value === "ports" && <Ports id={id} close={close} />}
       {opened.value === "shares" && <Shares id={id} close={close} />}
       {opened.value === "snapshots" && <Snapshots id={id} close={close} />}
+      {opened.value === "timeline" && <Timeline id={id} close={close} />}
     </>
   );
 }
@@ -139,7 +141,7 @@ function TimeLeft({ sandbox }: { sandbox: Sandbox }) {
 }
 
 /** The dialogs that are about a whole sandbox. */
-type Opened = "lab" | "ports" | "snapshots" | "shares";
+type Opened = "lab" | "ports" | "snapshots" | "shares" | "timeline";
 
 /** One of the copies that a fork has made, or why there is none. */
 interface Forked {
@@ -232,6 +234,11 @@ function OwnActions({ box, sandbox, ask, open, work }: OwnProps) {
       {offers("snapshot") && (
         <button type="button" onClick={() => open("snapshots")}>
           Snapshots…
+        </button>
+      )}
+      {offers("checkpoints") && (
+        <button type="button" onClick={() => open("timeline")}>
+          Timeline…
         </button>
       )}
       {offers("fork") && (
