@@ -639,7 +639,7 @@ class Listener(asyncio.DatagramProtocol):
     """What has come to a TCP and a UDP port.
 
     A silent TCP connection, b"", is Chromium: its net log says `is_preconnect` for the address of a frame's navigation
-    that the policy blocks (H3, H6). It carries no bytes, but tells the listener the user's address. It is rare.
+    that the policy blocks (H3, H6). It carries no bytes, but tells the listener the user's address. Load brings it.
     """
 
     def __init__(self) -> None:
