@@ -671,7 +671,11 @@ async def test_a_terminal(tab: Tab, real: Service, box: str) -> None:
 
 
 class Listener(asyncio.DatagramProtocol):
-    """What has come to a TCP and a UDP port."""
+    """What has come to a TCP and a UDP port.
+
+    A silent TCP connection, b"", is Chromium: its net log says `is_preconnect` for the address of a frame's navigation
+    that the policy blocks (H3, H6). It carries no bytes, but tells the listener the user's address. Load brings it.
+    """
 
     def __init__(self) -> None:
         self.heard: list[bytes] = []
