@@ -37,10 +37,10 @@ from kernel_gateway.network.policy import Floor
 from kernel_gateway.network.slots import Slots, choose, found_floor
 from kernel_gateway.ports import names
 from kernel_gateway.private import private
-from kernel_gateway.sandbox.key import KEY_LENGTH
+from kernel_gateway.sandbox.key import KEY_LENGTH, new_key
 from kernel_gateway.sandbox.pool import Pool
 from kernel_gateway.sandbox.sandboxes import Sandboxes, supervised
-from kernel_gateway.sandbox.store import Store, new_key
+from kernel_gateway.sandbox.store import Store
 from kernel_gateway.settings import IN_CLEAR, Settings, SettingsError
 from kernel_gateway.webhooks import Deliveries, Sender, Targets
 

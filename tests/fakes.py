@@ -28,6 +28,7 @@ import msgspec
 from tornado.httpclient import AsyncHTTPClient, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.testing import bind_unused_port
+from tornado.web import Application
 
 from guest_agent import wire
 from guest_agent.wire import Body, FrameType
@@ -1066,7 +1067,8 @@ async def cancel(*tasks: asyncio.Task[Any] | None) -> None:
 class Service:
     """The real Tornado application on a port of its own, and a client for it."""
 
-    def __init__(self, url: str, sandboxes: Sandboxes, store: Store, driver: Any) -> None:
+    def __init__(self, url: str, app: Application, sandboxes: Sandboxes, store: Store, driver: Any) -> None:
+        self.app = app
         self.url = url
         self.port = int(url.rsplit(":", 1)[1])
         self.sandboxes = sandboxes
@@ -1196,11 +1198,12 @@ async def serving(
         checkpoint_bytes=checkpoint_bytes,
         pause_at_close=pause_at_close,
     )
-    http = HTTPServer(application(sandboxes, db, **options), max_body_size=1 << 50, max_header_size=64 * 1024)
+    app = application(sandboxes, db, **options)
+    http = HTTPServer(app, max_body_size=1 << 50, max_header_size=64 * 1024)
     sock, port = bind_unused_port()
     http.add_sockets([sock])
     sandboxes.start()
-    service = Service(f"http://127.0.0.1:{port}", sandboxes, db, driver)
+    service = Service(f"http://127.0.0.1:{port}", app, sandboxes, db, driver)
     try:
         yield service
     finally:

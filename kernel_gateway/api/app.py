@@ -11,7 +11,7 @@ from urllib.parse import unquote, unquote_to_bytes
 from tornado.httputil import HTTPServerRequest
 from tornado.web import Application
 
-from kernel_gateway.api import checkpoints, commands, events, figures, jupyter, mcp, ports, rest
+from kernel_gateway.api import checkpoints, commands, events, figures, jupyter, mcp, ports, rest, shares
 from kernel_gateway.api.base import NOBODY, Endpoint, Missing, Requests, Route
 from kernel_gateway.api.channels import Channels
 from kernel_gateway.api.e2b import control, envd, interpreter, rpc, templates
@@ -125,6 +125,11 @@ ROUTES = [
         "POST", f"{BOX}/fork", control.fork, body=rest.Fork, answer=list[control.ForkModel], status=201,
         errors=(501, 507),
     ),
+    Route(
+        "POST", f"{BOX}/share", shares.make_share, body=shares.MakeShare, answer=shares.ShareModel, status=201,
+    ),
+    Route("GET", f"{BOX}/share", shares.list_shares, answer=list[shares.ShareModel]),
+    Route("DELETE", f"{BOX}/share/{{share}}", shares.revoke_share, status=204),
     Route(
         "POST", f"{BOX}/checkpoints", checkpoints.take, answer=Checkpoint, status=201, errors=(501, 507),
     ),

@@ -1387,6 +1387,13 @@ async def health(call: Call) -> Health:
         sandboxes=len(sandboxes),
         maxSandboxes=sandboxes.places.maximum,
         pool=[PoolModel(pool.template_id, pool.ready, pool.size) for pool in sandboxes.pools.values()],
-        capabilities=["pty", "hold", "variables", *(["pause", "checkpoints"] if sandboxes.pauses.is_offered else [])],
+        capabilities=[
+            "pty",
+            "hold",
+            "variables",
+            "complete",
+            "share",
+            *(["pause", "snapshot", "fork", "checkpoints"] if sandboxes.pauses.is_offered else []),
+        ],
         trouble=sandboxes.trouble or None,
     )

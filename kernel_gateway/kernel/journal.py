@@ -277,9 +277,9 @@ class Journal:
             return None
         return next((segment for segment in self._segments if segment.last > after), None)
 
-    def reader(self, after: int) -> "Reader":
-        """A reader of the messages after number `after`."""
-        return Reader(self, min(after, self.last))
+    def reader(self, after: int, *, holds: bool = True) -> "Reader":
+        """A reader of the messages after number `after`. One that does not hold the guest may miss some."""
+        return Reader(self, min(after, self.last), holds=holds)
 
     def position(self, after: int) -> int:
         """Bytes of the messages up to number `after`, as far as it is still known."""
@@ -305,7 +305,7 @@ class Journal:
             self._press()
 
     def _press(self) -> None:
-        fastest = max((reader.position for reader in self._readers), default=None)
+        fastest = max((reader.position for reader in self._readers if reader.holds), default=None)
         self._press_at = math.inf if fastest is None else fastest + self._high_water
         if (self.end > self._press_at) is not self.is_pressed:
             self.is_pressed = self.end > self._press_at
@@ -373,8 +373,9 @@ def decode_page(data: bytes) -> list[Record]:
 class Reader:
     """A place in a journal that moves at its own speed. Use it as a context manager."""
 
-    def __init__(self, journal: Journal, after: int) -> None:
+    def __init__(self, journal: Journal, after: int, *, holds: bool = True) -> None:
         self.after = after
+        self.holds = holds
         self.position = journal.position(after)
         self._journal = journal
         self._wakened = asyncio.Event()

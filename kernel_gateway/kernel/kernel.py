@@ -619,16 +619,17 @@ class Kernel:
             message.new("stdin", "input_reply", {"value": text}, session=self._session)
         )
 
-    async def ask(self, kind: str, fields: dict[str, Any], limit: float) -> bytes | None:
-        """The content of the reply to a request of ours, which is answered beside cells. No client or journal sees it.
+    async def ask(self, kind: str, fields: dict[str, Any], limit: float, *, channel: str = "control") -> bytes | None:
+        """The content of the reply to a request of ours. No client and no journal sees it.
 
         Args:
             limit: seconds after which there is no answer, which is None.
+            channel: on `control` the kernel answers beside cells, on `shell` between them.
 
         Raises:
             CellvmError: the sandbox has ended.
         """
-        parts = message.new("control", kind, fields, session=self._session)
+        parts = message.new(channel, kind, fields, session=self._session)
         reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._questions[message.header(parts[HEADER]).msg_id] = reply
         if len(self._questions) > QUESTIONS:

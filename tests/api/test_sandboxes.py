@@ -399,7 +399,7 @@ async def test_health(pooled: Service) -> None:
             "sandboxes": 0,
             "maxSandboxes": 4,
             "pool": [{"template": "code_interpreter", "ready": 1, "size": 1}],
-            "capabilities": ["pty", "hold", "variables"],
+            "capabilities": ["pty", "hold", "variables", "complete", "share"],
             "trouble": None,
         },
     )

@@ -208,11 +208,11 @@ async def fork(call: Call, body: rest.Fork) -> list[ForkModel]:
 
 
 async def get_sandbox(call: Call) -> SandboxWithTokens:
-    """One sandbox. A key that may only read is told no token."""
+    """One sandbox. A key that may only read is told no token, and neither is a link, because tokens outlive it."""
     sandbox = call.sandbox
     told = with_tokens(call, sandbox, await rest.get_sandbox(call))
     told.trafficAccessToken = None
-    if call.mine.key.scope.is_read_only:
+    if call.mine.key.scope.is_read_only or call.mine.key.scope.mode:
         told.envdAccessToken = None
     return told
 
