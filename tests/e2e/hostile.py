@@ -58,7 +58,8 @@ MARKUP = {
         "<img src={url}img><link rel=stylesheet href={url}css><style>@import '{url}import';"
         "@font-face{font-family:x;src:url({url}font)} body{font-family:x;background:url({url}background)}</style>"
         "<link rel=prefetch href={url}prefetch><link rel=preload as=image href={url}preload>"
-        "<link rel=dns-prefetch href={url}dns><video src={url}video poster={url}poster></video><audio src={url}audio>"
+        "<link rel=dns-prefetch href={url}dns><link rel=preconnect href={url}preconnect>"
+        "<video src={url}video poster={url}poster></video><audio src={url}audio>"
         "<base href={url}base>x"
     ),
     "H6 frames": (

@@ -23,6 +23,8 @@ const style = `
   img, svg { max-width: 100%; }
 `;
 
+const CONNECTING = "base, embed, frame, frameset, iframe, link, meta, object";
+
 addEventListener(
   "message",
   (event) => {
@@ -51,14 +53,18 @@ function show(order: Order, port: MessagePort): void {
   else write(String(order.data), order.isLive);
 }
 
-/** Writes HTML. Scripts of HTML that is set do not run, so a live frame makes them anew, one after the other. */
+/**
+ * Writes HTML. Scripts of HTML that is set do not run, so copies take their places. In a live frame those run one after
+ * the other. In a still one the browser blocks and reports them, and the page offers to run them.
+ *
+ * A still frame loses what navigates and what prepares connections, before the browser sees it in a page: the policy stops
+ * the request, but Chromium may have connected to its server by then.
+ */
 function write(html: string, isLive: boolean): void {
-  document.body.innerHTML = html;
-  if (!isLive) {
-    // A blocked script is reported only when it would run, and the page offers to run it.
-    for (const script of document.body.querySelectorAll("script")) script.replaceWith(copy(script));
-    return;
-  }
+  const written = document.createElement("template");
+  written.innerHTML = html;
+  if (!isLive) for (const each of written.content.querySelectorAll(CONNECTING)) each.remove();
+  document.body.append(written.content);
   for (const script of [...document.body.querySelectorAll("script")]) script.replaceWith(copy(script));
 }
 
