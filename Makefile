@@ -45,6 +45,9 @@ lock:                ## renew the lock files of the guests, of development, of t
 	for each in tests/e2e/e2b/python-*.in tests/e2e/mcp/python-*.in; do \
 	  $(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \
 	    --universal $$each -o $${each%.in}.lock; done
+	for each in tests/e2e/e2b/frameworks/*; do \
+	  $(VENV)/bin/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 \
+	    --universal $$each/requirements.in -o $$each/requirements.lock; done
 	$(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \
 	  --universal --extra docs pyproject.toml -o docs/requirements.lock
 	$(VENV)/bin/uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 \

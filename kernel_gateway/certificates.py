@@ -58,6 +58,7 @@ def make(directory: Path, domain: str, *, renew: bool = False) -> tuple[Files, b
             return files, False
     if not is_there:
         key = ec.generate_private_key(ec.SECP256R1())
+        files.server.unlink(missing_ok=True)  # no later run may take it for one of the new authority's
         write(files.authority_key, _pem(key))
         write(files.authority, _authority(key, domain, now).public_bytes(Encoding.PEM))
     authority = read(files.authority)
@@ -113,9 +114,16 @@ def write(path: Path, data: bytes) -> None:
 
 
 def _fits(path: Path, domain: str, now: datetime) -> bool:
-    """Whether an authority may sign a certificate of that domain, and outlives it."""
+    """Whether an authority may sign a certificate of that domain, and outlives it.
+
+    Raises:
+        ValueError: it is none of this command's.
+    """
     authority = read(path)
-    allowed = authority.extensions.get_extension_for_class(x509.NameConstraints).value.permitted_subtrees or []
+    try:
+        allowed = authority.extensions.get_extension_for_class(x509.NameConstraints).value.permitted_subtrees or []
+    except x509.ExtensionNotFound:
+        raise ValueError(f"{path} is no authority of `cellvm certs`") from None
     return x509.DNSName(domain) in allowed and authority.not_valid_after_utc > now + timedelta(days=DAYS)
 
 

@@ -224,13 +224,14 @@ class FakeGuest:
         await cancel(*self._tasks.values())
 
     def frozen(self) -> Callable[[], "FakeGuest"]:
-        """What makes guests with the files and the kernel's names that this one has now, and nothing under way."""
+        """What makes guests with the files and the kernel that this one has now, and no commands. They are at rest."""
         env, files, epoch, kernel = dict(self.env), dict(self.files), self.epoch, self.kernel.frozen()
 
         def thaw() -> FakeGuest:
             other = FakeGuest(self._sock, self.script, self.die)
             other.env, other.files, other.epoch = dict(env), dict(files), epoch
             kernel(other.kernel)
+            other._awake.clear()
             return other
 
         return thaw
@@ -594,6 +595,13 @@ PROGRAMS: dict[str, Callable[[Stream, wire.Spawn], Awaitable[int]]] = {
 # -- the kernel
 
 
+NOTHING = memoryview(b'{"code": "", "store_history": false}')
+
+
+def is_cell(parts: list[memoryview]) -> bool:
+    return bool(json.loads(bytes(parts[1])).get("msg_type") == "execute_request")
+
+
 class FakeKernel:
     """A kernel for a small part of Python: names, + - * /, print, input, display, sleep, os._exit, flood(megabytes).
 
@@ -610,6 +618,7 @@ class FakeKernel:
         self._cells: asyncio.Queue[list[memoryview]] = asyncio.Queue()
         self._task = asyncio.create_task(self._run())
         self._cell: asyncio.Task[None] | None = None
+        self._at: list[memoryview] | None = None  # what it works at
         self._names: dict[str, Any] = {}
         self._count = 0
         self._restarting = self._closing = False
@@ -646,11 +655,18 @@ class FakeKernel:
         await self._say("idle", "restarted")
 
     def frozen(self) -> Callable[["FakeKernel"], None]:
-        """What gives another kernel the names, the count and the credit that this one has now."""
+        """What gives another kernel the names, the count and the credit that this one has now.
+
+        What is left of its cells does nothing in the other one, and has its replies.
+        """
+        at = [] if self._at is None else [self._at]
+        left = [[*each[:4], NOTHING] if is_cell(each) else each for each in (*at, *self._cells._queue)]  # type: ignore[attr-defined]
         names, count, credit = dict(self._names), self._count, {n: each.credit for n, each in self._streams.items()}
 
         def thaw(other: FakeKernel) -> None:
             other._names, other._count = dict(names), count
+            for each in left:
+                other._cells.put_nowait(each)
             for number, stream in other._streams.items():
                 stream.begin_epoch()
                 stream.credit = credit[number]
@@ -704,8 +720,9 @@ class FakeKernel:
 
     async def _run(self) -> None:
         while True:
-            parts = await self._cells.get()
-            if json.loads(bytes(parts[1])).get("msg_type") != "execute_request":
+            self._at = None
+            self._at = parts = await self._cells.get()
+            if not is_cell(parts):
                 await self._answer("shell", parts)
                 continue
             self._cell = asyncio.create_task(self._execute(parts[1], json.loads(bytes(parts[4]))))

@@ -78,7 +78,7 @@ ROUTES = [
     ),
     Route(
         "PUT", "/templates/{template}/files/{files}", templates.upload, query=templates.UploadPermit, upload=True,
-        public=True, errors=(401, 404, 429, 507),
+        public=True, errors=(401, 404, 409, 429, 507),
     ),
     Route(
         "POST", f"/v2{BUILD}", templates.start_build, body=templates.StartBuild, status=202, errors=(404, 409),

@@ -14,7 +14,7 @@ import string
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from enum import StrEnum
 
@@ -42,6 +42,8 @@ LOGS_KEPT = 5
 """Builds of one owner that are over and whose logs are kept."""
 KEPT = 20
 """Builds of one owner that are over without a snapshot and are still known."""
+MAX_TAGS = 100
+"""Tags of one template, and so its builds that are ready."""
 
 
 class Status(StrEnum):
@@ -119,8 +121,8 @@ class Builds:
                 continue
             if build.is_open:
                 self._fail(build, "the server was stopped while the template was being built", "")
-                result = self._snapshots.of_name(build.owner, build.id)
-                self._tasks[build.id] = asyncio.create_task(self._discard({result.id} if result else set()))
+                if result := self._snapshots.of_name(build.owner, build.id):
+                    self._begin(build, self._discard({result.id}))
             self._builds[build_id] = build
 
     async def close(self) -> None:
@@ -129,6 +131,22 @@ class Builds:
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         self.uploads.close()
+
+    def expire(self) -> None:
+        """Give up builds that were not started in time."""
+        for build in self._builds.values():
+            if self._is_unstarted(build) and time.time() - build.created > TIME_LIMIT:
+                self._fail(build, "it was never started", "")
+                self._drop_uploads(build)
+                self._begin(build, self._tidy(build))
+
+    def _is_unstarted(self, build: Build) -> bool:
+        return build.status is Status.WAITING and build.id not in self._tasks
+
+    def _begin(self, build: Build, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = self._tasks[build.id] = asyncio.create_task(work)
+        task.add_done_callback(lambda _: self._tasks.pop(build.id, None))
+        return task
 
     # -- what there is
 
@@ -192,11 +210,6 @@ class Builds:
         """
         self._snapshots.check_offered("build templates")
         mine = self.of(owner)
-        for build in mine:
-            is_started = build.status is not Status.WAITING or build.id in self._tasks
-            if not is_started and time.time() - build.created > TIME_LIMIT:
-                self._fail(build, "it was never started", "")
-                self._drop_uploads(build)
         if sum(each.is_open for each in mine) >= MAX_OPEN:
             raise TooManyRequests(f"{MAX_OPEN} of your builds are not over yet", hint="wait for one, or delete it")
         if self._snapshots.of_name(owner, name) is not None:
@@ -245,8 +258,9 @@ class Builds:
         Raises:
             Conflict: it was started before.
             InvalidRequest: a step can't be, its files were not uploaded, or the base has less than is asked for.
+            TooManyRequests, HostFull: too much waits for the owner, or for all.
         """
-        if build.status is not Status.WAITING or build.id in self._tasks:
+        if not self._is_unstarted(build):
             raise Conflict("this build was started already", hint="request another one")
         check(recipe)
         for field, least in build.wants.items():
@@ -257,16 +271,19 @@ class Builds:
                     hint="ask for no more, or take another base; cellvm's own template files set what those have",
                 )
         build.digest = recipe.digest
-        known = None if force else self._same(build)
-        wanted = {step.files for step in recipe.steps if step.files} if known is None else set()
         uploads = self.uploads.of_template(build.template)
-        for files in wanted:
-            if files not in uploads or uploads[files].file is None:
-                raise InvalidRequest(f"the files {files} were not uploaded", hint="GET …/files/{hash} tells where to")
-        self._logs[build.id] = Log(self._held.account(build.owner).hold("logs of builds"))
-        task = asyncio.create_task(self._run(build, recipe, base, source, known, uploads))
-        self._tasks[build.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(build.id, None))
+        lacking = {
+            step.files for step in recipe.steps if step.files and not self.uploads.has(build.template, step.files)
+        }
+        if lacking and (force or self._same(build) is None):
+            raise InvalidRequest(
+                f"the files {min(lacking)} were not uploaded", hint="GET …/files/{hash} tells where to"
+            )
+        account = self._held.account(build.owner)
+        waiting = account.hold("steps of a build", recipe.size)
+        self._logs[build.id] = Log(account.hold("logs of builds"))
+        task = self._begin(build, self._run(build, recipe, base, source, uploads, force=force))
+        task.add_done_callback(lambda _: waiting.release())
 
     def _same(self, build: Build) -> Snapshot | None:
         """The result of an earlier build of the template from the same recipe."""
@@ -281,9 +298,14 @@ class Builds:
         """Let tags name a build that is ready, and no other build of its template.
 
         Raises:
+            TooManyRequests: the template would have too many.
             HostFull: it can't be written down.
         """
-        await self._changed(build, lambda: build.tags.update(dict.fromkeys(tags, time.time())))
+
+        def add() -> None:
+            build.tags = {**build.tags, **dict.fromkeys(tags, time.time())}
+
+        await self._changed(build, add)
 
     async def remove(self, owner: str, template: str, tags: Iterable[str]) -> None:
         """Let tags name no build of a template any more.
@@ -310,10 +332,17 @@ class Builds:
         """
         builds = self.of_template(owner, template)
         tasks = [self._tasks[each.id] for each in builds if each.id in self._tasks]
+        for each in builds:  # from this turn on nobody finds one, and so nobody starts it
+            del self._builds[each.id]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._forget(builds)
+        try:
+            await self._store.builds_changed([], [each.id for each in builds])
+        except BaseException:
+            self._builds.update({each.id: each for each in builds})
+            raise
+        await self._gone(builds)
 
     # -- how a build goes
 
@@ -323,15 +352,17 @@ class Builds:
         recipe: Recipe,
         base: Template,
         source: Snapshot | None,
-        known: Snapshot | None,
         uploads: Mapping[str, Upload],
+        *,
+        force: bool,
     ) -> None:
         """Build a template to its end, whatever that is."""
         log_ = self._logs[build.id]
-        made: Snapshot | None = None
+        made = known = None
         try:
             async with self._turns[build.owner]:
                 build.status = Status.BUILDING
+                known = None if force else self._same(build)  # builds before this one may have changed it
                 if known is not None:
                     log_.begin(BASE, "an earlier build had the same steps, and its result is taken")
                     made = known
@@ -411,8 +442,10 @@ class Builds:
 
         Args:
             build: a build of the template; a tag that it has after the change is its alone.
+            change: sets fields of its builds anew, so that the old values can be set again.
 
         Raises:
+            TooManyRequests: the template would have more than MAX_TAGS.
             HostFull: it can't be written down. Nothing has changed then.
         """
         all_ = [each for each in self._builds.values() if each.template == build.template]
@@ -423,20 +456,20 @@ class Builds:
                 each.tags = {tag: since for tag, since in each.tags.items() if tag not in build.tags}
         gone = [each for each in all_ if each.status is Status.READY and not each.tags]
         try:
+            if sum(len(each.tags) for each in all_) > MAX_TAGS:
+                raise TooManyRequests(f"a template has at most {MAX_TAGS} tags", hint="remove some")
             await self._store.builds_changed(map(_row, all_), [each.id for each in gone])
         except BaseException:
             for each in all_:
                 for field in Build.__struct_fields__:
                     setattr(each, field, getattr(before[each.id], field))
             raise
-        await self._forget(gone, is_written=True)
+        await self._gone(gone)
 
-    async def _forget(self, builds: list[Build], *, is_written: bool = False) -> None:
-        """Give up builds, and those of their results that are no other build's."""
-        if not is_written:
-            await self._store.builds_changed([], [each.id for each in builds])
+    async def _gone(self, builds: list[Build]) -> None:
+        """Give up builds that are not written down any more, and those of their results that are no other build's."""
         for each in builds:
-            del self._builds[each.id]
+            self._builds.pop(each.id, None)  # somebody else may have been faster
             if each.id in self._logs:
                 self._logs.pop(each.id).drop()
             self._drop_uploads(each)
@@ -463,9 +496,10 @@ class Builds:
             if each.id in self._logs:
                 self._logs.pop(each.id).drop()
         try:
-            if build.id in self._builds:
-                await self._store.builds_changed([_row(build)], [])
-            await self._forget([each for each in over if not each.snapshot][KEPT:])
+            failed = [each for each in over if not each.snapshot][KEPT:]
+            kept = [_row(build)] if build.id in self._builds else []
+            await self._store.builds_changed(kept, [each.id for each in failed])
+            await self._gone(failed)
         except CellvmError as error:  # the next server calls a build that was not over a failure
             log.error("the end of build %s can't be written: %s", build.id, error)
 

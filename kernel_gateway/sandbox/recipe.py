@@ -70,6 +70,11 @@ class Recipe(msgspec.Struct, omit_defaults=True):
     ready: str = ""
 
     @property
+    def size(self) -> int:
+        """Bytes that it has while it waits."""
+        return len(msgspec.json.encode(self))
+
+    @property
     def digest(self) -> str:
         """What two recipes have in common only if they build the same."""
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()

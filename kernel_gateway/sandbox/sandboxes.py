@@ -463,6 +463,7 @@ class Sandboxes:
         while True:
             await asyncio.sleep(TICK)
             self._check_deadlines()
+            self.builds.expire()
             self.places.make_room()
 
     def _check_deadlines(self) -> None:

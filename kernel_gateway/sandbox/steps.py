@@ -91,7 +91,7 @@ async def do_recipe(sandbox: Sandbox, recipe: Recipe, uploads: Mapping[str, Uplo
         run = command(step, context)
         log.begin(str(number), run.told if run else f"{step.type} {' '.join(step.args[::2])}")
         if step.files:
-            await send(sandbox, uploads[step.files])
+            await send(sandbox, uploads.get(step.files))
         if run is not None:
             await do(sandbox, run, context, log)
         context = following(step, context)
@@ -101,15 +101,22 @@ async def do_recipe(sandbox: Sandbox, recipe: Recipe, uploads: Mapping[str, Uplo
     return context
 
 
-async def send(sandbox: Sandbox, upload: Upload) -> None:
-    """Put files that were uploaded where a COPY finds them."""
-    assert upload.file is not None
+async def send(sandbox: Sandbox, upload: Upload | None) -> None:
+    """Put files that were uploaded where a COPY finds them.
+
+    Raises:
+        StepFailed: they are not here, or are being sent again.
+    """
     files, at = await Files.of(sandbox.guest, "root"), 0
-    async with files.write(ARCHIVE) as writing:
-        while data := await in_thread(os.pread, upload.file.fileno(), CHUNK, at):
-            await writing.send(data)
-            at += len(data)
-        await writing.finish()
+    if upload is None or upload.file is None:
+        raise StepFailed("the files of this step are not here; upload them, and request the build again")
+    # It has a descriptor of its own, because files that are sent again close the other, whose number may be reused.
+    with os.fdopen(os.dup(upload.file.fileno()), "rb", buffering=0) as file:
+        async with files.write(ARCHIVE) as writing:
+            while data := await in_thread(os.pread, file.fileno(), CHUNK, at):
+                await writing.send(data)
+                at += len(data)
+            await writing.finish()
 
 
 def begin(sandbox: Sandbox, run: Run, context: Context) -> Command:

@@ -2,11 +2,12 @@
 
 import secrets
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import BinaryIO
 
-from kernel_gateway.errors import InsufficientStorage, NotFound, TooManyRequests
+from kernel_gateway.errors import Conflict, InsufficientStorage, NotFound, TooManyRequests
 from kernel_gateway.images.cache import in_thread
 from kernel_gateway.sandbox.places import Places
 
@@ -15,7 +16,10 @@ MOST, SIZE = 64, 1024 * 1024 * 1024
 
 
 class Upload:
-    """The files of a COPY in a template's builds. Whoever has the `token` may send them. `file` has them afterwards."""
+    """The files of a COPY in a template's builds. Whoever has the `token` may send them. `file` has them afterwards.
+
+    `size` is what they have on the disk, also while they come.
+    """
 
     def __init__(self, owner: str, template: str, files: str) -> None:
         self.owner = owner
@@ -24,11 +28,7 @@ class Upload:
         self.token = secrets.token_hex(24)
         self.file: BinaryIO | None = None
         self.size = 0
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-        self.file, self.size = None, 0
+        self.is_coming = False
 
 
 class Uploads:
@@ -43,6 +43,7 @@ class Uploads:
         self._places = places
         self._directory = directory
         self._by_token: dict[str, Upload] = {}
+        self._sizes: Counter[str] = Counter()  # by owner, with what comes for builds that are over
 
     def find(self, token: str) -> Upload | None:
         """The upload of that token."""
@@ -51,6 +52,11 @@ class Uploads:
     def of_template(self, template: str) -> dict[str, Upload]:
         """A template's uploads by the hashes that name their files."""
         return {each.files: each for each in self._by_token.values() if each.template == template}
+
+    def has(self, template: str, files: str) -> bool:
+        """Whether a template's files are here."""
+        known = self.of_template(template).get(files)
+        return known is not None and known.file is not None
 
     def link(self, owner: str, template: str, files: str) -> Upload:
         """The upload of a template's files, which is a new one if there is none.
@@ -70,16 +76,20 @@ class Uploads:
         """Take the files of an upload. Those that came before are replaced.
 
         Raises:
+            Conflict: another request sends them at the moment.
             TooManyRequests: the owner's files would be more than SIZE.
             InsufficientStorage: the disk has no room.
             NotFound: their build is over.
         """
-        upload.close()
+        if upload.is_coming:
+            raise Conflict("another request sends these files at the moment", hint="wait for its end")
+        self._close(upload)
+        upload.is_coming = True
         file = tempfile.TemporaryFile(dir=self._directory, prefix="upload-")  # noqa: SIM115
         try:
             async for chunk in chunks:
-                others = sum(each.size for each in self._by_token.values() if each.owner == upload.owner)
-                if others + len(chunk) > SIZE:
+                self._check(upload)
+                if self._sizes[upload.owner] + len(chunk) > SIZE:
                     raise TooManyRequests(
                         f"the files that wait for your builds would be over {SIZE >> 20} MiB",
                         hint="copy less, or fetch it in a step",
@@ -87,24 +97,36 @@ class Uploads:
                 if lack := self._places.lack_of_space():
                     raise InsufficientStorage(lack, hint="the operator must free some space")
                 upload.size += len(chunk)
+                self._sizes[upload.owner] += len(chunk)
                 await in_thread(file.write, chunk)
             await in_thread(file.flush)
-            if upload.token not in self._by_token:
-                raise NotFound("the build of these files is over")
+            self._check(upload)
         except BaseException:
             file.close()
-            upload.close()
+            self._close(upload)
             raise
+        finally:
+            upload.is_coming = False
         upload.file = file
 
+    def _check(self, upload: Upload) -> None:
+        if upload.token not in self._by_token:
+            raise NotFound("the build of these files is over")
+
     def drop(self, template: str) -> None:
-        """Give up a template's uploads."""
+        """Give up a template's uploads. One that comes is refused with its next bytes, and counts until then."""
         for upload in self.of_template(template).values():
             del self._by_token[upload.token]
-            upload.close()
+            if not upload.is_coming:
+                self._close(upload)
 
     def close(self) -> None:
         """Give up all uploads."""
-        for upload in self._by_token.values():
-            upload.close()
-        self._by_token.clear()
+        for template in {each.template for each in self._by_token.values()}:
+            self.drop(template)
+
+    def _close(self, upload: Upload) -> None:
+        if upload.file is not None:
+            upload.file.close()
+        self._sizes[upload.owner] -= upload.size
+        upload.file, upload.size = None, 0

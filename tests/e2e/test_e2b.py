@@ -189,15 +189,20 @@ def test_programs_in_javascript(program: str, server: Server, programs: None, pr
     assert result.returncode == 0, f"{result.stdout[-1500:]}\n{result.stderr[-4000:]}"
 
 
-def test_on_a_machine(tmp_path: Path, progress: Callable[[str], None]) -> None:
-    """A table and its chart in a virtual machine, its users, and the interpreter's port inside it."""
+@pytest.fixture(scope="module")
+def machines(directory: Path) -> Iterator[Server]:
+    """A server with virtual machines."""
+    running = Server(directory / "machines", pool_size=1, max_sandboxes=4)
+    yield running
+    running.close()
+
+
+@pytest.mark.parametrize("program", ["csv_chart", "overnight"])
+def test_on_a_machine(program: str, machines: Server, progress: Callable[[str], None]) -> None:
+    """What needs a virtual machine: packages, users, the interpreter's port inside it, pauses, snapshots, copies."""
     python = python_of(PYTHONS[0], progress)
-    server = Server(tmp_path / "data", pool_size=1, max_sandboxes=2)
-    try:
-        command = [str(python), str(HERE / "programs.py"), "csv_chart", server.url]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False, env=variables())
-    finally:
-        server.close()
+    command = [str(python), str(HERE / "programs.py"), program, machines.url]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False, env=variables())
     assert result.returncode == 0, f"{result.stdout[-1500:]}\n{result.stderr[-4000:]}"
 
 

@@ -60,6 +60,16 @@ def test_an_authority_that_signs_another_name(tmp_path: Path) -> None:
         shake_hands(files, "bank.example")
 
 
+def test_an_authority_of_somebody_else(tmp_path: Path) -> None:
+    """What `cellvm certs` has not made is refused, and stays as it is."""
+    files, _ = certificates.make(tmp_path, DOMAIN)
+    foreign = files.server.read_bytes()
+    files.authority.write_bytes(foreign)
+    with pytest.raises(ValueError, match="no authority of `cellvm certs`"):
+        certificates.make(tmp_path, DOMAIN)
+    assert files.authority.read_bytes() == foreign
+
+
 def test_renewal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A good certificate stays. One that is due, or on request, is replaced, and the authority stays, so clients do."""
     files, _ = certificates.make(tmp_path, DOMAIN)

@@ -52,6 +52,31 @@ def csv_chart() -> None:
         box.files.write("/etc/motd", "root may write here", user="root")
 
 
+def overnight() -> None:
+    """A sandbox is paused and goes on as it was. It is copied, and started from again, while it goes on itself."""
+    box = Sandbox.create(timeout=300)
+    box.run_code("count = 1")
+    sleeper = box.commands.run("sleep 600", background=True)
+    box.pause()
+    assert not box.is_running()
+    assert box.get_info().state.value == "paused"
+    box = Sandbox.connect(box.sandbox_id, timeout=300)
+    assert sleeper.pid in [each.pid for each in box.commands.list()]
+    assert box.run_code("count += 1; count").text == "2"
+    snapshot = box.create_snapshot()
+    assert snapshot.snapshot_id in [each.snapshot_id for each in Sandbox.list_snapshots().next_items()]
+    with Sandbox.create(snapshot.snapshot_id, timeout=300) as other:
+        assert other.run_code("count += 10; count").text == "12"
+    forked = box.fork()
+    assert box.run_code("count").text == "2"
+    for each in forked:
+        assert each.run_code("count += 100; count").text == "102"
+        each.kill()
+    assert Sandbox.delete_snapshot(snapshot.snapshot_id)
+    box.kill()
+    assert not box.is_running()
+
+
 def upload_directory() -> None:
     """A directory goes up as it is."""
     with tempfile.TemporaryDirectory() as name, Sandbox.create(timeout=60) as box:
