@@ -366,6 +366,8 @@ async def test_the_way_back(context: BrowserContext, saving: Service) -> None:
     back = timeline.get_by_role("button", name="Go back to before cell")
     await expect(back).to_have_count(1)
     await expect(back.locator("..")).to_contain_text("x = 'now'")
+    await page.set_viewport_size({"width": 320, "height": 640})
+    assert await timeline.evaluate("dialog => dialog.scrollWidth <= dialog.clientWidth")
     await back.click()
     await page.get_by_role("button", name="Go back", exact=True).click()
     await expect(timeline).to_contain_text("Went back to checkpoint 1")

@@ -63,7 +63,7 @@ export function Timeline({ id, close }: { id: string; close: () => void }) {
       <Trouble error={work.error.value} />
       {told.value?.trouble && <p class="trouble">There is no checkpoint after the last cell: {told.value.trouble}.</p>}
       {told.value && entries.length === 0 && <p class="muted">Nothing has happened yet.</p>}
-      <ol class="things" reversed>
+      <ul class="things">
         {[...entries].reverse().map((each) => (
           <li key={`${each.type} ${each.at}`}>
             <What happened={each} />
@@ -90,7 +90,7 @@ export function Timeline({ id, close }: { id: string; close: () => void }) {
             )}
           </li>
         ))}
-      </ol>
+      </ul>
       {question.value && <Ask question={question.value} close={() => (question.value = undefined)} />}
     </Dialog>
   );
