@@ -41,8 +41,8 @@ from kernel_gateway.logs import Escaped
 from kernel_gateway.mcp.relay import relay
 from kernel_gateway.network.slots import choose, found_floor
 from kernel_gateway.private import private
-from kernel_gateway.sandbox.key import ALL, Scope, parse_scope
-from kernel_gateway.sandbox.store import VARIABLE, Store, new_key
+from kernel_gateway.sandbox.key import ALL, Scope, new_key, parse_scope
+from kernel_gateway.sandbox.store import VARIABLE, Store
 from kernel_gateway.server import Server, builder, load_templates, opened_driver, running
 from kernel_gateway.settings import Settings, SettingsError
 

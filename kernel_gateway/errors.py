@@ -8,7 +8,8 @@ CellvmError
 ├── Misdirected            the request names another host
 ├── NotFound               no such sandbox, template or file (also: somebody else's)
 ├── Conflict               the sandbox is not in a state for this
-│   └── SandboxPaused      the sandbox is paused, or was while the request was answered
+│   ├── SandboxPaused      the sandbox is paused, or was while the request was answered
+│   └── SandboxRestored    the sandbox went back to a checkpoint while the request was answered
 ├── Corrupt                the files of a paused sandbox are damaged
 ├── Incompatible           a paused sandbox can't go on with this host or this template
 ├── InsufficientStorage    the disk has no room to pause the sandbox, which still runs
@@ -72,6 +73,11 @@ class Conflict(CellvmError):
 
 class SandboxPaused(Conflict):
     code = "sandbox_paused"
+
+
+class SandboxRestored(Conflict):
+    code = "sandbox_restored"
+    outcome = "unknown"
 
 
 class Corrupt(CellvmError):

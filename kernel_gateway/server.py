@@ -37,10 +37,10 @@ from kernel_gateway.network.policy import Floor
 from kernel_gateway.network.slots import Slots, choose, found_floor
 from kernel_gateway.ports import names
 from kernel_gateway.private import private
-from kernel_gateway.sandbox.key import KEY_LENGTH
+from kernel_gateway.sandbox.key import KEY_LENGTH, new_key
 from kernel_gateway.sandbox.pool import Pool
 from kernel_gateway.sandbox.sandboxes import Sandboxes, supervised
-from kernel_gateway.sandbox.store import Store, new_key
+from kernel_gateway.sandbox.store import Store
 from kernel_gateway.settings import IN_CLEAR, Settings, SettingsError
 from kernel_gateway.webhooks import Deliveries, Sender, Targets
 
@@ -288,6 +288,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 pools,
                 store,
                 maximum=settings.max_sandboxes,
+                max_timeout=settings.max_timeout,
                 per_owner=settings.max_sandboxes_per_key or settings.max_sandboxes,
                 journals=journals,
                 held=Held(settings.max_held_mb << 20, settings.max_held_total_mb << 20),
@@ -298,6 +299,8 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 max_paused=settings.max_paused_per_key,
                 snapshots=private(settings.data_path / "snapshots"),
                 max_snapshots=settings.max_snapshots_per_key,
+                checkpoints=private(settings.data_path / "checkpoints"),
+                checkpoint_bytes=settings.max_checkpoints_mb << 20,
                 pause_at_close=settings.at_shutdown == "pause",
             )
             floor = await surroundings(settings, opened.network)

@@ -46,6 +46,9 @@ class Settings:
     templates: str = setting("", "Templates to offer, separated by commas. Default: all there are.")
     template_dir: str = setting("", "Folder of template files. Default: those that come with CellVM.")
     pool_size: int = setting(3, "Machines kept ready for the first template (code_interpreter).", low=0, high=1000)
+    max_timeout: int = setting(
+        3600, "Seconds that a request may let a sandbox live; beyond, it answers 400.", low=300, high=30 * 86400
+    )
     max_sandboxes: int = setting(20, "Sandboxes there may be at once; beyond, creates answer 503.", low=1, high=10000)
     max_sandboxes_per_key: int = setting(
         0, "Sandboxes that one key may have at once; beyond, creates answer 429. 0: all there are.", low=0, high=10000
@@ -55,6 +58,9 @@ class Settings:
     )
     max_snapshots_per_key: int = setting(
         100, "Snapshots that one key may have; beyond, taking one answers 429.", low=1, high=100_000
+    )
+    max_checkpoints_mb: int = setting(
+        2048, "MiB of disk that the checkpoints of one sandbox may take; the oldest make room.", low=1, high=10_000_000
     )
     max_creates_per_minute: int = setting(
         600, "Sandboxes that one key may create within a minute; beyond, creates answer 429.", low=1, high=1000000

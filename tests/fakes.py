@@ -28,6 +28,7 @@ import msgspec
 from tornado.httpclient import AsyncHTTPClient, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.testing import bind_unused_port
+from tornado.web import Application
 
 from guest_agent import wire
 from guest_agent.wire import Body, FrameType
@@ -70,8 +71,8 @@ class Script:
 
     `sample` makes a handshake's random sample. `resumed` may change the acknowledgement before it is sent. `handlers`
     replace the handlers of requests. `start_error` is raised instead of starting, and `filter_error` when a network
-    policy is applied or refusals are read. Saving takes `save_delay` seconds, and ends with
-    `save_error`, or with `write_error` when its files are written.
+    policy is applied or refusals are read. Saving takes `save_delay` seconds and `save_size` bytes, and ends with
+    `save_error`, or with `write_error` when its files are written. `notes` are what cells have said by `note(…)`.
     """
 
     sample: Callable[[], bytes] = lambda: os.urandom(16)
@@ -83,6 +84,8 @@ class Script:
     save_error: Exception | None = None
     write_error: Exception | None = None
     save_delay: float = 0.0
+    save_size: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 class Stream:
@@ -221,13 +224,14 @@ class FakeGuest:
         await cancel(*self._tasks.values())
 
     def frozen(self) -> Callable[[], "FakeGuest"]:
-        """What makes guests with the files and the kernel's names that this one has now, and nothing under way."""
+        """What makes guests with the files and the kernel that this one has now, and no commands. They are at rest."""
         env, files, epoch, kernel = dict(self.env), dict(self.files), self.epoch, self.kernel.frozen()
 
         def thaw() -> FakeGuest:
             other = FakeGuest(self._sock, self.script, self.die)
             other.env, other.files, other.epoch = dict(env), dict(files), epoch
             kernel(other.kernel)
+            other._awake.clear()
             return other
 
         return thaw
@@ -591,6 +595,13 @@ PROGRAMS: dict[str, Callable[[Stream, wire.Spawn], Awaitable[int]]] = {
 # -- the kernel
 
 
+NOTHING = memoryview(b'{"code": "", "store_history": false}')
+
+
+def is_cell(parts: list[memoryview]) -> bool:
+    return bool(json.loads(bytes(parts[1])).get("msg_type") == "execute_request")
+
+
 class FakeKernel:
     """A kernel for a small part of Python: names, + - * /, print, input, display, sleep, os._exit, flood(megabytes).
 
@@ -607,6 +618,7 @@ class FakeKernel:
         self._cells: asyncio.Queue[list[memoryview]] = asyncio.Queue()
         self._task = asyncio.create_task(self._run())
         self._cell: asyncio.Task[None] | None = None
+        self._at: list[memoryview] | None = None  # what it works at
         self._names: dict[str, Any] = {}
         self._count = 0
         self._restarting = self._closing = False
@@ -643,11 +655,18 @@ class FakeKernel:
         await self._say("idle", "restarted")
 
     def frozen(self) -> Callable[["FakeKernel"], None]:
-        """What gives another kernel the names, the count and the credit that this one has now."""
+        """What gives another kernel the names, the count and the credit that this one has now.
+
+        What is left of its cells does nothing in the other one, and has its replies.
+        """
+        at = [] if self._at is None else [self._at]
+        left = [[*each[:4], NOTHING] if is_cell(each) else each for each in (*at, *self._cells._queue)]  # type: ignore[attr-defined]
         names, count, credit = dict(self._names), self._count, {n: each.credit for n, each in self._streams.items()}
 
         def thaw(other: FakeKernel) -> None:
             other._names, other._count = dict(names), count
+            for each in left:
+                other._cells.put_nowait(each)
             for number, stream in other._streams.items():
                 stream.begin_epoch()
                 stream.credit = credit[number]
@@ -701,8 +720,9 @@ class FakeKernel:
 
     async def _run(self) -> None:
         while True:
-            parts = await self._cells.get()
-            if json.loads(bytes(parts[1])).get("msg_type") != "execute_request":
+            self._at = None
+            self._at = parts = await self._cells.get()
+            if not is_cell(parts):
                 await self._answer("shell", parts)
                 continue
             self._cell = asyncio.create_task(self._execute(parts[1], json.loads(bytes(parts[4]))))
@@ -790,6 +810,8 @@ class FakeKernel:
                 return await self._inputs.get()
             case "display":
                 await self.publish("iopub", "display_data", parent, {"data": args[0], "metadata": {}})
+            case "note":
+                self._guest.script.notes.append(args[0])
             case "time.sleep":
                 await self._sleep(args[0])
             case "os._exit":
@@ -1015,11 +1037,15 @@ class FakeCaptured:
         self._driver = driver
         self._guest = guest
 
+    async def size(self) -> int:
+        return self._driver.script.save_size + 64 * 1024  # what the server adds to it, too
+
     async def write(self, directory: Path) -> None:
         if self._driver.script.write_error is not None:
             raise self._driver.script.write_error
         name = os.urandom(8).hex()
         (directory / "machine").write_text(name)
+        (directory / "memory").write_bytes(b"m" * self._driver.script.save_size)
         self._driver.saved[name] = self.thaw or self._guest
         self._guest.is_saved = self.thaw is None
 
@@ -1041,7 +1067,8 @@ async def cancel(*tasks: asyncio.Task[Any] | None) -> None:
 class Service:
     """The real Tornado application on a port of its own, and a client for it."""
 
-    def __init__(self, url: str, sandboxes: Sandboxes, store: Store, driver: Any) -> None:
+    def __init__(self, url: str, app: Application, sandboxes: Sandboxes, store: Store, driver: Any) -> None:
+        self.app = app
         self.url = url
         self.port = int(url.rsplit(":", 1)[1])
         self.sandboxes = sandboxes
@@ -1128,6 +1155,7 @@ async def serving(
     *,
     max_sandboxes: int = 4,
     per_owner: int | None = None,
+    max_timeout: int = 3600,
     pool_size: int = 0,
     held: Held | None = None,
     creates_per_minute: int = 100_000,
@@ -1136,6 +1164,7 @@ async def serving(
     journals: Path | None = None,
     max_paused: int = 100,
     max_snapshots: int = 100,
+    checkpoint_bytes: int = 2 << 30,
     pause_at_close: bool = False,
     **options: Any,
 ) -> AsyncIterator[Service]:
@@ -1145,7 +1174,8 @@ async def serving(
     guests = Guests(driver)
     paused = directory / "paused"
     snapshots = directory / "snapshots"
-    for folder in (paused, snapshots):
+    checkpoints = directory / "checkpoints"
+    for folder in (paused, snapshots, checkpoints):
         folder.mkdir(mode=0o700, exist_ok=True)
     pools = {"code_interpreter": Pool(guests, "code_interpreter", pool_size)} if pool_size else {}
     sandboxes = Sandboxes(
@@ -1155,6 +1185,7 @@ async def serving(
         db,
         maximum=max_sandboxes,
         per_owner=per_owner,
+        max_timeout=max_timeout,
         held=held,
         creates_per_minute=creates_per_minute,
         network=network,
@@ -1163,13 +1194,16 @@ async def serving(
         max_paused=max_paused,
         snapshots=snapshots,
         max_snapshots=max_snapshots,
+        checkpoints=checkpoints,
+        checkpoint_bytes=checkpoint_bytes,
         pause_at_close=pause_at_close,
     )
-    http = HTTPServer(application(sandboxes, db, **options), max_body_size=1 << 50, max_header_size=64 * 1024)
+    app = application(sandboxes, db, **options)
+    http = HTTPServer(app, max_body_size=1 << 50, max_header_size=64 * 1024)
     sock, port = bind_unused_port()
     http.add_sockets([sock])
     sandboxes.start()
-    service = Service(f"http://127.0.0.1:{port}", sandboxes, db, driver)
+    service = Service(f"http://127.0.0.1:{port}", app, sandboxes, db, driver)
     try:
         yield service
     finally:

@@ -1,4 +1,5 @@
 /** The editor, which comes after the first paint. It lives in a shadow root, because its styles then need no `<style>`. */
+import { acceptCompletion, autocompletion, type CompletionContext, startCompletion } from "@codemirror/autocomplete";
 import { defaultKeymap, history, historyKeymap, indentWithTab } from "@codemirror/commands";
 import { python, pythonLanguage } from "@codemirror/lang-python";
 import { bracketMatching, HighlightStyle, indentUnit, syntaxHighlighting } from "@codemirror/language";
@@ -6,6 +7,8 @@ import { EditorState, Prec } from "@codemirror/state";
 import { drawSelection, EditorView, keymap, placeholder } from "@codemirror/view";
 import { highlightCode, tagHighlighter, tags } from "@lezer/highlight";
 import { highlight } from "./highlight";
+import type { Completions } from "./store";
+import { safe } from "./words";
 
 const COLORS = [
   { tag: [tags.keyword, tags.operatorKeyword, tags.modifier], name: "keyword" },
@@ -21,6 +24,8 @@ interface Options {
   onChange: (text: string) => void;
   /** The code of earlier cells, the oldest first. */
   past: () => string[];
+  /** What may stand at a place of the code, in characters; undefined where nobody can tell. */
+  complete: ((code: string, cursor: number) => Promise<Completions>) | undefined;
 }
 
 /** An editor of one cell. */
@@ -73,9 +78,16 @@ export class Editor {
       { key: "Mod-Enter", run },
       { key: "ArrowUp", run: () => this.walk(1) },
       { key: "ArrowDown", run: () => this.walk(-1) },
+      { key: "Tab", run: (view: EditorView) => acceptCompletion(view) || this.begin(view) },
     ];
     return [
-      Prec.highest(keymap.of(keys)),
+      autocompletion({
+        activateOnTyping: false,
+        interactionDelay: 0,
+        icons: false,
+        override: [(context) => this.complete(context)],
+      }),
+      Prec.high(keymap.of(keys)),
       keymap.of([...defaultKeymap, ...historyKeymap, indentWithTab]),
       history(),
       drawSelection(),
@@ -93,12 +105,34 @@ export class Editor {
         ".cm-scroller": { fontFamily: "var(--mono)", lineHeight: "1.55" },
         ".cm-content": { padding: "10px 0", caretColor: "var(--text)" },
         ".cm-line": { padding: "0 12px" },
+        ".cm-tooltip": { background: "var(--surface)", border: "1px solid var(--line)", borderRadius: "6px" },
+        ".cm-tooltip.cm-tooltip-autocomplete > ul": { fontFamily: "var(--mono)" },
+        ".cm-tooltip-autocomplete ul li[aria-selected]": { background: "var(--accent)", color: "var(--on-accent)" },
         ".cm-placeholder": { color: "var(--muted)" },
         ".cm-cursor": { borderLeftColor: "var(--text)" },
         "&.cm-focused .cm-selectionBackground, .cm-selectionBackground": { background: "var(--selection) !important" },
         "&.cm-focused .cm-matchingBracket": { background: "var(--selection)", color: "inherit" },
       }),
     ];
+  }
+
+  /** Begins to complete the name before the cursor, if there is one. */
+  private begin(view: EditorView): boolean {
+    const { main } = view.state.selection;
+    const before = view.state.sliceDoc(Math.max(main.head - 1, 0), main.head);
+    return (
+      this.options.complete !== undefined && main.empty && /[\p{L}\p{N}_.%]/u.test(before) && startCompletion(view)
+    );
+  }
+
+  /** The kernel counts characters, and the editor UTF-16 units. */
+  private async complete({ state, pos }: CompletionContext) {
+    const code = state.doc.toString();
+    const found = await this.options.complete?.(code, [...code.slice(0, pos)].length);
+    if (!found?.matches.length) return null;
+    const at = (place: number) => [...code].slice(0, place).join("").length;
+    const options = found.matches.map((each) => ({ label: each, displayLabel: safe(each) }));
+    return { from: at(found.start), to: at(found.end), options };
   }
 
   /** Walks through earlier cells, from the first line up and from the last one down. */

@@ -1,7 +1,7 @@
 /** The live list of sandboxes: a stream of JSON lines while the page is visible, because a hidden one needs none. */
 import { effect } from "@preact/signals";
-import { ApiError, get, lines, send } from "./api";
-import { key } from "./key";
+import { ApiError, get, lines, of, send } from "./api";
+import { key, share } from "./key";
 import {
   type Ended,
   ended,
@@ -23,7 +23,7 @@ type Line =
   | { type: "sandbox"; sandbox: Sandbox }
   | { type: "gone"; sandboxID: string };
 
-/** Follows the list for as long as somebody is signed in. */
+/** Follows the list, or the one sandbox of a link, for as long as somebody is signed in. */
 export function follow(): void {
   let stop = new AbortController();
   const begin = () => {
@@ -45,6 +45,10 @@ export function follow(): void {
 async function run(stop: AbortSignal): Promise<void> {
   while (!stop.aborted) {
     try {
+      if (share.value) {
+        health.value ??= await get<Health>("/health", { signal: stop });
+        return await watch(share.value.id, stop);
+      }
       const [told, offered] = await Promise.all([
         get<Health>("/health", { signal: stop }),
         get<Template[]>("/templates", { signal: stop }),
@@ -56,6 +60,14 @@ async function run(stop: AbortSignal): Promise<void> {
       if (stop.aborted) return;
       feedTrouble.value = error instanceof ApiError ? error.message : "The server can't be reached.";
     }
+    await new Promise((resolve) => setTimeout(resolve, PAUSE));
+  }
+}
+
+/** Reads the one sandbox that a link is for, because it has no list. */
+async function watch(id: string, stop: AbortSignal): Promise<void> {
+  while (!stop.aborted) {
+    sandboxes.value = [await get<Sandbox>(of(id), { signal: stop })];
     await new Promise((resolve) => setTimeout(resolve, PAUSE));
   }
 }

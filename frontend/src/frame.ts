@@ -6,6 +6,7 @@
  * answer is removed with all others, because they share a process.
  */
 import { address } from "./api";
+import { toRegion } from "./regions";
 
 /** Frames that exist at once; others leave a box of the same height. */
 const MOST = 12;
@@ -143,6 +144,7 @@ export class Frame {
     if (this.taken > RATE || typeof data !== "object" || data === null) return;
     if ("pong" in data) this.heard = Date.now();
     if ("blocked" in data) this.onBlocked();
+    if ("leave" in data && this.has(document.activeElement)) toRegion(1);
     if ("height" in data && typeof data.height === "number" && data.height > 0) {
       this.element.style.height = `${Math.min(Math.max(data.height, HEIGHTS[0]), HEIGHTS[1])}px`;
     }

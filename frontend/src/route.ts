@@ -15,6 +15,7 @@ export const route = signal<Route>(read());
 
 /** Follows the address. */
 export function followAddress(): void {
+  route.value = read();
   addEventListener("hashchange", () => {
     route.value = read();
   });

@@ -126,6 +126,8 @@ export class Box {
   readonly held = signal<{ by: By; isMine: boolean; until: number } | undefined>(undefined);
   readonly asks = signal("");
   readonly variables = signal<Variable[] | undefined>(undefined);
+  /** Who waits for completions, by the id of the question. */
+  readonly asked = new Map<string, (found: Completions) => void>();
   /** Counts the cells that have ended, because variables may be others then. */
   readonly changes = signal(0);
   readonly answered = signal<{ id: string; by: By } | undefined>(undefined);
@@ -209,6 +211,9 @@ export class Box {
         break;
       case "variables":
         this.variables.value = event.variables ?? [];
+        break;
+      case "completions":
+        this.asked.get(event.id)?.({ matches: event.matches ?? [], start: event.start ?? 0, end: event.end ?? 0 });
         break;
       case "refused":
         this.refusal(event);
@@ -319,6 +324,11 @@ export class Box {
     const state = event.state ?? "";
     const isNews = state !== this.kernel.value;
     this.kernel.value = state;
+    if (state === "idle" && /^the sandbox went back to checkpoint \d+$/.test(event.reason ?? "")) {
+      const text = `${event.reason}. Variables, files and programs are as they were then.`;
+      this.note(`status-${event.seq}`, text.replace("the", "The"), false);
+      this.changes.value += 1;
+    }
     if (!isNews || (state !== "restarting" && state !== "dead" && state !== "starting")) return;
     const cause = [
       event.exitCode ? `exit code ${event.exitCode}` : "",
@@ -384,6 +394,16 @@ export interface StreamEvent {
   held?: { by: By; isMine: boolean; until: number };
   answered?: { id: string; by: By };
   variables?: Variable[];
+  matches?: string[];
+  start?: number;
+  end?: number;
+}
+
+/** What may stand between two places of a cell's code, in characters. */
+export interface Completions {
+  matches: string[];
+  start: number;
+  end: number;
 }
 
 // -- the page
@@ -394,6 +414,10 @@ export const ended = signal<Ended[]>([]);
 export const templates = signal<Template[]>([]);
 /** What went wrong with the list; empty while it is live. */
 export const feedTrouble = signal("");
+/** Whether the server names a capability. What it does not name has no button. */
+export function offers(capability: string): boolean {
+  return health.value?.capabilities?.includes(capability) ?? false;
+}
 /** The clock of everything that counts seconds on the screen. */
 export const now = signal(Date.now());
 /** What the live region says. */

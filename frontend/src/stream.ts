@@ -1,11 +1,13 @@
 /** The WebSocket of the sandbox in view: it connects again after a loss, from where it was (docs/stream.md). */
 import { ApiError, address, CLIENT, get, of } from "./api";
 import { key, keyProtocol } from "./key";
-import { type Box, type Link, type Sandbox, said } from "./store";
+import { type Box, type Completions, type Link, type Sandbox, said } from "./store";
 
 /** Milliseconds before the first and before the last try to connect again. */
 const FIRST = 250;
 const LONGEST = 8000;
+/** Milliseconds that the kernel has to complete a name. */
+const COMPLETING = 4000;
 
 /** This tab's session. Ids of its cells begin with it, and by it the tab knows its own after a reload. */
 export const SESSION = tabSession();
@@ -50,6 +52,16 @@ export class Stream {
     const id = `${SESSION}-${crypto.randomUUID().slice(0, 8)}`;
     this.box.add(id, code);
     this.send({ type: "execute", id, code });
+  }
+
+  /** What may stand at a place of the code, in characters. There is none after a while without an answer. */
+  complete(code: string, cursor: number): Promise<Completions> {
+    const id = crypto.randomUUID();
+    return new Promise<Completions>((resolve) => {
+      this.box.asked.set(id, resolve);
+      setTimeout(() => resolve({ matches: [], start: 0, end: 0 }), COMPLETING);
+      this.send({ type: "complete", id, code, cursor });
+    }).finally(() => this.box.asked.delete(id));
   }
 
   /** Sends a command; nothing happens without a connection. */

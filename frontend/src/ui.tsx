@@ -15,6 +15,7 @@ export interface Question {
 /** A dialog that is open while it is there. */
 export function Dialog(props: { title: string; close: () => void; children: ComponentChildren; isWide?: boolean }) {
   const element = useRef<HTMLDialogElement>(null);
+  const title = useId();
   useEffect(() => {
     element.current?.showModal();
   }, []);
@@ -22,13 +23,13 @@ export function Dialog(props: { title: string; close: () => void; children: Comp
     <dialog
       ref={element}
       class={props.isWide ? "wide" : ""}
-      aria-labelledby="dialog-title"
+      aria-labelledby={title}
       onClose={props.close}
       onClick={(event) => event.target === element.current && element.current?.close()}
     >
       <div class="dialog">
         <header>
-          <h2 id="dialog-title">{props.title}</h2>
+          <h2 id={title}>{props.title}</h2>
           <button type="button" class="quiet icon" aria-label="Close" onClick={() => element.current?.close()}>
             ✕
           </button>

@@ -11,7 +11,7 @@ from urllib.parse import unquote, unquote_to_bytes
 from tornado.httputil import HTTPServerRequest
 from tornado.web import Application
 
-from kernel_gateway.api import commands, events, figures, jupyter, mcp, ports, rest
+from kernel_gateway.api import checkpoints, commands, events, figures, jupyter, mcp, ports, rest, shares
 from kernel_gateway.api.base import NOBODY, Endpoint, Missing, Requests, Route
 from kernel_gateway.api.channels import Channels
 from kernel_gateway.api.e2b import control, envd, interpreter, rpc, templates
@@ -30,6 +30,7 @@ from kernel_gateway.ports import NONE, Place, place_of_host, place_of_path
 from kernel_gateway.sandbox.lifecycle import Event
 from kernel_gateway.sandbox.sandboxes import Sandboxes
 from kernel_gateway.sandbox.store import Store
+from kernel_gateway.sandbox.timeline import Checkpoint
 from kernel_gateway.webhooks import EventModel, Targets
 
 log = logging.getLogger(__name__)
@@ -124,6 +125,17 @@ ROUTES = [
         "POST", f"{BOX}/fork", control.fork, body=rest.Fork, answer=list[control.ForkModel], status=201,
         errors=(501, 507),
     ),
+    Route(
+        "POST", f"{BOX}/share", shares.make_share, body=shares.MakeShare, answer=shares.ShareModel, status=201,
+    ),
+    Route("GET", f"{BOX}/share", shares.list_shares, answer=list[shares.ShareModel]),
+    Route("DELETE", f"{BOX}/share/{{share}}", shares.revoke_share, status=204),
+    Route(
+        "POST", f"{BOX}/checkpoints", checkpoints.take, answer=Checkpoint, status=201, errors=(501, 507),
+    ),
+    Route("POST", f"{BOX}/checkpoints/{{checkpoint}}/restore", checkpoints.restore, status=204, errors=(501,)),
+    Route("DELETE", f"{BOX}/checkpoints/{{checkpoint}}", checkpoints.delete, status=204),
+    Route("GET", f"{BOX}/timeline", checkpoints.timeline, answer=checkpoints.TimelineModel),
     Route("GET", f"{BOX}/network", rest.get_network, answer=rest.NetworkState),
     Route("PUT", f"{BOX}/network", rest.set_network, body=rest.SetNetwork, status=204, errors=(501,)),
     Route("GET", f"{BOX}/ports", ports.list_ports, answer=ports.PortsModel),

@@ -59,6 +59,7 @@ STATUS: dict[str, int] = {
     "not_found": 404,
     "conflict": 409,
     "sandbox_paused": 409,
+    "sandbox_restored": 409,
     "snapshot_corrupt": 409,
     "snapshot_incompatible": 409,
     "insufficient_storage": 507,
@@ -455,8 +456,9 @@ class Endpoint(Handler):
             self.key = mine.key
             if not route.public:
                 self.application.settings["requests"].assign(self, mine.key.owner)
-            if route.method != "GET":
-                mine.key.scope.check_change()
+            mine.key.scope.check_request(route.method, route.path)
+            if mine.key.scope.mode and route.method != "GET":
+                self._store.used(mine.key.id)
             self._body_holding = self.hold("bodies of requests")
             self.call = Call(
                 self._sandboxes,

@@ -102,4 +102,4 @@ class Channels(Socket):
         try:
             await sending
         except CellvmError:
-            pass  # the journal ends then, and so does the connection
+            pass  # the machine is gone, and the journal says how the request has ended

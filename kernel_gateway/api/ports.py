@@ -322,7 +322,8 @@ class Preview(HTTPMessageDelegate):
         for key in carried.keys:
             try:
                 sandbox = Access(self._sandboxes, self._store, key).get(self._place.sandbox)
-                if self._request.method not in ("GET", "HEAD") or "Upgrade" in self._request.headers:
+                is_read = self._request.method in ("GET", "HEAD") and "Upgrade" not in self._request.headers
+                if key.scope.mode or not is_read:
                     key.scope.check_change()
             except (NotFound, Forbidden) as error:
                 refused = error

@@ -52,7 +52,8 @@ from kernel_gateway.sandbox.lifecycle import ASLEEP, State
 from kernel_gateway.sandbox.sandbox import Sandbox
 from kernel_gateway.sandbox.snapshots import Snapshot
 
-MAX_TIMEOUT = 3600
+MAX_TIMEOUT, MAX_LIFETIME = 3600, 30 * 86400
+"""Longest time of a cell or command, and of what `--max-timeout` may be, in seconds."""
 INLINE_LIMIT = 1024 * 1024
 """Largest file that is sent inside JSON, in bytes."""
 MAX_ARGUMENT = 128 * 1024 - 1
@@ -61,7 +62,7 @@ MAX_ARGUMENT = 128 * 1024 - 1
 MAX_METADATA = 64 * 1024
 """Bytes of a sandbox's metadata, names and values."""
 
-Timeout = Annotated[int, Meta(ge=1, le=MAX_TIMEOUT, description="Seconds.")]
+Timeout = Annotated[int, Meta(ge=1, le=MAX_LIFETIME, description="Seconds; the server's --max-timeout at most.")]
 Seconds = Annotated[float, Meta(gt=0, le=MAX_TIMEOUT, description="Seconds.")]
 Text = dict[str, str]
 
@@ -98,6 +99,8 @@ class CreateSandbox(Struct):
     With `autoPause` it is paused when its lifetime is over, in place of its end. With `autoResume` every request that
     needs it wakes it when it is paused. `autoPauseMemory: false` is not offered.
 
+    With `checkpoints: "cell"` a checkpoint is taken after each cell.
+
     `allow_internet_access` and `allowInternetAccess` are one field in two spellings.
     """
 
@@ -111,6 +114,7 @@ class CreateSandbox(Struct):
     autoPause: bool = False
     autoPauseMemory: bool = True
     autoResume: AutoResume | None = None
+    checkpoints: Literal["cell"] | None = None
 
 
 class NetworkModel(Struct):
@@ -251,6 +255,13 @@ ENVD_VERSION = "0.6.13"
 """The version that E2B's clients are told. By it they decide what they may ask for (docs/e2b.md)."""
 
 
+def check_lifetime(call: Call, seconds: int | None) -> None:
+    """Refuse a lifetime that is longer than this server allows."""
+    most = call.sandboxes.max_timeout
+    if seconds is not None and seconds > most:
+        raise InvalidRequest(f"a lifetime must be <= {most} s", hint="it may be extended again and again")
+
+
 def check_env(env: Text) -> None:
     """Refuse names and values that no process can have."""
     if sum(len(name) + len(value) for name, value in env.items()) > MAX_ARGUMENT:
@@ -281,7 +292,7 @@ def rfc3339(moment: datetime) -> str:
     return moment.isoformat().replace("+00:00", "Z")
 
 
-SHOWN_AS = {State.PAUSING: State.RUNNING, State.RESUMING: State.PAUSED}
+SHOWN_AS = {State.PAUSING: State.RUNNING, State.RESUMING: State.PAUSED, State.RESTORING: State.RUNNING}
 """SandBase's and E2B's words for states that they do not have."""
 
 
@@ -346,6 +357,7 @@ async def create_sandbox(call: Call, body: CreateSandbox) -> SandboxModel:
         )
     if not body.autoPauseMemory:
         raise Unavailable("this server does not offer autoPauseMemory: false, a pause that keeps the files alone")
+    check_lifetime(call, body.timeout)
     check_env(body.envVars)
     check_metadata(body.metadata)
     network = body.network or NetworkRules()
@@ -358,6 +370,7 @@ async def create_sandbox(call: Call, body: CreateSandbox) -> SandboxModel:
         policy=read_policy(call, network, body.allow_internet_access, body.allowInternetAccess),
         auto_pause=body.autoPause,
         auto_resume=body.autoResume is not None and body.autoResume.enabled,
+        checkpoints=body.checkpoints is not None,
     )
     sandbox.open_all_ports(network.allowPublicTraffic is True)
     return model(sandbox)
@@ -471,6 +484,7 @@ async def pause(call: Call, body: Pause) -> None:
 async def connect(call: Call, body: Connect) -> SandboxModel:
     """Resume the sandbox if it is paused (201). One that runs lives at least `timeout` seconds more (200)."""
     sandbox = call.sandbox
+    check_lifetime(call, body.timeout)
     if await call.sandboxes.pauses.resume(sandbox, body.timeout):
         call.http.set_status(201)
     return model(sandbox)
@@ -479,6 +493,7 @@ async def connect(call: Call, body: Connect) -> SandboxModel:
 async def resume(call: Call, body: Resume) -> SandboxModel:
     """Resume a paused sandbox. One that runs is a conflict."""
     sandbox = call.sandbox
+    check_lifetime(call, body.timeout)
     if sandbox.state is State.RUNNING:
         raise Conflict("the sandbox is running", hint="POST /sandboxes/{id}/connect takes it as it is")
     await call.sandboxes.pauses.resume(sandbox, body.timeout)
@@ -544,6 +559,7 @@ async def delete_snapshot(call: Call) -> None:
 async def set_timeout(call: Call, body: SetTimeout) -> None:
     """Let the sandbox end, or be paused if it has `autoPause`, that many seconds from now."""
     sandbox = call.sandbox
+    check_lifetime(call, body.timeout)
     _ = sandbox.guest
     sandbox.set_timeout(body.timeout)
     call.sandboxes.changed(sandbox, {"reason": "timeout", "endAt": rfc3339(sandbox.ends_at)})
@@ -552,6 +568,7 @@ async def set_timeout(call: Call, body: SetTimeout) -> None:
 async def refresh(call: Call, body: Refresh) -> None:
     """Keep the sandbox alive for at least `duration` seconds from now."""
     sandbox = call.sandbox
+    check_lifetime(call, body.duration)
     _ = sandbox.guest
     sandbox.extend(body.duration)
 
@@ -1320,7 +1337,11 @@ class RateLimit(Struct):
 
 
 class LimitsModel(Struct):
-    """The limits of your key. `heldBytes` are those that wait in the server for you; docs/rest.md says which."""
+    """The limits of your key. `heldBytes` are those that wait in the server for you; docs/rest.md says which.
+
+    `maxTimeout` is how many seconds a sandbox may live at a time, and `checkpointBytes` what the checkpoints of one
+    sandbox may take.
+    """
 
     sandboxes: Limit
     pausedSandboxes: Limit
@@ -1329,6 +1350,8 @@ class LimitsModel(Struct):
     requests: Limit
     connections: Limit
     heldBytes: Limit
+    maxTimeout: int
+    checkpointBytes: int
 
 
 async def limits(call: Call) -> LimitsModel:
@@ -1344,6 +1367,8 @@ async def limits(call: Call) -> LimitsModel:
         requests=Limit(requests.most, requests.of(owner)),
         connections=Limit(sockets.most, sockets.of(owner)),
         heldBytes=Limit(held.most, held.of(owner)),
+        maxTimeout=sandboxes.max_timeout,
+        checkpointBytes=sandboxes.checkpoints.budget,
     )
 
 
@@ -1362,6 +1387,13 @@ async def health(call: Call) -> Health:
         sandboxes=len(sandboxes),
         maxSandboxes=sandboxes.places.maximum,
         pool=[PoolModel(pool.template_id, pool.ready, pool.size) for pool in sandboxes.pools.values()],
-        capabilities=["pty", "hold", "variables", *(["pause"] if sandboxes.pauses.is_offered else [])],
+        capabilities=[
+            "pty",
+            "hold",
+            "variables",
+            "complete",
+            "share",
+            *(["pause", "snapshot", "fork", "checkpoints"] if sandboxes.pauses.is_offered else []),
+        ],
         trouble=sandboxes.trouble or None,
     )

@@ -45,6 +45,8 @@ PING_INTERVAL = 30.0
 PONG_TIMEOUT = 600.0
 """Seconds without a pong after which a connection is closed. They are many because some clients answer only while they
 read. TCP notices dead peers, see `_keep_watch`."""
+MAX_VIEWERS = 8
+"""Connections that one link to a sandbox may have at once, because they count for the sandbox's owner."""
 HALF_OPEN = 40
 """Seconds that bytes may stay unacknowledged, or unread, before TCP gives the connection up."""
 
@@ -82,13 +84,16 @@ class Sockets:
         """Number of connections of an owner."""
         return len(self._open.get(owner, ()))
 
-    def check(self, owner: str) -> None:
-        """Check that the owner may have another connection.
+    def check(self, key: Key) -> None:
+        """Check that the key's owner may have another connection, and whoever has a link one of it.
 
         Raises:
-            TooManyRequests: the owner has as many as there may be.
+            TooManyRequests: there are as many as there may be.
         """
-        if self.of(owner) >= self.most:
+        mine = self._open.get(key.owner, set())
+        if key.scope.mode and sum(each.key.id == key.id for each in mine) >= MAX_VIEWERS:
+            raise TooManyRequests(f"{MAX_VIEWERS} connections use this link, which is all that it may have at once")
+        if len(mine) >= self.most:
             raise TooManyRequests(
                 f"your key has {self.most} WebSockets open, which is all that one key may have at once",
                 hint="close some; the operator sets the limit with --max-connections",
@@ -171,6 +176,8 @@ class Socket(WebSocketHandler, Handler):
     holding: Holding
     """Messages that were received, or are announced, and have not been passed on."""
     is_binary = False
+    route = ""
+    """The path of the route, with names in place of ids."""
 
     def find(self, mine: Access, name: str) -> Sandbox:
         """The sandbox that the path names."""
@@ -187,8 +194,11 @@ class Socket(WebSocketHandler, Handler):
                 raise InvalidRequest("this is a WebSocket: connect with `Upgrade: websocket`")
             mine = self.authenticate()
             self.key = mine.key
-            mine.key.scope.check_change()
-            self._sockets.check(mine.key.owner)
+            if mine.key.scope.mode:
+                mine.key.scope.check_request("GET", self.route)
+            else:
+                mine.key.scope.check_change()
+            self._sockets.check(mine.key)
             if self._sandboxes.places.is_draining:
                 raise Draining("the server is going down")
             self._query: SocketQuery = self.query(SocketQuery)
@@ -226,11 +236,15 @@ class Socket(WebSocketHandler, Handler):
         self.set_nodelay(True)
         self._keep_watch()
         self.session = self._query.session_id or uuid.uuid4().hex
+        if self.key.scope.mode:
+            # Whoever has a link sees the sessions of others in the ids of their cells, and may not take their places.
+            self.session = f"{self.key.id} {self.session}"
+            self._store.used(self.key.id)
         self._sockets.add(self)
         self.kernel.clients.add(self)
         since = self._query.since
         self.seen = self.kernel.attach(self.session, since)
-        self.reader = self.kernel.journal.reader(self.seen.received)
+        self.reader = self.kernel.journal.reader(self.seen.received, holds=self.key.scope.mode != "watch")
         self.present = self.kernel.journal.last
         self.inherited = frozenset[str]() if since is None else self.kernel.pending
         self.is_told_all = since is not None

@@ -14,7 +14,7 @@ from kernel_gateway.api.socket import MALFORMED, Socket
 from kernel_gateway.errors import CellvmError
 from kernel_gateway.guest.answers import whole_answer
 from kernel_gateway.kernel import message
-from kernel_gateway.kernel.events import CellError, Events, StreamEvent, asked, made_at, variables
+from kernel_gateway.kernel.events import CellError, Events, StreamEvent, asked, completions, made_at, variables
 from kernel_gateway.kernel.executions import KEPT
 from kernel_gateway.kernel.journal import Gap, Record
 from kernel_gateway.kernel.message import GATEWAY, PARENT, By
@@ -25,6 +25,8 @@ SHOWN, SHOWN_CODE = 20, 200
 """Cells that wait of which a `state` tells, and characters of the code of each."""
 LISTING = 10.0
 """Seconds that the kernel has to tell its variables."""
+COMPLETING = 3.0
+"""Seconds that it has to complete a name. It does so between cells, so the answer of a busy kernel has no match."""
 STATE_PAUSE = 0.05
 """Seconds between two `state` events, because a short cell's coming and going is no news."""
 
@@ -70,7 +72,15 @@ class ListVariables(msgspec.Struct, tag="variables", tag_field="type"):
     """Ask for the variables of the kernel's namespace, also while a cell runs. The answer is an event of that type."""
 
 
-Command = Execute | Input | Interrupt | Restart | HoldOthers | Release | ListVariables
+class Complete(msgspec.Struct, tag="complete", tag_field="type"):
+    """Ask what may stand at a place of the code, in characters. The answer is an event `completions` with the `id`."""
+
+    code: str
+    cursor: Annotated[int, msgspec.Meta(ge=0)]
+    id: str | None = None
+
+
+Command = Execute | Input | Interrupt | Restart | HoldOthers | Release | ListVariables | Complete
 _command = msgspec.json.Decoder(Command)
 
 
@@ -111,6 +121,8 @@ class StateEvent(msgspec.Struct, tag="state", tag_field="type", omit_defaults=Tr
 class AgentStream(Socket):
     """Everything that happens in one sandbox's kernel, whoever caused it."""
 
+    route = "/sandboxes/{id}/stream"
+
     def find(self, mine: Access, name: str) -> Sandbox:
         return mine.get(name)
 
@@ -127,6 +139,7 @@ class AgentStream(Socket):
         self._told: StateEvent | None = None
         self._listing: asyncio.Task[None] | None = None
         self._telling: asyncio.Task[None] | None = None
+        self._completing: asyncio.Task[None] | None = None
         self.changed()
 
     def changed(self) -> None:
@@ -156,7 +169,7 @@ class AgentStream(Socket):
         )
 
     def on_close(self) -> None:
-        for task in (self._telling, self._listing):
+        for task in (self._telling, self._listing, self._completing):
             if task is not None:
                 task.cancel()
         super().on_close()
@@ -200,6 +213,7 @@ class AgentStream(Socket):
             await self.send([msgspec.json.encode(refused).decode()])
 
     async def _obey(self, command: Command) -> None:
+        self.key.scope.check_change()
         match command:
             case Execute():
                 check_id(command.id)
@@ -230,6 +244,12 @@ class AgentStream(Socket):
             case ListVariables():
                 if self._listing is None:
                     self._listing = asyncio.create_task(self._tell_variables())
+            case Complete():
+                check_id(command.id)
+                check_text("code", command.code)
+                if self._completing is not None:
+                    self._completing.cancel()  # only the last place that the user was at is of interest
+                self._completing = asyncio.create_task(self._tell_completions(command))
 
     async def _tell_variables(self) -> None:
         """Ask for the variables and tell them. Other commands are obeyed meanwhile, because a repr may take long."""
@@ -240,6 +260,15 @@ class AgentStream(Socket):
                 told = StreamEvent("variables", seq=self.reader.after, variables=variables(content))
                 await self.send([msgspec.json.encode(told).decode()])
         self._listing = None
+
+    async def _tell_completions(self, command: Complete) -> None:
+        """Ask what may stand at a place, and tell it. Other commands are obeyed meanwhile."""
+        request = {"code": command.code, "cursor_pos": min(command.cursor, len(command.code))}
+        with suppress(StreamClosedError, CellvmError):  # the connection is being closed, and tells why
+            content = await self.kernel.ask("complete_request", request, COMPLETING, channel="shell")
+            told = completions(content or b"{}")
+            told = msgspec.structs.replace(told, seq=self.reader.after, id=command.id or "")
+            await self.send([msgspec.json.encode(told).decode()])
 
 
 def is_of_cell(event: StreamEvent, parts: list[bytes]) -> bool:

@@ -118,6 +118,9 @@ class VmDriver(Protocol):
 class Captured(Protocol):
     """A machine as it stood at one moment. It is of its driver, and holds descriptors until it is closed."""
 
+    async def size(self) -> int:
+        """Bytes of disk that writing it takes at most."""
+
     async def write(self, directory: Path) -> None:
         """Write to an empty directory how the machine's memory, devices and disk differ from its template's.
 

@@ -23,6 +23,8 @@ from kernel_gateway.drivers.saved import (
 )
 from kernel_gateway.images.cache import in_thread
 
+OVERHEAD, SHARE = 1024 * 1024, 1 / 128
+"""Bytes that the files take besides the pages: the manifest, and what blocks leave over; and per byte the places."""
 HEADER, FULL_SECTION = 8, b"\x04"
 """Bytes of the header of a machine's state, and the type of a section with a whole device."""
 NO_DESCRIPTION = b"\x06\0\0\0\0"
@@ -52,6 +54,14 @@ class Captured:
         """Let go of it. Idempotent."""
         self._held.close()
 
+    async def size(self) -> int:
+        """Bytes of disk that writing it takes at most. Pages that turn out to be equal to the template's take none."""
+        return await in_thread(self._size)
+
+    def _size(self) -> int:
+        pages = sum(length for name in self._read for _, length in self._parts(name))
+        return pages + int(pages * SHARE) + len(self._state) + OVERHEAD
+
     async def write(self, directory: Path) -> None:
         """Write it to an empty directory, in the form of `Saved`.
 
@@ -65,14 +75,13 @@ class Captured:
             raise DriverError(f"the machine could not be saved: {error}") from error
 
     def _write(self, directory: Path) -> None:
-        parts = {name: self._parts(name) for name in self._read}
-        need = sum(length for each in parts.values() for _, length in each) + len(self._state)
+        need = self._size()
         free = shutil.disk_usage(directory).free
         if free < need:
             raise NoSpace(f"saving the machine may take {need >> 20} MiB, and the disk has {free >> 20} MiB free")
         snapshot = self.base.snapshot
-        digests = save_pages(self._read["memory"], snapshot.memory, parts["memory"], directory / "memory")
-        digests |= save_pages(self._read["disk"], snapshot.disk, parts["disk"], directory / "disk")
+        digests = save_pages(self._read["memory"], snapshot.memory, self._parts("memory"), directory / "memory")
+        digests |= save_pages(self._read["disk"], snapshot.disk, self._parts("disk"), directory / "disk")
         digests["state"] = write_file(directory / "state", self._state)
         keep_template(directory, self.base.files)
         found = snapshot.manifest

@@ -100,6 +100,10 @@ class Still:
         """The server's half, and the pages of the kernel's journal. Both are the caller's own."""
         return _host.decode(self._host), map(decode_page, self._dump.pages())
 
+    async def size(self) -> int:
+        """Bytes of disk that writing it takes at most, without the kernel's messages."""
+        return await self.captured.size() + len(self._host)
+
     async def write(self, directory: Path) -> None:
         """Write it to an empty directory.
 
@@ -162,13 +166,14 @@ class Guests:
         return isinstance(self._driver, Suspends)
 
     @asynccontextmanager
-    async def still(self, guest: Guest, *, goes_on: bool) -> AsyncIterator["Still"]:
+    async def still(self, guest: Guest, *, goes_on: bool, alone: bool = False) -> AsyncIterator["Still"]:
         """Capture a guest. It stands still within the block, and goes on after it.
 
         If its link is closed within the block, the guest is not used any more.
 
         Args:
             goes_on: what this gives is used after the block, and closed by the caller.
+            alone: leave out the kernel's messages, and what its clients have asked for.
 
         Raises:
             NoSpace: the disk has no room.
@@ -184,8 +189,12 @@ class Guests:
             with ExitStack() as undo:
                 undo.callback(captured.close)
                 states, running = guest.commands.at_rest()
-                host = HostState(guest.home, guest.link.rest(running), guest.kernel.state_at_rest(), states, b"")
-                dump = guest.kernel.journal.dump()
+                kernel = guest.kernel.state_at_rest()
+                if alone:
+                    kernel, dump = kernel.alone(), Dump(None, [], [], [])
+                else:
+                    dump = guest.kernel.journal.dump()
+                host = HostState(guest.home, guest.link.rest(running), kernel, states, b"")
                 still = Still(captured, host, await in_thread(dump.detached) if goes_on else dump)
                 undo.pop_all()
             if not goes_on:

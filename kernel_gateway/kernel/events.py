@@ -129,6 +129,9 @@ class StreamEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     at: str | None = None
     outputFile: str | None = None
     variables: "list[Variable] | None" = None
+    matches: list[str] | None = None
+    start: int | None = None
+    end: int | None = None
 
 
 class Events:
@@ -256,6 +259,21 @@ def variables(content: bytes) -> list[Variable]:
         for each in told[:MAX_VARIABLES]
         if each.name.isidentifier() and not each.name.startswith("_")
     ]
+
+
+class Completions(msgspec.Struct):
+    """The content of `complete_reply`: what may stand between two places of the code."""
+
+    matches: list[str] = []
+    cursor_start: int = 0
+    cursor_end: int = 0
+
+
+def completions(content: bytes) -> StreamEvent:
+    """What a reply to `complete_request` offers, cut to what a list of it needs."""
+    told = Completions() if len(content) > MAX_PAYLOAD else message.read(content, Completions)
+    matches = [each[:MAX_VALUE] for each in told.matches[:MAX_VARIABLES]]
+    return StreamEvent("completions", matches=matches, start=told.cursor_start, end=told.cursor_end)
 
 
 class Clear(msgspec.Struct):

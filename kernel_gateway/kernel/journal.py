@@ -93,7 +93,7 @@ class Journal:
     """Messages of one kernel, or the output of one command.
 
     `last` is the newest message's number, `end` counts the bytes of all messages ever, `held_bytes` is the cost of
-    what is in memory.
+    what is in memory. While it `is_pressed`, the guest must be held.
 
     Args:
         directory: the directory of the file, which is made when memory does not suffice.
@@ -130,7 +130,7 @@ class Journal:
         self._essentials: deque[Record] = deque()
         self._essential_bytes = 0
         self._readers: set[Reader] = set()
-        self._is_pressed = False
+        self.is_pressed = False
         self._press_at = math.inf
 
     def append(
@@ -277,9 +277,9 @@ class Journal:
             return None
         return next((segment for segment in self._segments if segment.last > after), None)
 
-    def reader(self, after: int) -> "Reader":
-        """A reader of the messages after number `after`."""
-        return Reader(self, min(after, self.last))
+    def reader(self, after: int, *, holds: bool = True) -> "Reader":
+        """A reader of the messages after number `after`. One that does not hold the guest may miss some."""
+        return Reader(self, min(after, self.last), holds=holds)
 
     def position(self, after: int) -> int:
         """Bytes of the messages up to number `after`, as far as it is still known."""
@@ -301,15 +301,15 @@ class Journal:
 
     def moved(self) -> None:
         """Take note that a reader has read on."""
-        if self._is_pressed:
+        if self.is_pressed:
             self._press()
 
     def _press(self) -> None:
-        fastest = max((reader.position for reader in self._readers), default=None)
+        fastest = max((reader.position for reader in self._readers if reader.holds), default=None)
         self._press_at = math.inf if fastest is None else fastest + self._high_water
-        if (self.end > self._press_at) is not self._is_pressed:
-            self._is_pressed = self.end > self._press_at
-            self._on_pressure(self._is_pressed)
+        if (self.end > self._press_at) is not self.is_pressed:
+            self.is_pressed = self.end > self._press_at
+            self._on_pressure(self.is_pressed)
 
     def close(self) -> None:
         """End the journal. Readers still get the rest and then the end. The file goes with the last of them."""
@@ -373,8 +373,9 @@ def decode_page(data: bytes) -> list[Record]:
 class Reader:
     """A place in a journal that moves at its own speed. Use it as a context manager."""
 
-    def __init__(self, journal: Journal, after: int) -> None:
+    def __init__(self, journal: Journal, after: int, *, holds: bool = True) -> None:
         self.after = after
+        self.holds = holds
         self.position = journal.position(after)
         self._journal = journal
         self._wakened = asyncio.Event()

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import aclosing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +19,7 @@ from kernel_gateway.held import Account, Held, Holding
 from kernel_gateway.kernel import message
 from kernel_gateway.kernel.events import MAX_NAME, RESTARTED, Asked, CellError, Events, StreamEvent, cell_error
 from kernel_gateway.kernel.executions import Execution, Executions, ExecutionState
+from kernel_gateway.kernel.history import Cell, History
 from kernel_gateway.kernel.journal import Gap, Journal, Record
 from kernel_gateway.kernel.message import CHANNEL, CONTENT, GATEWAY, HEADER, PARENT, By
 from kernel_gateway.kernel.pages import pages
@@ -120,6 +122,11 @@ class KernelState(msgspec.Struct):
     executions: list[ExecutionState]
     last: int
     end: int
+    history: list[Cell] = []
+
+    def alone(self) -> "KernelState":
+        """What is known of the kernel itself, without its journal, its clients and their work."""
+        return msgspec.structs.replace(self, pending={}, sessions={}, executions=[], history=[], last=0, end=0)
 
 
 class Kernel:
@@ -127,13 +134,13 @@ class Kernel:
 
     Its life is the table in `state.py`, and `_apply` is the only place that changes it. `reason` says why it is
     restarting or dead, `since` is when its present state began, in seconds since 1970, and `incarnation` counts the
-    processes that it has lost. `on_shutdown` is called when a client has shut the kernel down for good. `asking` is the
-    id of the cell that waits for input, and `answered` tells which cell got an answer last, and from whom. `hold` is
-    the client session for which the cells of others wait.
+    processes that it has lost. `on_shutdown` is called when a client has shut the kernel down for good, and
+    `on_cell_end` when a cell is over, whoever has sent it. `asking` is the id of the cell that waits for input, and
+    `answered` tells which cell got an answer last, and from whom. `hold` is the client session for which the cells of
+    others wait.
     """
 
     def __init__(self, link: Link) -> None:
-        self._link = link
         self._session = uuid.uuid4().hex
         self._kernel_session = self._session
         self._state = State.IDLE
@@ -161,11 +168,24 @@ class Kernel:
         self._sessions: dict[str, ClientSession] = {}
         self.account = Held().account("")
         self.executions = Executions(self.account)
+        self.history = History()
         self.on_shutdown: Callable[[], None] = lambda: None
-        self.journal = Journal(on_pressure=link.hold_kernel)
-        link.on_kernel_message = self._message_received
-        link.on_event = self._event_received
-        link.closed.add_done_callback(lambda closed: self.close(closed.result()))
+        self.on_cell_end: Callable[[], None] = lambda: None
+        self.journal = Journal(on_pressure=self._press)
+        self._listen(link)
+
+    def _listen(self, link: Link) -> None:
+        """Be the kernel behind that link."""
+        self._link = link
+        link.on_kernel_message, link.on_event = self._message_received, self._event_received
+        link.closed.add_done_callback(partial(self._link_closed, link))
+
+    def _link_closed(self, link: Link, closed: asyncio.Future[Exception]) -> None:
+        if link is self._link:
+            self.close(closed.result())
+
+    def _press(self, held: bool) -> None:
+        self._link.hold_kernel(held)
 
     def adopt(self, account: Account, directory: Path | None) -> None:
         """Begin a new journal for the kernel's owner, because the pool's messages are not the owner's.
@@ -175,7 +195,7 @@ class Kernel:
             directory: the directory of the journal's file.
         """
         self.journal.close()
-        self.journal = Journal(directory, on_pressure=self._link.hold_kernel)
+        self.journal = Journal(directory, on_pressure=self._press)
         self.account = account
         self.executions = Executions(account)
         self.last_activity = time.time()
@@ -209,6 +229,7 @@ class Kernel:
             executions=self.executions.at_rest(),
             last=self.journal.last,
             end=self.journal.end,
+            history=list(self.history),
         )
 
     def restore(self, was: KernelState) -> None:
@@ -221,6 +242,7 @@ class Kernel:
         self._state, self.reason, self._is_ending = was.state, was.reason, was.is_ending
         self._untold, self._late, self._busy = was.untold, was.late, was.busy
         self.last_activity, self._sessions = was.last_activity, was.sessions
+        self.history = History(was.history)
         self.executions.restore(was.executions)
         for msg_id, each in was.pending.items():
             if msg_id not in self.executions:
@@ -232,6 +254,27 @@ class Kernel:
     async def _watch_on(self, execution: Execution) -> None:
         async with self._turn:
             await self._watch(execution)
+
+    def go_back(self, to: "Kernel", error: CellvmError) -> None:
+        """Go on as a kernel that was restored from an earlier moment does, on its link.
+
+        The journal goes on, and clients stay. Work that is under way ends with the error, because it is undone, or has
+        not begun. The other kernel must not be used any more. The link before is the caller's to close.
+        """
+        self._lose(our_error(error), error)
+        for execution in list(self.executions.unfinished()):
+            self._end_unsent(execution, error)
+        self._link.on_kernel_message, self._link.on_event = (lambda _: None), (lambda _: None)
+        self._listen(to._link)
+        self._press(self.journal.is_pressed)
+        self._kernel_session, self._busy, self._is_ending = to._kernel_session, to._busy, False
+        self.incarnation += 1
+        self._apply(Event.RESTORED, str(error))
+        for record in to.journal.in_memory():  # what it has said since
+            self.journal.append(record.parts, record.kind, record.parent, record.session)
+        to.journal.close()
+        if to._state is not State.IDLE:
+            self._apply(Event.FAILED if to._state is State.DEAD else Event.ENDED, to.reason)
 
     @property
     def connections(self) -> int:
@@ -336,13 +379,16 @@ class Kernel:
 
     async def _start_another(self) -> CellvmError | None:
         """Let the agent start another kernel, and return the reason if there is none."""
+        link = self._link
         try:
-            await self._link.call(wire.Restart(), wire.Done, timeout=60)
+            await link.call(wire.Restart(), wire.Done, timeout=60)
         except CellvmError as error:
-            log.warning("a kernel could not be replaced: %.500s", error)
-            self._apply(Event.FAILED, str(error))
+            if link is self._link:  # else it went back to another one
+                log.warning("a kernel could not be replaced: %.500s", error)
+                self._apply(Event.FAILED, str(error))
             return error
-        self._apply(Event.READY, "restarted")
+        if link is self._link:
+            self._apply(Event.READY, "restarted")
         return None
 
     def close(self, error: Exception) -> None:
@@ -390,8 +436,8 @@ class Kernel:
             execution.start(head.msg_type, parts[CONTENT])
             if head.msg_type == "error" and execution.timed_out:
                 parts[CONTENT] = error_content(execution.timed_out)
-            if head.msg_type == "error" and pending is not None:
-                pending.is_told = True
+        if pending is not None:
+            self._heard_of(parent.msg_id, pending, head.msg_type, parts[CONTENT])
         ends = pending is not None and pending.is_replied and pending.is_idle
         if ends and execution is not None:
             self._publish_failure(execution)
@@ -403,8 +449,20 @@ class Kernel:
             self._forget(parent.msg_id)
             if execution is not None:
                 execution.end(FINISHED, record.seq)
+            if pending is not None and pending.kind == "execute_request":
+                self._cell_ended(parent.msg_id, "error" if pending.is_told or pending.failure else "ok")
         if self._is_ending and head.msg_type == "shutdown_reply" and pending and pending.is_replied:
             self.on_shutdown()
+
+    def _heard_of(self, msg_id: str, pending: Pending, kind: str, content: bytes) -> None:
+        if kind == "error":
+            pending.is_told = True
+        elif kind == "execute_input":
+            self.history.started(msg_id, content)
+
+    def _cell_ended(self, msg_id: str, status: str) -> None:
+        self.history.ended(msg_id, status)
+        self.on_cell_end()
 
     def _asked_or_ended(self, head: message.Header, parent: message.Header, ends: bool) -> None:
         if head.msg_type == "input_request":
@@ -479,6 +537,8 @@ class Kernel:
         say(pending.channel, pending.kind.removesuffix("_request") + "_reply", answer)
         say("iopub", "status", {"execution_state": "idle"}, ends=True)
         self._forget(msg_id)
+        if pending.kind == "execute_request" and ending is not Ending.NOT_STARTED:
+            self._cell_ended(msg_id, ending)
         self._asked_or_ended(message.Header(), message.Header(msg_id), True)
         execution = self.executions.get(msg_id)
         if execution is not None and failure is not None:
@@ -559,16 +619,17 @@ class Kernel:
             message.new("stdin", "input_reply", {"value": text}, session=self._session)
         )
 
-    async def ask(self, kind: str, fields: dict[str, Any], limit: float) -> bytes | None:
-        """The content of the reply to a request of ours, which is answered beside cells. No client or journal sees it.
+    async def ask(self, kind: str, fields: dict[str, Any], limit: float, *, channel: str = "control") -> bytes | None:
+        """The content of the reply to a request of ours. No client and no journal sees it.
 
         Args:
             limit: seconds after which there is no answer, which is None.
+            channel: on `control` the kernel answers beside cells, on `shell` between them.
 
         Raises:
             CellvmError: the sandbox has ended.
         """
-        parts = message.new("control", kind, fields, session=self._session)
+        parts = message.new(channel, kind, fields, session=self._session)
         reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._questions[message.header(parts[HEADER]).msg_id] = reply
         if len(self._questions) > QUESTIONS:
@@ -580,6 +641,11 @@ class Kernel:
     def _answered(self, by: By) -> None:
         self.asking, self.answered = "", (self.asking, by)
         self._tell()
+
+    @property
+    def has_cells(self) -> bool:
+        """Whether the kernel has got cells that are not over."""
+        return any(each.kind == "execute_request" for each in self._pending.values())
 
     @property
     def pending(self) -> frozenset[str]:

@@ -8,6 +8,7 @@ of its life, because the kernel says so itself, message by message.
     STARTING, RESTARTING, IDLE ──failed──▶ DEAD       no kernel could be started
     RESTARTING, DEAD ──restart──▶ STARTING
     DEAD ──ready──▶ IDLE                              it came after all
+    any but CLOSED ──restored──▶ IDLE                 the sandbox went back to a checkpoint, with the kernel of then
     any ──closed──▶ CLOSED                            the sandbox has ended
 
 What the agent tells while a kernel is STARTING does not count, because it may be about the kernel before. The answer to
@@ -30,6 +31,7 @@ class Event(StrEnum):
     READY = "ready"
     ENDED = "ended"
     FAILED = "failed"
+    RESTORED = "restored"
     CLOSED = "closed"
 
 
@@ -38,16 +40,28 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
         Event.RESTART: State.STARTING,
         Event.ENDED: State.RESTARTING,
         Event.FAILED: State.DEAD,
+        Event.RESTORED: State.IDLE,
         Event.CLOSED: State.CLOSED,
     },
-    State.STARTING: {Event.READY: State.IDLE, Event.FAILED: State.DEAD, Event.CLOSED: State.CLOSED},
+    State.STARTING: {
+        Event.READY: State.IDLE,
+        Event.FAILED: State.DEAD,
+        Event.RESTORED: State.IDLE,
+        Event.CLOSED: State.CLOSED,
+    },
     State.RESTARTING: {
         Event.RESTART: State.STARTING,
         Event.READY: State.IDLE,
         Event.FAILED: State.DEAD,
+        Event.RESTORED: State.IDLE,
         Event.CLOSED: State.CLOSED,
     },
-    State.DEAD: {Event.RESTART: State.STARTING, Event.READY: State.IDLE, Event.CLOSED: State.CLOSED},
+    State.DEAD: {
+        Event.RESTART: State.STARTING,
+        Event.READY: State.IDLE,
+        Event.RESTORED: State.IDLE,
+        Event.CLOSED: State.CLOSED,
+    },
     State.CLOSED: {},
 }
 

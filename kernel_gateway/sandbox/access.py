@@ -5,11 +5,12 @@ from typing import Any
 
 from kernel_gateway.errors import CellvmError, NotFound
 from kernel_gateway.images.templates import Template
-from kernel_gateway.sandbox import outbox
-from kernel_gateway.sandbox.key import Key
+from kernel_gateway.sandbox import outbox, shares
+from kernel_gateway.sandbox.key import Key, hashed, new_key
 from kernel_gateway.sandbox.outbox import Event
 from kernel_gateway.sandbox.sandbox import Sandbox, sandbox_id
 from kernel_gateway.sandbox.sandboxes import Sandboxes
+from kernel_gateway.sandbox.shares import Share
 from kernel_gateway.sandbox.snapshots import Snapshot
 from kernel_gateway.sandbox.store import Entry, Store
 
@@ -104,6 +105,33 @@ class Access:
         """
         self.key.scope.check_create(sandbox.template.id)
         return await self._sandboxes.fork(sandbox, count, timeout)
+
+    async def share(self, sandbox: Sandbox, mode: str, seconds: float) -> tuple[str, Share]:
+        """A new link to a sandbox, and its key, which nobody can read again.
+
+        Raises:
+            Forbidden: the key may not give the sandbox away.
+            NotFound, TooManyRequests: as `shares.add`.
+            HostFull: the database can't be written.
+        """
+        self.key.scope.check_whole("share a sandbox")
+        key = new_key()
+        return key, await self.store.change(shares.add, sandbox.id, hashed(key), mode, seconds, is_news=True)
+
+    async def shares(self, sandbox: Sandbox) -> builtins.list[Share]:
+        """The links of a sandbox that are good now, the oldest first."""
+        return await self.store.read(shares.of, sandbox.id)
+
+    async def revoke(self, sandbox: Sandbox, share: str) -> None:
+        """Remove a link of a sandbox. What was begun with it is cut soon after.
+
+        Raises:
+            Forbidden: the key may not give the sandbox away.
+            NotFound: the sandbox has no such link.
+            HostFull: the database can't be written.
+        """
+        self.key.scope.check_whole("revoke a link")
+        await self.store.change(shares.revoke, sandbox.id, share, is_news=True)
 
     def ended_since(self, moment: float) -> list[Entry]:
         """The sandboxes that ended after `moment`, but not by a request, the last one first."""

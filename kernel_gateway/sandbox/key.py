@@ -4,36 +4,50 @@ A key sees the sandboxes of its owner. A scope narrows that: what is out of its 
 another owner's, and what it may not do is refused.
 """
 
+import hashlib
 import hmac
+import math
 import re
+import secrets
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from kernel_gateway.errors import Forbidden, InvalidRequest
 
+WATCHED = frozenset({"", "export", "files", "filesystem", "health", "metrics", "stream"})
+USED = frozenset({"commands", "execute", "executions", "files", "filesystem", "processes"})
+"""What whoever has a link may do below `/sandboxes/{id}/`: look at these parts, and with the mode `use` use these, too.
+Whatever is in neither of them is refused. A reader of `commands` or `executions` can hold what it reads, so it is no
+mere watcher."""
+SHARED_PATH = re.compile(r"/sandboxes/\{id\}(?:/([a-z]+).*)?")
+
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """The limits of a key. At most one field is set; without any the key may do all that its owner may.
+    """The limits of a key. Without any the key may do all that its owner may. Only `sandbox` and `mode` go together.
 
     Args:
         is_read_only: it may only read.
         is_for_metrics: it may read the server's figures, and sees no sandbox.
         template: the id of the template whose sandboxes it may create, see and use.
         sandbox: the id of the sandbox that it may see and use.
+        mode: `watch` or `use` for the key of a link, which is for what goes on in the sandbox and not for its life.
     """
 
     is_read_only: bool = False
     is_for_metrics: bool = False
     template: str = ""
     sandbox: str = ""
+    mode: str = ""
 
     def __str__(self) -> str:
         if self.is_read_only:
             return "read-only"
         if self.is_for_metrics:
             return "metrics"
-        return f"template={self.template}" if self.template else f"sandbox={self.sandbox}" if self.sandbox else ""
+        if self.template:
+            return f"template={self.template}"
+        return f"{self.mode or 'sandbox'}={self.sandbox}" if self.sandbox else ""
 
     def covers(self, sandbox_id: str, template_id: str) -> bool:
         """Whether a sandbox of the owner is in sight."""
@@ -49,6 +63,28 @@ class Scope:
             raise Forbidden("this key may only read", hint="send a GET, or use a key without `--scope read-only`")
         if self.is_for_metrics:
             raise Forbidden("this key is for GET /metrics", hint="use a key without `--scope metrics`")
+        if self.mode == "watch":
+            raise Forbidden("this link is for watching", hint="ask for a link with the mode `use`")
+
+    def check_request(self, method: str, path: str) -> None:
+        """Check that the key may make a request.
+
+        Args:
+            path: the path of its route, with names in place of ids.
+
+        Raises:
+            Forbidden: it may not.
+        """
+        if not self.mode:
+            if method != "GET":
+                self.check_change()
+            return
+        found = SHARED_PATH.fullmatch(path)
+        part = None if found is None else found[1] or ""
+        if part in USED and self.mode == "use":
+            return
+        if method != "GET" or part not in WATCHED:
+            raise Forbidden(f"this link is for {self.mode} of one sandbox", hint="use a key of the sandbox's owner")
 
     def check_whole(self, what: str) -> None:
         """Check that the key sees all that its owner has.
@@ -94,13 +130,27 @@ def is_secret(given: str, secret: str) -> bool:
 
 
 class Key(NamedTuple):
-    """What is known of a key. Its sandboxes are those of `owner`, which is the id of that owner's first key."""
+    """What is known of a key. Its sandboxes are those of `owner`, which is the id of that owner's first key.
+
+    Times are seconds since 1970.
+    """
 
     id: str
     owner: str
     name: str
     created: float
     scope: Scope = ALL
+    expires: float = math.inf
+
+
+def new_key() -> str:
+    """An API key: 160 random bits in the form that E2B's clients accept."""
+    return "e2b_" + secrets.token_hex(20)
+
+
+def hashed(key: str) -> bytes:
+    """What is stored of a key."""
+    return hashlib.sha256(key.encode()).digest()
 
 
 def parse_scope(text: str) -> Scope:
@@ -115,7 +165,10 @@ def parse_scope(text: str) -> Scope:
         return Scope(is_read_only=True)
     if text == "metrics":
         return Scope(is_for_metrics=True)
-    found = re.fullmatch("(template|sandbox)=([A-Za-z0-9_-]{1,64})", text)
+    found = re.fullmatch("(template|sandbox|watch|use)=([A-Za-z0-9_-]{1,64})", text)
     if found is None:
-        raise InvalidRequest(f"a scope is read-only, metrics, template=ID or sandbox=ID, not {text!r:.100}")
-    return Scope(template=found[2]) if found[1] == "template" else Scope(sandbox=found[2])
+        words = "read-only, metrics, template=ID, sandbox=ID, watch=ID or use=ID"
+        raise InvalidRequest(f"a scope is {words}, not {text!r:.100}")
+    if found[1] == "template":
+        return Scope(template=found[2])
+    return Scope(sandbox=found[2], mode="" if found[1] == "sandbox" else found[1])

@@ -7,9 +7,12 @@
     RUNNING ──pause──▶ PAUSING ──saved──▶ PAUSED ──resume──▶ RESUMING ──resumed──▶ RUNNING
                           └─pause_failed─▶ RUNNING               └─resume_failed─▶ PAUSED
 
+    RUNNING ──restore──▶ RESTORING ──restored, restore_failed──▶ RUNNING
+
 A request may be refused, with a reason for the user. A fact may not, because it has happened already. STOPPING means
 that its owner has seen the last of it and its machine is on its way out. STOPPED means that nothing is left of it, so
-its place is free. PAUSED means that it is in files, and has no machine.
+its place is free. PAUSED means that it is in files, and has no machine. RESTORING means that it goes back to a
+checkpoint: its machine runs until the one of then is there.
 """
 
 from enum import StrEnum
@@ -23,6 +26,7 @@ class State(StrEnum):
     PAUSING = "pausing"
     PAUSED = "paused"
     RESUMING = "resuming"
+    RESTORING = "restoring"
     STOPPING = "stopping"
     STOPPED = "stopped"
 
@@ -46,10 +50,13 @@ class Event(StrEnum):
     RESUME = "resume"
     RESUMED = "resumed"
     RESUME_FAILED = "resume_failed"
+    RESTORE = "restore"
+    RESTORED = "restored"
+    RESTORE_FAILED = "restore_failed"
     GONE = "gone"
 
 
-REQUESTS = frozenset({Event.KILL, Event.PAUSE, Event.RESUME})
+REQUESTS = frozenset({Event.KILL, Event.PAUSE, Event.RESUME, Event.RESTORE})
 """Events that a user asks for. All others are facts."""
 
 TRANSITIONS: dict[State, dict[Event, State]] = {
@@ -67,6 +74,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
         Event.DIED: State.STOPPING,
         Event.SERVER_STOPPED: State.STOPPING,
         Event.PAUSE: State.PAUSING,
+        Event.RESTORE: State.RESTORING,
     },
     State.PAUSING: {
         Event.SAVED: State.PAUSED,
@@ -80,6 +88,13 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
         Event.RESUMED: State.RUNNING,
         Event.RESUME_FAILED: State.PAUSED,
         Event.KILL: State.STOPPING,
+    },
+    State.RESTORING: {
+        Event.RESTORED: State.RUNNING,
+        Event.RESTORE_FAILED: State.RUNNING,
+        Event.KILL: State.STOPPING,
+        Event.DIED: State.STOPPING,
+        Event.SERVER_STOPPED: State.STOPPING,
     },
     State.STOPPING: {Event.START_FAILED: State.STOPPED, Event.GONE: State.STOPPED},
     State.STOPPED: {},

@@ -114,15 +114,18 @@ class Machines:
                 log.error("sandbox %s: start %d failed: %.500s", sandbox.id, attempt + 1, error)
         raise HostFull("no machine could be started for the sandbox", hint="the server's log says why")
 
-    async def saved(self, sandbox: Sandbox, directory: Path) -> Guest:
+    async def saved(self, sandbox: Sandbox, directory: Path, what: str = "paused sandbox") -> Guest:
         """A guest that goes on where the sandbox was saved.
+
+        Args:
+            what: what the directory has, in the words of the sandbox's owner.
 
         Raises:
             Corrupt: the files are damaged.
             Incompatible: it can't go on with this host, or with this template.
             HostFull: no machine could be started.
         """
-        return await self._restored(sandbox, directory, None)
+        return await self._restored(sandbox, directory, None, what)
 
     async def copy(self, sandbox: Sandbox, source: Path | Still) -> Guest:
         """A guest that stands where another sandbox stood, and is this sandbox's own.
@@ -134,14 +137,13 @@ class Machines:
             Corrupt, Incompatible, HostFull: as `saved`.
         """
         began = time.monotonic()
-        guest = await self._restored(sandbox, source, Identity(sandbox.id, sandbox.full_env))
+        guest = await self._restored(sandbox, source, Identity(sandbox.id, sandbox.full_env), "snapshot")
         path = "snapshot" if isinstance(source, Path) else "fork"
         self._metrics.creates.labels(self._templates.label(sandbox.template), path).observe(time.monotonic() - began)
         return guest
 
-    async def _restored(self, sandbox: Sandbox, source: Path | Still, another: Identity | None) -> Guest:
+    async def _restored(self, sandbox: Sandbox, source: Path | Still, another: Identity | None, what: str) -> Guest:
         account, prepare = self._held.account(sandbox.owner), partial(self._prepare, policy=sandbox.policy)
-        what = "paused sandbox" if another is None else "snapshot"
         try:
             return await self.guests.restore(source, account, self._journals, prepare, another)
         except drivers.Damaged as error:

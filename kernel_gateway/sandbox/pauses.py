@@ -5,15 +5,9 @@ import logging
 from collections.abc import Mapping
 from contextlib import suppress
 
-from kernel_gateway.errors import (
-    CellvmError,
-    Draining,
-    HostFull,
-    SandboxDied,
-    TooManyRequests,
-)
+from kernel_gateway.errors import CellvmError, HostFull, SandboxDied, TooManyRequests
 from kernel_gateway.guest.guest import Guest
-from kernel_gateway.sandbox.lifecycle import ASLEEP, ENDED, Event, State
+from kernel_gateway.sandbox.lifecycle import ASLEEP, Event, State
 from kernel_gateway.sandbox.machines import Machines, saving
 from kernel_gateway.sandbox.places import Places
 from kernel_gateway.sandbox.record import Record, read_record, record_of
@@ -85,7 +79,7 @@ class Pauses:
             InsufficientStorage: the disk has no room. The sandbox still runs.
             CellvmError: it could not be saved, and still runs, or has ended meanwhile.
         """
-        await self._done(sandbox, self._begin_pause(sandbox))
+        await sandbox.done(self._begin_pause(sandbox))
         await sandbox.vacated()
 
     def _begin_pause(self, sandbox: Sandbox) -> asyncio.Task[None]:
@@ -107,6 +101,7 @@ class Pauses:
                 client.leave()
             with saving(sandbox, "paused"):
                 async with (
+                    sandbox.checkpointing,
                     shelf.filled(sandbox.id) as directory,
                     self._machines.guests.still(guest, goes_on=False) as still,
                 ):
@@ -146,7 +141,7 @@ class Pauses:
             is_pause = sandbox.state is State.PAUSING
             assert sandbox.work is not None
             try:
-                await self._done(sandbox, sandbox.work)
+                await sandbox.done(sandbox.work)
             except CellvmError:
                 if not is_pause:
                     raise
@@ -200,25 +195,15 @@ class Pauses:
             if sandbox.state is State.PAUSED:
                 await self._store.sandbox_paused(sandbox.id, record_of(sandbox))
 
-    async def _done(self, sandbox: Sandbox, work: asyncio.Task[None]) -> None:
-        """Return when a pause or resume is done, which goes on even if nobody waits for it any more."""
-        work.add_done_callback(lambda done: done.cancelled() or done.exception())
-        await asyncio.wait({work})
-        if work.cancelled():
-            raise (
-                SandboxDied("the sandbox has ended") if sandbox.state in ENDED else Draining("the server is going down")
-            )
-        work.result()
-
     async def _pause_all(self) -> None:
         """Pause all that run, some at a time, as long as there is time."""
         turns = asyncio.Semaphore(PAUSES_AT_ONCE)
 
         async def pause(sandbox: Sandbox) -> None:
             async with turns:
-                if sandbox.state is State.PAUSING and sandbox.work is not None:
+                if sandbox.state in (State.PAUSING, State.RESTORING) and sandbox.work is not None:
                     await asyncio.wait({sandbox.work})
-                elif sandbox.state is State.RUNNING:
+                if sandbox.state is State.RUNNING:
                     sandbox.was_stopped = True
                     try:
                         await self.pause(sandbox)
@@ -241,7 +226,7 @@ class Pauses:
 
     async def _pause_expired(self, sandbox: Sandbox, work: asyncio.Task[None]) -> None:
         try:
-            await self._done(sandbox, work)
+            await sandbox.done(work)
         except CellvmError as error:
             log.error("sandbox %s could not be paused at its end: %s", sandbox.id, error)
             sandbox.pauses_failed += 1
@@ -269,7 +254,8 @@ class Pauses:
 
     async def discard(self, sandbox: Sandbox) -> None:
         """Delete the files of a sandbox that has ended."""
-        await self.check_offered().discard(sandbox.id)
+        if sandbox.has_files:
+            await self.check_offered().discard(sandbox.id)
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         self._beside.add(task)

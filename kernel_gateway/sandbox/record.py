@@ -12,6 +12,7 @@ from kernel_gateway.network.policy import Floor, Policy, parse_policy
 from kernel_gateway.sandbox.lifecycle import State
 from kernel_gateway.sandbox.recipe import Defaults
 from kernel_gateway.sandbox.sandbox import Sandbox
+from kernel_gateway.sandbox.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Record(msgspec.Struct):
     paused_at: datetime
     access_token: str = ""
     traffic_token: str = ""
+    timeline: Timeline = msgspec.field(default_factory=Timeline)
     defaults: Defaults = Defaults()
 
 
@@ -68,6 +70,7 @@ def record_of(sandbox: Sandbox) -> str:
         paused_at=sandbox.paused_at or datetime.now(UTC),
         access_token=sandbox.access_token,
         traffic_token=sandbox.traffic_token,
+        timeline=sandbox.timeline,
         defaults=sandbox.defaults,
     )
     return msgspec.json.encode(record).decode()
@@ -105,6 +108,7 @@ def paused_sandbox(make: Callable[..., Sandbox], sandbox_id: str, record: Record
     )
     sandbox.open_ports, sandbox.all_ports_open = record.open_ports, record.all_ports_open
     sandbox.kernel_name, sandbox.was_stopped = record.kernel_name, record.was_stopped
+    sandbox.timeline = record.timeline
     sandbox.defaults = record.defaults
     if record.access_token:  # records of earlier servers have none
         sandbox.access_token, sandbox.traffic_token = record.access_token, record.traffic_token

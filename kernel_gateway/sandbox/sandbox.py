@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from guest_agent import wire
 from kernel_gateway.drivers import Networked, TakesDisk, Vm
-from kernel_gateway.errors import CellvmError, Conflict, SandboxDied, SandboxPaused
+from kernel_gateway.errors import CellvmError, Conflict, Draining, SandboxDied, SandboxPaused
 from kernel_gateway.guest.guest import Guest
 from kernel_gateway.guest.watchers import Watchers
 from kernel_gateway.images.templates import Template
@@ -25,6 +25,7 @@ from kernel_gateway.outcome import Ending
 from kernel_gateway.sandbox.key import Key, Scope
 from kernel_gateway.sandbox.lifecycle import ASLEEP, ENDED, Event, State, decide
 from kernel_gateway.sandbox.recipe import Defaults
+from kernel_gateway.sandbox.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -104,12 +105,15 @@ class Sandbox:
     latest. `access_token` opens all that is in the sandbox, and `traffic_token` its ports, to whoever has them, and
     both stay the same as long as it lives. `readings` are of its use of resources, oldest first. `policy` says what it
     may reach. Code that replaces it holds `applying`. `ended` is called once, with the reason, when its owner has seen
-    the last of it. `vacated` is called when a machine of it is gone, and `discard` when files of its pause are of no
-    more use.
+    the last of it. `vacated` is called when a machine of it is gone, and `discard` when its files are of no more use.
+    `cell_ended` is called when a cell in it is over.
 
     With `auto_pause` it is paused when its lifetime is over, and with `auto_resume` every request wakes it. So it is,
     too, if it `was_stopped`: paused with its server, and not for its owner. `work` is the task that pauses or resumes
-    it. `defaults` say how commands run that leave it open. Paused time does not count: a resume begins a new lifetime.
+    it, or lets it go back to a checkpoint. `defaults` say how commands run that leave it open. Paused time does not
+    count: a resume begins a new lifetime.
+
+    `timeline` has its checkpoints. Whoever takes one, or needs that nobody does, holds `checkpointing`.
     """
 
     def __init__(
@@ -130,6 +134,7 @@ class Sandbox:
         ended: Callable[["Sandbox", str], None],
         vacated: Callable[["Sandbox"], None],
         discard: Callable[["Sandbox"], Awaitable[None]],
+        cell_ended: Callable[["Sandbox"], None],
     ) -> None:
         self.id = sandbox_id
         self.owner = owner
@@ -155,11 +160,14 @@ class Sandbox:
         self.pauses_failed = 0
         self.has_files = False
         self.work: asyncio.Task[None] | None = None
+        self.timeline = Timeline()
+        self.checkpointing = asyncio.Lock()
         self.kernel_name = template.id  # the name by which a Jupyter client has asked for it
         self.state = state
         self._on_ended = ended
         self._on_vacated = vacated
         self._discard = discard
+        self._cell_ended = cell_ended
         self._guest: Guest | None = None
         self._watch: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -244,11 +252,12 @@ class Sandbox:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of the host's disk that it takes: its own disk, and the kernel's output that memory does not hold."""
+        """Bytes of the host's disk that it takes: its disk, its checkpoints, and output that memory does not hold."""
         if self._guest is None:
-            return 0
+            return self.timeline.size
         vm = self._guest.vm
-        return self._guest.kernel.journal.disk_bytes + (vm.disk_bytes if isinstance(vm, TakesDisk) else 0)
+        own = vm.disk_bytes if isinstance(vm, TakesDisk) else 0
+        return own + self._guest.kernel.journal.disk_bytes + self.timeline.size
 
     @property
     def ends_at(self) -> datetime:
@@ -262,7 +271,7 @@ class Sandbox:
         """Its guest, for requests.
 
         Raises:
-            Conflict: the sandbox is not running yet.
+            Conflict: the sandbox is not running yet, or is going back to a checkpoint.
             Asleep: it is paused, or on its way to a pause or back.
             SandboxDied: the sandbox has ended.
         """
@@ -271,6 +280,8 @@ class Sandbox:
         if self.state in ASLEEP:
             hint = "POST /sandboxes/{id}/resume lets it go on"
             raise Asleep(f"the sandbox is {self.state}", sandbox=self, hint=hint)
+        if self.state is State.RESTORING:
+            raise Conflict("the sandbox is going back to a checkpoint", hint="ask again in a moment")
         if self._guest is None:
             raise Conflict("the sandbox is still being created")
         return self._guest
@@ -280,9 +291,33 @@ class Sandbox:
         self._guest = guest
         self.paused_at = None
         guest.kernel.on_shutdown = lambda: self.apply(Event.KILL)
+        guest.kernel.on_cell_end = lambda: self._cell_ended(self)
         self._watch = asyncio.create_task(self._watch_guest(guest))
         self._reading = asyncio.create_task(self._read_metrics(guest))
         self.apply(event)
+
+    def went_back(self, guest: Guest, error: CellvmError) -> None:
+        """Take over a guest of an earlier moment in place of the present one, and destroy that.
+
+        Args:
+            error: what is told to all whose work is undone by this.
+        """
+        before = self._guest
+        assert before is not None
+        before.kernel.go_back(guest.kernel, error)
+        guest.kernel = before.kernel
+        before.link.close(error)
+        self._stop_watching()
+        self._cleaning = asyncio.create_task(self._kill(before))
+        self.started(guest, Event.RESTORED)
+
+    async def done(self, work: asyncio.Task[None]) -> None:
+        """Return when a task that changes its state is done, which goes on even if nobody waits for it any more."""
+        work.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.wait({work})
+        if work.cancelled():
+            raise SandboxDied("the sandbox has ended") if self.state in ENDED else Draining("the server is going down")
+        work.result()
 
     async def _read_metrics(self, guest: Guest) -> None:
         """Keep a reading of the guest's use of resources from time to time. One that does not come is left out."""
@@ -341,30 +376,33 @@ class Sandbox:
     async def _clean_up(self, guest: Guest | None, before: asyncio.Task[None] | None) -> None:
         """Destroy the guest and the files, whatever ended the sandbox."""
         if guest is not None:
+            self._stop_watching()
             await self._kill(guest)
         if self.work is not None:
             self.work.cancel()
             await asyncio.wait({self.work})
         if before is not None:
             await asyncio.wait({before})
-        if self.has_files:
-            await self._discard(self)
+        await self._discard(self)
         self.apply(Event.GONE)
 
     async def _vacate(self, guest: Guest) -> None:
         """Destroy the guest of a sandbox that was saved."""
+        self._stop_watching()
         await self._kill(guest)
         self._on_vacated(self)
 
     async def vacated(self) -> None:
-        """Return when its machine before the pause is gone, or after END_LIMIT seconds."""
+        """Return when its machine before the present one, or before its pause, is gone, or after END_LIMIT seconds."""
         if self._cleaning is not None:
             await asyncio.wait({self._cleaning}, timeout=END_LIMIT)
 
-    async def _kill(self, guest: Guest) -> None:
+    def _stop_watching(self) -> None:
         for task in (self._watch, self._reading):
             if task is not None:
                 task.cancel()
+
+    async def _kill(self, guest: Guest) -> None:
         killing = asyncio.create_task(guest.kill())
         await asyncio.wait({killing}, timeout=END_LIMIT)
         if not killing.done():

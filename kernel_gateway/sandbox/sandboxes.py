@@ -26,6 +26,7 @@ from kernel_gateway.metrics import Metrics
 from kernel_gateway.network.policy import Floor, Policy, Refusal
 from kernel_gateway.rate import Rate
 from kernel_gateway.sandbox.builds import Builds
+from kernel_gateway.sandbox.checkpoints import Checkpoints
 from kernel_gateway.sandbox.lifecycle import ENDED, Event, State
 from kernel_gateway.sandbox.machines import DEFAULT_POLICY, Machines, saving
 from kernel_gateway.sandbox.pauses import Pauses
@@ -78,9 +79,10 @@ async def supervised(name: str, work: Callable[[], Awaitable[None]]) -> None:
 class Sandboxes:
     """The collection. `places` says how many there may be.
 
+    A request may let a sandbox live `max_timeout` seconds from then on, and as often as it likes.
     `held` counts what waits in the server for each owner, and one owner creates `creates_per_minute` sandboxes at most.
     `metrics` counts creates and ends. `network` is None if machines have no network card. `pauses` lets sandboxes go to
-    disk and come back.
+    disk and come back, and `checkpoints` lets them go back to what they were.
 
     Args:
         maximum, per_owner: as of `Places`.
@@ -88,6 +90,7 @@ class Sandboxes:
         preparation: None if every template is ready from the start.
         paused: the directory of paused sandboxes; None if none can be paused. An owner may have `max_paused` of them.
         snapshots: the same for snapshots, of which an owner may have `max_snapshots`.
+        checkpoints: the same for checkpoints. Those of one sandbox may take `checkpoint_bytes` of disk.
         pause_at_close: sandboxes that run are paused when the server goes down, as far as they can be.
     """
 
@@ -100,6 +103,7 @@ class Sandboxes:
         *,
         maximum: int,
         per_owner: int | None = None,
+        max_timeout: int = 3600,
         journals: Path | None = None,
         held: Held | None = None,
         creates_per_minute: int = 600,
@@ -110,12 +114,15 @@ class Sandboxes:
         max_paused: int = 100,
         snapshots: Path | None = None,
         max_snapshots: int = 100,
+        checkpoints: Path | None = None,
+        checkpoint_bytes: int = 2 << 30,
         pause_at_close: bool = False,
     ) -> None:
         self.templates = templates
         self.pools = pools
         self.capabilities = guests.capabilities
         self.network = network
+        self.max_timeout = max_timeout
         self.held = held or Held()
         self.metrics = metrics or Metrics()
         self.creates = Rate(creates_per_minute)
@@ -123,13 +130,21 @@ class Sandboxes:
         self._store = store
         self._sandboxes: dict[str, Sandbox] = {}
         self._machines = Machines(guests, pools, templates, self.held, self.metrics, journals, preparation)
-        shelves = [None if each is None or not guests.can_save else Shelf(each) for each in (paused, snapshots)]
+        folders = (paused, snapshots, checkpoints)
+        shelves = [None if each is None or not guests.can_save else Shelf(each) for each in folders]
         self.pauses = Pauses(self._sandboxes, self.places, self._machines, store, shelves[0], max_paused)
         self.snapshots = Snapshots(self.places, self._machines, store, shelves[1], max_snapshots)
+        self.checkpoints = Checkpoints(self.places, self._machines, store, shelves[2], checkpoint_bytes)
         uploads = Uploads(self.places, journals)
         self.builds = Builds(self.create, self.kill, self.snapshots, uploads, store, self.held)
         self._pause_at_close = pause_at_close
-        self._make = partial(Sandbox, ended=self._ended, vacated=self.places.free, discard=self.pauses.discard)
+        self._make = partial(
+            Sandbox,
+            ended=self._ended,
+            vacated=self.places.free,
+            discard=self._discard,
+            cell_ended=self.checkpoints.cell_ended,
+        )
         self._tasks: list[asyncio.Task[None]] = []
         self._beside: set[asyncio.Task[Any]] = set()
         self.started_at = time.time()
@@ -149,10 +164,11 @@ class Sandboxes:
         return self._store.trouble or self.places.lack_of_space()
 
     def start(self) -> None:
-        """Find the paused sandboxes and the snapshots, and begin to fill pools and to watch lifetimes."""
+        """Find what earlier servers have kept, and begin to fill pools and to watch lifetimes."""
         floor = Floor() if self.network is None else self.network.floor
         for sandbox_id, record in self.pauses.found().items():
             self._sandboxes[sandbox_id] = paused_sandbox(self._make, sandbox_id, record, floor)
+        self.checkpoints.sweep(self)
         self.snapshots.load()
         self.builds.load()
         self._tasks = [asyncio.create_task(supervised(repr(pool), pool.run)) for pool in self.pools.values()]
@@ -172,6 +188,7 @@ class Sandboxes:
         await asyncio.gather(*self._tasks, *self._beside, return_exceptions=True)
         await self.pauses.settled()
         await self.snapshots.close()
+        await self.checkpoints.close()
         for sandbox in self:
             await sandbox.vacated()
             if sandbox.work is not None:
@@ -191,6 +208,7 @@ class Sandboxes:
         longest_life: int | None = None,
         auto_pause: bool = False,
         auto_resume: bool = False,
+        checkpoints: bool = False,
         snapshot: Snapshot | None = None,
     ) -> Sandbox:
         """A new, running sandbox. It never runs with another policy than `policy`.
@@ -198,6 +216,7 @@ class Sandboxes:
         Args:
             auto_pause: pause it when its lifetime is over.
             auto_resume: let any request wake it when it is paused.
+            checkpoints: take one after each cell.
             snapshot: what it starts from, in place of the template as it was made.
 
         Raises:
@@ -205,12 +224,14 @@ class Sandboxes:
             HostFull: there are `maximum` already, or no machine could be started, or it can't be written down.
             TemplateNotReady: the template is still being built.
             Draining: the server is going down.
-            Unavailable: this server can't enforce the policy, or can't pause sandboxes.
+            Unavailable: this server can't enforce the policy, or can't pause sandboxes or take checkpoints.
             NotFound, Corrupt, Incompatible: the snapshot was deleted, is damaged, or does not fit this host.
         """
         self._machines.check_enforceable(policy)
         if auto_pause or auto_resume:
             self.pauses.check_offered()
+        if checkpoints:
+            self.checkpoints.check_offered()
         await self._admit(owner, template)
         sandbox = self._make(
             new_id(),
@@ -225,6 +246,7 @@ class Sandboxes:
             auto_pause=auto_pause,
             auto_resume=auto_resume,
         )
+        sandbox.timeline.is_automatic = checkpoints
         self._begin(sandbox)
         if snapshot is None:
             return await self._start(sandbox, self._machines.fresh)
@@ -271,6 +293,7 @@ class Sandboxes:
         )
         child.open_ports, child.all_ports_open = set(parent.open_ports), parent.all_ports_open
         child.kernel_name, child.defaults = parent.kernel_name, parent.defaults
+        child.timeline.is_automatic = parent.timeline.is_automatic
         self._begin(child)
         return child
 
@@ -426,6 +449,11 @@ class Sandboxes:
         self._store.sandbox_ended(sandbox.id, sandbox.owner, sandbox.template.id, reason)
         self.metrics.ends.labels(str(reason)).inc()
         del self._sandboxes[sandbox.id]
+
+    async def _discard(self, sandbox: Sandbox) -> None:
+        """Delete the files of a sandbox that has ended."""
+        await self.pauses.discard(sandbox)
+        await self.checkpoints.discard(sandbox)
 
     def _keep(self, task: asyncio.Task[Any]) -> None:
         self._beside.add(task)

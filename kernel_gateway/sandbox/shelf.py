@@ -1,4 +1,4 @@
-"""Paused sandboxes, or snapshots, on disk: a folder for each, whole or not there.
+"""Paused sandboxes, snapshots or checkpoints on disk: a folder for each, whole or not there.
 
 A folder is filled under a name with a dot in front, and gets its own name when all of it is on disk. What is not whole,
 or is nobody's any more, is deleted when the server starts.
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Shelf:
-    """The folders of sandboxes or snapshots by their ids, below a directory of the server's own."""
+    """The folders of sandboxes, snapshots or checkpoints by their names, below a directory of the server's own."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -76,6 +76,11 @@ def offered(shelf: Shelf | None, capabilities: Capabilities, what: str) -> Shelf
             hint="run it with another --isolation",
         )
     return shelf
+
+
+def size_of(directory: Path) -> int:
+    """Bytes of disk that the files of a folder take, without those of the template."""
+    return sum(entry.stat().st_blocks * 512 for entry in os.scandir(directory) if entry.is_file())
 
 
 def _to_disk(directory: Path) -> None:

@@ -7,7 +7,6 @@ starting is not found any more, and its files go when that start is over.
 
 import asyncio
 import logging
-import os
 import secrets
 import string
 import time
@@ -25,7 +24,7 @@ from kernel_gateway.sandbox.machines import Machines, saving
 from kernel_gateway.sandbox.places import Places
 from kernel_gateway.sandbox.recipe import Defaults
 from kernel_gateway.sandbox.sandbox import Sandbox
-from kernel_gateway.sandbox.shelf import Shelf, offered
+from kernel_gateway.sandbox.shelf import Shelf, offered, size_of
 from kernel_gateway.sandbox.store import Store
 from kernel_gateway.tasks import to_its_end
 
@@ -151,7 +150,7 @@ class Snapshots:
                     finally:
                         still.close()
                     self._places.check_room_for_files()
-                    size = await in_thread(_size, directory)
+                    size = await in_thread(size_of, directory)
                     snapshot = Snapshot(
                         snapshot_id,
                         sandbox.owner,
@@ -187,7 +186,7 @@ class Snapshots:
             raise NotFound("snapshot not found")
         del self._known[snapshot.id]
         try:
-            await self._store.snapshot_deleted(snapshot.id)
+            await self._store.snapshot_deleted(snapshot.id, snapshot.sandbox)
         except BaseException:
             self._known[snapshot.id] = snapshot
             raise
@@ -218,8 +217,3 @@ class Snapshots:
     async def close(self) -> None:
         """Return when all that was begun is done."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
-def _size(directory: Path) -> int:
-    """Bytes of disk that the files of a folder take, without those of the template."""
-    return sum(entry.stat().st_blocks * 512 for entry in os.scandir(directory) if entry.is_file())

@@ -6,12 +6,13 @@ moment. Reads and keys are small statements, far below a millisecond in WAL mode
 """
 
 import asyncio
-import hashlib
 import logging
+import math
 import os
 import secrets
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,8 +20,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from kernel_gateway.errors import HostFull
-from kernel_gateway.sandbox import outbox
-from kernel_gateway.sandbox.key import ALL, Key, Scope, may_be_key, parse_scope
+from kernel_gateway.sandbox import outbox, shares
+from kernel_gateway.sandbox.key import ALL, Key, Scope, hashed, may_be_key, parse_scope
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -46,6 +47,7 @@ SCHEMA = (
     ("ALTER TABLE sandboxes ADD COLUMN paused TEXT", *outbox.SCHEMA),
     ("CREATE TABLE snapshots (id TEXT PRIMARY KEY, record TEXT NOT NULL) STRICT",),
     ("CREATE TABLE builds (id TEXT PRIMARY KEY, record TEXT NOT NULL) STRICT",),
+    shares.SCHEMA,
 )
 """What makes each version of the database from the one before."""
 KEPT_DAYS = 30
@@ -70,15 +72,6 @@ class Entry(NamedTuple):
     created: float
     ended: float | None = None
     reason: str | None = None
-
-
-def new_key() -> str:
-    """An API key: 160 random bits in the form that E2B's clients accept."""
-    return "e2b_" + secrets.token_hex(20)
-
-
-def _hash(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
 
 
 @contextmanager
@@ -111,6 +104,7 @@ class Store:
         self._reserve = path.with_name("reserve")
         self._unwritten: dict[str, Entry] = {}
         self._untold: list[outbox.Event] = []
+        self._uses: Counter[str] = Counter()
         self._news = asyncio.Event()
         self._flushing: asyncio.Task[None] | None = None
         self.trouble = ""
@@ -158,29 +152,38 @@ class Store:
         if known is not None:
             return known.id
         key_id = secrets.token_hex(8)
-        entry = (_hash(key), owner or key_id, name, time.time(), key_id, str(scope))
+        entry = (hashed(key), owner or key_id, name, time.time(), key_id, str(scope))
         self._db.execute("INSERT INTO keys (hash, owner, name, created, id, scope) VALUES (?, ?, ?, ?, ?, ?)", entry)
         self._version = -1
         return key_id
 
     def lend_key(self, key: str) -> None:
         """Let `key` in for as long as this store is open, without storing it."""
-        self._lent[_hash(key)] = Key(VARIABLE, VARIABLE, VARIABLE, time.time())
+        self._lent[hashed(key)] = Key(VARIABLE, VARIABLE, VARIABLE, time.time())
         self._version = -1
 
     def find_key(self, key: str) -> Key | None:
         """What is known of a key. The look-up is by hash, so its time tells nothing about the stored keys."""
-        return self._keys().get(_hash(key)) if may_be_key(key) else None
+        known = self._keys().get(hashed(key)) if may_be_key(key) else None
+        return known if known is not None and known.expires > time.time() else None
 
     def list_keys(self) -> list[Key]:
-        """All keys, the oldest first."""
-        return sorted(self._keys().values(), key=lambda key: key.created)
+        """All keys that are good now, the oldest first."""
+        return sorted((key for key in self._keys().values() if key.expires > time.time()), key=lambda key: key.created)
+
+    def used(self, key_id: str) -> None:
+        """Take note that something was begun with a link."""
+        self._uses[key_id] += 1
+        self._begin_to_flush()
 
     def _keys(self) -> dict[bytes, Key]:
         (version,) = self._db.execute("PRAGMA data_version").fetchone()  # another connection's commit changes it
         if version != self._version:
-            rows = self._db.execute("SELECT hash, id, owner, name, created, scope FROM keys").fetchall()
-            stored = {row[0]: Key(row[1], row[2], row[3], row[4], parse_scope(row[5])) for row in rows}
+            rows = self._db.execute("SELECT hash, id, owner, name, created, scope, expires FROM keys").fetchall()
+            stored = {
+                row[0]: Key(row[1], row[2], row[3], row[4], parse_scope(row[5]), math.inf if row[6] is None else row[6])
+                for row in rows
+            }
             self._known = {**self._lent, **stored}
             self._version = version
         return self._known
@@ -279,6 +282,7 @@ class Store:
                 (time.time(), reason),
             ).fetchall()
             outbox.record(self._db, (_killed(owner, box, template, reason) for owner, box, template in left))
+            shares.end(self._db, [box for _, box, _ in left])
         return len(left)
 
     @property
@@ -309,14 +313,19 @@ class Store:
         await self._in_thread(self._write_snapshot, snapshot_id, sandbox_id, record)
         self._wake()
 
-    async def snapshot_deleted(self, snapshot_id: str) -> None:
-        """Forget a snapshot.
+    async def snapshot_deleted(self, snapshot_id: str, sandbox_id: str) -> None:
+        """Forget a snapshot, with an event of its sandbox.
 
         Raises:
             HostFull: the database can't be written.
         """
-        query = "DELETE FROM snapshots WHERE id = ?"
-        await self.change(lambda db: db.execute(query, (snapshot_id,)))
+
+        def delete(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM snapshots WHERE id = ?", (snapshot_id,))
+            _tell_of_snapshot(db, "snapshot_deleted", snapshot_id, sandbox_id)
+
+        await self.change(delete)
+        self._wake()
 
     def snapshots(self) -> dict[str, str]:
         """The records of all snapshots by their ids."""
@@ -359,10 +368,10 @@ class Store:
     async def _flush(self) -> None:
         """Write what is unwritten, again and again until it is on disk."""
         pause = RETRY[0]
-        while self._unwritten or self._untold:
-            entries, events = list(self._unwritten.values()), list(self._untold)
+        while self._unwritten or self._untold or self._uses:
+            entries, events, uses = list(self._unwritten.values()), list(self._untold), Counter(self._uses)
             try:
-                await asyncio.get_running_loop().run_in_executor(self._thread, self._write, entries, events)
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._write, entries, events, uses)
             except (sqlite3.Error, OSError) as error:
                 if not self.trouble:
                     log.error("ends of sandboxes can't be written now; they are kept and tried again: %s", error)
@@ -371,6 +380,7 @@ class Store:
                 pause = min(2 * pause, RETRY[1])
                 continue
             del self._untold[: len(events)]
+            self._uses -= uses
             self._wake()
             for entry in entries:
                 if self._unwritten[entry.id] is entry:
@@ -381,7 +391,7 @@ class Store:
 
     def _write_first(self, entry: Entry, data: Mapping[str, object]) -> None:
         """Write a new entry, and see to the reserve. This runs in the thread."""
-        self._insert([entry], [outbox.event("created", entry.owner, entry.id, entry.template, data, once=True)])
+        self._insert([entry], [outbox.event("created", entry.owner, entry.id, entry.template, data, once=True)], {})
         if not self._reserve.exists():
             try:
                 with self._reserve.open("wb") as file:
@@ -390,18 +400,18 @@ class Store:
                 log.warning("there is no space for the database's reserve: %s", error)
                 self._reserve.unlink(missing_ok=True)
 
-    def _write(self, entries: list[Entry], events: list[outbox.Event]) -> None:
+    def _write(self, entries: list[Entry], events: list[outbox.Event], uses: Mapping[str, int]) -> None:
         """Write entries, with the space of the reserve if there is no other. This runs in the thread."""
         try:
-            self._insert(entries, events)
+            self._insert(entries, events, uses)
         except sqlite3.OperationalError as error:
             is_full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
             if not is_full or not self._reserve.exists():
                 raise
             self._reserve.unlink()
-            self._insert(entries, events)
+            self._insert(entries, events, uses)
 
-    def _insert(self, entries: list[Entry], events: list[outbox.Event]) -> None:
+    def _insert(self, entries: list[Entry], events: list[outbox.Event], uses: Mapping[str, int]) -> None:
         """Insert entries, each in place of an older one of the same sandbox, and the events that tell of them."""
         with transaction(self._writing_db):
             self._writing_db.executemany(
@@ -410,6 +420,8 @@ class Store:
                 entries,
             )
             outbox.record(self._writing_db, events)
+            shares.count(self._writing_db, uses)
+            shares.end(self._writing_db, [each.id for each in entries if each.ended])
             outbox.record(
                 self._writing_db,
                 (_killed(each.owner, each.id, each.template, each.reason or "") for each in entries if each.ended),
@@ -419,10 +431,7 @@ class Store:
         """Write a snapshot. This runs in the thread."""
         with transaction(self._writing_db):
             self._writing_db.execute("INSERT INTO snapshots (id, record) VALUES (?, ?)", (snapshot_id, record))
-            query = "SELECT owner, template FROM sandboxes WHERE id = ?"
-            for owner, template in self._writing_db.execute(query, (sandbox_id,)).fetchall():
-                data = {"reason": "snapshot", "snapshotID": snapshot_id}
-                outbox.record(self._writing_db, [outbox.event("updated", owner, sandbox_id, template, data)])
+            _tell_of_snapshot(self._writing_db, "snapshot", snapshot_id, sandbox_id)
 
     def _write_paused(self, sandbox_id: str, record: str | None) -> None:
         """Write a pause or its end so that a loss of power can't undo it. This runs in the thread."""
@@ -444,8 +453,11 @@ class Store:
             self._thread, lambda: query(self._writing_db, *arguments, **options)
         )
 
-    async def change(self, statement: Callable[..., T], *arguments: object) -> T:
-        """The result of one of `outbox`'s changes.
+    async def change(self, statement: Callable[..., T], *arguments: object, is_news: bool = False) -> T:
+        """The result of one of the changes of `outbox` or `shares`.
+
+        Args:
+            is_news: it writes events.
 
         Raises:
             HostFull: the database can't be written.
@@ -456,11 +468,15 @@ class Store:
             with transaction(self._writing_db):
                 return statement(self._writing_db, *arguments)
 
-        return await self._in_thread(work)
+        result = await self._in_thread(work)
+        if is_news:
+            self._wake()
+        return result
 
     async def forget(self) -> None:
-        """Forget events and deliveries that are too old."""
+        """Forget events and deliveries that are too old, and links whose time is over."""
         await self.change(outbox.forget, self._oldest)
+        await self.change(shares.forget)
 
     def news(self) -> asyncio.Event:
         """What is set when there are more events than now."""
@@ -469,6 +485,14 @@ class Store:
     def _wake(self) -> None:
         self._news.set()
         self._news = asyncio.Event()
+
+
+def _tell_of_snapshot(db: sqlite3.Connection, reason: str, snapshot_id: str, sandbox_id: str) -> None:
+    """Record an event of a snapshot's sandbox, unless that is forgotten by now."""
+    query = "SELECT owner, template FROM sandboxes WHERE id = ?"
+    for owner, template in db.execute(query, (sandbox_id,)).fetchall():
+        data = {"reason": reason, "snapshotID": snapshot_id}
+        outbox.record(db, [outbox.event("updated", owner, sandbox_id, template, data)])
 
 
 def _killed(owner: str, sandbox_id: str, template: str, reason: str) -> outbox.Event:

@@ -18,9 +18,9 @@ from tornado.testing import bind_unused_port
 
 from kernel_gateway.drivers import DriverError
 from kernel_gateway.network.policy import Floor
-from kernel_gateway.sandbox.key import parse_scope
+from kernel_gateway.sandbox.key import new_key, parse_scope
 from kernel_gateway.sandbox.sandboxes import supervised
-from kernel_gateway.sandbox.store import Store, new_key
+from kernel_gateway.sandbox.store import Store
 from kernel_gateway.settings import Settings
 from kernel_gateway.webhooks import Deliveries, Sender, Targets
 from tests.fakes import Service, error_of, eventually, serving

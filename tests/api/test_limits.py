@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.api.clients import agent
-from tests.fakes import Service, error_of, eventually, serving
+from tests.fakes import SavingDriver, Service, error_of, eventually, serving
 
 
 async def limits(service: Service, key: str = "") -> Any:
@@ -26,6 +26,8 @@ async def test_limits_of_a_key(tmp_path: Path) -> None:
             "requests": {"limit": 9, "used": 1},
             "connections": {"limit": 7, "used": 0},
             "heldBytes": {"limit": 64 << 20, "used": 0},
+            "maxTimeout": 3600,
+            "checkpointBytes": 2 << 30,
         }
         assert await limits(service) == nothing
         box = await service.create()
@@ -35,7 +37,8 @@ async def test_limits_of_a_key(tmp_path: Path) -> None:
             found = await limits(service)
             assert 55 <= found["createsPerMinute"].pop("reset") <= 60
             assert found["heldBytes"].pop("used") >= 128 << 10
-            assert {name: each["used"] for name, each in found.items() if "used" in each} == {
+            used = {name: each["used"] for name, each in found.items() if isinstance(each, dict) and "used" in each}
+            assert used == {
                 "sandboxes": 1, "pausedSandboxes": 0, "snapshots": 0,
                 "createsPerMinute": 1, "requests": 2, "connections": 1,
             }  # fmt: skip
@@ -45,6 +48,23 @@ async def test_limits_of_a_key(tmp_path: Path) -> None:
         found = await limits(service)
         assert (found["sandboxes"]["used"], found["heldBytes"]["used"]) == (0, 0)
         assert (await service.call("GET", "/limits", key=None)).code == 401
+
+
+async def test_the_longest_lifetime(tmp_path: Path) -> None:
+    """The operator's limit holds wherever a request gives a sandbox time, and `GET /limits` tells it."""
+    async with serving(tmp_path, SavingDriver(), max_timeout=7200) as service:
+        box = await service.create(timeout=7200)
+        path = f"/sandboxes/{box}"
+        for what, field in (
+            ("/sandboxes", "timeout"), (f"{path}/timeout", "timeout"), (f"{path}/fork", "timeout"),
+            (f"{path}/refreshes", "duration"), (f"{path}/connect", "timeout"), (f"{path}/resume", "timeout"),
+            (f"/v2{path}/connect", "timeout"),
+        ):  # fmt: skip
+            answer = await service.call("POST", what, {"templateID": "base", field: 7201})
+            assert (answer.code, "7200" in error_of(answer)["message"]) == (400, True), what
+        assert (await service.call("POST", f"{path}/timeout", {"timeout": 7200})).code == 204
+        assert (await service.call("POST", f"{path}/timeout", {"timeout": 40 * 86400})).code == 400
+        assert (await limits(service))["maxTimeout"] == 7200
 
 
 async def test_creates_per_minute(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ VALID: dict[str, dict[str, object]] = {
     "Refresh": {"duration": 60},
     "Pause": {"memory": True, "requireHealthyGuest": True},
     "Resume": {"timeout": 60, "autoPause": True},
+    "MakeShare": {"mode": "use", "seconds": 60},
     "TakeSnapshot": {"name": "a", "memory": True},
     "Fork": {"count": 1, "timeout": 60},
     "RequestBuild": {"name": "a:b", "tags": ["c"], "cpuCount": 1, "memoryMB": 512, "minFreeDiskMb": 1},

@@ -7,8 +7,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kernel_gateway.metrics import Metrics
-from kernel_gateway.sandbox.key import parse_scope
-from kernel_gateway.sandbox.store import new_key
+from kernel_gateway.sandbox.key import new_key, parse_scope
 from tests.fakes import Service, error_of
 
 

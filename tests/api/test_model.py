@@ -1,4 +1,7 @@
-"""Random programs of overlapping operations, checked against a small model. The kernels are real.
+"""Random programs of overlapping operations, checked against a small model.
+
+The kernels of the first test are real. Those of the second are fakes, because only such machines, and virtual ones, can
+be saved: it plays pauses, snapshots, forks, checkpoints, and the end of the server.
 
 A program is a list of steps. Each step waits for a moment, then does one thing with a sandbox while the steps before it
 are still under way, and some of the clients hang up. Cells and commands note their start and their end in the ledger, a
@@ -12,10 +15,11 @@ import math
 import os
 import signal
 import sqlite3
+import subprocess
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,16 +27,19 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from tornado.simple_httpclient import HTTPTimeoutError
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from kernel_gateway.drivers import NoSpace
 from kernel_gateway.drivers.unisolated import Unisolated, UnisolatedVm
 from kernel_gateway.kernel.executions import Execution
 from kernel_gateway.kernel.kernel import Kernel
+from kernel_gateway.sandbox.lifecycle import State
 from kernel_gateway.sandbox.outbox import Event
 from kernel_gateway.sandbox.sandbox import Sandbox, kernel_id
 from kernel_gateway.sandbox.store import Entry, Store
 from tests.api.clients import agent, raw
-from tests.fakes import Service, eventually, serving
+from tests.fakes import FakeVm, SavingDriver, Script, Service, eventually, serving
 
 SHORT = 40
 PROGRAMS = int(os.environ.get("MODEL_PROGRAMS", SHORT))
@@ -602,3 +609,218 @@ async def test_random_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         await loop.run_in_executor(None, play)  # in a thread, because hypothesis calls it without `await`
         await world.empty()
         assert {"finished", "unknown", "not_started", "refused"} <= set(world.endings)
+
+
+# -- machines that can be saved
+
+SAVING_PROGRAMS = int(os.environ.get("SAVING_PROGRAMS", "60"))
+ANSWERS = {
+    "cell": {200, 404, 409, 502, 503},
+    "keyed": {200, 404, 409, 502, 503},
+    "processes": {200, 404, 409, 502, 503},
+    "pause": {204, 404, 409, 502, 507},
+    "resume": {201, 404, 409, 502, 503},
+    "connect": {200, 201, 404, 409, 502, 503},
+    "snapshots": {201, 404, 409, 502, 507},
+    "start": {201, 400, 404, 409, 503},
+    "fork": {201, 404, 409, 502, 503, 507},
+    "checkpoints": {201, 404, 409, 502, 507},
+    "restore": {204, 404, 409, 502, 503},
+    "delete": {204, 404},
+}
+"""What may be answered to each operation, whatever else goes on."""
+FOLDERS = ("paused", "snapshots", "checkpoints")
+MOVE = st.tuples(
+    st.sampled_from([*ANSWERS, "cell", "keyed", "checkpoints", "restore", "restore", "expire", "die", "fail"]),
+    st.integers(0, 3),
+    st.sampled_from([0.0, 0.0, 0.01, 0.05]),
+    st.sampled_from([None, None, None, 0.01]),
+)
+
+
+class Life:
+    """One life of a server whose machines can be saved. `told` is what was said of each cell, by its name."""
+
+    def __init__(self, service: Service, driver: SavingDriver, directory: Path, boxes: list[str]) -> None:
+        self.service = service
+        self.driver = driver
+        self.directory = directory
+        self.boxes = boxes
+        self.told: dict[str, str] = {}
+        self.keyed: dict[str, str] = {}
+
+    async def take(self, what: str, box: str, number: int, patience: float | None) -> None:
+        """Do one thing with a sandbox. The client may hang up."""
+        sandbox = self.service.sandboxes.find(box)
+        if what == "fail":
+            self.driver.script.save_error = None if self.driver.script.save_error else NoSpace("full")
+        elif what == "expire":
+            if sandbox is not None and sandbox.state is State.RUNNING:
+                sandbox.set_timeout(0)
+        elif what == "die":
+            if sandbox is not None and sandbox._guest is not None and isinstance(sandbox._guest.vm, FakeVm):
+                sandbox._guest.vm.die("killed by a test")
+        else:
+            with suppress(HTTPTimeoutError):
+                await self.ask(what, box, number, patience)
+
+    async def ask(self, what: str, box: str, number: int, patience: float | None) -> None:
+        method, path, body = "POST", f"/sandboxes/{box}/{what}", dict[str, Any]()
+        headers = {}
+        if what in ("cell", "keyed"):
+            name = f"cell{len(self.told)}"
+            self.told[name] = "unknown"
+            path, sleep = f"/sandboxes/{box}/execute", (0.0, 0.01, 0.03, 0.1)[number]
+            body = {"code": f"note('start {name}')\ntime.sleep({sleep})\nnote('end {name}')"}
+            if what == "keyed":
+                headers, self.keyed[name] = {"Idempotency-Key": name}, box
+        elif what == "processes":
+            body = {"cmd": "sleep", "args": ["0.02"]}
+        elif what == "start":
+            known = self.service.sandboxes.snapshots.of(self.service.owner)
+            path, body = "/sandboxes", {"templateID": known[0].id if known else "none", "checkpoints": "cell"}
+        elif what == "restore":
+            path = f"/sandboxes/{box}/checkpoints/{number}/restore"
+        elif what == "delete":
+            method, path = "DELETE", f"/sandboxes/{box}"
+        answer = await self.service.call(method, path, body, headers=headers, timeout=patience or 30)
+        assert answer.code in ANSWERS[what], (what, answer.code, answer.body)
+        if what in ("cell", "keyed"):
+            told = json.loads(answer.body)
+            self.told[name] = told.get("outcome") or "refused"
+        elif answer.code == 201 and what == "start":
+            self.boxes.append(json.loads(answer.body)["sandboxID"])
+        elif answer.code == 201 and what == "fork":
+            self.boxes += [each["sandbox"]["sandboxID"] for each in json.loads(answer.body) if "sandbox" in each]
+
+    @property
+    def paused(self) -> set[str]:
+        return {each.id for each in self.service.sandboxes if each.state is State.PAUSED}
+
+    def rests(self) -> bool:
+        """Whether every sandbox is in one legal state, and machines, places, files and records are those of it."""
+        sandboxes = self.service.sandboxes
+        running = {each for each in sandboxes if each.state is State.RUNNING}
+        kept = [{path.name for path in (self.directory / name).iterdir()} for name in FOLDERS]
+        return (
+            len(running) + len(self.paused) == len(sandboxes)
+            and not any(each.is_over() for each in running)
+            and all(each.kernel is not None and not each.kernel.pending for each in running)
+            and not sandboxes.checkpoints._following
+            and {*sandboxes.places} == running
+            and len(self.driver.alive) == len(running)
+            and kept[0] == self.paused == set(self.service.store.paused())
+            and kept[1] == {each.id for each in sandboxes.snapshots.of(self.service.owner)}
+            and kept[2] == {f"{box.id}.{each.number}" for box in sandboxes for each in box.timeline.kept}
+        )
+
+    async def settle(self) -> None:
+        """Wait for rest, let all sandboxes run in turn, and see that each works."""
+        self.driver.script.save_error = None
+        await eventually(self.rests, 10)
+        for sandbox in list(self.service.sandboxes):
+            answer = await self.service.call("POST", f"/sandboxes/{sandbox.id}/connect", {})
+            assert answer.code in (200, 201, 503), answer.body
+            if answer.code != 503:  # all places are taken
+                await self.service.execute(sandbox.id, "1")
+                for mark in sandbox.timeline.kept[:1]:
+                    path = f"/sandboxes/{sandbox.id}/checkpoints/{mark.number}/restore"
+                    assert (await self.service.call("POST", path)).code == 204
+        await eventually(self.rests, 10)
+
+    async def check(self) -> None:
+        """Compare what was told of cells with what they have noted."""
+        for name, box in self.keyed.items():
+            answer = await self.service.call("GET", f"/sandboxes/{box}/executions/{name}")
+            if answer.code == 200:
+                status = json.loads(answer.body)["status"]
+                assert status in ("finished", "unknown", "not_started"), (name, status)
+                assert self.told[name] in (status, "unknown"), (name, status, self.told[name])
+                self.told[name] = status
+        for name, told in self.told.items():
+            noted = [note for note in self.driver.script.notes if note.split()[1] == name]
+            assert noted in ([], [f"start {name}"], [f"start {name}", f"end {name}"]), f"{name} ran twice"
+            assert told != "finished" or len(noted) == 2, f"{name} has not finished"
+            assert told not in ("not_started", "refused") or not noted, f"{name} has started"
+
+    async def empty(self) -> None:
+        """Delete everything, and see that nothing is left."""
+        for sandbox in list(self.service.sandboxes):
+            await self.service.sandboxes.kill(sandbox)
+        for snapshot in self.service.sandboxes.snapshots.of(self.service.owner):
+            await self.service.sandboxes.snapshots.delete(snapshot)
+        await eventually(self.rests, 10)
+        assert not any([*(self.directory / name).iterdir()] for name in FOLDERS)
+        await self.service.store.flush(PATIENCE)
+        with closing(sqlite3.connect(self.service.store.path)) as db:
+            assert db.execute("SELECT id FROM sandboxes WHERE ended IS NULL").fetchall() == []
+        await eventually(lambda: self.service.sandboxes.held.size == 0, 10)
+
+
+def left_by(store: Path, target: Path) -> None:
+    """Copy what a server would leave on disk if it were killed at this moment. Its threads write nothing meanwhile."""
+    target.mkdir()
+    with closing(sqlite3.connect(store)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        # What is just being deleted may be copied in part.
+        files = [
+            str(path) for path in store.parent.iterdir() if path.name in FOLDERS or path.name.startswith(store.name)
+        ]
+        subprocess.run(["cp", "-a", *files, str(target)], check=False, stderr=subprocess.DEVNULL)
+
+
+@settings(max_examples=SAVING_PROGRAMS, derandomize=SAVING_PROGRAMS == 60, suppress_health_check=list(HealthCheck))
+@given(
+    program=st.lists(MOVE, min_size=2, max_size=12),
+    auto=st.booleans(),
+    end=st.sampled_from(["", "stopped", "killed"]),
+)
+def test_random_programs_of_saved_machines(
+    tmp_path_factory: pytest.TempPathFactory, program: list[tuple[str, int, float, float | None]], auto: bool, end: str
+) -> None:
+    """R26: whatever overlaps, answers are documented, work ends once and truly, and all comes back in one legal state.
+
+    Then the server is stopped or killed in the middle. The next one on its data directory has all that was promised.
+    """
+
+    async def play() -> None:
+        directory = tmp_path_factory.mktemp("program") / "data"
+        directory.mkdir()
+        driver = SavingDriver()
+        driver.script = Script(save_delay=0.02, start_delay=0.02)
+        options: dict[str, Any] = {"max_sandboxes": 4, "checkpoint_bytes": 10**6}
+        async with serving(directory, driver, pause_at_close=end == "stopped", **options) as service:
+            boxes = [
+                await service.create(autoResume={"enabled": auto}, autoPause=auto, checkpoints=each)
+                for each in (None, "cell")
+            ]
+            life = Life(service, driver, directory, boxes)
+            tasks = []
+            for what, number, wait, patience in program:
+                chosen = boxes[number % len(boxes)]
+                tasks.append(asyncio.create_task(life.take(what, chosen, number, patience)))
+                await asyncio.sleep(wait)
+            if end == "killed":
+                moving = {each.id for each in service.sandboxes if each.state is State.RESUMING}
+                left_by(service.store.path, directory.with_name("left"))
+            await asyncio.gather(*tasks)
+            if end == "":
+                await life.settle()
+            await life.check()
+            if end == "":
+                await life.empty()
+        if end:
+            place = directory if end == "stopped" else directory.with_name("left")
+            service_options = {**options, "max_sandboxes": 20}
+            with closing(Store(place / "cellvm.db")) as store:
+                store.end_all("host_restart")
+            async with serving(place, driver, **service_options) as service:
+                life = Life(service, driver, place, [])
+                if end == "killed":  # a fake that was resumed before its server died can't be resumed again
+                    for box in moving & life.paused:
+                        await service.sandboxes.kill(service.sandboxes.get(service.owner, box))
+                await life.settle()
+                await life.empty()
+        await driver.close()
+
+    asyncio.run(play())

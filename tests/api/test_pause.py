@@ -2,17 +2,13 @@
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tornado.simple_httpclient import HTTPTimeoutError
 from websockets.exceptions import InvalidStatus
 
@@ -20,7 +16,7 @@ from kernel_gateway.drivers import DriverError, Incompatible, NoSpace
 from kernel_gateway.network.policy import Floor
 from kernel_gateway.sandbox.lifecycle import State
 from tests.api.clients import channels
-from tests.fakes import FakeDriver, FakeNetwork, FakeVm, SavingDriver, Script, Service, error_of, eventually, serving
+from tests.fakes import FakeDriver, FakeNetwork, SavingDriver, Script, Service, error_of, eventually, serving
 
 
 @pytest.fixture
@@ -383,96 +379,6 @@ async def test_clients_are_told_and_come_back(service: Service) -> None:
         found = await client.until(lambda message: message.kind == "stream")
         assert found[-1].content["text"] == "2\n"
         assert found[0].seq == seen + 1
-
-
-# -- random programs
-
-OPERATIONS = "pause resume connect execute delete expire die hang_up fail".split()
-ALLOWED = {
-    "pause": {204, 404, 409, 502, 507},
-    "resume": {201, 404, 409, 502, 503},
-    "connect": {200, 201, 404, 409, 502, 503},
-    "execute": {200, 404, 409, 502, 503},
-    "delete": {204, 404},
-}
-
-
-@settings(max_examples=int(os.environ.get("PAUSE_PROGRAMS", "60")), suppress_health_check=[HealthCheck.too_slow])
-@given(
-    program=st.lists(
-        st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 1), st.sampled_from([0.0, 0.0, 0.01, 0.05])),
-        min_size=2,
-        max_size=12,
-    ),
-    auto=st.booleans(),
-)
-def test_any_interleaving(
-    tmp_path_factory: pytest.TempPathFactory, program: list[tuple[str, int, float]], auto: bool
-) -> None:
-    """R26: operations that overlap in any way have documented answers, and end in one legal state each.
-
-    At rest a sandbox that runs has a machine and a place, a paused one has files, and nothing else is there.
-    """
-
-    async def play() -> None:
-        directory = tmp_path_factory.mktemp("program")
-        driver = SavingDriver()
-        driver.script = Script(save_delay=0.02, start_delay=0.02)
-        async with serving(directory, driver) as service:
-            boxes = [await service.create(autoResume={"enabled": auto}, autoPause=auto) for _ in range(2)]
-
-            async def take(what: str, box: str) -> None:
-                sandbox = service.sandboxes.find(box)
-                if what == "delete":
-                    code = (await service.call("DELETE", f"/sandboxes/{box}")).code
-                elif what == "execute":
-                    code = (await service.call("POST", f"/sandboxes/{box}/execute", {"code": "time.sleep(0.01)"})).code
-                elif what in ALLOWED:
-                    code = await post(service, box, what)
-                elif what == "hang_up":
-                    with suppress(HTTPTimeoutError):
-                        await service.call("POST", f"/sandboxes/{box}/pause", {}, timeout=0.01)
-                    return
-                elif what == "fail":
-                    driver.script.save_error = None if driver.script.save_error else NoSpace("full")
-                    return
-                else:
-                    if sandbox is not None and sandbox.state is State.RUNNING and what == "expire":
-                        sandbox.set_timeout(0)
-                    elif sandbox is not None and sandbox.state in (State.RUNNING, State.PAUSING):
-                        vm = sandbox._guest.vm if sandbox._guest else None
-                        if isinstance(vm, FakeVm):
-                            vm.die("killed by a test")
-                    return
-                assert code in ALLOWED[what], (what, code)
-
-            tasks = []
-            for what, number, wait in program:
-                tasks.append(asyncio.create_task(take(what, boxes[number])))
-                await asyncio.sleep(wait)
-            await asyncio.gather(*tasks)
-            driver.script.save_error = None
-
-            def at_rest() -> bool:
-                found = {each.id: each.state for each in service.sandboxes}
-                running = {each for each, state in found.items() if state is State.RUNNING}
-                paused = {each for each, state in found.items() if state is State.PAUSED}
-                return (
-                    len(running) + len(paused) == len(found)
-                    and not any(each.is_over() for each in service.sandboxes)
-                    and {each.id for each in service.sandboxes.places} == running
-                    and set(files(directory)) == paused
-                    and len(driver.alive) == len(running)
-                    and set(service.store.paused()) == paused
-                )
-
-            await eventually(at_rest, 10)
-            for sandbox in list(service.sandboxes):
-                assert await post(service, sandbox.id, "connect") in (200, 201)
-                await service.execute(sandbox.id, "1")
-        await driver.close()
-
-    asyncio.run(play())
 
 
 # -- restarts of the server

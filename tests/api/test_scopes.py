@@ -11,8 +11,7 @@ from websockets.exceptions import InvalidStatus
 
 from guest_agent import wire
 from kernel_gateway.api.app import ROUTES
-from kernel_gateway.sandbox.key import parse_scope
-from kernel_gateway.sandbox.store import new_key
+from kernel_gateway.sandbox.key import new_key, parse_scope
 from tests.api.clients import address
 from tests.fakes import ENDLESS, Service, error_of
 

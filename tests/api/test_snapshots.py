@@ -84,7 +84,12 @@ async def test_a_snapshot_is_a_template(service: Service, tmp_path: Path) -> Non
         assert (resume.is_copy, resume.hostname, resume.sandbox_id) == (True, other, other)
     assert await text(service, box, "x") == "0"
     assert (await told(service, other))[0] == ("created", {"snapshotID": snapshot["snapshotID"]})
-    assert ("updated", {"reason": "snapshot", "snapshotID": snapshot["snapshotID"]}) in await told(service, box)
+    await service.call("DELETE", f"/sandboxes/{box}")
+    await service.call("DELETE", "/snapshots/first")
+    of_snapshot = [data for kind, data in await told(service, box) if kind == "updated"]
+    assert of_snapshot == [
+        {"reason": reason, "snapshotID": snapshot["snapshotID"]} for reason in ("snapshot", "snapshot_deleted")
+    ]
 
 
 async def test_lists_and_owners(service: Service) -> None:

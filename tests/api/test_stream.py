@@ -140,6 +140,26 @@ async def test_variables(real: Service, real_box: str) -> None:
         assert {event["id"] for event in other.events if event["type"] == "end"} <= {"runs", client.events[1]["id"]}
 
 
+async def test_completion(real: Service, real_box: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names are completed for the one who asks. A busy kernel gives no match, and its cells are as they were."""
+    async with agent(real, real_box) as client, agent(real, real_box) as other:
+        await client.run("häuser_count = 3")
+        await client.send("complete", code="print(häuser_c)", cursor=14, id="one")
+        told = (await client.until("completions"))[-1]
+        assert (told["matches"], told["start"], told["end"], told["id"]) == (["häuser_count"], 6, 14, "one")
+        monkeypatch.setattr("kernel_gateway.api.stream.COMPLETING", 0.2)
+        await client.send("execute", code="import time; time.sleep(60)", id="busy")
+        await client.until("started", id="busy")
+        for cursor, name in ((0, "replaced"), (10_000, "last")):
+            await client.send("complete", code="h", cursor=cursor, id=name)
+        told = (await client.until("completions", id="last"))[-1]
+        assert told["matches"] == []
+        await client.send("interrupt")
+        await other.until("end", id="busy")
+        assert not {"completions", "refused"} & set(kinds(other.events))
+        assert "replaced" not in [event.get("id") for event in client.events]
+
+
 async def test_a_repr_that_sleeps(real: Service, real_box: str) -> None:
     """While the kernel can't tell its variables, commands of the same client are obeyed."""
     async with agent(real, real_box) as client:

@@ -36,6 +36,19 @@ EXAMPLE = Path(__file__).parents[1] / "guest/documented_example.txt"
 PYTHON_TARGETS = {"python3 -c 'import pandas'": "target <= 0.12", "documented example": "target <= 0.35"}
 CHANGED = 100 * 1024 * 1024
 PANDAS_CELL = "import pandas as pd; pd.DataFrame({'x': range(1000)}).describe()"
+GAPS_CELL = """
+import threading, time
+widest = 0.0
+def watch():
+    global widest
+    last = time.time()
+    while True:
+        time.sleep(0.001)
+        now = time.time()
+        widest, last = max(widest, now - last), now
+threading.Thread(target=watch, daemon=True).start()
+"""
+"""A thread that finds the longest time, in seconds, in which it did not run. The host sets the clock that it reads."""
 
 
 class Bench:
@@ -266,6 +279,46 @@ def measure_pauses(bench: Bench, count: int) -> None:
         server.close()
 
 
+def measure_copies(bench: Bench, count: int) -> None:
+    """Forks, snapshots and checkpoints of a sandbox that holds a DataFrame, and template restores, in turns."""
+    server = Server("--pool-size", "0", "--max-sandboxes", "3", "--templates", "code_interpreter")
+    try:
+        parent = server.create().json()["sandboxID"]
+        url = f"{server.url}/sandboxes/{parent}"
+        server.execute(parent, PANDAS_CELL + "\n" + GAPS_CELL).raise_for_status()
+
+        def post(name: str, path: str, expect: int = 201) -> Any:
+            answer = bench.time(name, lambda: server.session.post(url + path, json={}, timeout=60), expect)
+            return answer.json() if answer.content else None
+
+        def widest_gap(name: str) -> None:
+            cell = server.execute(parent, "found, widest = widest, 0.0\nprint(found)").json()
+            bench.add(name, float(cell["stdout"]) * 1000)
+
+        for _ in range(count):
+            server.delete(bench.time("template restore beside", server.create, 201).json()["sandboxID"])
+            widest_gap("before")
+            time.sleep(1)
+            widest_gap("widest gap, at rest")
+            child = post("fork, to the child's answer", "/fork")[0]["sandbox"]["sandboxID"]
+            widest_gap("widest gap, fork")
+            server.delete(child)
+            snapshot = post("snapshot", "/snapshots")["snapshotID"]
+            body = {"templateID": snapshot}
+            made = bench.time(
+                "start from a snapshot",
+                lambda b=body: server.session.post(f"{server.url}/sandboxes", json=b, timeout=60),  # type: ignore[misc]
+                201,
+            )
+            server.delete(made.json()["sandboxID"])
+            server.session.delete(f"{server.url}/snapshots/{snapshot}", timeout=60).raise_for_status()
+            number = post("checkpoint", "/checkpoints")["number"]
+            post("back to a checkpoint", f"/checkpoints/{number}/restore", 204)
+            server.session.delete(f"{url}/checkpoints/{number}", timeout=60).raise_for_status()
+    finally:
+        server.close()
+
+
 def measure_memory(bench: Bench, server: Server) -> None:
     """The memory of one more sandbox after a pandas cell, from the host kernel's accounting of its machine."""
     made = [server.create().json()["sandboxID"] for _ in range(3)]
@@ -319,6 +372,7 @@ def main() -> None:
     if options.only in (None, "pauses"):
         print("pauses …", file=sys.stderr)
         measure_pauses(bench, 10)
+        measure_copies(bench, 10)
     if options.only in (None, "network"):
         print("creates with and without a network …", file=sys.stderr)
         measure_network(bench, options.creates)
@@ -411,6 +465,13 @@ def report(bench: Bench, health: dict[str, Any] | None) -> None:
             ("resume", "ms", "", restore),
             ("resume to first answer", "ms", "target <= 2 x", restore),
             ("disk of it", "MB", "target <= 126", None),
+            ("template restore beside", "ms", "", None),
+            ("fork, to the child's answer", "ms", "target <= 1.2 x", "template restore beside"),
+            ("widest gap, fork", "ms", "target <= 60", "widest gap, at rest"),
+            ("snapshot", "ms", "", "template restore beside"),
+            ("start from a snapshot", "ms", "target <= 1 x", "template restore beside"),
+            ("checkpoint", "ms", "", "template restore beside"),
+            ("back to a checkpoint", "ms", "", "template restore beside"),
         ):
             print(bench.line(*row))
     if "create with network" in bench.samples:

@@ -1,4 +1,4 @@
-"""Frameworks on E2B's SDK, unmodified, each with a model that says what it was told. They need no other network.
+"""Frameworks on E2B's SDK, unmodified and without another network. A model says what it was told.
 
 One server without isolation serves them all.
 """

@@ -19,7 +19,8 @@ from typing import Any
 
 from websockets.asyncio.client import connect
 
-from kernel_gateway.sandbox.store import Store, new_key
+from kernel_gateway.sandbox.key import new_key
+from kernel_gateway.sandbox.store import Store
 from tests.api.clients import ServerProcess, server_process
 from tests.api.test_files import BOUNDARY, multipart
 from tests.siege.attackers import ATTACKS

@@ -8,15 +8,19 @@ from kernel_gateway.errors import Conflict
 from kernel_gateway.sandbox.lifecycle import REQUESTS, TRANSITIONS, Event, State, decide
 
 C, R, E, S = State.CREATING, State.RUNNING, State.STOPPING, State.STOPPED
-PING, PAUSED, RING = State.PAUSING, State.PAUSED, State.RESUMING
-NEW = (Event.PAUSE, Event.SAVED, Event.PAUSE_FAILED, Event.RESUME, Event.RESUMED, Event.RESUME_FAILED)
-REFUSED = {(C, Event.PAUSE), (C, Event.RESUME), (R, Event.RESUME), (PAUSED, Event.PAUSE)} | {
-    (state, event) for state in (PING, RING) for event in (Event.PAUSE, Event.RESUME)
+PING, PAUSED, RING, BACK = State.PAUSING, State.PAUSED, State.RESUMING, State.RESTORING
+NEW = (
+    Event.PAUSE, Event.SAVED, Event.PAUSE_FAILED, Event.RESUME, Event.RESUMED, Event.RESUME_FAILED,
+    Event.RESTORE, Event.RESTORED, Event.RESTORE_FAILED,
+)  # fmt: skip
+REFUSED = {(R, Event.RESUME), (PAUSED, Event.PAUSE), (PAUSED, Event.RESTORE)} | {
+    (state, event) for state in (C, PING, RING, BACK) for event in (Event.PAUSE, Event.RESUME, Event.RESTORE)
 }
 EXPECTED: dict[tuple[State, Event], State | None] = {
     **{(state, event): None for state in (C, R) for event in NEW},
     (R, Event.PAUSE): PING,
-    **{(state, event): None for state in (PING, PAUSED, RING) for event in Event},
+    (R, Event.RESTORE): BACK,
+    **{(state, event): None for state in (PING, PAUSED, RING, BACK) for event in Event},
     (PING, Event.SAVED): PAUSED,
     (PING, Event.PAUSE_FAILED): R,
     (PING, Event.KILL): E,
@@ -27,6 +31,9 @@ EXPECTED: dict[tuple[State, Event], State | None] = {
     (RING, Event.RESUMED): R,
     (RING, Event.RESUME_FAILED): PAUSED,
     (RING, Event.KILL): E,
+    (BACK, Event.RESTORED): R,
+    (BACK, Event.RESTORE_FAILED): R,
+    **{(BACK, event): E for event in (Event.KILL, Event.DIED, Event.SERVER_STOPPED)},
     (C, Event.STARTED): R,
     (C, Event.START_FAILED): S,
     (C, Event.KILL): E,

@@ -8,7 +8,8 @@ import pytest
 
 from kernel_gateway.images.cache import Cache
 from kernel_gateway.private import foreign, private
-from kernel_gateway.sandbox.store import Store, new_key
+from kernel_gateway.sandbox.key import new_key
+from kernel_gateway.sandbox.store import Store
 from kernel_gateway.server import claim, load_templates
 from kernel_gateway.settings import Settings
 

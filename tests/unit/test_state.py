@@ -27,6 +27,7 @@ EXPECTED: dict[tuple[State, Event], State | None] = {
     (D, Event.READY): U,
     (D, Event.ENDED): None,
     (D, Event.FAILED): None,
+    **{(state, Event.RESTORED): U for state in (U, S, R, D)},
     **{(state, Event.CLOSED): C for state in (U, S, R, D)},
     **{(C, event): None for event in Event},
 }

@@ -3,16 +3,16 @@
 import hashlib
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
 import pytest
 
 from kernel_gateway.errors import HostFull, InvalidRequest
-from kernel_gateway.sandbox.key import Key, parse_scope
+from kernel_gateway.sandbox.key import Key, new_key, parse_scope
 from kernel_gateway.sandbox.outbox import Event
-from kernel_gateway.sandbox.store import RESERVE, SCHEMA, Entry, Store, new_key
+from kernel_gateway.sandbox.store import RESERVE, SCHEMA, Entry, Store
 from tests.fakes import eventually
 
 
@@ -99,7 +99,7 @@ def test_a_lent_key(store: Store) -> None:
 @pytest.mark.parametrize("key", ["", "x" * 19, "x" * 257])
 def test_what_can_be_no_key_is_not_looked_up(store: Store, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Strangers offer many texts. Those of another length than keys cost nothing."""
-    monkeypatch.setattr("kernel_gateway.sandbox.store._hash", None)
+    monkeypatch.setattr("kernel_gateway.sandbox.store.hashed", None)
     assert store.find_key(key) is None
 
 
@@ -131,7 +131,7 @@ def test_scopes_are_read_as_they_are_written(text: str) -> None:
 @pytest.mark.parametrize("text", ["readonly", "template=", "sandbox=a b", "template=a,sandbox=b", "owner=x", " "])
 def test_what_is_no_scope(text: str) -> None:
     """It is refused, and is not taken for no limits."""
-    with pytest.raises(InvalidRequest, match="read-only, metrics, template=ID or sandbox=ID"):
+    with pytest.raises(InvalidRequest, match="read-only, metrics, template=ID, sandbox=ID, watch=ID or use=ID"):
         parse_scope(text)
 
 
@@ -252,13 +252,13 @@ async def test_the_reserve(tmp_path: Path) -> None:
     assert reserve.stat().st_blocks * 512 >= RESERVE
     insert, tried = store._insert, []
 
-    def insert_if_there_is_space(entries: list[Entry], events: list[Event]) -> None:
+    def insert_if_there_is_space(entries: list[Entry], events: list[Event], uses: Mapping[str, int]) -> None:
         tried.append(reserve.exists())
         if reserve.exists():
             error = sqlite3.OperationalError("database or disk is full")
             error.sqlite_errorcode = sqlite3.SQLITE_FULL
             raise error
-        insert(entries, events)
+        insert(entries, events, uses)
 
     store._insert = insert_if_there_is_space  # type: ignore[method-assign]
     store.sandbox_ended("sbx0", "me", "base", "timeout")

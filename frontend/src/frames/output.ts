@@ -42,6 +42,7 @@ function show(order: Order, port: MessagePort): void {
   if (order.isLive) tame();
   document.addEventListener("securitypolicyviolation", () => port.postMessage({ blocked: true }), { once: true });
   port.onmessage = () => port.postMessage({ pong: true });
+  addEventListener("keydown", (event) => event.key === "F6" && port.postMessage({ leave: true }));
   const tell = () => port.postMessage({ height: document.body.scrollHeight });
   new ResizeObserver(tell).observe(document.body);
   addEventListener("load", tell, true); // pictures change the height when they come

@@ -2,9 +2,11 @@
  * Runs in a frame with an opaque origin, and shows a terminal there, because xterm.js can't live with the page's policy.
  * The page sends what the program prints, and gets what is typed, the size, and F6, which leaves the frame.
  */
-import { FitAddon } from "@xterm/addon-fit";
 import { type ITheme, Terminal } from "@xterm/xterm";
 import "@xterm/xterm/css/xterm.css";
+
+/** Pixels at the right that no text stands in. */
+const SCROLLBAR = 14;
 
 type Order = { write: string } | { focus: true } | { theme: ITheme } | { ended: string };
 
@@ -31,8 +33,6 @@ function start(port: MessagePort, theme: ITheme): void {
     linkHandler: null,
     theme,
   });
-  const fit = new FitAddon();
-  terminal.loadAddon(fit);
   const place = document.createElement("div");
   place.style.height = "100%";
   document.body.append(place);
@@ -50,7 +50,11 @@ function start(port: MessagePort, theme: ITheme): void {
   terminal.onData((data) => port.postMessage({ data }));
   terminal.onBinary((data) => port.postMessage({ data }));
   const tell = () => {
-    fit.fit();
+    const screen = place.querySelector(".xterm-screen")?.getBoundingClientRect();
+    if (!screen?.width) return;
+    const cols = Math.floor((place.clientWidth - SCROLLBAR) / (screen.width / terminal.cols));
+    const rows = Math.floor(place.clientHeight / (screen.height / terminal.rows));
+    terminal.resize(Math.max(cols, 2), Math.max(rows, 1));
     port.postMessage({ rows: terminal.rows, cols: terminal.cols });
   };
   new ResizeObserver(tell).observe(place);

@@ -1,18 +1,24 @@
 import { useSignal } from "@preact/signals";
 import { useEffect, useMemo } from "preact/hooks";
-import { of, send } from "../api";
+import { ending, extended, pausing, restarting } from "../actions";
+import { ApiError, of, send } from "../api";
+import { may, share } from "../key";
 import { notebook } from "../notebook";
 import { go, type Route, to } from "../route";
-import { Box, health, now, type Sandbox, said, sandboxes } from "../store";
+import { Box, now, offers, type Sandbox, said, sandboxes } from "../store";
 import { Stream } from "../stream";
 import { Ask, Menu, type Question, save, Trouble, useWork } from "../ui";
 import { clock, REASONS, safe } from "../words";
 import { Files } from "./Files";
+import { HelpButton } from "./Help";
 import { JupyterLab } from "./JupyterLab";
-import { extended } from "./List";
+import { Ports } from "./Ports";
+import { Shares } from "./Shares";
 import { Side } from "./Side";
+import { Snapshots } from "./Snapshots";
 import { Terminals } from "./Terminals";
 import { ThemeMenu } from "./Theme";
+import { Timeline } from "./Timeline";
 import { Transcript } from "./Transcript";
 
 /** One sandbox: its cells, files and terminals. */
@@ -21,22 +27,27 @@ export function BoxScreen({ route }: { route: Route }) {
   const box = useMemo(() => new Box(id), [id]);
   const stream = useMemo(() => new Stream(box), [box]);
   const question = useSignal<Question | undefined>(undefined);
-  const isLabOpen = useSignal(false);
+  const opened = useSignal<"" | Opened>("");
+  const close = () => (opened.value = "");
   useEffect(() => () => stream.close(), [stream]);
   const sandbox = sandboxes.value?.find((each) => each.sandboxID === id);
   const isGone = box.link.value.state === "gone";
   return (
     <>
       <header class="top">
-        <a class="quiet button icon" href={to()} aria-label="All sandboxes" title="All sandboxes">
-          ‹
-        </a>
+        {may("own") && (
+          <a class="quiet button icon" href={to()} aria-label="All sandboxes" title="All sandboxes">
+            ‹
+          </a>
+        )}
         <h1>
           {safe(sandbox?.metadata["name"] ?? "") || "Sandbox"} <code class="id">{id.slice(0, 12)}</code>
         </h1>
+        {share.value && <span class="chip">{may("use") ? "shared with you" : "you are watching"}</span>}
         <BoxState box={box} />
         <span class="grow" />
         {sandbox && !isGone && <TimeLeft sandbox={sandbox} />}
+        <HelpButton />
         <ThemeMenu />
       </header>
       <nav class="bar" aria-label="Parts of the sandbox">
@@ -46,7 +57,7 @@ export function BoxScreen({ route }: { route: Route }) {
         <a href={to(id, "files")} aria-current={tab === "files" ? "page" : undefined}>
           Files
         </a>
-        {health.value?.capabilities?.includes("pty") && (
+        {offers("pty") && may("use") && (
           <a href={to(id, "terminal")} aria-current={tab === "terminal" ? "page" : undefined}>
             Terminal
           </a>
@@ -58,7 +69,7 @@ export function BoxScreen({ route }: { route: Route }) {
             stream={stream}
             sandbox={sandbox}
             ask={(asked) => (question.value = asked)}
-            openLab={() => (isLabOpen.value = true)}
+            open={(dialog) => (opened.value = dialog)}
           />
         )}
       </nav>
@@ -70,7 +81,11 @@ export function BoxScreen({ route }: { route: Route }) {
         {tab === "cells" && <Side box={box} stream={stream} sandbox={sandbox} />}
       </div>
       {question.value && <Ask question={question.value} close={() => (question.value = undefined)} />}
-      {isLabOpen.value && sandbox && <JupyterLab sandbox={sandbox} close={() => (isLabOpen.value = false)} />}
+      {opened.value === "lab" && sandbox && <JupyterLab sandbox={sandbox} close={close} />}
+      {opened.value === "ports" && <Ports id={id} close={close} />}
+      {opened.value === "shares" && <Shares id={id} close={close} />}
+      {opened.value === "snapshots" && <Snapshots id={id} close={close} />}
+      {opened.value === "timeline" && <Timeline id={id} close={close} />}
     </>
   );
 }
@@ -114,6 +129,7 @@ function TimeLeft({ sandbox }: { sandbox: Sandbox }) {
       <button
         type="button"
         class="quiet"
+        hidden={!may("own")}
         title="Let it live 10 minutes longer"
         onClick={() => work.run(() => send("POST", of(sandbox.sandboxID, "/refreshes"), { duration: extended(left) }))}
       >
@@ -124,27 +140,35 @@ function TimeLeft({ sandbox }: { sandbox: Sandbox }) {
   );
 }
 
+/** The dialogs that are about a whole sandbox. */
+type Opened = "lab" | "ports" | "snapshots" | "shares" | "timeline";
+
+/** One of the copies that a fork has made, or why there is none. */
+interface Forked {
+  sandbox?: Sandbox;
+  error?: { code: number; error: string; message: string };
+}
+
 interface ActionsProps {
   box: Box;
   stream: Stream;
   sandbox: Sandbox | undefined;
   ask: (question: Question) => void;
-  openLab: () => void;
+  open: (dialog: Opened) => void;
 }
 
 /** What can be done with the whole sandbox. */
-function Actions({ box, stream, sandbox, ask, openLab }: ActionsProps) {
+function Actions({ box, stream, sandbox, ask, open }: ActionsProps) {
   const work = useWork();
   const held = box.held.value;
-  const can = health.value?.capabilities ?? [];
   const isPaused = box.link.value.state === "paused";
-  const end = () => send("DELETE", of(box.id)).then(() => undefined);
   if (isPaused) return null;
   return (
     <div class="row actions" role="toolbar" aria-label="Actions">
       <Trouble error={work.error.value} />
       <button
         type="button"
+        hidden={!may("use")}
         aria-label="Interrupt"
         onClick={() => stream.send({ type: "interrupt" })}
         title="Stop the cell that runs (i i)"
@@ -154,7 +178,7 @@ function Actions({ box, stream, sandbox, ask, openLab }: ActionsProps) {
         </span>
         <span class="wide">Interrupt</span>
       </button>
-      {can.includes("hold") && (
+      {offers("hold") && may("use") && (
         <button
           type="button"
           class="optional"
@@ -170,14 +194,8 @@ function Actions({ box, stream, sandbox, ask, openLab }: ActionsProps) {
         type="button"
         class="optional"
         data-restart
-        onClick={() =>
-          ask({
-            title: "Restart the kernel?",
-            text: "All variables are lost, and the cell that runs is ended. Files stay.",
-            button: "Restart",
-            act: () => stream.send({ type: "restart" }),
-          })
-        }
+        hidden={!may("use")}
+        onClick={() => ask(restarting(() => stream.send({ type: "restart" })))}
       >
         Restart…
       </button>
@@ -185,40 +203,58 @@ function Actions({ box, stream, sandbox, ask, openLab }: ActionsProps) {
         <button type="button" onClick={() => exportNotebook(box, work)}>
           Save as notebook
         </button>
-        <button type="button" disabled={!sandbox} onClick={openLab}>
-          Open in JupyterLab…
-        </button>
-        {can.includes("pause") && (
-          <button
-            type="button"
-            onClick={() =>
-              ask({
-                title: "Pause this sandbox?",
-                text: "All of it is saved to disk, with its variables. It costs no memory until it is resumed.",
-                button: "Pause",
-                act: () => send("POST", of(box.id, "/pause"), {}).then(() => undefined),
-              })
-            }
-          >
-            Pause…
-          </button>
-        )}
-        <button
-          type="button"
-          class="bad"
-          onClick={() =>
-            ask({
-              title: "End this sandbox?",
-              text: "Its variables, files and programs are gone for good. Save the notebook first if you need it.",
-              button: "End",
-              act: end,
-            })
-          }
-        >
-          End…
-        </button>
+        {may("own") && <OwnActions box={box} sandbox={sandbox} ask={ask} open={open} work={work} />}
       </Menu>
     </div>
+  );
+}
+
+type OwnProps = Omit<ActionsProps, "stream"> & { work: ReturnType<typeof useWork> };
+
+/** What only the owner of a sandbox may do. */
+function OwnActions({ box, sandbox, ask, open, work }: OwnProps) {
+  const fork = async () => {
+    const [made]: Forked[] = await (await send("POST", of(box.id, "/fork"), {})).json();
+    if (made?.error) throw new ApiError(made.error.code, made.error.error, made.error.message);
+    if (made?.sandbox) go(made.sandbox.sandboxID);
+  };
+  return (
+    <>
+      <button type="button" disabled={!sandbox} onClick={() => open("lab")}>
+        Open in JupyterLab…
+      </button>
+      {offers("share") && (
+        <button type="button" onClick={() => open("shares")}>
+          Share…
+        </button>
+      )}
+      <button type="button" onClick={() => open("ports")}>
+        Ports…
+      </button>
+      {offers("snapshot") && (
+        <button type="button" onClick={() => open("snapshots")}>
+          Snapshots…
+        </button>
+      )}
+      {offers("checkpoints") && (
+        <button type="button" onClick={() => open("timeline")}>
+          Timeline…
+        </button>
+      )}
+      {offers("fork") && (
+        <button type="button" onClick={() => work.run(fork)}>
+          Fork and open the copy
+        </button>
+      )}
+      {offers("pause") && (
+        <button type="button" onClick={() => ask(pausing(box.id))}>
+          Pause…
+        </button>
+      )}
+      <button type="button" class="bad" onClick={() => ask(ending(box.id))}>
+        End…
+      </button>
+    </>
   );
 }
 
@@ -248,7 +284,12 @@ function Banner({ box, stream }: { box: Box; stream: Stream }) {
     return (
       <div class="banner" role="status">
         <p>The sandbox is paused. Its variables, files and programs are on disk.</p>
-        <button type="button" class="primary" onClick={() => work.run(resume, () => stream.connect())}>
+        <button
+          type="button"
+          class="primary"
+          hidden={!may("own")}
+          onClick={() => work.run(resume, () => stream.connect())}
+        >
           {work.isBusy.value ? "Resuming …" : "Resume"}
         </button>
         <Trouble error={work.error.value} />
@@ -266,7 +307,7 @@ function Banner({ box, stream }: { box: Box; stream: Stream }) {
       <button type="button" onClick={() => save(`${box.id}.ipynb`, notebook(box))}>
         Save as notebook
       </button>
-      <button type="button" onClick={() => go()}>
+      <button type="button" hidden={!may("own")} onClick={() => go()}>
         All sandboxes
       </button>
     </div>

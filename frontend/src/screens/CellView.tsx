@@ -2,6 +2,7 @@ import { useSignal } from "@preact/signals";
 import { useEffect, useLayoutEffect, useRef } from "preact/hooks";
 import { Screen } from "../ansi";
 import { highlight } from "../highlight";
+import { may } from "../key";
 import { shown } from "../mime";
 import { type Box, type Bundle, type Cell, type CellError, now, type Output, said } from "../store";
 import { isMine, type Stream } from "../stream";
@@ -62,7 +63,7 @@ export function CellView({ cell, box, stream }: { cell: Cell; box: Box; stream: 
             key={`${index}-${output.kind}`}
             output={output}
             title={`Output ${index + 1} of cell ${cell.count ?? ""}`}
-            isOpen={box.asks.value === cell.id && isLastPrompt(cell, output)}
+            isOpen={box.asks.value === cell.id && isLastPrompt(cell, output) && may("use")}
             answered={
               box.answered.value?.id === cell.id && isLastPrompt(cell, output) ? box.answered.value.by.name : ""
             }

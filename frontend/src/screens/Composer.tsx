@@ -2,7 +2,7 @@ import type { Signal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
 import type { Editor } from "../editor";
 import { key } from "../key";
-import type { Box } from "../store";
+import { type Box, offers } from "../store";
 import type { Stream } from "../stream";
 
 /** Where the next cell is written: a plain field until the editor's part of the page has come. */
@@ -25,7 +25,9 @@ export function Composer({ box, stream, draft }: { box: Box; stream: Stream; dra
     void import("../editor").then(({ Editor, paint }) => {
       if (isGone || !place.current || !key.value) return;
       const hadFocus = document.activeElement === field.current;
-      const made = new Editor({ text: draft.peek(), onRun: run, onChange: (text) => (draft.value = text), past });
+      const complete = offers("complete") ? stream.complete.bind(stream) : undefined;
+      const onChange = (text: string) => (draft.value = text);
+      const made = new Editor({ text: draft.peek(), onRun: run, onChange, past, complete });
       editor.current = made;
       place.current.replaceChildren(made.element);
       paint();

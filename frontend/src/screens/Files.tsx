@@ -1,6 +1,7 @@
 import { type Signal, useSignal } from "@preact/signals";
 import { useEffect, useMemo, useRef } from "preact/hooks";
 import { of, send } from "../api";
+import { may } from "../key";
 import { go, to } from "../route";
 import { Ask, Dialog, Later, Menu, type Question, save, Trouble, useWork } from "../ui";
 import { Uploads } from "../upload";
@@ -76,6 +77,7 @@ export function Files({ id, path, isGone }: { id: string; path: string; isGone: 
     };
   };
   const isRoot = folder === "/";
+  const isReadOnly = isGone || !may("use");
   return (
     <main
       class={isOver.value ? "files over" : "files"}
@@ -90,7 +92,7 @@ export function Files({ id, path, isGone }: { id: string; path: string; isGone: 
       onDrop={(event) => {
         event.preventDefault();
         isOver.value = false;
-        uploads.add(folder, [...(event.dataTransfer?.files ?? [])]);
+        if (!isReadOnly) uploads.add(folder, [...(event.dataTransfer?.files ?? [])]);
       }}
     >
       <div class="row tools">
@@ -107,10 +109,10 @@ export function Files({ id, path, isGone }: { id: string; path: string; isGone: 
             event.currentTarget.value = "";
           }}
         />
-        <button type="button" class="primary" disabled={isGone} onClick={() => picker.current?.click()}>
+        <button type="button" class="primary" disabled={isReadOnly} onClick={() => picker.current?.click()}>
           Upload…
         </button>
-        <button type="button" disabled={isGone} onClick={() => (isNaming.value = true)}>
+        <button type="button" disabled={isReadOnly} onClick={() => (isNaming.value = true)}>
           New folder…
         </button>
         <button type="button" class="quiet icon" aria-label="Look again" disabled={isGone} onClick={refresh}>
@@ -175,7 +177,7 @@ export function Files({ id, path, isGone }: { id: string; path: string; isGone: 
                             Download
                           </button>
                         )}
-                        <button type="button" class="bad" onClick={() => remove(each)}>
+                        <button type="button" class="bad" hidden={!may("use")} onClick={() => remove(each)}>
                           Delete…
                         </button>
                       </Menu>
@@ -333,7 +335,7 @@ function Preview({ id, entry, close, remove }: PreviewProps) {
         <button type="button" onClick={() => work.run(() => download(id, entry))}>
           Download
         </button>
-        <button type="button" class="bad" onClick={() => remove(entry)}>
+        <button type="button" class="bad" hidden={!may("use")} onClick={() => remove(entry)}>
           Delete…
         </button>
         <button type="button" class="quiet icon" aria-label="Close the preview" onClick={close}>

@@ -1,5 +1,6 @@
 import { useSignal } from "@preact/signals";
 import { useRef } from "preact/hooks";
+import { create, ending, extended, pausing, restarting } from "../actions";
 import { of, send } from "../api";
 import { signOut } from "../key";
 import { go, to } from "../route";
@@ -9,6 +10,7 @@ import {
   feedTrouble,
   health,
   now,
+  offers,
   type Sandbox,
   said,
   sandboxes,
@@ -17,10 +19,9 @@ import {
 } from "../store";
 import { Ask, Later, Menu, type Question, Trouble, useWork } from "../ui";
 import { bytes, clock, REASONS, safe, time } from "../words";
+import { HelpButton } from "./Help";
+import { Snapshots } from "./Snapshots";
 import { ThemeMenu } from "./Theme";
-
-/** Seconds that a sandbox of this page lives at first. It can be extended. */
-const LIFETIME = 1800;
 
 /** All sandboxes of the key, live. */
 export function List() {
@@ -45,6 +46,7 @@ export function List() {
         <ServerState />
         <span class="grow" />
         <NewSandbox />
+        <HelpButton />
         <ThemeMenu />
         <button type="button" class="quiet" onClick={signOut}>
           Sign out
@@ -208,42 +210,27 @@ function Row({ sandbox, ask }: { sandbox: Sandbox; ask: (question: Question) => 
           >
             10 more minutes
           </button>
-          <button
-            type="button"
-            onClick={() =>
-              ask({
-                title: "Restart the kernel?",
-                text: "All variables are lost, and the cell that runs is ended. Files stay.",
-                button: "Restart",
-                act: () => act("Restarted.", "POST", `${kernel}/restart`),
-              })
-            }
-          >
+          <button type="button" onClick={() => ask(restarting(() => act("Restarted.", "POST", `${kernel}/restart`)))}>
             Restart kernel…
           </button>
-          <button
-            type="button"
-            class="bad"
-            onClick={() =>
-              ask({
-                title: "End this sandbox?",
-                text: "Its variables, files and programs are gone for good.",
-                button: "End",
-                act: () => act("Ended.", "DELETE", of(id)),
-              })
-            }
-          >
+          {isPaused ? (
+            <button type="button" onClick={() => act("Resumed.", "POST", of(id, "/resume"), {})}>
+              Resume
+            </button>
+          ) : (
+            offers("pause") && (
+              <button type="button" onClick={() => ask(pausing(id))}>
+                Pause…
+              </button>
+            )
+          )}
+          <button type="button" class="bad" onClick={() => ask(ending(id))}>
             End…
           </button>
         </Menu>
       </td>
     </tr>
   );
-}
-
-/** Ten minutes more than what is left, as far as the server allows. */
-export function extended(left: number): number {
-  return Math.min(Math.max(Math.round(left), 0) + 600, 3600);
 }
 
 /** What a kernel does, by a sign and a word. */
@@ -301,29 +288,32 @@ function EndedTable({ rows }: { rows: Ended[] }) {
 
 function NewSandbox() {
   const work = useWork();
+  const isChoosing = useSignal(false);
   return (
     <>
       <Trouble error={work.error.value} />
       <Menu label="New sandbox" look="primary" text={work.isBusy.value ? "Starting …" : "+ New sandbox"}>
         {templates.value.map((each) => (
-          <button key={each.templateID} type="button" onClick={() => create(work, each)}>
+          <button key={each.templateID} type="button" onClick={() => open(work, each)}>
             <strong>{each.templateID}</strong>
             <small class="muted">
               {each.cpuCount} CPU, {bytes(each.memoryMB * 1e6)}
             </small>
           </button>
         ))}
+        {offers("snapshot") && (
+          <button type="button" onClick={() => (isChoosing.value = true)}>
+            From a snapshot…
+          </button>
+        )}
       </Menu>
+      {isChoosing.value && <Snapshots close={() => (isChoosing.value = false)} />}
     </>
   );
 }
 
-function create(work: ReturnType<typeof useWork>, template: Template): void {
-  void work.run(async () => {
-    const body = { templateID: template.templateID, timeout: LIFETIME };
-    const made: Sandbox = await (await send("POST", "/sandboxes", body)).json();
-    go(made.sandboxID);
-  });
+function open(work: ReturnType<typeof useWork>, template: Template): void {
+  void work.run(async () => go(await create(template.templateID)));
 }
 
 function Empty() {
@@ -339,7 +329,7 @@ function Empty() {
             type="button"
             class={index ? "" : "primary"}
             disabled={work.isBusy.value}
-            onClick={() => create(work, each)}
+            onClick={() => open(work, each)}
           >
             {each.templateID}
           </button>

@@ -1,7 +1,8 @@
 import { useSignal } from "@preact/signals";
 import { useEffect } from "preact/hooks";
 import { get, of, send } from "../api";
-import { type Box, health, type Sandbox } from "../store";
+import { may } from "../key";
+import { type Box, health, offers, type Sandbox } from "../store";
 import type { Stream } from "../stream";
 import { Sparkline, Trouble, useWork } from "../ui";
 import { bytes, safe } from "../words";
@@ -43,9 +44,9 @@ export function Side({ box, stream, sandbox }: { box: Box; stream: Stream; sandb
   if (sandbox?.status !== "running" || box.link.value.state === "gone") return <aside class="side" hidden />;
   return (
     <aside class="side" aria-label="About the sandbox">
-      {health.value?.capabilities?.includes("variables") && <Variables box={box} stream={stream} />}
+      {offers("variables") && may("use") && <Variables box={box} stream={stream} />}
       <Load id={box.id} />
-      {health.value?.network !== "host" && <Connections id={box.id} />}
+      {health.value?.network !== "host" && may("own") && <Connections id={box.id} />}
       <About sandbox={sandbox} />
     </aside>
   );

@@ -1,6 +1,6 @@
 import { useSignal } from "@preact/signals";
 import { get } from "../api";
-import { signIn } from "../key";
+import { share, signIn } from "../key";
 import { health } from "../store";
 import { Trouble, useWork } from "../ui";
 import { ThemeMenu } from "./Theme";
@@ -26,6 +26,11 @@ export function SignIn() {
           {health.value?.version} at {location.host}
         </p>
       </header>
+      {share.value && (
+        <p class="banner" role="alert">
+          The link that you came with is not good any more. It has expired or was revoked, or its sandbox has ended.
+        </p>
+      )}
       <form onSubmit={submit}>
         <input type="text" name="username" autocomplete="username" value={location.host} hidden readOnly />
         <label for="key">API key</label>

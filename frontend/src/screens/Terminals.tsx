@@ -1,6 +1,7 @@
 import { useSignal } from "@preact/signals";
 import { useEffect, useLayoutEffect, useRef } from "preact/hooks";
 import { get, of, send } from "../api";
+import { toRegion } from "../regions";
 import { go, to } from "../route";
 import { commandPath, TerminalView } from "../terminal";
 import { Ask, type Question, Trouble, useWork } from "../ui";
@@ -86,8 +87,7 @@ export function Terminals({ id, pid, isGone }: { id: string; pid: string; isGone
 function Shell({ id, pid }: { id: string; pid: string }) {
   const place = useRef<HTMLDivElement>(null);
   useLayoutEffect(() => {
-    const leave = () => document.querySelector<HTMLElement>(".tabs a[aria-current], .bar a")?.focus();
-    const view = new TerminalView(commandPath(id, pid), `Terminal ${pid}. F6 leaves it.`, leave);
+    const view = new TerminalView(commandPath(id, pid), `Terminal ${pid}. F6 leaves it.`, () => toRegion(1));
     place.current?.replaceChildren(view.element);
     return () => view.close();
   }, [id, pid]);

@@ -1,10 +1,12 @@
 import { type Signal, useSignal } from "@preact/signals";
 import { useEffect, useLayoutEffect, useRef } from "preact/hooks";
+import { may } from "../key";
 import type { Box, Cell, Note } from "../store";
 import type { Stream } from "../stream";
 import { safe } from "../words";
 import { CellView } from "./CellView";
 import { Composer } from "./Composer";
+import { showKeys } from "./Help";
 
 /** Pixels from the end within which the page follows what is new. */
 const NEAR = 120;
@@ -59,8 +61,8 @@ export function Transcript({ box, stream }: { box: Box; stream: Stream }) {
         {entries.length === 0 && box.link.value.state !== "connecting" && (
           <section class="empty">
             <h2>Nothing has run yet</h2>
-            <p class="muted">Cells of any client of this sandbox show up here as they run. Try one:</p>
-            <div class="examples">
+            <p class="muted">Cells of any client of this sandbox show up here as they run.</p>
+            <div class="examples" hidden={!may("use")}>
               {EXAMPLES.map((each) => (
                 <button key={each} type="button" onClick={() => (draft.value = each)}>
                   <pre>{each}</pre>
@@ -85,7 +87,7 @@ export function Transcript({ box, stream }: { box: Box; stream: Stream }) {
           ↓ {news.value} new below
         </button>
       )}
-      {!isReadOnly && <Composer box={box} stream={stream} draft={draft} />}
+      {!isReadOnly && may("use") && <Composer box={box} stream={stream} draft={draft} />}
     </main>
   );
 }
@@ -128,6 +130,9 @@ function moveAmongCells(event: KeyboardEvent, stream: Stream): void {
       break;
     case "c":
       void navigator.clipboard.writeText(cell.querySelector(".code")?.textContent ?? "");
+      break;
+    case "?":
+      showKeys();
       break;
     case ".":
       document.querySelector<HTMLElement>("article.running")?.focus();

@@ -50,7 +50,7 @@ class Connect(rest.Connect):
 class SetTimeout(Struct):
     """Seconds from now; a sandbox with none left ends at once."""
 
-    timeout: Annotated[int, Meta(le=rest.MAX_TIMEOUT, description="Seconds.")]
+    timeout: Annotated[int, Meta(le=rest.MAX_LIFETIME, description="Seconds; the server's --max-timeout at most.")]
 
 
 class SandboxesQuery(Struct):
@@ -197,6 +197,7 @@ class ForkModel(Struct, omit_defaults=True):
 
 async def fork(call: Call, body: rest.Fork) -> list[ForkModel]:
     """Copies of the sandbox, each with its own id, kernel id, tokens, randomness and network, and all that it had."""
+    rest.check_lifetime(call, body.timeout)
     made = await call.mine.fork(call.sandbox, body.count, body.timeout)
     return [
         ForkModel(error=ForkError(STATUS[each.code], str(each), each.code))
@@ -207,11 +208,11 @@ async def fork(call: Call, body: rest.Fork) -> list[ForkModel]:
 
 
 async def get_sandbox(call: Call) -> SandboxWithTokens:
-    """One sandbox. A key that may only read is told no token."""
+    """One sandbox. A key that may only read is told no token, and neither is a link, because tokens outlive it."""
     sandbox = call.sandbox
     told = with_tokens(call, sandbox, await rest.get_sandbox(call))
     told.trafficAccessToken = None
-    if call.mine.key.scope.is_read_only:
+    if call.mine.key.scope.is_read_only or call.mine.key.scope.mode:
         told.envdAccessToken = None
     return told
 
