@@ -13,7 +13,7 @@ from urllib.parse import quote
 import pytest
 from tornado.httpclient import HTTPResponse
 
-from kernel_gateway.api.e2b import connect, control
+from kernel_gateway.api.e2b import connect, control, rpc
 from kernel_gateway.api.e2b.plane import signature
 from kernel_gateway.api.e2b.rpc import METHODS, Kind
 from kernel_gateway.sandbox.sandbox import Sandbox
@@ -336,6 +336,15 @@ async def test_keepalive_and_deadline(e2b: Box) -> None:
     told, last = await e2b.stream("process.Process/Start", message, headers=headers)
     assert [next(iter(each["event"])) for each in told] == ["start", "keepalive"]
     assert last["error"]["code"] == "deadline_exceeded"
+
+
+async def test_a_slow_start(e2b: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start is a stream's first event, though it takes longer than silence may last."""
+    monkeypatch.setattr(rpc, "SHORTEST_KEEPALIVE", 0)
+    message = {"process": {"cmd": "echo", "args": ["hi"]}, "stdin": False}
+    told, last = await e2b.stream("process.Process/Start", message, headers={"Keepalive-Ping-Interval": "0"})
+    kinds = [next(iter(each["event"])) for each in told]
+    assert (kinds[0], kinds[-1], last) == ("start", "end", {})
 
 
 async def test_a_kill_resets_streams(e2b: Box, service: Service) -> None:

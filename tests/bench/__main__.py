@@ -1,8 +1,8 @@
 """`make bench`: the users' waiting times, measured through the public API on the machine at hand.
 
 Every line has a floor or a peer from the same run: an empty request for latency, the same server without isolation for
-running code, a plain loopback HTTP copy for moving bytes. `tests/bench/jupyter.py` measures from a Jupyter client. Raw
-samples go to `bench-results/<time>.json`.
+running code, a plain loopback HTTP copy for moving bytes. `tests/bench/jupyter.py` measures from a Jupyter client, and
+`tests/bench/e2b.py` from E2B's SDK. Raw samples go to `bench-results/<time>.json`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from typing import Any
 
 import requests
 
-from tests.bench import jupyter
+from tests.bench import e2b, jupyter
 
 MEGABYTE = 1_000_000
 TRANSFER = 64 * 1024 * 1024
@@ -358,7 +358,7 @@ def measure_neighbour() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--creates", type=int, default=20, help="sequential creates (default 20)")
-    parts = ("rest", "python", "pauses", "network", "jupyter", "neighbour")
+    parts = ("rest", "python", "pauses", "network", "jupyter", "e2b", "neighbour")
     parser.add_argument("--only", choices=parts, help="one part only")
     options = parser.parse_args()
     if options.only == "neighbour":
@@ -379,6 +379,9 @@ def main() -> None:
     if options.only in (None, "jupyter"):
         print("Jupyter …", file=sys.stderr)
         jupyter.measure(bench.add)
+    if options.only in (None, "e2b"):
+        print("E2B's SDK …", file=sys.stderr)
+        e2b.measure(bench.add)
     report(bench, health)
 
 
@@ -474,7 +477,7 @@ def report(bench: Bench, health: dict[str, Any] | None) -> None:
     if "create with network" in bench.samples:
         for name in ("create with network", "create without network", "create, what the network adds"):
             print(bench.line(name, "ms", "target <= 10" if "adds" in name else "", None))
-    for line in jupyter.table(bench.samples):
+    for line in (*jupyter.table(bench.samples), *e2b.table(bench.samples)):
         print(line)
     results = Path("bench-results")
     results.mkdir(exist_ok=True)

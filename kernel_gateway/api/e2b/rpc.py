@@ -176,10 +176,13 @@ async def call_server_stream(call: Call, body: Any) -> None:
     limit = connect.timeout(headers.get("Connect-Timeout-Ms", ""))
     await http.begin_stream()
     events = keeping_alive(http._method.operation(call, body), interval, http._method.keepalive)
+    has_begun = False
     try:
         async with aclosing(events), asyncio.timeout(limit):
             async for event in events:
-                await http.send(connect.envelope(event))
+                has_begun = has_begun or event is not http._method.keepalive
+                if has_begun:  # the SDKs fail if another event than the start comes first
+                    await http.send(connect.envelope(event))
     except TimeoutError:
         raise connect.Failed(connect.Code.DEADLINE_EXCEEDED, "the time of the call is over") from None
     await http.send(connect.end())
