@@ -18,7 +18,7 @@ import sqlite3
 import subprocess
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,12 +157,12 @@ class Troubled(Store):
     until = 0.0
     hangs = False
 
-    def _insert(self, entries: list[Entry], events: list[Event]) -> None:
+    def _insert(self, entries: list[Entry], events: list[Event], uses: Mapping[str, int]) -> None:
         while (left := self.until - time.monotonic()) > 0:
             if not self.hangs:
                 raise sqlite3.OperationalError("disk I/O error")
             time.sleep(min(left, 0.05))
-        super()._insert(entries, events)
+        super()._insert(entries, events, uses)
 
 
 class World:

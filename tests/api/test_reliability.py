@@ -534,7 +534,7 @@ async def test_r28_a_foreign_sandbox_is_like_none(service: Service, route: Route
     """On every route somebody else's sandbox, running or ended, and a random id get the same 404, byte for byte."""
     foreign, ended = await foreign_boxes(service)
     for box in (foreign, ended, "sbx" + "a" * 20, "x"):
-        path = route.path.format(id=box, execution="x", command="x")
+        path = route.path.format_map(dict.fromkeys(route.names, "1") | {"id": box})
         assert await every_answer(service, route, path) == NO_SANDBOX
     assert (await service.call("GET", f"/sandboxes/{foreign}", key=service.other_key)).code == 200
 

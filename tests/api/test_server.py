@@ -233,6 +233,7 @@ async def test_a_server_from_start_to_end(
             assert list(data.rglob("agent-*"))
     assert sorted(path.name for path in data.rglob("*")) == [
         "cellvm.db",
+        "checkpoints",
         "disks",
         "journals",
         "lock",

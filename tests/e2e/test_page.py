@@ -675,8 +675,8 @@ async def test_a_terminal(tab: Tab, real: Service, box: str) -> None:
 class Listener(asyncio.DatagramProtocol):
     """What has come to a TCP and a UDP port.
 
-    A silent TCP connection, b"", is Chromium's: its net log says `is_preconnect` for the address of a frame's navigation
-    that the policy blocks. It carries no bytes, but tells the listener the user's address. Load brings it.
+    A silent TCP connection, b"", is Chromium's: its net log says `is_preconnect` for the address of a navigation that
+    the policy blocks. It carries no bytes, but tells the listener the user's address. Load brings it.
     """
 
     def __init__(self) -> None:
@@ -761,7 +761,7 @@ async def test_hostile_output(tab: Tab, hostile: Listener) -> None:
 
 
 async def test_hostile_scripts(tab: Tab, hostile: Listener) -> None:
-    """Scripts that the user lets run send no byte to a listener, and reach neither the page nor its address. (15, 16)"""
+    """Scripts that the user lets run send nothing to a listener, and reach neither page nor its address. (15, 16)"""
     hostile.hears_silence = False  # docs/page.md says that they can connect
     ran = []
     for name, script in hostile_output.SCRIPTS.items():
