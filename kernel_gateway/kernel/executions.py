@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import msgspec
 
@@ -171,9 +171,13 @@ class Executions:
             raise Conflict("this id was used for another cell", hint="choose a new one for every cell")
         return None if known is None or known.state == Ending.NOT_STARTED else known
 
-    def at_rest(self) -> list[ExecutionState]:
-        """What is stored of them while the sandbox is paused. Those that the kernel has not got are left out."""
-        return [each.state_at_rest() for each in self._by_id.values() if each.is_sent]
+    def at_rest(self, unsent: Container[str]) -> list[ExecutionState]:
+        """What is stored of them while the sandbox is paused. Those that the kernel has not got are left out.
+
+        Args:
+            unsent: ids of messages that are about to be sent.
+        """
+        return [each.state_at_rest() for each in self._by_id.values() if each.is_sent and each.id not in unsent]
 
     def restore(self, states: list[ExecutionState]) -> None:
         """Go on with the executions of a sandbox that was paused."""

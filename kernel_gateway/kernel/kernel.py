@@ -152,6 +152,7 @@ class Kernel:
         self._untold = ""
         self._late = 0
         self._pending: dict[str, Pending] = {}
+        self._unsent: set[str] = set()  # ids of messages that wait for their turn on the link
         self._busy: dict[str, str] = {}
         self._turn = asyncio.Lock()
         self.hold: Hold | None = None
@@ -222,11 +223,15 @@ class Kernel:
             is_ending=self._is_ending,
             untold=self._untold,
             late=self._late,
-            pending={msg_id: msgspec.structs.replace(each, holding=None) for msg_id, each in self._pending.items()},
+            pending={
+                msg_id: msgspec.structs.replace(each, holding=None)
+                for msg_id, each in self._pending.items()
+                if msg_id not in self._unsent
+            },
             busy=dict(self._busy),
             last_activity=self.last_activity,
             sessions=dict(self._sessions),
-            executions=self.executions.at_rest(),
+            executions=self.executions.at_rest(self._unsent),
             last=self.journal.last,
             end=self.journal.end,
             history=list(self.history),
@@ -569,12 +574,21 @@ class Kernel:
             return self._send_later(parts, session)
         if not self._expect(parts, session) or self._link.send_at_once(parts):
             return None
-        return self._link.send_kernel_message(parts)
+        return self._send(parts)
 
     async def _send_later(self, parts: list[bytes], session: str) -> None:
         await self._usable.wait()
         if self._expect(parts, session):
+            await self._send(parts)
+
+    async def _send(self, parts: list[bytes]) -> None:
+        """Send a message. A capture of the machine does not have it while it waits for its turn."""
+        msg_id = message.header(parts[HEADER]).msg_id
+        self._unsent.add(msg_id)
+        try:
             await self._link.send_kernel_message(parts)
+        finally:
+            self._unsent.discard(msg_id)
 
     def _expect(self, parts: list[bytes], session: str) -> bool:
         """Remember whose request it is, and return whether there is a kernel that could answer."""
@@ -805,7 +819,7 @@ class Kernel:
         self._tell()
         execution.restarted, self._untold = self._untold, ""
         execution.clock = time.monotonic()
-        await self._link.send_kernel_message(parts)
+        await self._send(parts)
         execution.drop_code()
 
     async def _watch(self, execution: Execution) -> None:

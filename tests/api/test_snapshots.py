@@ -276,6 +276,24 @@ async def test_a_cell_of_the_parent_goes_on(service: Service) -> None:
         assert (await running).text == "7\n"
 
 
+async def test_a_cell_that_comes_while_the_parent_stands_still(service: Service, driver: SavingDriver) -> None:
+    """It runs in the parent alone. The child, whose kernel has not got it, waits for nothing."""
+    box = await service.create()
+    driver.script.save_delay = 0.2
+    vm = driver.alive[0]
+    forking = asyncio.create_task(forked(service, box))
+    await eventually(lambda: vm.is_stopped)
+    kernel = service.sandboxes.get(service.owner, box).kernel_id
+    async with channels(service, kernel) as client:
+        cells = service.execute(box, "1 + 1"), client.run("print(3)")
+        rest, jupyter = await asyncio.gather(*cells)
+    assert (rest["outcome"], jupyter.text) == ("finished", "3\n")
+    child = (await forking)[0]["sandbox"]["sandboxID"]
+    found = service.sandboxes.get(service.owner, child).kernel
+    assert found is not None
+    assert (found.state, found.pending) == ("idle", frozenset())
+
+
 async def test_children_that_do_not_start(service: Service, driver: SavingDriver) -> None:
     """The answer tells for each child why it did not start, and the parent goes on."""
     box = await service.create()
