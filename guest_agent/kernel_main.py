@@ -333,8 +333,8 @@ def fork() -> int:
     return os.fork()
 
 
-def serve(channel: socket.socket) -> None:
-    """Answer the agent until it closes the channel, then end, with all kernels."""
+def serve(channel: socket.socket, children: set[int]) -> None:
+    """Answer the agent until it closes the channel. `children` gets the process ids of kernels that live."""
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write)
@@ -344,7 +344,6 @@ def serve(channel: socket.socket) -> None:
     selector.register(channel, selectors.EVENT_READ)
     selector.register(wake_read, selectors.EVENT_READ)
     lines = channel.makefile("rwb", buffering=0)
-    children: set[int] = set()
     unasked = set(sys.modules)
     imported = Imported(unasked)
 
@@ -361,10 +360,7 @@ def serve(channel: socket.socket) -> None:
                         children.discard(pid)
                         tell(exited=pid, status=status)
                 continue
-            line = lines.readline()
-            if not line:
-                for pid in children:
-                    os.killpg(pid, signal.SIGKILL)
+            if not (line := lines.readline()):
                 return
             request = json.loads(line)
             if "warm" in request:
@@ -399,5 +395,8 @@ def serve(channel: socket.socket) -> None:
 def main() -> None:
     """Be the nursery. The agent starts it by `python -c`, with the way to our package first in `sys.path`."""
     del sys.path[0]
-    with contextlib.suppress(BrokenPipeError):  # the agent has gone, so nobody asks for a kernel any more
-        serve(socket.socket(fileno=int(sys.argv[1])))
+    children: set[int] = set()
+    with contextlib.suppress(ConnectionError):  # the agent was killed
+        serve(socket.socket(fileno=int(sys.argv[1])), children)
+    for pid in children:  # nobody can ask for them any more
+        os.killpg(pid, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from jupyter_client.asynchronous.client import AsyncKernelClient
 
-from guest_agent.kernel import PORTS
+from guest_agent.kernel import NURSERY, PORTS
 
 KERNEL = "from guest_agent.kernel_main import run_kernel; import sys, os; run_kernel(sys.argv[1], dict(os.environ))"
 
@@ -56,3 +57,22 @@ async def test_a_slow_reader_that_came_late(connection: Path) -> None:
         assert printed == [str(number) for number in range(5000)]
     finally:
         client.stop_channels()
+
+
+def test_a_nursery_whose_agent_was_killed(tmp_path: Path) -> None:
+    """It ends without a word, also when the agent had not read its last answer."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        nursery = subprocess.Popen(
+            [sys.executable, "-c", NURSERY.format(Path(__file__).parents[2]), str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        theirs.close()
+        ours.sendall(json.dumps({"is_current": {"HOME": str(tmp_path)}}).encode() + b"\n")
+        assert select.select([ours], [], [], 60)[0]
+        ours.close()
+        assert nursery.communicate(timeout=60)[1] == ""
+        assert nursery.returncode == 0
