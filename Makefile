@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.ready
 
-.PHONY: serve test test-fast check audit bench siege docs clean lock
+.PHONY: serve test test-fast test-full check audit bench siege docs clean lock
 
 serve: $(STAMP)      ## set up, build, start; prints URL and key
 	@exec $(VENV)/bin/cellvm serve
@@ -12,6 +12,9 @@ test: $(STAMP)       ## everything, on real machines too
 
 test-fast: $(STAMP)  ## the tests that need no machine
 	@exec sh tests/run.sh fast
+
+test-full: $(STAMP)  ## the tests of the template code_interpreter_full, which is built first if it is missing
+	@exec sh tests/run.sh full
 
 check: $(STAMP)      ## format, lint, types
 	$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy

@@ -64,7 +64,7 @@ def test_a_nursery_whose_agent_was_killed(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         nursery = subprocess.Popen(
-            [sys.executable, "-c", NURSERY.format(Path(__file__).parents[2]), str(theirs.fileno())],
+            [sys.executable, "-c", NURSERY.format(str(Path(__file__).parents[2])), str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
