@@ -44,10 +44,15 @@ def table(thing: Any) -> Table | None:
         module = sys.modules.get(library)
         if type(module) is ModuleType and type(thing) is vars(module).get(name):
             count = MAX_COLUMNS
-            while len(json.dumps(made := {"kind": name, **read(thing, count)}, ensure_ascii=False).encode()) > MAX_SIZE:
+            while size_of(made := {"kind": name, **read(thing, count)}) > MAX_SIZE:
                 count //= 2
             return made
     return None
+
+
+def size_of(made: Table) -> int:
+    """Bytes of a table as it is sent. What can't be UTF-8, as in names of files, becomes `?` on the way."""
+    return len(json.dumps(made, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def of_pandas(frame: Any, count: int) -> Table:

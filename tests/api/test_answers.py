@@ -184,7 +184,8 @@ class Column(list):
 
 class DataFrame:
     shape, columns, dtypes = (1000, 40), [f'c{n}' for n in range(40)], ['Int64'] * 40
-    def to_series(self, n): return Column(f'{row}-{n}' + 'x' * 99 * (n == 1) for row in range(1000))
+    def to_series(self, n):
+        return Column(f'{row}-{n}' + {1: 'x' * 99, 2: '\\udc80'}.get(n, '') for row in range(1000))
     def __repr__(self): return 'a frame'
 
 class Derived(DataFrame): pass
@@ -207,7 +208,7 @@ async def test_data_frames_are_tables(real: Service, real_box: str) -> None:
     )
     assert [row[0] for row in table["first"] + table["last"]] == ["0", "1", "2", "3", "4", "997", "998", "999"]
     assert {len(row) for row in table["first"]} == {31}
-    assert table["last"][0][1:3] == ["997-0", "997-1" + "x" * 54 + "…"]
+    assert table["last"][0][1:4] == ["997-0", "997-1" + "x" * 54 + "…", "997-2?"]
     assert cell["text"].split("\n")[0] == "DataFrame 1000 x 40"
     await real.execute(real_box, "DataFrame.dtypes = None  # as of a version that is not known")
     for other in ("Derived()", "DataFrame()", "[1, 2]"):
