@@ -47,7 +47,7 @@ from ipykernel.kernelapp import IPKernelApp
 from jupyter_client.jsonutil import json_default
 from jupyter_client.session import Session, json_packer
 
-from guest_agent import results
+from guest_agent import results, tables
 from guest_agent.cells import Cells
 from guest_agent.completion import imported
 from guest_agent.output import OutStream
@@ -265,6 +265,7 @@ class SandboxKernel(IPythonKernel):
         self.shell_handlers["comm_msg"] = comm_message
         self.shell.events.register("post_execute", show_agg_figures)
         Views().connect(self.shell)
+        tables.connect(self.shell)
 
 
 class SandboxKernelApp(IPKernelApp):

@@ -173,3 +173,44 @@ async def test_streams_have_the_text_at_their_end(real: Service, real_box: str) 
     refused = await real.call("POST", path, {"code": "ran = 1", "wait": 1}, headers=accept)
     assert (refused.code, error_of(refused)["error"]) == (400, "invalid_request")
     assert (await real.execute(real_box, "ran"))["error"]["name"] == "NameError"
+
+
+LIBRARY = """
+import sys, types
+
+class Column(list):
+    def slice(self, at, size): return Column(self[at:at + size])
+    def to_list(self): return self
+
+class DataFrame:
+    shape, columns, dtypes = (1000, 40), [f'c{n}' for n in range(40)], ['Int64'] * 40
+    def to_series(self, n):
+        return Column(f'{row}-{n}' + {1: 'x' * 99, 2: '\\udc80'}.get(n, '') for row in range(1000))
+    def __repr__(self): return 'a frame'
+
+class Derived(DataFrame): pass
+
+sys.modules['polars'] = types.ModuleType('polars')
+sys.modules['polars'].DataFrame = DataFrame
+"""
+"""The part of polars that tables are read by. tests/guest/test_template.py has the libraries themselves."""
+
+
+async def test_data_frames_are_tables(real: Service, real_box: str) -> None:
+    """A frame comes with its first and last rows as data, which the text shows. Only the library's own type is read."""
+    await real.execute(real_box, LIBRARY)
+    cell = await ask(real, real_box, "DataFrame()", maxOutput=8000)
+    table = cell["results"][0]["data"]["application/vnd.cellvm.table+json"]
+    assert (table["shape"], len(table["columns"]), table["columns"][0]) == (
+        [1000, 40],
+        30,
+        {"name": "c0", "dtype": "Int64"},
+    )
+    assert [row[0] for row in table["first"] + table["last"]] == ["0", "1", "2", "3", "4", "997", "998", "999"]
+    assert {len(row) for row in table["first"]} == {31}
+    assert table["last"][0][1:4] == ["997-0", "997-1" + "x" * 54 + "…", "997-2?"]
+    assert cell["text"].split("\n")[0] == "DataFrame 1000 x 40"
+    await real.execute(real_box, "DataFrame.dtypes = None  # as of a version that is not known")
+    for other in ("Derived()", "DataFrame()", "[1, 2]"):
+        assert list((await ask(real, real_box, other, maxOutput=8000))["results"][0]["data"]) == ["text/plain"]
+    await real.execute(real_box, "del sys.modules['polars']")

@@ -193,6 +193,24 @@ def test_use_case(box: Sandbox, case: str) -> None:
     assert box.value(USE_CASES[case]) is True
 
 
+@pytest.mark.parametrize(
+    ("code", "kind", "dtypes"),
+    [
+        ("pandas as l\nl.DataFrame({'a': range(99), 'b': [None, *'x' * 98]})", "DataFrame", ["int64", "str"]),
+        ("polars as l\nl.DataFrame({'a': range(99), 'b': [None, *'x' * 98]})", "DataFrame", ["Int64", "String"]),
+        ("pandas as l\nl.Series(range(99), name='a')", "Series", ["int64"]),
+        ("polars as l\nl.Series('a', range(99))", "Series", ["Int64"]),
+    ],
+)
+def test_tables(box: Sandbox, code: str, kind: str, dtypes: list[str]) -> None:
+    """Data frames and series come with their first and last rows as data."""
+    table = box.execute(f"import {code}")["results"][0]["data"]["application/vnd.cellvm.table+json"]
+    assert (table["kind"], table["shape"]) == (kind, [99, len(dtypes)])
+    assert [each["dtype"] for each in table["columns"]] == dtypes
+    assert [row[:2] for row in table["first"]] == [[str(n), str(n)] for n in range(5)]
+    assert [row[:2] for row in table["last"]] == [[str(n), str(n)] for n in range(96, 99)]
+
+
 def test_chart(box: Sandbox) -> None:
     """A command makes a chart, and the chart is downloaded as a PNG."""
     code = "import matplotlib.pyplot as plt; plt.bar(['a', 'b'], [1, 2]); plt.savefig('bars.png')"

@@ -23,6 +23,7 @@ from kernel_gateway.api.rest import check_env, check_text, one_line
 from kernel_gateway.errors import CellvmError, InvalidRequest, NotFound, Unavailable
 from kernel_gateway.kernel.events import StreamEvent, values
 from kernel_gateway.kernel.kernel import Kernel
+from kernel_gateway.kernel.shape import TABLE
 
 KEEPALIVE = 5.0
 """Seconds of silence after which a stream says that it lives."""
@@ -86,7 +87,7 @@ def result(event: StreamEvent) -> dict[str, Any]:
     """A rich output as a message."""
     told: dict[str, Any] = {"type": "result", "is_main_result": event.type == "result", "extra": {}}
     for kind, value in values(event.data).items():
-        if bytes(value) == b"null":
+        if bytes(value) == b"null" or kind == TABLE:  # E2B has `data` for tables
             continue
         if kind == "text/plain":
             told["text"] = unquoted(msgspec.json.decode(value))
