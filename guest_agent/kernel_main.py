@@ -47,7 +47,7 @@ from ipykernel.kernelapp import IPKernelApp
 from jupyter_client.jsonutil import json_default
 from jupyter_client.session import Session, json_packer
 
-from guest_agent import results, tables
+from guest_agent import namespace, results, tables
 from guest_agent.cells import Cells
 from guest_agent.completion import imported
 from guest_agent.output import OutStream
@@ -190,6 +190,24 @@ class SandboxKernel(IPythonKernel):
             for output in self._outputs:
                 output.drain()
             self.cells.end()
+
+    def init_metadata(self, parent: dict[str, Any]) -> dict[str, Any]:
+        """Begin the metadata of a cell's reply, and remember the variables that there are."""
+        metadata: dict[str, Any] = super().init_metadata(parent)  # type: ignore[no-untyped-call]
+        if threading.current_thread() is threading.main_thread():  # a subshell's cell runs beside others
+            metadata["cellvm"] = namespace.marks(self.shell)
+        return metadata
+
+    def finish_metadata(
+        self, parent: dict[str, Any], metadata: dict[str, Any], reply_content: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Tell in the metadata of a cell's reply what the cell has changed."""
+        before = metadata.pop("cellvm", None)
+        if before is not None and reply_content["status"] != "aborted":
+            variables = namespace.changes(self.shell, before)
+            if variables is not None:
+                metadata["cellvm"] = {"changes": {"variables": variables}}
+        return super().finish_metadata(parent, metadata, reply_content)  # type: ignore[no-any-return, no-untyped-call]
 
     @contextlib.contextmanager
     def _cancel_on_sigint(self, future: "asyncio.Future[Any]") -> Iterator[None]:

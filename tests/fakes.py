@@ -73,6 +73,7 @@ class Script:
     replace the handlers of requests. `start_error` is raised instead of starting, and `filter_error` when a network
     policy is applied or refusals are read. Saving takes `save_delay` seconds and `save_size` bytes, and ends with
     `save_error`, or with `write_error` when its files are written. `notes` are what cells have said by `note(…)`.
+    `reply_metadata` is the metadata of cells' replies.
     """
 
     sample: Callable[[], bytes] = lambda: os.urandom(16)
@@ -86,6 +87,7 @@ class Script:
     save_delay: float = 0.0
     save_size: int = 0
     notes: list[str] = field(default_factory=list)
+    reply_metadata: bytes = b"{}"
 
 
 class Stream:
@@ -690,7 +692,8 @@ class FakeKernel:
         buffers: list[bytes] | None = None,
     ) -> None:
         """Send one kernel message, within credit."""
-        parts = [channel.encode(), self.header(kind), bytes(parent), b"{}", json.dumps(content).encode()]
+        metadata = self._guest.script.reply_metadata if kind == "execute_reply" else b"{}"
+        parts = [channel.encode(), self.header(kind), bytes(parent), metadata, json.dumps(content).encode()]
         number = wire.KERNEL_CONTROL if channel == "control" else wire.KERNEL
         async with self._sending[number]:
             while not await self._send_whole(self._streams[number], wire.pack_parts([*parts, *(buffers or [])])):

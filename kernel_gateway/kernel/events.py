@@ -13,6 +13,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from kernel_gateway.kernel import message
+from kernel_gateway.kernel.changes import Changes, changes
 from kernel_gateway.outcome import Ending
 
 TEXT_LIMIT = 8 * 1024 * 1024
@@ -20,6 +21,8 @@ RESULT_LIMIT = 64 * 1024 * 1024
 MAX_PAYLOAD = 4 * 1024 * 1024
 """Bytes of a reply beyond which nothing in it is shown. The help for a large class has a tenth of it."""
 MAX_PAGES = 100
+MAX_REPORTS = 10
+"""Reports of changes that wait for the ends of their cells."""
 OUTPUTS = frozenset({"stdout", "stderr", "result", "display", "error"})
 """Events that a pending `clear` waits for."""
 WAYS = ("execute", "stream", "jupyter")
@@ -78,6 +81,7 @@ class Cell(msgspec.Struct):
     """What one execution gave. `outcome` is finished, or unknown if its kernel ended before it was over.
 
     `late` is what earlier cells have put out since. `restarted` says why the kernel is not the one of the cell before.
+    `changes` is null if the kernel has told none.
 
     The last fields are for whoever asked with `wait` or `maxOutput`. `status` is running or the outcome, and `next` the
     number after which further output comes. `text` is all of it for a model. `outputFile` has what `text` leaves out.
@@ -92,6 +96,7 @@ class Cell(msgspec.Struct):
     outcome: str = Ending.FINISHED
     late: list[Late] = []
     restarted: str | None = None
+    changes: Changes | None = None
     id: str | UnsetType = UNSET
     status: str | UnsetType = UNSET
     next: int | UnsetType = UNSET
@@ -128,6 +133,7 @@ class StreamEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     by: message.By | None = None
     at: str | None = None
     outputFile: str | None = None
+    changes: Changes | None = None
     variables: "list[Variable] | None" = None
     matches: list[str] | None = None
     start: int | None = None
@@ -135,10 +141,11 @@ class StreamEvent(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Events:
-    """A translator of messages into events. It remembers execution counts, so that an "end" can tell them."""
+    """A translator of messages into events. It remembers counts and changes, so that an "end" can tell them."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int | None] = {}
+        self._changes: dict[str, Changes | None] = {}
 
     def receive(self, seq: int, kind: str, execution: str, ends: bool, parts: Sequence[bytes]) -> list[StreamEvent]:
         """The events of one message: none, one, the "end", or some and the "end"."""
@@ -149,11 +156,14 @@ class Events:
         told = [] if made is None else [made]
         if kind == "execute_reply":
             told += pages(content)
+            self._changes[execution] = changes(parts[message.METADATA])
+            if len(self._changes) > MAX_REPORTS:
+                del self._changes[next(iter(self._changes))]
         events = [msgspec.structs.replace(event, seq=seq, id=execution) for event in told]
         if ends:
             count = self._counts.pop(execution, None)
-            outcome = ending(parts[message.METADATA])
-            events.append(StreamEvent("end", seq=seq, id=execution, executionCount=count, outcome=outcome))
+            outcome, changed = ending(parts[message.METADATA]), self._changes.pop(execution, None)
+            events.append(StreamEvent("end", seq, execution, executionCount=count, outcome=outcome, changes=changed))
         return events
 
     def _event(self, kind: str, execution: str, content: bytes, metadata: bytes) -> StreamEvent | None:
@@ -454,6 +464,7 @@ class Collector:
             case "started" | "end":
                 self._cell.executionCount = event.executionCount or self._cell.executionCount
                 self._cell.outcome = event.outcome or self._cell.outcome
+                self._cell.changes = event.changes
 
     def _keeps(self, size: int) -> bool:
         """Whether so many more bytes may be kept. They count from now on."""

@@ -17,11 +17,12 @@ from kernel_gateway.errors import CellvmError, Conflict, GuestFailure, SandboxDi
 from kernel_gateway.guest.link import Link
 from kernel_gateway.held import Account, Held, Holding
 from kernel_gateway.kernel import message
+from kernel_gateway.kernel.changes import checked
 from kernel_gateway.kernel.events import MAX_NAME, RESTARTED, Asked, CellError, Events, StreamEvent, cell_error
 from kernel_gateway.kernel.executions import Execution, Executions, ExecutionState
 from kernel_gateway.kernel.history import Cell, History
 from kernel_gateway.kernel.journal import Gap, Journal, Record
-from kernel_gateway.kernel.message import CHANNEL, CONTENT, GATEWAY, HEADER, PARENT, By
+from kernel_gateway.kernel.message import CHANNEL, CONTENT, GATEWAY, HEADER, METADATA, PARENT, By
 from kernel_gateway.kernel.pages import pages
 from kernel_gateway.kernel.state import WAITING, Event, State, decide
 from kernel_gateway.outcome import FINISHED, Ending, Outcome
@@ -417,6 +418,8 @@ class Kernel:
             return  # this is not a kernel's message, or nobody reads it any more
         head, parent = message.header(parts[HEADER]), message.header(parts[PARENT])
         self._kernel_session = head.session
+        if head.msg_type == "execute_reply":
+            parts[METADATA] = checked(parts[METADATA])
         question = self._questions.get(parent.msg_id)
         if question is None:
             self._told(parts, head, parent)

@@ -17,6 +17,7 @@ from kernel_gateway.errors import CellvmError, InvalidRequest, NotFound
 from kernel_gateway.guest.answers import Answer, answer, images_as_files, told
 from kernel_gateway.guest.files import Files
 from kernel_gateway.held import Holding
+from kernel_gateway.kernel.changes import Changes
 from kernel_gateway.kernel.events import CellError, StreamEvent
 from kernel_gateway.kernel.executions import RUNNING, Execution
 from kernel_gateway.kernel.journal import Gap
@@ -162,13 +163,15 @@ async def follow(
     """What a cell gives within `wait` seconds. One that is attended is interrupted when the client hangs up."""
     guest, since = sandbox.guest, execution.told
     call.hold("answers of cells", 2 * max(limit, LEAST))
-    shaper, errors = Shaper(max(limit, LEAST)), list[CellError]()
+    shaper, errors, changes = Shaper(max(limit, LEAST)), list[CellError](), list[Changes]()
 
     def take(event: StreamEvent) -> None:
         if event.type == "error" and event.error is not None and not event.late:
             errors.append(event.error)
         if event.text and event.type in ("stdout", "stderr"):
             call.tell(event.text[-200:])
+        if event.changes is not None:
+            changes.append(event.changes)
 
     try:
         async with aclosing(guest.kernel.events(execution, since)) as events:
@@ -198,6 +201,7 @@ async def follow(
         "seconds": round(seconds, 3),
         "error": error and {"name": error.name, "value": error.value[:500], "code": error.code},
         "outputFile": made.output_file,
+        "changes": msgspec.to_builtins(changes[0]) if changes else None,
     }
     return Result(content, error is not None or status not in (RUNNING, "finished"), meta)
 

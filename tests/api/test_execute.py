@@ -52,6 +52,7 @@ async def test_a_cell(service: Service, box: str) -> None:
         "outcome": "finished",
         "late": [],
         "restarted": None,
+        "changes": None,
     }
     cell = await service.execute(box, "x")
     assert (cell["results"][0]["data"], cell["executionCount"]) == ({"text/plain": "41"}, 2)

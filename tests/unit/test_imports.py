@@ -93,7 +93,7 @@ def test_the_agent_never_imports_the_gateway(name: str) -> None:
         "kernel_gateway.rate",
         "kernel_gateway.sandbox.lifecycle",
         "kernel_gateway.sandbox.key",
-        *(f"kernel_gateway.kernel.{each}" for each in ("message", "layout", "events", "shape", "state")),
+        *(f"kernel_gateway.kernel.{each}" for each in ("message", "layout", "changes", "events", "shape", "state")),
     ],
 )
 def test_the_core_is_pure(name: str) -> None:
@@ -106,7 +106,8 @@ def test_the_core_is_pure(name: str) -> None:
         "kernel_gateway.rate": {"kernel_gateway.errors"},
         "kernel_gateway.sandbox.lifecycle": {"kernel_gateway.errors"},
         "kernel_gateway.sandbox.key": {"kernel_gateway.errors"},
-        "kernel_gateway.kernel.events": messages | {"kernel_gateway.outcome"},
+        "kernel_gateway.kernel.changes": messages,
+        "kernel_gateway.kernel.events": messages | {"kernel_gateway.kernel.changes", "kernel_gateway.outcome"},
         "kernel_gateway.kernel.shape": {"kernel_gateway.kernel.events"},
         "kernel_gateway.kernel.layout": messages,
     }
