@@ -15,13 +15,14 @@ from typing import Any
 
 import nbformat
 import pytest
-from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, async_playwright, expect
+from playwright.async_api import Browser, BrowserContext, Locator, Page, expect
 
 from kernel_gateway.api.app import watch_keys
 from kernel_gateway.drivers.unisolated import Unisolated
 from tests.e2e import hostile as hostile_output
-from tests.e2e.browser import FLAGS, PICTURE
+from tests.e2e.browser import PICTURE
 from tests.e2e.conftest import cached, install_packages, run
+from tests.e2e.tab import RESULTS, Tab
 from tests.fakes import SavingDriver, Service, serving
 
 pytestmark = pytest.mark.alone
@@ -46,14 +47,6 @@ async def box(real: Service) -> str:
 
 
 @pytest.fixture(scope="module")
-async def browser(programs: None) -> AsyncIterator[Browser]:
-    async with async_playwright() as playwright:
-        chromium = await playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS.split())
-        yield chromium
-        await chromium.close()
-
-
-@pytest.fixture(scope="module")
 def packages(programs: None, progress: Any) -> Path:
     """The folder of the page's JavaScript packages, from its lock file."""
 
@@ -64,58 +57,9 @@ def packages(programs: None, progress: Any) -> Path:
     return cached("page", FRONTEND / "package-lock.json", make) / "node_modules"
 
 
-class Tab:
-    """A page of the server, signed in unless told otherwise. `announced` are parts of errors that are expected."""
-
-    def __init__(self, page: Page, service: Service) -> None:
-        self.page = page
-        self.service = service
-        self.announced: list[str] = []
-        self.complaints: list[str] = []
-        self.requests: list[str] = []
-        page.on("console", self._heard)
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on("request", lambda request: self.requests.append(request.url))
-
-    def _heard(self, message: ConsoleMessage) -> None:
-        if message.type in ("error", "warning"):
-            self.complaints.append(message.text)
-
-    async def open(self, where: str = "") -> None:
-        """Sign in by the address, as `cellvm serve` prints it, and go there."""
-        await self.page.goto(f"{self.service.url}/#key={self.service.key}")
-        await expect(self.page.get_by_role("button", name="Sign out")).to_be_visible()
-        if where:
-            await self.page.goto(f"{self.service.url}/#/{where}")
-
-    async def run(self, code: str) -> Locator:
-        """Run a cell by the editor. Returns it."""
-        editor = self.page.get_by_role("textbox", name="Code of the next cell")
-        await editor.fill(code)
-        await self.page.keyboard.press("Shift+Enter")
-        return self.cell(code.split("\n")[0])
-
-    def cell(self, code: str) -> Locator:
-        """The newest cell with that text in its code."""
-        return self.page.locator("article", has=self.page.locator(".code", has_text=code)).last
-
-    def check(self) -> None:
-        strange = [text for text in self.complaints if not any(part in text for part in self.announced)]
-        assert not strange, strange
-        away = [url for url in self.requests if not url.startswith((self.service.url, "data:", "blob:"))]
-        assert not away, away
-
-
-@pytest.fixture
-async def context(browser: Browser) -> AsyncIterator[BrowserContext]:
-    async with await browser.new_context(viewport={"width": 1280, "height": 860}) as made:
-        made.set_default_timeout(20_000)
-        yield made
-
-
 @pytest.fixture
 async def tab(context: BrowserContext, real: Service) -> AsyncIterator[Tab]:
-    made = Tab(await context.new_page(), real)
+    made = Tab(await context.new_page(), real.url, real.key)
     yield made
     made.check()
 
@@ -202,7 +146,7 @@ async def test_outputs(tab: Tab, box: str) -> None:
 async def test_input(tab: Tab, context: BrowserContext, real: Service, box: str) -> None:
     """Another client's cell asks in two pages. One answers, the other says who did, and nobody shows a secret. (8)"""
     await tab.open(box)
-    other = Tab(await context.new_page(), real)
+    other = Tab(await context.new_page(), real.url, real.key)
     await other.page.goto(f"{real.url}/#/{box}")
     await tab.run("import getpass\nlen(getpass.getpass('secret? '))")
     cells = [each.cell("getpass") for each in (tab, other)]
@@ -302,7 +246,7 @@ async def saving(tmp_path: Path) -> AsyncIterator[Service]:
 
 async def test_snapshots_forks_and_pauses(context: BrowserContext, saving: Service) -> None:
     """A snapshot is taken, started from and deleted, a fork is opened, and a pause ends where it began. (J11, J12)"""
-    tab = Tab(await context.new_page(), saving)
+    tab = Tab(await context.new_page(), saving.url, saving.key)
     tab.announced.append("409")  # a reading that is asked for while the sandbox is being paused
     page, box = tab.page, await saving.create()
 
@@ -345,7 +289,7 @@ async def test_snapshots_forks_and_pauses(context: BrowserContext, saving: Servi
 
 async def test_the_way_back(context: BrowserContext, saving: Service) -> None:
     """The timeline has a way back to before a cell, and the next cell of another client finds what was then. (J11)"""
-    tab = Tab(await context.new_page(), saving)
+    tab = Tab(await context.new_page(), saving.url, saving.key)
     page, box = tab.page, await saving.create()
 
     async def value() -> Any:
@@ -428,7 +372,7 @@ async def test_links(tab: Tab, browser: Browser, real: Service, box: str) -> Non
         url = tab.page.get_by_label("Link, shown once")
         await expect(url).to_have_value(re.compile(f"#{mode}="))
         async with await browser.new_context() as elsewhere:
-            other = Tab(await elsewhere.new_page(), real)
+            other = Tab(await elsewhere.new_page(), real.url, real.key)
             other.announced += ["401", "WebSocket"]
             await other.page.goto(await url.input_value())
             await expect(other.cell("'before'").locator(".outputs")).to_have_text("'before'")
@@ -675,8 +619,8 @@ async def test_a_terminal(tab: Tab, real: Service, box: str) -> None:
 class Listener(asyncio.DatagramProtocol):
     """What has come to a TCP and a UDP port.
 
-    A silent TCP connection, b"", is Chromium's: its net log says `is_preconnect` for the address of a frame's navigation
-    that the policy blocks. It carries no bytes, but tells the listener the user's address. Load brings it.
+    A silent TCP connection, b"", is Chromium's: its net log says `is_preconnect` for the address of a frame that the
+    policy blocks. It carries no bytes, but tells the listener the user's address. Load brings it.
     """
 
     def __init__(self) -> None:
@@ -761,7 +705,7 @@ async def test_hostile_output(tab: Tab, hostile: Listener) -> None:
 
 
 async def test_hostile_scripts(tab: Tab, hostile: Listener) -> None:
-    """Scripts that the user lets run send no byte to a listener, and reach neither the page nor its address. (15, 16)"""
+    """Scripts that the user lets run send no byte to a listener, and reach neither page nor address. (15, 16)"""
     hostile.hears_silence = False  # docs/page.md says that they can connect
     ran = []
     for name, script in hostile_output.SCRIPTS.items():
@@ -909,7 +853,6 @@ async def violations(page: Page, axe: str) -> list[Any]:
 # -- pictures
 
 
-RESULTS = Path("test-results/page")
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 SHOWN = [
     ("agent-42", "import random\n\nfor step in range(1, 4):\n    print(f'step {step} of 3')"),
