@@ -324,6 +324,22 @@ async def test_the_way_back(context: BrowserContext, saving: Service) -> None:
     tab.check()
 
 
+async def test_checkpoints_from_the_beginning(context: BrowserContext, saving: Service) -> None:
+    """A sandbox that is created with ways back has a checkpoint after its first cell. (J11)"""
+    tab = Tab(await context.new_page(), saving.url, saving.key)
+    await saving.create()  # a list that is not empty
+    await tab.open()
+    await tab.page.get_by_role("button", name="New sandbox").click()
+    await tab.page.get_by_label("Checkpoint after each cell").check()
+    await tab.page.locator(".items:popover-open").get_by_role("button").first.click()
+    cell = await tab.run("1")
+    await expect(cell).to_have_class("cell done")
+    await tab.page.get_by_role("button", name="More", exact=True).click()
+    await tab.page.get_by_role("button", name="Timeline…", exact=True).click()
+    await expect(tab.page.get_by_role("dialog", name="Timeline")).to_contain_text("Checkpoint 1")
+    tab.check()
+
+
 async def test_what_the_server_can_not_do(tab: Tab, box: str) -> None:
     """There is no button for what the server does not name."""
     await tab.open(box)
@@ -430,6 +446,64 @@ async def test_keys(tab: Tab, box: str) -> None:
     await expect(page.get_by_role("dialog", name="Keys")).to_contain_text("F6")
     await page.keyboard.press("Escape")
     await expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+async def reach(wanted: Locator) -> None:
+    """Press Tab until that has the focus."""
+    await wanted.wait_for()
+    for _ in range(60):
+        await wanted.page.keyboard.press("Tab")
+        if await wanted.evaluate("each => each === document.activeElement"):
+            return
+    raise AssertionError(f"Tab does not reach {wanted}")
+
+
+async def test_a_newcomer_without_a_mouse(context: BrowserContext, real: Service, tmp_path: Path) -> None:
+    """Signing in, a sandbox, a result, a chart, files, the notebook and the end, by keyboard alone. (23)"""
+    tab = Tab(await context.new_page(), real.url, real.key)
+    tab.announced.append("404")  # the sandbox ends while its page is open
+    page = tab.page
+    content = bytes(range(256))
+    (tmp_path / "up.bin").write_bytes(content)
+
+    def button(name: str, *, exact: bool = True) -> Locator:
+        return page.get_by_role("button", name=name, exact=exact)
+
+    async def choose(*wanted: Locator) -> None:
+        for each in wanted:
+            await reach(each)
+            await page.keyboard.press("Enter")
+
+    await page.goto(real.url)
+    await expect(page.get_by_label("API key")).to_be_focused()
+    await page.keyboard.type(real.key)
+    await page.keyboard.press("Enter")
+    await choose(button("New sandbox"), page.locator(".items:popover-open button").first)
+    editor = page.get_by_role("textbox", name="Code of the next cell")
+    await expect(editor).to_be_focused()
+    await page.keyboard.type("1 + 1")
+    await page.keyboard.press("Shift+Enter")
+    await expect(tab.cell("1 + 1").locator(".outputs")).to_have_text("2")
+    await page.keyboard.insert_text(f"{PICTURE}from IPython.display import Image\nImage(png)")
+    await page.keyboard.press("Shift+Enter")
+    await expect(tab.cell("Image(png)").locator("img")).to_be_visible()
+    await page.keyboard.press("F6")
+    await choose(page.get_by_role("link", name="Files"))
+    async with page.expect_file_chooser() as chooser:
+        await choose(button("Upload…"))
+    await (await chooser.value).set_files(tmp_path / "up.bin")
+    await choose(button("up.bin"))
+    async with page.expect_download() as download:
+        await choose(button("Download"))
+    assert Path(await (await download.value).path()).read_bytes() == content
+    await choose(button("More"))
+    async with page.expect_download() as download:
+        await choose(button("Save as notebook"))
+    assert len(nbformat.read(await (await download.value).path(), as_version=4).cells) == 2
+    await choose(button("More"), button("End…"), button("End"))
+    await choose(page.get_by_role("alert").get_by_role("button", name="All sandboxes"))
+    await expect(page.get_by_role("button", name="New sandbox")).to_be_visible()
+    tab.check()
 
 
 # -- the built files
