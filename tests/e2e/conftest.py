@@ -19,7 +19,7 @@ from tests.guest.client import CACHE, Server
 HERE = Path(__file__).parent
 LAB = HERE.parents[1] / "lab"
 PREPARED = CACHE / "test"
-PROGRAMS = {"chromium": "chromium", "nginx": "nginx", "node": "nodejs", "npm": "npm"}
+PROGRAMS = {"chromium": "chromium", "nginx": "nginx", "node": "nodejs", "npm": "npm", "vi": "vim-tiny"}
 """Programs that these tests need, and the Debian package of each."""
 
 

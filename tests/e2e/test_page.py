@@ -19,6 +19,7 @@ from playwright.async_api import Browser, BrowserContext, Locator, Page, expect
 
 from kernel_gateway.api.app import watch_keys
 from kernel_gateway.drivers.unisolated import Unisolated
+from tests.api.clients import channels
 from tests.e2e import hostile as hostile_output
 from tests.e2e.browser import PICTURE
 from tests.e2e.conftest import cached, install_packages, run
@@ -105,7 +106,7 @@ async def test_other_tabs(tab: Tab, context: BrowserContext, real: Service) -> N
 
 
 async def test_a_cell_of_an_agent(tab: Tab, real: Service, box: str) -> None:
-    """A cell by `/execute` appears while it runs, with its code and the client's name. (5)"""
+    """A cell by `/execute` appears while it runs, with its code and the client's name. So does one of Jupyter's. (5)"""
     await tab.open(box)
     code = "import time\nprint('here')\ntime.sleep(1)"
     body = {"code": code}
@@ -115,10 +116,13 @@ async def test_a_cell_of_an_agent(tab: Tab, real: Service, box: str) -> None:
     cell = tab.cell("time.sleep(1)")
     await expect(cell.locator(".outputs")).to_have_text("here")
     assert not running.done()
-    await expect(cell).to_have_attribute("aria-label", "Cell 2 by agent-42, running")
+    await expect(cell).to_have_attribute("aria-label", re.compile(r"Cell \d+ by agent-42, running"))
     await expect(cell.locator(".author")).to_have_text("agent-42")
     await running
     await expect(cell).not_to_have_class("running")
+    async with channels(real, json.loads((await real.call("GET", f"/sandboxes/{box}")).body)["kernelID"]) as client:
+        await client.run("'from Jupyter'")
+    await expect(tab.cell("'from Jupyter'").locator(".author")).to_have_text("tests")
 
 
 async def test_outputs(tab: Tab, box: str) -> None:
@@ -175,8 +179,9 @@ async def test_interrupt_from_the_list(tab: Tab, real: Service) -> None:
     await expect(row).to_have_count(0)
 
 
-async def test_a_hold(tab: Tab, real: Service, box: str) -> None:
-    """Cells of others wait while a page holds them, are shown, and run when they are let go. (10, in part)"""
+async def test_a_hold(tab: Tab, real: Service, box: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells of others wait while a page holds them, are shown, and run when it lets them or is closed. (10)"""
+    monkeypatch.setattr("kernel_gateway.kernel.kernel.HOLD_GRACE", 0.2)
     await tab.open(box)
     await tab.page.get_by_role("button", name="Hold others").click()
     await expect(tab.page.locator(".held")).to_contain_text("held by you")
@@ -185,6 +190,12 @@ async def test_a_hold(tab: Tab, real: Service, box: str) -> None:
     await tab.page.get_by_role("button", name="Let others run").click()
     assert (await waiting)["outcome"] == "finished"
     await expect(tab.page.locator(".waiting")).to_have_count(0)
+    await tab.page.get_by_role("button", name="Hold others").click()
+    await expect(tab.page.locator(".held")).to_contain_text("held by you")
+    waiting = asyncio.create_task(real.execute(box, "'waited again'"))
+    await expect(tab.page.locator(".waiting")).to_contain_text("'waited again'")
+    await tab.page.close()
+    assert (await waiting)["outcome"] == "finished"
 
 
 async def test_variables(tab: Tab, box: str) -> None:
@@ -230,6 +241,10 @@ async def test_a_sandbox_that_ends(tab: Tab, real: Service) -> None:
     await banner.get_by_role("button", name="All sandboxes").click()
     await tab.page.get_by_role("radio", name="Ended, 24 h").check()
     await expect(tab.page.get_by_role("row", name=box)).to_contain_text("died")
+    killed, late = await real.create(), await real.create(timeout=1)
+    await real.call("DELETE", f"/sandboxes/{killed}")
+    await expect(tab.page.get_by_role("row", name=killed)).to_contain_text("kill")
+    await expect(tab.page.get_by_role("row", name=late)).to_contain_text("timeout")
 
 
 # -- sandboxes as a whole
@@ -659,6 +674,31 @@ async def test_files(tab: Tab, real: Service, box: str, tmp_path: Path) -> None:
     await expect(tab.page.get_by_label("Folder", exact=True)).to_contain_text("<b>new")
 
 
+async def test_dropped_files(tab: Tab, real: Service, box: str) -> None:
+    """Files that are dropped go up one by one. One that is cancelled leaves the old file as it was. (20, in part)"""
+    await real.run(box, "sh", "-c", "mkdir dropped; echo old > dropped/large")
+    await tab.open(f"{box}/files/dropped")
+    await expect(tab.page.get_by_role("button", name="large", exact=True)).to_be_visible()
+    network = await tab.page.context.new_cdp_session(tab.page)
+    slow = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": 300_000}
+    await network.send("Network.emulateNetworkConditions", slow)
+    await tab.page.locator("main").evaluate("""main => {
+        const dataTransfer = new DataTransfer();
+        for (const [name, size] of [["large", 5e6], ["second", 10], ["third", 20]])
+            dataTransfer.items.add(new File([new Uint8Array(size)], name));
+        main.dispatchEvent(new DragEvent("drop", {dataTransfer, bubbles: true, cancelable: true}));
+    }""")
+    uploads = tab.page.get_by_role("list", name="Uploads").get_by_role("listitem")
+    await expect(uploads).to_have_count(3)
+    await expect(uploads.filter(has_text="large")).to_contain_text(re.compile(r"[1-9]\d? %"))
+    await uploads.filter(has_text="large").get_by_role("button", name="Cancel").click()
+    await network.send("Network.emulateNetworkConditions", {**slow, "uploadThroughput": -1})
+    for name in ("second", "third"):
+        await expect(tab.page.get_by_role("button", name=name, exact=True)).to_be_visible()
+    await expect(uploads).to_have_count(0)
+    assert (await real.run(box, "sh", "-c", "cd dropped; cat large; wc -c < third"))["stdout"] == "old\n20\n"
+
+
 async def test_an_upload_that_fails(tab: Tab, real: Service, box: str, tmp_path: Path) -> None:
     """An upload that is refused tells why at its row, and the next one goes on."""
     tab.announced.append("status of 40")
@@ -669,7 +709,7 @@ async def test_an_upload_that_fails(tab: Tab, real: Service, box: str, tmp_path:
 
 
 async def test_a_terminal(tab: Tab, real: Service, box: str) -> None:
-    """A shell has UTF-8, Ctrl-C and its window's size. A reload attaches again, and F6 leaves it. (21, in part)"""
+    """A shell has UTF-8, Ctrl-C and its window's size. A reload attaches again, and F6 leaves it. (21)"""
     await tab.open(f"{box}/terminal")
     screen = tab.page.frame_locator(".terminal iframe").locator(".xterm-rows")
     await expect(screen).to_contain_text("#")
@@ -682,6 +722,18 @@ async def test_a_terminal(tab: Tab, real: Service, box: str) -> None:
     assert await tab.page.evaluate("document.activeElement.tagName") == "A"
     await tab.page.reload()
     await expect(screen).to_contain_text("h\u00e9llo 42")
+    await tab.page.keyboard.type("vi written\n")
+    await expect(screen).to_contain_text('"written"')
+    await tab.page.keyboard.type("igr\u00fc\u00dfe")
+    await tab.page.keyboard.press("Escape")
+    await tab.page.set_viewport_size({"width": 1280, "height": 500})
+    await tab.page.reload()
+    await expect(screen).to_contain_text("gr\u00fc\u00dfe")
+    await expect(screen).not_to_contain_text("h\u00e9llo 42")
+    await tab.page.keyboard.type(":wq\n")
+    await expect(screen).to_contain_text("h\u00e9llo 42")
+    await tab.page.keyboard.type("cat written; stty size\n")
+    await expect(screen).to_contain_text(re.compile("gr\u00fc\u00dfe *1\\d "))
     await tab.page.get_by_role("button", name="End bash").first.click()
     await tab.page.get_by_role("button", name="End", exact=True).click()
     await expect(tab.page.get_by_role("button", name="End bash")).to_have_count(0)

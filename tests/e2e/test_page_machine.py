@@ -5,6 +5,7 @@ One sandbox serves most of them, and the jobs that need ways back share another 
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -108,7 +109,7 @@ async def test_j3_try_code(tab: Tab, server: Server) -> None:
     await tab.page.get_by_label("API key").fill(KEY)
     await tab.page.get_by_role("button", name="Sign in").click()
     await tab.page.get_by_role("button", name="New sandbox").click()
-    await tab.page.get_by_role("button", name="code_interpreter", exact=False).last.click()
+    await tab.page.locator(".items").get_by_role("button", name=re.compile(r"^code_interpreter(?!_)")).click()
     cell = await tab.run("1 + 1")
     await expect(cell.locator(".outputs")).to_have_text("2")
     mine = tab.page.url.rpartition("/")[2]
@@ -120,6 +121,17 @@ async def test_j3_try_code(tab: Tab, server: Server) -> None:
     await tab.page.get_by_role("button", name="End…").click()
     await tab.page.get_by_role("button", name="End", exact=True).click()
     await expect(row).to_have_count(0)
+
+
+async def test_charts(tab: Tab, box: Sandbox) -> None:
+    """A table of pandas is shown, and plotly draws lines and surfaces, though no script of an output runs. (14)"""
+    await tab.open(box.id)
+    await tab.run("import pandas as pd\npd.DataFrame({'month': ['Jan', 'Feb'], 'orders': [1210, 1388]})")
+    await expect(tab.cell("pd.DataFrame").frame_locator("iframe").locator("td").last).to_have_text("1388")
+    await tab.run("import plotly.graph_objects as go\ngo.Figure(go.Scatter(y=[1, 4, 9]))")
+    await expect(tab.cell("go.Scatter").frame_locator("iframe").locator(".scatterlayer path.js-line")).to_be_visible()
+    await tab.run("go.Figure(go.Surface(z=[[1, 2], [3, 9]]))")
+    await expect(tab.cell("go.Surface").frame_locator("iframe").locator(".gl-container canvas").first).to_be_visible()
 
 
 async def test_j4_answer(tab: Tab, box: Sandbox) -> None:
