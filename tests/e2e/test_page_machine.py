@@ -104,7 +104,7 @@ async def test_j2_take_over(tab: Tab, box: Sandbox) -> None:
 
 
 async def test_j3_try_code(tab: Tab, server: Server) -> None:
-    """A newcomer has a sandbox of one's own, a first result, a chart and a table, and ends it from the list. (14, in part)"""
+    """A newcomer has a sandbox of one's own, a result, a chart and a table, and ends it from the list. (14, in part)"""
     await tab.page.goto(server.url)
     await tab.page.get_by_label("API key").fill(KEY)
     await tab.page.get_by_role("button", name="Sign in").click()
