@@ -6,9 +6,9 @@ import type { Question } from "./ui";
 /** Seconds that a sandbox of this page lives at first. It can be extended. */
 const LIFETIME = 1800;
 
-/** Creates a sandbox of a template or a snapshot, and returns its id. */
-export async function create(templateID: string): Promise<string> {
-  const made: Sandbox = await (await send("POST", "/sandboxes", { templateID, timeout: LIFETIME })).json();
+/** Creates a sandbox of a template or a snapshot, with further fields of the request, and returns its id. */
+export async function create(templateID: string, fields: object = {}): Promise<string> {
+  const made: Sandbox = await (await send("POST", "/sandboxes", { templateID, timeout: LIFETIME, ...fields })).json();
   return made.sandboxID;
 }
 

@@ -340,7 +340,8 @@ export class Box {
       dead: "The kernel is dead",
       starting: "The kernel is restarted",
     };
-    this.note(`status-${event.seq}`, `${what[state]}: ${why}. Its variables are gone, files stay.`, true);
+    const lost = state === "dead" ? "Its variables are gone." : "Its variables are gone, files stay.";
+    this.note(`status-${event.seq}`, `${what[state]}: ${why}. ${lost}`, true);
   }
 
   private refusal(event: StreamEvent): void {

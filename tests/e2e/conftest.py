@@ -6,18 +6,20 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from playwright.async_api import Browser, BrowserContext, async_playwright
 
+from tests.e2e.browser import FLAGS
 from tests.guest.client import CACHE, Server
 
 HERE = Path(__file__).parent
 LAB = HERE.parents[1] / "lab"
 PREPARED = CACHE / "test"
-PROGRAMS = {"chromium": "chromium", "nginx": "nginx", "node": "nodejs", "npm": "npm"}
+PROGRAMS = {"chromium": "chromium", "nginx": "nginx", "node": "nodejs", "npm": "npm", "vi": "vim-tiny"}
 """Programs that these tests need, and the Debian package of each."""
 
 
@@ -97,6 +99,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("server") / "data", pool_size=1, max_sandboxes=6)
     yield server
     server.close()
+
+
+@pytest.fixture(scope="module")
+async def browser(programs: None) -> AsyncIterator[Browser]:
+    async with async_playwright() as playwright:
+        chromium = await playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS.split())
+        yield chromium
+        await chromium.close()
+
+
+@pytest.fixture
+async def context(browser: Browser) -> AsyncIterator[BrowserContext]:
+    async with await browser.new_context(viewport={"width": 1280, "height": 860}) as made:
+        made.set_default_timeout(20_000)
+        yield made
 
 
 def install_packages(source: Path, directory: Path) -> None:

@@ -15,13 +15,15 @@ from typing import Any
 
 import nbformat
 import pytest
-from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, async_playwright, expect
+from playwright.async_api import Browser, BrowserContext, Locator, Page, expect
 
 from kernel_gateway.api.app import watch_keys
 from kernel_gateway.drivers.unisolated import Unisolated
+from tests.api.clients import channels
 from tests.e2e import hostile as hostile_output
-from tests.e2e.browser import FLAGS, PICTURE
+from tests.e2e.browser import PICTURE
 from tests.e2e.conftest import cached, install_packages, run
+from tests.e2e.tab import RESULTS, Tab
 from tests.fakes import SavingDriver, Service, serving
 
 pytestmark = pytest.mark.alone
@@ -46,14 +48,6 @@ async def box(real: Service) -> str:
 
 
 @pytest.fixture(scope="module")
-async def browser(programs: None) -> AsyncIterator[Browser]:
-    async with async_playwright() as playwright:
-        chromium = await playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS.split())
-        yield chromium
-        await chromium.close()
-
-
-@pytest.fixture(scope="module")
 def packages(programs: None, progress: Any) -> Path:
     """The folder of the page's JavaScript packages, from its lock file."""
 
@@ -64,58 +58,9 @@ def packages(programs: None, progress: Any) -> Path:
     return cached("page", FRONTEND / "package-lock.json", make) / "node_modules"
 
 
-class Tab:
-    """A page of the server, signed in unless told otherwise. `announced` are parts of errors that are expected."""
-
-    def __init__(self, page: Page, service: Service) -> None:
-        self.page = page
-        self.service = service
-        self.announced: list[str] = []
-        self.complaints: list[str] = []
-        self.requests: list[str] = []
-        page.on("console", self._heard)
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on("request", lambda request: self.requests.append(request.url))
-
-    def _heard(self, message: ConsoleMessage) -> None:
-        if message.type in ("error", "warning"):
-            self.complaints.append(message.text)
-
-    async def open(self, where: str = "") -> None:
-        """Sign in by the address, as `cellvm serve` prints it, and go there."""
-        await self.page.goto(f"{self.service.url}/#key={self.service.key}")
-        await expect(self.page.get_by_role("button", name="Sign out")).to_be_visible()
-        if where:
-            await self.page.goto(f"{self.service.url}/#/{where}")
-
-    async def run(self, code: str) -> Locator:
-        """Run a cell by the editor. Returns it."""
-        editor = self.page.get_by_role("textbox", name="Code of the next cell")
-        await editor.fill(code)
-        await self.page.keyboard.press("Shift+Enter")
-        return self.cell(code.split("\n")[0])
-
-    def cell(self, code: str) -> Locator:
-        """The newest cell with that text in its code."""
-        return self.page.locator("article", has=self.page.locator(".code", has_text=code)).last
-
-    def check(self) -> None:
-        strange = [text for text in self.complaints if not any(part in text for part in self.announced)]
-        assert not strange, strange
-        away = [url for url in self.requests if not url.startswith((self.service.url, "data:", "blob:"))]
-        assert not away, away
-
-
-@pytest.fixture
-async def context(browser: Browser) -> AsyncIterator[BrowserContext]:
-    async with await browser.new_context(viewport={"width": 1280, "height": 860}) as made:
-        made.set_default_timeout(20_000)
-        yield made
-
-
 @pytest.fixture
 async def tab(context: BrowserContext, real: Service) -> AsyncIterator[Tab]:
-    made = Tab(await context.new_page(), real)
+    made = Tab(await context.new_page(), real.url, real.key)
     yield made
     made.check()
 
@@ -161,7 +106,7 @@ async def test_other_tabs(tab: Tab, context: BrowserContext, real: Service) -> N
 
 
 async def test_a_cell_of_an_agent(tab: Tab, real: Service, box: str) -> None:
-    """A cell by `/execute` appears while it runs, with its code and the client's name. (5)"""
+    """A cell by `/execute` appears while it runs, with its code and the client's name. So does one of Jupyter's. (5)"""
     await tab.open(box)
     code = "import time\nprint('here')\ntime.sleep(1)"
     body = {"code": code}
@@ -171,10 +116,13 @@ async def test_a_cell_of_an_agent(tab: Tab, real: Service, box: str) -> None:
     cell = tab.cell("time.sleep(1)")
     await expect(cell.locator(".outputs")).to_have_text("here")
     assert not running.done()
-    await expect(cell).to_have_attribute("aria-label", "Cell 2 by agent-42, running")
+    await expect(cell).to_have_attribute("aria-label", re.compile(r"Cell \d+ by agent-42, running"))
     await expect(cell.locator(".author")).to_have_text("agent-42")
     await running
     await expect(cell).not_to_have_class("running")
+    async with channels(real, json.loads((await real.call("GET", f"/sandboxes/{box}")).body)["kernelID"]) as client:
+        await client.run("'from Jupyter'")
+    await expect(tab.cell("'from Jupyter'").locator(".author")).to_have_text("tests")
 
 
 async def test_outputs(tab: Tab, box: str) -> None:
@@ -202,7 +150,7 @@ async def test_outputs(tab: Tab, box: str) -> None:
 async def test_input(tab: Tab, context: BrowserContext, real: Service, box: str) -> None:
     """Another client's cell asks in two pages. One answers, the other says who did, and nobody shows a secret. (8)"""
     await tab.open(box)
-    other = Tab(await context.new_page(), real)
+    other = Tab(await context.new_page(), real.url, real.key)
     await other.page.goto(f"{real.url}/#/{box}")
     await tab.run("import getpass\nlen(getpass.getpass('secret? '))")
     cells = [each.cell("getpass") for each in (tab, other)]
@@ -231,8 +179,9 @@ async def test_interrupt_from_the_list(tab: Tab, real: Service) -> None:
     await expect(row).to_have_count(0)
 
 
-async def test_a_hold(tab: Tab, real: Service, box: str) -> None:
-    """Cells of others wait while a page holds them, are shown, and run when they are let go. (10, in part)"""
+async def test_a_hold(tab: Tab, real: Service, box: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells of others wait while a page holds them, are shown, and run when it lets them or is closed. (10)"""
+    monkeypatch.setattr("kernel_gateway.kernel.kernel.HOLD_GRACE", 0.2)
     await tab.open(box)
     await tab.page.get_by_role("button", name="Hold others").click()
     await expect(tab.page.locator(".held")).to_contain_text("held by you")
@@ -241,6 +190,12 @@ async def test_a_hold(tab: Tab, real: Service, box: str) -> None:
     await tab.page.get_by_role("button", name="Let others run").click()
     assert (await waiting)["outcome"] == "finished"
     await expect(tab.page.locator(".waiting")).to_have_count(0)
+    await tab.page.get_by_role("button", name="Hold others").click()
+    await expect(tab.page.locator(".held")).to_contain_text("held by you")
+    waiting = asyncio.create_task(real.execute(box, "'waited again'"))
+    await expect(tab.page.locator(".waiting")).to_contain_text("'waited again'")
+    await tab.page.close()
+    assert (await waiting)["outcome"] == "finished"
 
 
 async def test_variables(tab: Tab, box: str) -> None:
@@ -286,6 +241,10 @@ async def test_a_sandbox_that_ends(tab: Tab, real: Service) -> None:
     await banner.get_by_role("button", name="All sandboxes").click()
     await tab.page.get_by_role("radio", name="Ended, 24 h").check()
     await expect(tab.page.get_by_role("row", name=box)).to_contain_text("died")
+    killed, late = await real.create(), await real.create(timeout=1)
+    await real.call("DELETE", f"/sandboxes/{killed}")
+    await expect(tab.page.get_by_role("row", name=killed)).to_contain_text("kill")
+    await expect(tab.page.get_by_role("row", name=late)).to_contain_text("timeout")
 
 
 # -- sandboxes as a whole
@@ -302,7 +261,7 @@ async def saving(tmp_path: Path) -> AsyncIterator[Service]:
 
 async def test_snapshots_forks_and_pauses(context: BrowserContext, saving: Service) -> None:
     """A snapshot is taken, started from and deleted, a fork is opened, and a pause ends where it began. (J11, J12)"""
-    tab = Tab(await context.new_page(), saving)
+    tab = Tab(await context.new_page(), saving.url, saving.key)
     tab.announced.append("409")  # a reading that is asked for while the sandbox is being paused
     page, box = tab.page, await saving.create()
 
@@ -345,7 +304,7 @@ async def test_snapshots_forks_and_pauses(context: BrowserContext, saving: Servi
 
 async def test_the_way_back(context: BrowserContext, saving: Service) -> None:
     """The timeline has a way back to before a cell, and the next cell of another client finds what was then. (J11)"""
-    tab = Tab(await context.new_page(), saving)
+    tab = Tab(await context.new_page(), saving.url, saving.key)
     page, box = tab.page, await saving.create()
 
     async def value() -> Any:
@@ -377,6 +336,22 @@ async def test_the_way_back(context: BrowserContext, saving: Service) -> None:
     await timeline.get_by_role("button", name="Close").click()
     await expect(page.get_by_role("note")).to_contain_text("The sandbox went back to checkpoint 1.")
     assert "then" in await value()
+    tab.check()
+
+
+async def test_checkpoints_from_the_beginning(context: BrowserContext, saving: Service) -> None:
+    """A sandbox that is created with ways back has a checkpoint after its first cell. (J11)"""
+    tab = Tab(await context.new_page(), saving.url, saving.key)
+    await saving.create()  # a list that is not empty
+    await tab.open()
+    await tab.page.get_by_role("button", name="New sandbox").click()
+    await tab.page.get_by_label("Checkpoint after each cell").check()
+    await tab.page.locator(".items:popover-open").get_by_role("button").first.click()
+    cell = await tab.run("1")
+    await expect(cell).to_have_class("cell done")
+    await tab.page.get_by_role("button", name="More", exact=True).click()
+    await tab.page.get_by_role("button", name="Timeline…", exact=True).click()
+    await expect(tab.page.get_by_role("dialog", name="Timeline")).to_contain_text("Checkpoint 1")
     tab.check()
 
 
@@ -428,7 +403,7 @@ async def test_links(tab: Tab, browser: Browser, real: Service, box: str) -> Non
         url = tab.page.get_by_label("Link, shown once")
         await expect(url).to_have_value(re.compile(f"#{mode}="))
         async with await browser.new_context() as elsewhere:
-            other = Tab(await elsewhere.new_page(), real)
+            other = Tab(await elsewhere.new_page(), real.url, real.key)
             other.announced += ["401", "WebSocket"]
             await other.page.goto(await url.input_value())
             await expect(other.cell("'before'").locator(".outputs")).to_have_text("'before'")
@@ -486,6 +461,64 @@ async def test_keys(tab: Tab, box: str) -> None:
     await expect(page.get_by_role("dialog", name="Keys")).to_contain_text("F6")
     await page.keyboard.press("Escape")
     await expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+async def reach(wanted: Locator) -> None:
+    """Press Tab until that has the focus."""
+    await wanted.wait_for()
+    for _ in range(60):
+        await wanted.page.keyboard.press("Tab")
+        if await wanted.evaluate("each => each === document.activeElement"):
+            return
+    raise AssertionError(f"Tab does not reach {wanted}")
+
+
+async def test_a_newcomer_without_a_mouse(context: BrowserContext, real: Service, tmp_path: Path) -> None:
+    """Signing in, a sandbox, a result, a chart, files, the notebook and the end, by keyboard alone. (23)"""
+    tab = Tab(await context.new_page(), real.url, real.key)
+    tab.announced.append("404")  # the sandbox ends while its page is open
+    page = tab.page
+    content = bytes(range(256))
+    (tmp_path / "up.bin").write_bytes(content)
+
+    def button(name: str, *, exact: bool = True) -> Locator:
+        return page.get_by_role("button", name=name, exact=exact)
+
+    async def choose(*wanted: Locator) -> None:
+        for each in wanted:
+            await reach(each)
+            await page.keyboard.press("Enter")
+
+    await page.goto(real.url)
+    await expect(page.get_by_label("API key")).to_be_focused()
+    await page.keyboard.type(real.key)
+    await page.keyboard.press("Enter")
+    await choose(button("New sandbox"), page.locator(".items:popover-open button").first)
+    editor = page.get_by_role("textbox", name="Code of the next cell")
+    await expect(editor).to_be_focused()
+    await page.keyboard.type("1 + 1")
+    await page.keyboard.press("Shift+Enter")
+    await expect(tab.cell("1 + 1").locator(".outputs")).to_have_text("2")
+    await page.keyboard.insert_text(f"{PICTURE}from IPython.display import Image\nImage(png)")
+    await page.keyboard.press("Shift+Enter")
+    await expect(tab.cell("Image(png)").locator("img")).to_be_visible()
+    await page.keyboard.press("F6")
+    await choose(page.get_by_role("link", name="Files"))
+    async with page.expect_file_chooser() as chooser:
+        await choose(button("Upload…"))
+    await (await chooser.value).set_files(tmp_path / "up.bin")
+    await choose(button("up.bin"))
+    async with page.expect_download() as download:
+        await choose(button("Download"))
+    assert Path(await (await download.value).path()).read_bytes() == content
+    await choose(button("More"))
+    async with page.expect_download() as download:
+        await choose(button("Save as notebook"))
+    assert len(nbformat.read(await (await download.value).path(), as_version=4).cells) == 2
+    await choose(button("More"), button("End…"), button("End"))
+    await choose(page.get_by_role("alert").get_by_role("button", name="All sandboxes"))
+    await expect(page.get_by_role("button", name="New sandbox")).to_be_visible()
+    tab.check()
 
 
 # -- the built files
@@ -641,6 +674,31 @@ async def test_files(tab: Tab, real: Service, box: str, tmp_path: Path) -> None:
     await expect(tab.page.get_by_label("Folder", exact=True)).to_contain_text("<b>new")
 
 
+async def test_dropped_files(tab: Tab, real: Service, box: str) -> None:
+    """Files that are dropped go up one by one. One that is cancelled leaves the old file as it was. (20, in part)"""
+    await real.run(box, "sh", "-c", "mkdir dropped; echo old > dropped/large")
+    await tab.open(f"{box}/files/dropped")
+    await expect(tab.page.get_by_role("button", name="large", exact=True)).to_be_visible()
+    network = await tab.page.context.new_cdp_session(tab.page)
+    slow = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": 300_000}
+    await network.send("Network.emulateNetworkConditions", slow)
+    await tab.page.locator("main").evaluate("""main => {
+        const dataTransfer = new DataTransfer();
+        for (const [name, size] of [["large", 5e6], ["second", 10], ["third", 20]])
+            dataTransfer.items.add(new File([new Uint8Array(size)], name));
+        main.dispatchEvent(new DragEvent("drop", {dataTransfer, bubbles: true, cancelable: true}));
+    }""")
+    uploads = tab.page.get_by_role("list", name="Uploads").get_by_role("listitem")
+    await expect(uploads).to_have_count(3)
+    await expect(uploads.filter(has_text="large")).to_contain_text(re.compile(r"[1-9]\d? %"))
+    await uploads.filter(has_text="large").get_by_role("button", name="Cancel").click()
+    await network.send("Network.emulateNetworkConditions", {**slow, "uploadThroughput": -1})
+    for name in ("second", "third"):
+        await expect(tab.page.get_by_role("button", name=name, exact=True)).to_be_visible()
+    await expect(uploads).to_have_count(0)
+    assert (await real.run(box, "sh", "-c", "cd dropped; cat large; wc -c < third"))["stdout"] == "old\n20\n"
+
+
 async def test_an_upload_that_fails(tab: Tab, real: Service, box: str, tmp_path: Path) -> None:
     """An upload that is refused tells why at its row, and the next one goes on."""
     tab.announced.append("status of 40")
@@ -651,7 +709,7 @@ async def test_an_upload_that_fails(tab: Tab, real: Service, box: str, tmp_path:
 
 
 async def test_a_terminal(tab: Tab, real: Service, box: str) -> None:
-    """A shell has UTF-8, Ctrl-C and its window's size. A reload attaches again, and F6 leaves it. (21, in part)"""
+    """A shell has UTF-8, Ctrl-C and its window's size. A reload attaches again, and F6 leaves it. (21)"""
     await tab.open(f"{box}/terminal")
     screen = tab.page.frame_locator(".terminal iframe").locator(".xterm-rows")
     await expect(screen).to_contain_text("#")
@@ -664,6 +722,18 @@ async def test_a_terminal(tab: Tab, real: Service, box: str) -> None:
     assert await tab.page.evaluate("document.activeElement.tagName") == "A"
     await tab.page.reload()
     await expect(screen).to_contain_text("h\u00e9llo 42")
+    await tab.page.keyboard.type("vi written\n")
+    await expect(screen).to_contain_text('"written"')
+    await tab.page.keyboard.type("igr\u00fc\u00dfe")
+    await tab.page.keyboard.press("Escape")
+    await tab.page.set_viewport_size({"width": 1280, "height": 500})
+    await tab.page.reload()
+    await expect(screen).to_contain_text("gr\u00fc\u00dfe")
+    await expect(screen).not_to_contain_text("h\u00e9llo 42")
+    await tab.page.keyboard.type(":wq\n")
+    await expect(screen).to_contain_text("h\u00e9llo 42")
+    await tab.page.keyboard.type("cat written; stty size\n")
+    await expect(screen).to_contain_text(re.compile("gr\u00fc\u00dfe *1\\d "))
     await tab.page.get_by_role("button", name="End bash").first.click()
     await tab.page.get_by_role("button", name="End", exact=True).click()
     await expect(tab.page.get_by_role("button", name="End bash")).to_have_count(0)
@@ -675,8 +745,8 @@ async def test_a_terminal(tab: Tab, real: Service, box: str) -> None:
 class Listener(asyncio.DatagramProtocol):
     """What has come to a TCP and a UDP port.
 
-    A silent TCP connection, b"", is Chromium's: its net log says `is_preconnect` for the address of a navigation that
-    the policy blocks. It carries no bytes, but tells the listener the user's address. Load brings it.
+    A silent TCP connection, b"", is Chromium's: its net log says `is_preconnect` for the address of a frame that the
+    policy blocks. It carries no bytes, but tells the listener the user's address. Load brings it.
     """
 
     def __init__(self) -> None:
@@ -761,7 +831,7 @@ async def test_hostile_output(tab: Tab, hostile: Listener) -> None:
 
 
 async def test_hostile_scripts(tab: Tab, hostile: Listener) -> None:
-    """Scripts that the user lets run send nothing to a listener, and reach neither page nor its address. (15, 16)"""
+    """Scripts that the user lets run send no byte to a listener, and reach neither page nor address. (15, 16)"""
     hostile.hears_silence = False  # docs/page.md says that they can connect
     ran = []
     for name, script in hostile_output.SCRIPTS.items():
@@ -909,7 +979,6 @@ async def violations(page: Page, axe: str) -> list[Any]:
 # -- pictures
 
 
-RESULTS = Path("test-results/page")
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 SHOWN = [
     ("agent-42", "import random\n\nfor step in range(1, 4):\n    print(f'step {step} of 3')"),

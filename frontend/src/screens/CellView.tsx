@@ -147,8 +147,8 @@ function Failure({ error }: { error: CellError }) {
       {isOurs || !text ? (
         <p>
           <strong>{safe(error.name)}</strong> {safe(error.value)}
-          {error.stateKept === false && " Variables are gone, files stay."}
-          {error.stateKept === true && " Variables are kept."}
+          {error.stateKept === false && ". Variables are gone, files stay."}
+          {error.stateKept === true && ". Variables are kept."}
         </p>
       ) : (
         <Coloured text={text} />

@@ -22,6 +22,8 @@ export function Composer({ box, stream, draft }: { box: Box; stream: Stream; dra
 
   useEffect(() => {
     let isGone = false;
+    // The browser heeds `autofocus` once only, and that was the field for the key.
+    if (document.activeElement === document.body) field.current?.focus({ preventScroll: true });
     void import("../editor").then(({ Editor, paint }) => {
       if (isGone || !place.current || !key.value) return;
       const hadFocus = document.activeElement === field.current;
@@ -48,7 +50,6 @@ export function Composer({ box, stream, draft }: { box: Box; stream: Stream; dra
           aria-label="Code of the next cell"
           placeholder="Python, %magic or !command"
           rows={1}
-          autofocus
           spellcheck={false}
           value={draft.value}
           onInput={(event) => {

@@ -289,12 +289,14 @@ function EndedTable({ rows }: { rows: Ended[] }) {
 function NewSandbox() {
   const work = useWork();
   const isChoosing = useSignal(false);
+  const hasWaysBack = useSignal(false);
+  const fields = hasWaysBack.value ? { checkpoints: "cell" } : {};
   return (
     <>
       <Trouble error={work.error.value} />
       <Menu label="New sandbox" look="primary" text={work.isBusy.value ? "Starting …" : "+ New sandbox"}>
         {templates.value.map((each) => (
-          <button key={each.templateID} type="button" onClick={() => open(work, each)}>
+          <button key={each.templateID} type="button" onClick={() => open(work, each, fields)}>
             <strong>{each.templateID}</strong>
             <small class="muted">
               {each.cpuCount} CPU, {bytes(each.memoryMB * 1e6)}
@@ -306,14 +308,25 @@ function NewSandbox() {
             From a snapshot…
           </button>
         )}
+        {offers("checkpoints") && (
+          // The menu stays open, because a choice of a template follows.
+          <label onClick={(event) => event.stopPropagation()}>
+            <input
+              type="checkbox"
+              checked={hasWaysBack.value}
+              onChange={(event) => (hasWaysBack.value = event.currentTarget.checked)}
+            />
+            Checkpoint after each cell
+          </label>
+        )}
       </Menu>
       {isChoosing.value && <Snapshots close={() => (isChoosing.value = false)} />}
     </>
   );
 }
 
-function open(work: ReturnType<typeof useWork>, template: Template): void {
-  void work.run(async () => go(await create(template.templateID)));
+function open(work: ReturnType<typeof useWork>, template: Template, fields: object = {}): void {
+  void work.run(async () => go(await create(template.templateID, fields)));
 }
 
 function Empty() {
