@@ -10,6 +10,7 @@ import pytest
 
 from guest_agent.watch import KEPT, Watched
 from kernel_gateway.api.e2b import connect
+from tests.api.clients import channels
 from tests.api.test_e2b import INTERPRETER, Box
 from tests.fakes import Service
 
@@ -212,6 +213,16 @@ async def test_variables_of_one_run(e2b: Box) -> None:
     told = await run(e2b, "1/0", env_vars={"NEW": "z"})
     assert told[1]["name"] == "ZeroDivisionError"
     assert (await run(e2b, code))[1]["text"] == "old None\n"
+
+
+async def test_metadata_that_ask_for_nonsense(e2b: Box, real: Service) -> None:
+    """A Jupyter client may write anything there. Its cell ends with an error, and the next one runs."""
+    async with channels(real, e2b.sandbox.kernel_id) as client:
+        for env in (3, ["a"], {"A": 1}, {"A": None}, {"A=B": "c"}, {"A": "\0"}, {"": "a"}):
+            answer = await client.run("1", metadata={"e2b": env})
+            assert answer.reply["status"] == "error", env
+            assert answer.all("error")
+        assert (await client.run("2")).value == "2"
 
 
 async def test_a_kernel_that_dies(e2b: Box) -> None:
