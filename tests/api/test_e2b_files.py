@@ -246,6 +246,13 @@ async def test_refusals_of_the_interpreter(e2b: Box) -> None:
         assert answer.headers["Content-Type"].startswith("text/plain")
     for method, path, code in (("POST", "/contexts/x/restart", 404), ("DELETE", "/contexts/x", 404)):
         assert (await e2b.call(method, path, port=INTERPRETER)).code == code
+    for method, path, body, told in (
+        ("POST", "/contexts", b'{"language": "python"}', b"more contexts than the default one are not offered"),
+        ("DELETE", f"/contexts/{e2b.sandbox.kernel_id}", b"", b"the default context can't be removed"),
+    ):
+        answer = await e2b.call(method, path, body, port=INTERPRETER)
+        assert answer.code == 501
+        assert answer.body.startswith(told)
 
 
 async def test_hang_up_interrupts(e2b: Box) -> None:
