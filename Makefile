@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.ready
 
-.PHONY: serve test test-fast test-full check audit bench siege docs clean lock
+.PHONY: serve test test-fast test-full frameworks check audit bench siege docs clean lock
 
 serve: $(STAMP)      ## set up, build, start; prints URL and key
 	@exec $(VENV)/bin/cellvm serve
@@ -15,6 +15,9 @@ test-fast: $(STAMP)  ## the tests that need no machine
 
 test-full: $(STAMP)  ## the tests of the template code_interpreter_full, which is built first if it is missing
 	@exec sh tests/run.sh full
+
+frameworks: $(STAMP) ## the tests of frameworks on E2B's API; `make test` runs the two cheapest of them
+	@exec sh tests/run.sh frameworks
 
 check: $(STAMP)      ## format, lint, types
 	$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy

@@ -176,14 +176,16 @@ class SandboxKernel(IPythonKernel):
         """Run a cell. It has a reply whenever a signal comes."""
         if threading.current_thread() is not threading.main_thread():  # a subshell's cell gets no signal
             return await super().do_execute(*args, **options)  # type: ignore[no-any-return, no-untyped-call]
-        self.cells.begin(self.get_parent("shell")["header"]["msg_id"])  # type: ignore[no-untyped-call]
+        parent = self.get_parent("shell")  # type: ignore[no-untyped-call]
+        env = parent["metadata"].get("e2b")
+        self.cells.begin(parent["header"]["msg_id"])
         try:
-            with self._interruptible():
+            with contextlib.nullcontext() if env is None else results.shown(self.shell, env), self._interruptible():
                 return await super().do_execute(*args, **options)  # type: ignore[no-any-return, no-untyped-call]
-        except (KeyboardInterrupt, asyncio.CancelledError) as stopped:  # it came before or after the user's code
+        except (Exception, KeyboardInterrupt, asyncio.CancelledError) as stopped:  # noqa: BLE001  not the cell's code
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             name = type(stopped).__name__
-            error = {"ename": name, "evalue": "", "traceback": [name]}
+            error = {"ename": name, "evalue": str(stopped), "traceback": [name]}
             self.send_response(self.iopub_socket, "error", error)  # type: ignore[no-untyped-call]
             return {"status": "error", **error, "execution_count": self.execution_count, "payload": []}
         finally:
@@ -241,12 +243,6 @@ class SandboxKernel(IPythonKernel):
         known = imported(code[:cursor_pos])
         self.shell.Completer.global_namespace = ChainMap(self.shell.user_global_ns, known)
         return super().do_complete(code, cursor_pos)  # type: ignore[no-any-return, no-untyped-call]
-
-    def prepare_cell(self, digest: str, env: dict[str, str]) -> None:
-        """Show results as E2B's clients expect them, and let `env` hold for the next cell of that digest."""
-        results.show(self.shell)
-        if env:
-            results.NextCell(self.shell, digest, env)
 
     def start(self) -> None:
         """Start, and connect the modules that the nursery imported before there was a shell."""

@@ -1,11 +1,13 @@
 """Results as E2B's clients expect them: data frames as columns, lists and dictionaries as JSON, figures as charts.
 
-Nobody but them wants these types beside the usual ones, so they are made only after `show`.
+Nobody but them wants these types beside the usual ones, so they are made only from the first cell on whose request has
+`e2b` in its metadata, the variables that hold while it runs.
 """
 
-import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from guest_agent.charts import chart
@@ -62,31 +64,16 @@ def plain(value: Any) -> Any:
     return value
 
 
-class NextCell:
-    """Variables that hold while the next cell of a certain code runs.
-
-    Args:
-        digest: SHA-256 of the cell's code, in hexadecimal digits.
-    """
-
-    def __init__(self, shell: Any, digest: str, env: dict[str, str]) -> None:
-        self._shell = shell
-        self._digest = digest
-        self._env = env
-        self._before: dict[str, str | None] = {}
-        shell.events.register("pre_run_cell", self._begins)
-
-    def _begins(self, info: Any) -> None:
-        if hashlib.sha256(info.raw_cell.encode("utf-8", "surrogatepass")).hexdigest() != self._digest:
-            return
-        self._shell.events.unregister("pre_run_cell", self._begins)
-        self._before = {name: os.environ.get(name) for name in self._env}
-        os.environ.update(self._env)
-        self._shell.events.register("post_run_cell", self._ends)
-
-    def _ends(self, result: Any) -> None:
-        self._shell.events.unregister("post_run_cell", self._ends)
-        for name, value in self._before.items():
+@contextmanager
+def shown(shell: Any, env: dict[str, str]) -> Iterator[None]:
+    """While a cell of theirs runs: results are shown like this, and the variables `env` hold."""
+    show(shell)
+    before = {name: os.environ.get(name) for name in env}
+    try:
+        os.environ.update(env)
+        yield
+    finally:
+        for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Container, Iterator
+from typing import Any
 
 import msgspec
 
@@ -40,23 +41,31 @@ class ExecutionState(msgspec.Struct):
 class Execution:
     """A cell that the gateway runs for somebody.
 
-    `id` is its Jupyter message id, and clients know it by that. `code` is kept, as bytes that are held for the owner,
-    until the kernel has got it. `after` is the journal's number before its first message. `outcome` is None until it is
-    over, and `last` is then the number of the last message to show. `timed_out` is the error to tell in place of the
-    interrupt that the gateway has sent. `clock` is when its time began. `count` is its number in the kernel, once that
-    is known. `restarted` says why its kernel is another one than the execution before had. `told` is the number of the
-    last message that a model has been told of. `by` has asked for it, over the connection of the client session
-    `session` if it was one.
+    `id` is its Jupyter message id, and clients know it by that. `code`, as bytes, and the `metadata` of the request to
+    the kernel are kept, and held for the owner, until the kernel has got them. `after` is the journal's number before
+    its first message. `outcome` is None until it is over, and `last` is then the number of the last message to show.
+    `timed_out` is the error to tell in place of the interrupt that the gateway has sent. `clock` is when its time
+    began. `count` is its number in the kernel, once that is known. `restarted` says why its kernel is another one than
+    the execution before had. `told` is the number of the last message that a model has been told of. `by` has asked for
+    it, over the connection of the client session `session` if it was one.
     """
 
     def __init__(
-        self, execution_id: str, code: str, after: int, timeout: float | None, by: By = GATEWAY, session: str = ""
+        self,
+        execution_id: str,
+        code: str,
+        after: int,
+        timeout: float | None,
+        by: By = GATEWAY,
+        session: str = "",
+        metadata: dict[str, Any] | None = None,
     ) -> None:
         self.id = execution_id
         self.by = by
         self.session = session
         self.code = encoded(code)
         self.digest = digest(self.code)
+        self.metadata = metadata or {}
         self.holding: Holding | None = None
         self.after = after
         self.timeout = timeout
@@ -125,8 +134,9 @@ class Execution:
             self.changed.set()
 
     def drop_code(self) -> None:
-        """Keep its code no longer, because the kernel has it, or will not get it."""
+        """Keep its code and metadata no longer, because the kernel has them, or will not get them."""
         self.code = b""
+        self.metadata = {}
         if self.holding is not None:
             self.holding.release()
 
@@ -210,7 +220,8 @@ class Executions:
         is_full = len(self._by_id) >= KEPT
         if is_full and oldest is None:
             raise TooManyRequests(f"{KEPT} cells are waiting already", hint="wait for some of them")
-        execution.holding = self._account.hold("code of cells that wait", len(execution.code))
+        size = len(execution.code) + len(msgspec.json.encode(execution.metadata))
+        execution.holding = self._account.hold("code of cells that wait", size)
         if is_full and oldest is not None:
             del self._by_id[oldest.id]
         self._by_id[execution.id] = execution

@@ -693,6 +693,7 @@ class Kernel:
         with_input: bool = False,
         by: By = GATEWAY,
         session: str = "",
+        metadata: dict[str, Any] | None = None,
     ) -> Execution:
         """Run a cell, or find the one that runs or ran under this id.
 
@@ -704,6 +705,7 @@ class Kernel:
             with_input: somebody will answer the cell's input requests.
             by: who asks.
             session: the client session that asks, if it is connected.
+            metadata: those of the request to the kernel.
 
         Raises:
             Conflict: the id was used for another cell.
@@ -719,7 +721,7 @@ class Kernel:
             raise Conflict("this id was used for another cell", hint="choose a new one for every cell")
         is_waited_for = any(self.executions.unfinished())  # whoever runs is told what comes late
         after = self.journal.last if is_waited_for or not self._late else self._late - 1
-        execution = Execution(execution_id or uuid.uuid4().hex, code, after, timeout, by, session)
+        execution = Execution(execution_id or uuid.uuid4().hex, code, after, timeout, by, session, metadata)
         self.executions.add(execution)
         self._late = 0
         fields = {
@@ -814,7 +816,13 @@ class Kernel:
     async def _send_cell(self, execution: Execution, fields: dict[str, Any]) -> None:
         fields = {**fields, "code": execution.code.decode("utf-8", "surrogatepass")}
         parts = message.new(
-            "shell", "execute_request", fields, session=self._session, msg_id=execution.id, by=execution.by
+            "shell",
+            "execute_request",
+            fields,
+            session=self._session,
+            msg_id=execution.id,
+            metadata=execution.metadata,
+            by=execution.by,
         )
         del fields
         self._remember(execution.id, Pending(self._session, "shell", parts[HEADER], "execute_request"))
@@ -937,11 +945,17 @@ class Kernel:
         return self.executions.is_late(record.parent, record.seq) and self.executions.is_told_to(execution, record.seq)
 
     async def execute(
-        self, code: str, *, timeout: float | None = None, quiet: bool = False, by: By = GATEWAY
+        self,
+        code: str,
+        *,
+        timeout: float | None = None,
+        quiet: bool = False,
+        by: By = GATEWAY,
+        metadata: dict[str, Any] | None = None,
     ) -> AsyncGenerator[StreamEvent, None]:
         """`run` a cell and yield its `events`. Closing the iterator early interrupts the cell, or it is never run."""
-        execution = self.run(code, timeout=timeout, quiet=quiet, by=by)
-        del code  # a cell may wait long, and its code is counted once
+        execution = self.run(code, timeout=timeout, quiet=quiet, by=by, metadata=metadata)
+        del code, metadata  # a cell may wait long, and these are counted once
         with self.attended(execution):
             async for event in self.events(execution):
                 yield event

@@ -151,12 +151,13 @@ class Client:
         *,
         buffers: list[bytes] | None = None,
         parent: dict[str, Any] | None = None,
+        metadata: dict[str, Any] | None = None,
         **header: Any,
     ) -> str:
         """Send a message, and return its id."""
         fields = {"msg_id": uuid.uuid4().hex, "msg_type": kind, "session": self.session, "username": "tests"}
         head = {**fields, "version": "5.4", "date": "2026-01-01T00:00:00.000000Z", **header}
-        parts = [head, parent or {}, {}, content or {}]
+        parts = [head, parent or {}, metadata or {}, content or {}]
         if self.is_v1:
             raw = [json.dumps(part).encode() for part in parts]
             await self.socket.send(serialize_msg_to_ws_v1([*raw, *(buffers or [])], channel))
@@ -200,10 +201,11 @@ class Client:
     async def ask(self, kind: str, content: dict[str, Any] | None = None, channel: str = "shell") -> Answer:
         return await self.answer(await self.send(kind, content, channel))
 
-    async def start(self, code: str, **fields: Any) -> str:
+    async def start(self, code: str, *, metadata: dict[str, Any] | None = None, **fields: Any) -> str:
         """Send a cell, and return the request's id. Keyword arguments go into its content."""
         content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": True}
-        return await self.send("execute_request", {**content, "stop_on_error": True, **fields})
+        content |= {"stop_on_error": True, **fields}
+        return await self.send("execute_request", content, metadata=metadata)
 
     async def run(self, code: str, timeout: float = TIMEOUT, **fields: Any) -> Answer:
         """Run a cell to its end."""

@@ -147,6 +147,19 @@ async def test_half_a_place(e2b: Box) -> None:
         assert f"missing header {missing}" in json.loads(answer.body)["message"]
 
 
+async def test_wrong_places(e2b: Box) -> None:
+    """The headers decide, not the token: an id that is nobody's is gone, and a port that is none is refused."""
+    own = e2b.sandbox.id
+    for sandbox in ("sbxnobody", f"../{own}", f"{own}x", own.upper()):
+        for port, path, code in ((ENVD, "/files?path=a", 502), (INTERPRETER, "/contexts", 502), ("8000", "/", 403)):
+            headers = {"E2b-Sandbox-Id": sandbox, "E2b-Sandbox-Port": port}
+            answer = await e2b.call("GET", path, port=None, headers=headers)
+            assert (answer.code, json.loads(answer.body)["sandboxId"]) == (code, sandbox)
+    for port in ("abc", "-1", "0", "65536", f"{ENVD}x", "9" * 400):
+        answer = await e2b.call("GET", "/health", port=port)
+        assert (answer.code, json.loads(answer.body)["message"]) == (400, "a port is a number from 1 to 65535")
+
+
 @pytest.mark.parametrize("port", [ENVD, INTERPRETER])
 async def test_health(e2b: Box, service: Service, port: str) -> None:
     """Health is told to anyone who knows the id: good while it runs, then 502 in E2B's words."""

@@ -10,6 +10,7 @@ import pytest
 
 from guest_agent.watch import KEPT, Watched
 from kernel_gateway.api.e2b import connect
+from tests.api.clients import channels
 from tests.api.test_e2b import INTERPRETER, Box
 from tests.fakes import Service
 
@@ -214,6 +215,16 @@ async def test_variables_of_one_run(e2b: Box) -> None:
     assert (await run(e2b, code))[1]["text"] == "old None\n"
 
 
+async def test_metadata_that_ask_for_nonsense(e2b: Box, real: Service) -> None:
+    """A Jupyter client may write anything there. Its cell ends with an error, and the next one runs."""
+    async with channels(real, e2b.sandbox.kernel_id) as client:
+        for env in (3, ["a"], {"A": 1}, {"A": None}, {"A=B": "c"}, {"A": "\0"}, {"": "a"}):
+            answer = await client.run("1", metadata={"e2b": env})
+            assert answer.reply["status"] == "error", env
+            assert answer.all("error")
+        assert (await client.run("2")).value == "2"
+
+
 async def test_a_kernel_that_dies(e2b: Box) -> None:
     """The run ends with an error, and the next one has a new kernel that tells results as before."""
     told = await run(e2b, "import os; os._exit(1)")
@@ -235,6 +246,13 @@ async def test_refusals_of_the_interpreter(e2b: Box) -> None:
         assert answer.headers["Content-Type"].startswith("text/plain")
     for method, path, code in (("POST", "/contexts/x/restart", 404), ("DELETE", "/contexts/x", 404)):
         assert (await e2b.call(method, path, port=INTERPRETER)).code == code
+    for method, path, body, told in (
+        ("POST", "/contexts", b'{"language": "python"}', b"more contexts than the default one are not offered"),
+        ("DELETE", f"/contexts/{e2b.sandbox.kernel_id}", b"", b"the default context can't be removed"),
+    ):
+        answer = await e2b.call(method, path, body, port=INTERPRETER)
+        assert answer.code == 501
+        assert answer.body.startswith(told)
 
 
 async def test_hang_up_interrupts(e2b: Box) -> None:

@@ -803,7 +803,7 @@ def test_random_programs_of_saved_machines(
                 tasks.append(asyncio.create_task(life.take(what, chosen, number, patience)))
                 await asyncio.sleep(wait)
             if end == "killed":
-                moving = {each.id for each in service.sandboxes if each.state is State.RESUMING}
+                moving = {each.id for each in service.sandboxes if each.state in (State.RESUMING, State.RUNNING)}
                 left_by(service.store.path, directory.with_name("left"))
             await asyncio.gather(*tasks)
             if end == "":

@@ -1,13 +1,15 @@
 """E2B's newest Python SDK beside plain REST of the same server, in turns, with machines and without isolation.
 
 The program that is measured runs in the SDK's own environment (`tests/e2e/e2b/bench.py`). The server's CPU time and
-memory are read while 100 of the SDK's commands run at once.
+memory are read while 100 of the SDK's commands run at once. A server of canned answers shows what the SDK itself takes.
 """
 
 import json
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -16,6 +18,7 @@ from tests.e2e.test_e2b import HERE, PYTHONS, python_of, variables
 from tests.guest.client import Server
 
 PREFIXES: dict[str, dict[str, object]] = {"": {}, "unisolated ": {"--isolation": "unisolated"}}
+FLOOR = "floor "
 PAIRS = {
     "create, first cell": ("ms", "target <= 1.15 x"),
     "command true": ("ms", "target <= 1.2 x"),
@@ -37,6 +40,21 @@ def measure(add: Callable[[str, float], None]) -> None:
                     add(f"{prefix}{name}", value)
             finally:
                 server.close()
+    with floor() as url:
+        for name, value in said_by(python, url):
+            add(f"{FLOOR}{name}", value)
+
+
+@contextmanager
+def floor() -> Iterator[str]:
+    """The address of a server whose answers cost nothing, so that what a client takes is its own time and HTTP's."""
+    command = [sys.executable, "-m", "tests.bench.e2b_floor"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.terminate()
 
 
 def samples(server: Server, python: Path) -> Iterator[tuple[str, float]]:
@@ -59,7 +77,7 @@ def said_by(python: Path, *arguments: str) -> list[tuple[str, float]]:
 
 def table(samples: Mapping[str, list[float]]) -> Iterator[str]:
     """One line for each measurement, with the ratio to REST's where there is one."""
-    for prefix in PREFIXES:
+    for prefix in (*PREFIXES, FLOOR):
         for name, (unit, target) in PAIRS.items():
             if f"{prefix}{name}: SDK" in samples:
                 sdk, rest = (samples[f"{prefix}{name}: {way}"] for way in ("SDK", "REST"))

@@ -57,7 +57,13 @@ def server(directory: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def server_by_name(directory: Path) -> Iterator[Server]:
-    """A server whose sandboxes have names, with TLS and the certificates of `cellvm certs`."""
+    running = named_server(directory)
+    yield running
+    running.close()
+
+
+def named_server(directory: Path) -> Server:
+    """A server whose sandboxes have names, with TLS and the certificates of `cellvm certs` in that directory."""
     port = free_port()
     files, _ = certificates.make(directory, "sbx.localhost")
     flags = {
@@ -66,9 +72,7 @@ def server_by_name(directory: Path) -> Iterator[Server]:
         "--domain": f"sbx.localhost:{port}",
         "--tls-cert": files.server,
     }
-    running = Server(directory / "names", pool_size=1, max_sandboxes=20, flags=flags, ca=directory / "ca.pem")
-    yield running
-    running.close()
+    return Server(directory / "names", pool_size=1, max_sandboxes=20, flags=flags, ca=directory / "ca.pem")
 
 
 def python_of(version: str, progress: Callable[[str], None]) -> Path:
@@ -145,20 +149,28 @@ def test_programs(program: str, server: Server, progress: Callable[[str], None])
 
 
 async def test_by_names(server_by_name: Server, directory: Path, progress: Callable[[str], None]) -> None:
-    """The newest SDK reaches sandboxes by their names, over TLS, with what `cellvm e2b env` prints.
+    """The newest SDK reaches sandboxes by their names, over TLS, with what `cellvm e2b env` prints."""
+    python = python_of(PYTHONS[0], progress)
+    asked = await names_asked_by(python, HERE / "names.py", server_by_name, directory)
+    assert asked == {"api.sbx.localhost", "49983", "49999"}
 
-    This machine need not resolve such names, because the SDK is told of a proxy that leads all of them to the server.
+
+async def names_asked_by(python: Path, program: Path, server: Server, directory: Path) -> set[str]:
+    """Run a program with a named server, and return the names that it has asked for, without what follows a port.
+
+    This machine need not resolve such names, because the program is told of a proxy that leads all of them to the
+    server.
     """
-    python, port = python_of(PYTHONS[0], progress), server_by_name.url.rsplit(":", 1)[1]
+    port = server.url.rsplit(":", 1)[1]
     env = variables(E2B_DOMAIN=f"sbx.localhost:{port}", SSL_CERT_FILE=str(directory / "ca.pem"))
     asked: set[str] = set()
     proxy = await asyncio.start_server(partial(lead, asked), "127.0.0.1", 0)
     async with proxy:
-        command = [str(python), str(HERE / "names.py"), f"http://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"]
-        program = await asyncio.create_subprocess_exec(*command, env=env, stderr=asyncio.subprocess.PIPE)
-        _, errors = await asyncio.wait_for(program.communicate(), 60)
-    assert program.returncode == 0, errors.decode()[-4000:]
-    assert {name.partition("-")[0] for name in asked} == {"api.sbx.localhost", "49983", "49999"}
+        command = [str(python), str(program), f"http://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"]
+        process = await asyncio.create_subprocess_exec(*command, env=env, stderr=asyncio.subprocess.PIPE)
+        _, errors = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 0, errors.decode()[-4000:]
+    return {name.partition("-")[0] for name in asked}
 
 
 async def lead(asked: set[str], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

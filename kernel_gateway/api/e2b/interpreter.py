@@ -1,7 +1,7 @@
 """The code interpreter of E2B's clients: shapes over a sandbox's kernel.
 
-A sandbox has one context, which is its kernel. Before the first cell of a kernel, the kernel is told to show results as
-E2B does (`guest_agent/results.py`).
+A sandbox has one context, which is its kernel. The metadata of each cell ask the kernel to show results as E2B does
+(`guest_agent/results.py`).
 """
 
 import json
@@ -9,9 +9,7 @@ import re
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from hashlib import sha256
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import msgspec
 from msgspec import Struct
@@ -123,27 +121,9 @@ def message(event: StreamEvent) -> dict[str, Any] | None:
     return None
 
 
-prepared: WeakKeyDictionary[Kernel, int] = WeakKeyDictionary()
-"""The kernels that show results as E2B does, with the number of the process that was told so."""
-
-
-async def prepare(kernel: Kernel, code: str, env: dict[str, str]) -> None:
-    """Tell a kernel how to show results, and the variables that hold for the next cell of that code."""
-    if prepared.get(kernel) == kernel.incarnation and not env:
-        return
-    incarnation = kernel.incarnation
-    digest = sha256(code.encode("utf-8", "surrogatepass")).hexdigest()
-    cell = f"get_ipython().kernel.prepare_cell({digest!r}, {env!r})"
-    async for event in kernel.execute(cell, quiet=True):
-        if event.type == "error":
-            return  # the user has replaced what this needs; the cell runs all the same
-    prepared[kernel] = incarnation
-
-
 async def lines(kernel: Kernel, code: str, env: dict[str, str]) -> AsyncGenerator[dict[str, Any], None]:
-    """The messages of a cell. Closing the iterator early interrupts the cell."""
-    await prepare(kernel, code, env)
-    async with aclosing(kernel.execute(code)) as events:
+    """The messages of a cell while which the variables hold. Closing the iterator early interrupts the cell."""
+    async with aclosing(kernel.execute(code, metadata={"e2b": env})) as events:
         async for event in events:
             if (told := message(event)) is not None:
                 yield told
