@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sized
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from kernel_gateway.guest.guest import Guests
 from kernel_gateway.held import Held
 from kernel_gateway.images.build import Builder, qemu_version
 from kernel_gateway.images.cache import Cache, in_thread
-from kernel_gateway.images.image import Progress, content_hash
+from kernel_gateway.images.image import Progress, content_hash, library
 from kernel_gateway.images.preparation import Preparation, Prepare
 from kernel_gateway.images.templates import Template, Templates, rootfs_dir
 from kernel_gateway.network.policy import Floor
@@ -320,6 +321,7 @@ async def running(settings: Settings, progress: Progress) -> AsyncIterator[Serve
                 hosts=hosts,
                 stripped=names(settings.strip_headers),
                 targets=targets,
+                library=partial(library, settings.cache_path),
             )
             http = Door(
                 app,

@@ -4,7 +4,9 @@ import asyncio
 import logging
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
@@ -250,7 +252,7 @@ SOCKETS: list[tuple[str, type[Socket]]] = [
     (r"/sandboxes/([^/]+)/stream/?", AgentStream),
 ]
 """WebSockets, by the pattern of their path; docs/stream.md and docs/rest.md describe them."""
-PAGE = [r"/?", r"/ui/([\w.]+)"]
+PAGE = [r"/?", r"/ui/((?:lib/)?[\w.]+)"]
 """The web page and its files; docs/page.md describes it."""
 
 
@@ -373,6 +375,7 @@ def application(
     hosts: frozenset[str] | None = None,
     stripped: re.Pattern[str] = NONE,
     targets: Targets = PUBLIC,
+    library: Callable[[], Path | None] = lambda: None,
 ) -> Application:
     """The Tornado application over a collection of sandboxes and a store of keys.
 
@@ -389,6 +392,7 @@ def application(
         hosts: names that clients may call the server by, besides IP addresses and localhost; None for all.
         stripped: matches headers, in small letters, that services in sandboxes do not get.
         targets: the receivers that webhooks may have.
+        library: finds the file of plotly.js that the web page draws with; None if there is none.
     """
     sandboxes.metrics.registry.register(figures.Present(sandboxes))
     shared = {"sandboxes": sandboxes, "store": store}
@@ -411,6 +415,7 @@ def application(
         hosts=hosts,
         stripped=stripped,
         targets=targets,
+        library=library,
         guesses=Guesses(),
         max_message=max_message,
         kernel_idle_timeout=kernel_idle_timeout,

@@ -14,10 +14,12 @@ from typing import NamedTuple
 
 from kernel_gateway.api.base import Handler
 from kernel_gateway.errors import NotFound
+from kernel_gateway.images.cache import in_thread
 
 FILES = Path(__file__).parents[1] / "_page"
 INDEX, STILL, LIVE, TERMINAL = "index.html", "still.html", "live.html", "terminal.html"
 FRAMES = (STILL, LIVE, TERMINAL)
+LIBRARY = "lib/plotly.min.js"
 NAMEABLE = re.compile(r"[A-Za-z0-9.-]+(:\d+)?")
 """A Host header that a Content-Security-Policy can hold. An IPv6 address can't stand in one."""
 COMPRESSED = (".html", ".js", ".css", ".svg")
@@ -32,14 +34,17 @@ class File(NamedTuple):
 
 
 @cache
+def read(path: Path) -> File:
+    """A file. It is read once, because the files of an installed server and of an image do not change."""
+    content = path.read_bytes()
+    compressed = gzip.compress(content, mtime=0) if path.suffix in COMPRESSED else None
+    return File(content, compressed, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+
+
+@cache
 def files() -> dict[str, File]:
-    """The files of the page by their names. They are read once, because an installed server's do not change."""
-    found = {}
-    for path in FILES.iterdir():
-        content = path.read_bytes()
-        compressed = gzip.compress(content, mtime=0) if path.suffix in COMPRESSED else None
-        found[path.name] = File(content, compressed, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
-    return found
+    """The files of the page by their names."""
+    return {path.name: read(path) for path in FILES.iterdir()}
 
 
 def policy(name: str, host: str, base_url: str) -> str:
@@ -79,12 +84,12 @@ def policy(name: str, host: str, base_url: str) -> str:
 class Page(Handler):
     """The page's document at `/`, and what belongs to it below `/ui/`."""
 
-    def get(self, name: str = INDEX) -> None:
+    async def get(self, name: str = INDEX) -> None:
         settings = self.application.settings
         if not self.request.path:  # the base URL without a slash, from which relative addresses would lead elsewhere
             self.redirect(f"{settings['base_url']}/", status=308)
             return
-        file = files().get(name)
+        file = await self._library() if name == LIBRARY else files().get(name)
         if file is None:
             self.finish(self.set_error(NotFound("there is no such file of the web page")))
             return
@@ -112,5 +117,10 @@ class Page(Handler):
             self.finish(file.compressed)
         else:
             self.finish(file.content)
+
+    async def _library(self) -> File | None:
+        """plotly.js. It is too large to be read and compressed while others wait."""
+        path = self.application.settings["library"]()
+        return None if path is None else await in_thread(read, path)
 
     head = get

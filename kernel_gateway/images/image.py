@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,8 @@ ALONE = (
 
 `unshare` blocks every signal that asks, so it is killed, and it takes the rest with it.
 """
+LIBRARY = "plotly.min.js"
+"""The guests' own plotly.js, which lies beside the image of a template with plotly. The web page draws with it."""
 SEAL, CHECKED = "files.json", "checked.json"
 """What a directory's files must be, and which ones were found to be so."""
 
@@ -229,12 +232,13 @@ def image_key(template: Template, ca_bundle: Path | None) -> str:
     """
     rootfs = rootfs_dir()
     packages = python_packages(template)
+    beside = (LIBRARY,) if "plotly" in packages else ()
     return content_hash(
         "\n".join(without_comments(rootfs / "customize.sh")),
         locked(packages),
         ca_bundle.read_bytes() if ca_bundle else b"",
         SUITE,
-        repr((without_comments(rootfs / "debian.txt"), template.debian, packages)),
+        repr((without_comments(rootfs / "debian.txt"), template.debian, packages, *beside)),
     )
 
 
@@ -258,6 +262,12 @@ def newest_images(root: Path) -> list[Path]:
     )
 
 
+def library(root: Path) -> Path | None:
+    """The newest plotly.js that lies beside an image in a cache directory."""
+    found = (image / LIBRARY for image in sorted(newest_images(root), key=built_at, reverse=True))
+    return next((path for path in found if path.is_file()), None)
+
+
 def built_at(image: Path) -> float:
     """When an image was built, in seconds since 1970."""
     stamp = image.name.rpartition("-")[0]
@@ -267,7 +277,7 @@ def built_at(image: Path) -> float:
 async def build_image(
     template: Template, cache: Cache, ca_bundle: Path | None, step: Progress, *, anew: bool = False
 ) -> Path:
-    """The folder with `root.erofs`, `boot/` and `packages`, built if the cache has it not.
+    """The folder with `root.erofs`, `boot/`, `packages` and perhaps LIBRARY, built if the cache has it not.
 
     Args:
         anew: build one in any case, of the Debian packages of today.
@@ -296,8 +306,19 @@ async def build_image(
         shutil.rmtree(work / "tmp")
         booted = [*(work / "boot/boot").glob("vmlinuz-*"), work / "boot/bin/busybox"]
         modules = modules_in_order(work / "boot/lib/modules")
-        await in_thread(seal, work, [work / "root.erofs", *booted, *modules])
+        beside = await in_thread(copy_library, wheels, work)
+        await in_thread(seal, work, [work / "root.erofs", *booted, *modules, *beside])
     return cache.use(directory)
+
+
+def copy_library(wheels: Path, directory: Path) -> list[Path]:
+    """Copy plotly.js out of its wheel, if there is one, and return the copy."""
+    made = directory / LIBRARY
+    for wheel in wheels.glob("plotly-*.whl"):
+        with zipfile.ZipFile(wheel) as packed:
+            made.write_bytes(packed.read(f"plotly/package_data/{LIBRARY}"))
+        return [made]
+    return []
 
 
 async def _debian(

@@ -416,6 +416,19 @@ async def test_templates(service: Service) -> None:
         assert error_of(await service.call("GET", path))["error"] == "not_found"
 
 
+async def test_the_library_of_charts(service: Service, tmp_path: Path) -> None:
+    """plotly.js is there as soon as an image has brought it. A frame, whose origin is opaque, may load it."""
+    path, file = "/ui/lib/plotly.min.js", tmp_path / "plotly.min.js"
+    assert (await service.call("GET", path, key=None)).code == 404
+    service.app.settings["library"] = lambda: file
+    file.write_bytes(b"Plotly = {}")
+    answer = await service.call("GET", path, key=None)
+    assert (answer.code, answer.body, answer.headers["Content-Type"]) == (200, b"Plotly = {}", "text/javascript")
+    assert answer.headers["Cross-Origin-Resource-Policy"] == "cross-origin"
+    again = await service.call("GET", path, key=None, headers={"If-None-Match": answer.headers["Etag"]})
+    assert again.code == 304
+
+
 async def test_unknown_paths_and_methods(service: Service) -> None:
     """An unknown path gets 404, an unknown method 405 with the allowed ones. Both have the error's shape."""
     for path in ("/nope", "/ui/nope.js", "/sandboxes/a/b/c", "/sandboxes/a/files/x", "//", "/sandbox%65s%00"):

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
@@ -21,15 +22,18 @@ from kernel_gateway.__main__ import refresh_images
 from kernel_gateway.images import image
 from kernel_gateway.images.cache import Cache
 from kernel_gateway.images.image import (
+    LIBRARY,
     BuildError,
     Cpio,
     build_image,
     built_at,
     content_hash,
+    copy_library,
     dependencies,
     drop_damaged,
     finished,
     image_key,
+    library,
     locked,
     modules_in_order,
     newest_image,
@@ -425,3 +429,22 @@ def of_command(argument: str) -> list[str]:
             if path.read_bytes() == f"sleep\0{argument}\0".encode():
                 found.append(path.parent.name)
     return found
+
+
+def test_the_library_of_charts(tmp_path: Path) -> None:
+    """plotly.js comes out of the guests' own wheel, and the newest image that has one is taken."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    assert copy_library(wheels, tmp_path) == []
+    with zipfile.ZipFile(wheels / "plotly-7.0.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"plotly/package_data/{LIBRARY}", "Plotly = {}")
+    assert library(tmp_path) is None
+    for day, keys in (("20260101000000", "ab"), ("20260102000000", "c")):
+        for key in keys:
+            folder = tmp_path / "images" / f"{day}-{key * 16}"
+            folder.mkdir(parents=True)
+            if key != "b":
+                assert copy_library(wheels, folder) == [folder / LIBRARY]
+    found = library(tmp_path)
+    assert found == tmp_path / "images" / f"20260102000000-{'c' * 16}" / LIBRARY
+    assert found.read_text() == "Plotly = {}"
