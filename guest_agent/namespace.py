@@ -1,4 +1,4 @@
-"""What a cell changed in its namespace, without running anybody's code.
+"""What is in a namespace, and what a cell changed there, without running anybody's code.
 
 A report is made after every cell, so it must be cheap, and must not do what a user's class would do if it were asked.
 Only the exact types of Python and of known libraries are asked for their size. They are found by identity, because
@@ -7,6 +7,7 @@ hashing or comparing a type may run the code of its metaclass. Libraries are fou
 
 import sys
 from collections.abc import Callable
+from itertools import islice
 from types import ModuleType
 from typing import Any
 from weakref import ref
@@ -17,6 +18,8 @@ MAX_TOLD = 50
 """Names that a report tells. It counts the others."""
 MAX_NAME, MAX_DIMENSIONS = 100, 8
 """Characters of a name or a type, and numbers of a shape, that a report has."""
+MAX_LISTED, MAX_SHOWN, MAX_ITEMS, MAX_BITS = 500, 300, 10, 1000
+"""Variables of a list, characters of a value in it, members of a collection that are shown, and bits of a number."""
 MAX_KEPT = 1000
 """Characters or bytes of a text that is kept alive while a cell runs, so that another one can't take its place."""
 
@@ -30,6 +33,7 @@ values are not kept alive, because a cell that deletes them wants their memory.
 
 ATOMS = frozenset(id(kind) for kind in (type(None), bool, int, float, complex))
 TEXTS = frozenset(id(kind) for kind in (str, bytes))
+BRACKETS = {id(list): "[]", id(tuple): "()", id(dict): "{}", id(set): "{}", id(frozenset): "{}"}
 LENGTHS: Sized = {id(kind): (kind, len) for kind in (str, bytes, bytearray, list, tuple, dict, set, frozenset, range)}
 SHAPES = {
     "numpy": ("ndarray",),
@@ -65,18 +69,23 @@ def sized() -> Sized:
     return found
 
 
-def marks(shell: Any) -> dict[str, Mark] | None:
-    """The marks of all variables that the user has made; None if there are too many."""
+def made(shell: Any) -> dict[str, Any]:
+    """The variables that the user has made."""
     # A copy, because other threads may change the namespace meanwhile.
     variables, hidden = shell.user_ns.copy(), shell.user_ns_hidden
-    if len(variables) > MAX_NAMES:
-        return None
-    kinds = sized()
     return {
-        name: mark(value, kinds)
+        name: value
         for name, value in variables.items()
         if type(name) is str and not name.startswith("_") and (name not in hidden or hidden[name] is not value)
     }
+
+
+def marks(shell: Any) -> dict[str, Mark] | None:
+    """The marks of all variables that the user has made; None if there are too many."""
+    if len(shell.user_ns) > MAX_NAMES:
+        return None
+    kinds = sized()
+    return {name: mark(value, kinds) for name, value in made(shell).items()}
 
 
 def mark(value: Any, kinds: Sized) -> Mark:
@@ -143,3 +152,40 @@ def described(name: str, value: Any, kinds: Sized) -> dict[str, Any]:
 def word(told: Any) -> str:
     """What a type says of itself, if that is plain text."""
     return told[:MAX_NAME] if type(told) is str else ""
+
+
+def listed(shell: Any) -> list[dict[str, str]]:
+    """The user's variables with their types and values as text. `…` is one that only its own code could tell."""
+    kinds = sized()
+    return [
+        {"name": name, "type": word(name_of(type(value))), "value": shown(value, kinds)[:MAX_SHOWN]}
+        for name, value in islice(made(shell).items(), MAX_LISTED)
+    ]
+
+
+def shown(value: Any, kinds: Sized, depth: int = 2) -> str:
+    """A value as text: numbers and texts themselves, the first members of collections, the size of other data."""
+    kind = type(value)
+    if id(kind) in TEXTS:
+        return repr(value[:MAX_SHOWN])
+    if kind is int and value.bit_length() > MAX_BITS:
+        return f"{value.bit_length()} bits"
+    if id(kind) in ATOMS:
+        return repr(value)
+    brackets = BRACKETS.get(id(kind))
+    if brackets and depth:
+        try:
+            members = list(islice(value.items() if kind is dict else value, MAX_ITEMS))
+        except RuntimeError:  # a cell changes it meanwhile
+            members = []
+        parts = [
+            ": ".join(shown(each, kinds, depth - 1) for each in (member if kind is dict else (member,)))
+            for member in members
+        ]
+        return f"{brackets[0]}{', '.join(parts)}{', …' if len(value) > len(members) else ''}{brackets[1]}"
+    size = size_of(value, kinds)
+    if type(size) is list:
+        return " × ".join(map(str, size))
+    if type(size) is tuple:
+        return repr(size[0])
+    return "…" if size is None else f"{size} item{'s' * (size != 1)}"

@@ -252,8 +252,8 @@ class AgentStream(Socket):
                 self._completing = asyncio.create_task(self._tell_completions(command))
 
     async def _tell_variables(self) -> None:
-        """Ask for the variables and tell them. Other commands are obeyed meanwhile, because a repr may take long."""
-        request = {"type": "request", "seq": 1, "command": "inspectVariables"}
+        """Ask for the variables and tell them. Other commands are obeyed meanwhile, because a kernel may be slow."""
+        request = {"type": "request", "seq": 1, "command": "cellvmVariables"}
         with suppress(StreamClosedError, CellvmError):  # the connection is being closed, and tells why
             content = await self.kernel.ask("debug_request", request, LISTING)
             if content is not None:

@@ -254,13 +254,13 @@ class Found(msgspec.Struct):
 
 
 class Inspected(msgspec.Struct):
-    """The content of the reply to `inspectVariables`."""
+    """The content of the reply to `cellvmVariables`."""
 
     body: Found = msgspec.field(default_factory=Found)
 
 
 def variables(content: bytes) -> list[Variable]:
-    """The variables that a reply to `inspectVariables` tells, cut to what a list of them needs."""
+    """The variables that a reply to `cellvmVariables` tells, cut to what a list of them needs."""
     if len(content) > MAX_PAYLOAD:
         return []
     told = message.read(content, Inspected).body.variables
