@@ -675,6 +675,10 @@ class FakeKernel:
 
         return thaw
 
+    @property
+    def has_ended(self) -> bool:
+        return self._closing
+
     async def close(self) -> None:
         self._closing = True
         await cancel(self._cell, self._task, *self._controls)
