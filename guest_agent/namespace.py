@@ -45,7 +45,7 @@ SHAPES = {
 """Types that have a shape, by their libraries."""
 NUMBERS = {"numpy": ("bool_", "int32", "int64", "float32", "float64")}
 name_of, module_of = type.__dict__["__name__"].__get__, type.__dict__["__module__"].__get__
-"""A type's own words for itself, past its metaclass."""
+"""A type's own words for itself, past its metaclass. A type that was made without a module has none of that."""
 
 
 def shape(value: Any) -> list[int]:
@@ -143,14 +143,18 @@ def changes(shell: Any, before: dict[str, Mark]) -> dict[str, Any] | None:
 def described(name: str, value: Any, kinds: Sized) -> dict[str, Any]:
     kind = type(value)
     size = size_of(value, kinds)
-    told = {"name": name, "type": word(name_of(kind)), "module": word(module_of(kind))}
+    told = {"name": name, "type": word(name_of, kind), "module": word(module_of, kind)}
     if type(size) in (int, list):
         told["shape" if type(size) is list else "length"] = size
     return told
 
 
-def word(told: Any) -> str:
+def word(ask: Callable[[type], Any], kind: type) -> str:
     """What a type says of itself, if that is plain text."""
+    try:
+        told = ask(kind)
+    except AttributeError:
+        return ""
     return told[:MAX_NAME] if type(told) is str else ""
 
 
@@ -158,7 +162,7 @@ def listed(shell: Any) -> list[dict[str, str]]:
     """The user's variables with their types and values as text. `…` is one that only its own code could tell."""
     kinds = sized()
     return [
-        {"name": name, "type": word(name_of(type(value))), "value": shown(value, kinds)[:MAX_SHOWN]}
+        {"name": name, "type": word(name_of, type(value)), "value": shown(value, kinds)[:MAX_SHOWN]}
         for name, value in islice(made(shell).items(), MAX_LISTED)
     ]
 

@@ -1,7 +1,8 @@
 """`cellvm certs`: a certificate authority of one's own, and a certificate for all names of a domain.
 
 The authority's key is as long-lived as the authority and lies beside it, readable by its owner alone. Whoever has the
-key can pretend to be any server to those who trust the authority, so the authority may sign names of this domain alone.
+key can pretend to be any server to those who trust the authority, so the authority may sign names of this domain
+and of this machine alone.
 """
 
 import os

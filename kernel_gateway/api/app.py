@@ -22,7 +22,7 @@ from kernel_gateway.api.guesses import Guesses
 from kernel_gateway.api.openapi import document, serve_document
 from kernel_gateway.api.page import Page
 from kernel_gateway.api.ports import Preview
-from kernel_gateway.api.socket import NOT_ALLOWED, Socket, Sockets
+from kernel_gateway.api.socket import Socket, Sockets
 from kernel_gateway.api.stream import AgentStream
 from kernel_gateway.errors import CellvmError, InvalidRequest, Misdirected, NotFound
 from kernel_gateway.kernel.events import Cell
@@ -451,7 +451,7 @@ def cut_others(settings: dict[str, Any], keys: set[str], owners: set[str]) -> No
 
     All that goes on is looked at, because a key may have been added, used and removed since the last look.
     """
-    settings["sockets"].close(NOT_ALLOWED, "the key was removed", keys)
+    settings["sockets"].cut_others(keys)
     for request in settings["requests"]:
         if isinstance(request, Endpoint) and request.key.id not in keys:
             request.cut()

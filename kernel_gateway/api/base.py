@@ -42,6 +42,8 @@ from kernel_gateway.sandbox.store import Store
 log = logging.getLogger(__name__)
 
 JSON_LIMIT = 4 * 1024 * 1024
+MAX_OF_LINK = 32
+"""Requests with one link that are answered at once."""
 """Largest JSON body in bytes."""
 DROPPED_BODY = 4 * 1024 * 1024 * 1024
 """Bytes of a refused body that are read and dropped before the connection is closed."""
@@ -127,8 +129,8 @@ class Requests:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._all: dict[Any, str] = {}
-        self._by_owner: Counter[str] = Counter()
+        self._all: dict[Any, tuple[str, ...]] = {}
+        self._by: Counter[str] = Counter()  # by owner, and by link
 
     def __len__(self) -> int:
         return len(self._all)
@@ -138,31 +140,35 @@ class Requests:
 
     def of(self, owner: str) -> int:
         """Number of an owner's requests."""
-        return self._by_owner[owner]
+        return self._by[owner]
 
     def add(self, request: Any) -> None:
-        self._all[request] = ""
+        self._all[request] = ()
 
-    def assign(self, request: Any, owner: str) -> None:
+    def assign(self, request: Any, key: Key) -> None:
         """Take note whose request it is.
 
         Raises:
-            TooManyRequests: the owner has as many as there may be.
+            TooManyRequests: the owner, or a link, has as many as there may be.
         """
-        if self._by_owner[owner] >= self.most:
+        if key.scope.mode and self._by[key.id] >= MAX_OF_LINK:
+            raise TooManyRequests(
+                f"{MAX_OF_LINK} requests with this link are being answered, which is all that it may have at once",
+                hint="wait for some",
+            )
+        if self._by[key.owner] >= self.most:
             raise TooManyRequests(
                 f"{self.most} requests of your key are being answered, which is all that one key may have at once",
                 hint="wait for some; the operator sets the limit with --max-requests",
             )
-        self._all[request] = owner
-        self._by_owner[owner] += 1
+        self._all[request] = (key.owner, key.id) if key.scope.mode else (key.owner,)
+        self._by.update(self._all[request])
 
     def discard(self, request: Any) -> None:
-        owner = self._all.pop(request, "")
-        if owner:
-            self._by_owner[owner] -= 1
-            if not self._by_owner[owner]:
-                del self._by_owner[owner]
+        for each in self._all.pop(request, ()):
+            self._by[each] -= 1
+            if not self._by[each]:
+                del self._by[each]
 
 
 @dataclass(slots=True)
@@ -455,7 +461,7 @@ class Endpoint(Handler):
             mine = Access(self._sandboxes, self._store, NOBODY) if route.public else self.authenticate()
             self.key = mine.key
             if not route.public:
-                self.application.settings["requests"].assign(self, mine.key.owner)
+                self.application.settings["requests"].assign(self, mine.key)
             mine.key.scope.check_request(route.method, route.path)
             if mine.key.scope.mode and route.method != "GET":
                 self._store.used(mine.key.id)
@@ -469,7 +475,7 @@ class Endpoint(Handler):
             )
             if not route.upload:
                 self._connection.set_body_timeout(JSON_BODY_TIMEOUT)
-                if self._announced > JSON_LIMIT:
+                if self._announced > self._body_limit:
                     raise self._too_large()
         except Exception as error:  # noqa: BLE001  `_fail` logs unknown errors
             await self._fail(error)
@@ -515,17 +521,23 @@ class Endpoint(Handler):
         return int(length) if re.fullmatch("[0-9]{1,18}", length) else 0
 
     @property
+    def _body_limit(self) -> int:
+        """Bytes of a body that is not an upload. A stranger's is not held for anybody, so it is small."""
+        return JSON_LIMIT if self._route is None or not self._route.public else SMALL
+
+    @property
     def _connection(self) -> HTTP1Connection:
         connection = self.request.connection
         assert isinstance(connection, HTTP1Connection)
         return connection
 
     def _too_large(self) -> TooLarge:
-        return TooLarge(f"a JSON body may have at most {JSON_LIMIT} bytes", hint="upload large content as a file")
+        return TooLarge(f"a JSON body may have at most {self._body_limit} bytes", hint="upload large content as a file")
 
     def hold(self, what: str, size: int = 0) -> Holding:
         """Hold bytes for the request's owner until the request has ended; `Account.hold` says more."""
-        return self._held.enter_context(self._sandboxes.held.account(self.key.owner).hold(what, size))
+        account, share = self._sandboxes.held.account(self.key.owner), self.key.scope.share
+        return self._held.enter_context(account.hold(what, size, share=share))
 
     def _hold_body(self, size: int) -> None:
         self._body_holding.resize(max(size - SMALL, self._body_holding.size))
@@ -541,7 +553,7 @@ class Endpoint(Handler):
             if self._task is not None:
                 self._hold_body(2 * len(chunk))  # one that is passed on, and the next
                 await self._chunks.put(chunk)
-            elif len(self._body) + len(chunk) > JSON_LIMIT:
+            elif len(self._body) + len(chunk) > self._body_limit:
                 raise self._too_large()
             else:
                 self._hold_body(len(self._body) + len(chunk))
@@ -604,6 +616,8 @@ class Endpoint(Handler):
             try:
                 result = await route.operation(*arguments)
             except Asleep as paused:
+                if self.key.scope.mode == "watch":
+                    raise
                 await self._sandboxes.pauses.wake(paused.sandbox)
                 result = await route.operation(*arguments)
             if route.produces is None and not self._finished:

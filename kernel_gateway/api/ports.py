@@ -295,12 +295,12 @@ class Preview(HTTPMessageDelegate):
         if sandbox.state in ASLEEP:
             await self._sandboxes.pauses.wake(sandbox)
         link = sandbox.guest.link
-        if len(sandbox.port_users) >= (MAX_VISITORS if self._is_visitor else MAX_CONNECTIONS):
+        if len(sandbox.port_users) >= (MAX_VISITORS if self._is_stranger else MAX_CONNECTIONS):
             raise HostFull("there are too many connections to ports of this sandbox", hint="close some, or wait")
         assert self._task is not None
         sandbox.port_users[self._task] = port if self._key is None else self._key.id
         account = self._sandboxes.held.account(sandbox.owner)
-        share = VISITORS_SHARE if self._is_visitor else 1.0
+        share = VISITORS_SHARE if self._is_stranger else 1.0
         try:
             with account.hold("connections to ports", CONNECTION, share=share):
                 async with link.ask(wire.Connect(port=port, window=WINDOW), WINDOW) as conversation:
@@ -346,6 +346,11 @@ class Preview(HTTPMessageDelegate):
     @property
     def _is_visitor(self) -> bool:
         return self._key is None
+
+    @property
+    def _is_stranger(self) -> bool:
+        """Whether it leaves room for the owner: a visitor, or whoever has a link."""
+        return self._key is None or self._key.scope.mode != ""
 
     @property
     def _may_go_on(self) -> bool:

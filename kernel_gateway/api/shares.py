@@ -28,14 +28,15 @@ class ShareModel(Struct, omit_defaults=True):
     shareID: str
     mode: str
     createdAt: str
-    expiresAt: str
+    expiresAt: str | None
     uses: int
     token: str | None = None
     url: str | None = None
 
 
 def model(share: Share) -> ShareModel:
-    created, expires = (rfc3339(datetime.fromtimestamp(each, UTC)) for each in (share.created, share.expires))
+    created = rfc3339(datetime.fromtimestamp(share.created, UTC))
+    expires = None if share.expires is None else rfc3339(datetime.fromtimestamp(share.expires, UTC))
     return ShareModel(share.id, share.mode, created, expires, share.uses)
 
 

@@ -45,6 +45,8 @@ PING_INTERVAL = 30.0
 PONG_TIMEOUT = 600.0
 """Seconds without a pong after which a connection is closed. They are many because some clients answer only while they
 read. TCP notices dead peers, see `_keep_watch`."""
+WATCHERS_MESSAGE = 64 * 1024
+"""Bytes of the largest message from a client that only watches, and whose commands are all refused."""
 MAX_VIEWERS = 8
 """Connections that one link to a sandbox may have at once, because they count for the sandbox's owner."""
 HALF_OPEN = 40
@@ -106,7 +108,7 @@ class Sockets:
             if old.kernel is new.kernel and old.session == new.session:
                 old.close(REPLACED, "the same session has connected again")
         mine.add(new)
-        new.holding = self._held.account(new.sandbox.owner).hold("messages over WebSockets")
+        new.holding = self._held.account(new.sandbox.owner).hold("messages over WebSockets", share=new.key.scope.share)
 
     def remove(self, closed: "Socket") -> None:
         owner = closed.sandbox.owner
@@ -115,11 +117,20 @@ class Sockets:
         if not self._open[owner]:
             del self._open[owner]
 
-    def close(self, code: int, reason: str, but: Collection[str] = ()) -> None:
-        """Begin to close every connection, but those of some keys, which are given by their ids."""
-        for each in [each for mine in self._open.values() for each in mine]:
-            if each.key.id not in but:
-                each.close(code, reason)
+    def close(self, code: int, reason: str) -> None:
+        """Begin to close every connection."""
+        for each in self._all():
+            each.close(code, reason)
+
+    def cut_others(self, keys: Collection[str]) -> None:
+        """Close the connections of all keys but these, and take back what they hold and what has not begun."""
+        for each in self._all():
+            if each.key.id not in keys:
+                each.kernel.give_up(each.session)
+                each.close(NOT_ALLOWED, "the key was removed")
+
+    def _all(self) -> list["Socket"]:
+        return [each for mine in self._open.values() for each in mine]
 
 
 class Frames(WebSocketProtocol13):
@@ -203,7 +214,7 @@ class Socket(WebSocketHandler, Handler):
                 raise Draining("the server is going down")
             self._query: SocketQuery = self.query(SocketQuery)
             self.sandbox = self.find(mine, self.path_args[0])
-            if self.sandbox.state in ASLEEP:
+            if self.sandbox.state in ASLEEP and self.key.scope.mode != "watch":
                 await self._sandboxes.pauses.wake(self.sandbox)
             self.kernel = self.sandbox.guest.kernel
             since = self._query.since
@@ -226,7 +237,12 @@ class Socket(WebSocketHandler, Handler):
 
     @property
     def max_message_size(self) -> int:
-        return int(self.application.settings["max_message"])
+        return WATCHERS_MESSAGE if self.only_watches else int(self.application.settings["max_message"])
+
+    @property
+    def only_watches(self) -> bool:
+        """Whether it must not matter to the sandbox that the client is there."""
+        return self.key.scope.mode == "watch"
 
     def get_websocket_protocol(self) -> WebSocketProtocol | None:
         protocol = super().get_websocket_protocol()
@@ -243,8 +259,8 @@ class Socket(WebSocketHandler, Handler):
         self._sockets.add(self)
         self.kernel.clients.add(self)
         since = self._query.since
-        self.seen = self.kernel.attach(self.session, since)
-        self.reader = self.kernel.journal.reader(self.seen.received, holds=self.key.scope.mode != "watch")
+        self.seen = self.kernel.attach(self.session, since, is_kept=not self.key.scope.mode)
+        self.reader = self.kernel.journal.reader(self.seen.received, holds=not self.only_watches)
         self.present = self.kernel.journal.last
         self.inherited = frozenset[str]() if since is None else self.kernel.pending
         self.is_told_all = since is not None

@@ -195,7 +195,10 @@ class Guests:
                 else:
                     dump = guest.kernel.journal.dump()
                 host = HostState(guest.home, guest.link.rest(running), kernel, states, b"")
-                still = Still(captured, host, await in_thread(dump.detached) if goes_on else dump)
+                if goes_on:
+                    dump = await in_thread(dump.detached)
+                undo.callback(dump.close)
+                still = Still(captured, host, dump)
                 undo.pop_all()
             if not goes_on:
                 after.callback(still.close)

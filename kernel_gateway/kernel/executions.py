@@ -120,7 +120,7 @@ class Execution:
     def start(self, kind: str, content: bytes) -> None:
         """Take note that the kernel has begun with it, by a message of that kind."""
         if kind == "execute_input":
-            self.count = message.read(content, message.Reply).execution_count
+            self.count = message.number_of(message.read(content, message.Reply).execution_count)
         if not self.is_started:
             self.is_started = True
             self.clock = time.monotonic()

@@ -38,7 +38,9 @@ class History:
     def started(self, cell: str, content: bytes) -> None:
         """Take note of an `execute_input` of the kernel's."""
         told = message.read(content, Input)
-        self._cells.append(Cell(cell, told.execution_count, told.code[:KEPT_CODE], datetime.now(UTC)))
+        self._cells.append(
+            Cell(cell, message.number_of(told.execution_count), told.code[:KEPT_CODE], datetime.now(UTC))
+        )
         del self._cells[:-KEPT]
 
     def ended(self, cell: str, status: str) -> None:

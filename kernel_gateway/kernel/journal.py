@@ -353,7 +353,8 @@ class Dump(NamedTuple):
         except BaseException:
             os.close(copy)
             raise
-        os.close(self.fd)
+        finally:
+            os.close(self.fd)
         return self._replace(fd=copy)
 
     def close(self) -> None:

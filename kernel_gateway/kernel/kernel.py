@@ -62,9 +62,12 @@ SHOWN_AS = {State.CLOSED: "dead"}
 
 
 class Client(Protocol):
-    """Somebody who is connected to a kernel."""
+    """Somebody who is connected to a kernel. One that `only_watches` does not count as its user."""
 
     session: str
+
+    @property
+    def only_watches(self) -> bool: ...
 
     def leave(self) -> None:
         """End the connection, because the sandbox is about to be paused."""
@@ -245,7 +248,9 @@ class Kernel:
             TooManyRequests, HostFull: there is no room for what its requests hold.
         """
         self._session, self._kernel_session = was.session, was.kernel_session
-        self._state, self.reason, self._is_ending = was.state, was.reason, was.is_ending
+        # A kernel that was just being started, too, is replaced for the next cell, because nobody tells of its start.
+        self._state = State.DEAD if was.state in WAITING else was.state
+        self.reason, self._is_ending = was.reason, was.is_ending
         self._untold, self._late, self._busy = was.untold, was.late, was.busy
         self.last_activity, self._sessions = was.last_activity, was.sessions
         self.history = History(was.history)
@@ -284,8 +289,8 @@ class Kernel:
 
     @property
     def connections(self) -> int:
-        """Number of clients that are connected."""
-        return len(self.clients)
+        """Number of clients that are connected and may use it."""
+        return sum(not each.only_watches for each in self.clients)
 
     @property
     def state(self) -> str:
@@ -486,7 +491,7 @@ class Kernel:
         execution = self.executions.get(msg_id)
         if execution is not None:
             reply = message.read(content, message.Reply)
-            execution.count = reply.execution_count
+            execution.count = message.number_of(reply.execution_count)
             pending.failure = cell_error(content) if reply.status == "error" else None
 
     def _status_received(self, parent: message.Header, state: str, pending: Pending | None) -> None:
@@ -669,14 +674,19 @@ class Kernel:
         """Ids of the requests that are not over."""
         return frozenset(self._pending)
 
-    def attach(self, name: str, since: int | None) -> ClientSession:
-        """The session of a client that connects, as the gateway knows it, or as the client says by `since`."""
+    def attach(self, name: str, since: int | None, *, is_kept: bool = True) -> ClientSession:
+        """The session of a client that connects, as the gateway knows it, or as the client says by `since`.
+
+        Args:
+            is_kept: remember its place for the next time.
+        """
         session = self._sessions.pop(name, None)
         if since is not None:
             session = ClientSession(since, since)
         elif session is None:
             session = ClientSession(self.journal.last, self.journal.last)
-        self._sessions[name] = session
+        if is_kept:
+            self._sessions[name] = session
         if len(self._sessions) > MAX_SESSIONS:
             del self._sessions[next(iter(self._sessions))]
         return session
@@ -767,6 +777,13 @@ class Kernel:
         """Let the cells of others run again, if that client session holds them."""
         if self.hold is not None and self.hold.session == session:
             self._set_hold(None)
+
+    def give_up(self, session: str) -> None:
+        """Let go what a client session holds, and never run its cells that have not begun."""
+        self.release(session)
+        for execution in self.waiting():
+            if execution.session == session:
+                self.stop(execution)
 
     def client_left(self, session: str) -> None:
         """Take note that a client session has lost its connection. Its hold lasts HOLD_GRACE seconds more at most."""

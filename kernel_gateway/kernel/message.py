@@ -105,6 +105,11 @@ def read(part: bytes | memoryview, kind: type[S]) -> S:
     return found
 
 
+def number_of(count: int | None) -> int | None:
+    """The number of a cell, as a kernel tells it; None if it is none that can be stored."""
+    return count if count is not None and 0 <= count < 2**63 else None
+
+
 class Object(msgspec.Struct):
     """Any JSON object."""
 

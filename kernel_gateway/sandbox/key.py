@@ -19,6 +19,7 @@ USED = frozenset({"commands", "execute", "executions", "files", "filesystem", "p
 """What whoever has a link may do below `/sandboxes/{id}/`: look at these parts, and with the mode `use` use these, too.
 Whatever is in neither of them is refused. A reader of `commands` or `executions` can hold what it reads, so it is no
 mere watcher."""
+LINKS_SHARE = 0.5
 SHARED_PATH = re.compile(r"/sandboxes/\{id\}(?:/([a-z]+).*)?")
 
 
@@ -48,6 +49,11 @@ class Scope:
         if self.template:
             return f"template={self.template}"
         return f"{self.mode or 'sandbox'}={self.sandbox}" if self.sandbox else ""
+
+    @property
+    def share(self) -> float:
+        """The part of what may wait for the owner that may be in use after this key's: links leave room."""
+        return LINKS_SHARE if self.mode else 1.0
 
     def covers(self, sandbox_id: str, template_id: str) -> bool:
         """Whether a sandbox of the owner is in sight."""

@@ -49,7 +49,7 @@ def saving(sandbox: Sandbox, what: str) -> Iterator[None]:
     except NoSpace as error:
         hint = "the operator must free some space; the sandbox still runs"
         raise InsufficientStorage(f"the sandbox can't be {what}: {error}", hint=hint) from error
-    except (DriverError, OSError) as error:
+    except (DriverError, OSError, OverflowError, ValueError) as error:  # what a guest has said may not be encodable
         log.error("sandbox %s could not be %s: %.500s", sandbox.id, what, error)
         raise GuestFailure(
             "failed", f"the sandbox could not be {what}, and still runs; the server's log says why"

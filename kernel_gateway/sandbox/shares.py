@@ -24,12 +24,15 @@ SCHEMA = (
 
 
 class Share(NamedTuple):
-    """A link, without its secret. Times are seconds since 1970. `uses` counts what was begun with it."""
+    """A link, without its secret. Times are seconds since 1970, and one without `expires` is good until it is revoked.
+
+    `uses` counts what was begun with it.
+    """
 
     id: str
     mode: str
     created: float
-    expires: float
+    expires: float | None
     uses: int = 0
 
 
@@ -42,7 +45,7 @@ def of(db: sqlite3.Connection, sandbox: str) -> list[Share]:
     """The links of a sandbox that are good now, the oldest first."""
     query = (
         "SELECT id, substr(scope, 1, instr(scope, '=') - 1), created, expires, uses FROM keys"
-        " WHERE scope IN (?, ?) AND expires > ? ORDER BY created"
+        " WHERE scope IN (?, ?) AND (expires IS NULL OR expires > ?) ORDER BY created"
     )
     return [Share(*row) for row in db.execute(query, (*scopes(sandbox), time.time()))]
 
@@ -74,7 +77,7 @@ def revoke(db: sqlite3.Connection, sandbox: str, share: str) -> None:
     Raises:
         NotFound: the sandbox has none with that id.
     """
-    query = "DELETE FROM keys WHERE id = ? AND scope IN (?, ?) AND expires > ?"
+    query = "DELETE FROM keys WHERE id = ? AND scope IN (?, ?) AND (expires IS NULL OR expires > ?)"
     if not db.execute(query, (share, *scopes(sandbox), time.time())).rowcount:
         raise NotFound("link not found")
     _tell(db, sandbox, {"reason": "share_revoked", "shareID": share})

@@ -99,6 +99,13 @@ sys.modules['polars'].DataFrame = DataFrame
 """The part of polars that is asked for. tests/guest/test_template.py has the libraries themselves."""
 
 
+async def test_a_type_without_a_module(real: Service, real_box: str) -> None:
+    """Its variable is told, and the cell ends."""
+    cell = await real.execute(real_box, "made = {}\nexec(\"kind = type('B', (), {})\", made)\nodd = made['kind']()")
+    found = {each["name"]: each for each in cell["changes"]["variables"]["added"]}
+    assert found["odd"] == {"name": "odd", "type": "B", "module": ""}
+
+
 async def test_shapes(real: Service, real_box: str) -> None:
     """A library's own types have a shape, and another shape is a change. Types that are made of them have none."""
     await real.execute(real_box, LIBRARY)

@@ -416,6 +416,13 @@ async def test_templates(service: Service) -> None:
         assert error_of(await service.call("GET", path))["error"] == "not_found"
 
 
+async def test_a_stranger_sends_little(service: Service) -> None:
+    """Bodies of strangers are not held for anybody, so a public route takes small ones only."""
+    for size, code in ((60_000, 200), (100_000, 413)):
+        answer = await service.call("GET", "/health", body=b"x" * size, key=None)
+        assert answer.code == code
+
+
 async def test_the_library_of_charts(service: Service, tmp_path: Path) -> None:
     """plotly.js is there as soon as an image has brought it. A frame, whose origin is opaque, may load it."""
     path, file = "/ui/lib/plotly.min.js", tmp_path / "plotly.min.js"

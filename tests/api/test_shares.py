@@ -14,11 +14,12 @@ from websockets.exceptions import ConnectionClosedError, InvalidStatus
 
 from guest_agent import wire
 from kernel_gateway.api.app import ROUTES, watch_keys
-from kernel_gateway.api.socket import MAX_VIEWERS
-from kernel_gateway.sandbox.key import hashed, parse_scope
+from kernel_gateway.api.socket import MAX_VIEWERS, WATCHERS_MESSAGE
+from kernel_gateway.sandbox.key import hashed, new_key, parse_scope
+from kernel_gateway.sandbox.lifecycle import State
 from kernel_gateway.sandbox.shares import MAX_SHARES
 from tests.api.clients import Agent, address, agent, opening
-from tests.fakes import ENDLESS, Service, cancel, error_of, eventually, serving
+from tests.fakes import ENDLESS, SavingDriver, Service, cancel, error_of, eventually, serving
 
 
 @pytest.fixture
@@ -136,6 +137,53 @@ async def test_a_watcher_holds_nobody(service: Service, box: str) -> None:
         assert running["outcome"] == "finished"
 
 
+async def test_a_watcher_is_nobody(tmp_path: Path) -> None:
+    """A watcher keeps no sandbox alive and wakes none, and leaves no place in the kernel's list of sessions."""
+    driver = SavingDriver()
+    async with serving(tmp_path, driver) as service:
+        box = await service.create(autoResume={"enabled": True})
+        link, kernel = await share(service, box), service.sandboxes.get(service.owner, box).kernel
+        assert kernel is not None
+        async with link.stream() as theirs:
+            await theirs.until("status")
+            assert (kernel.connections, kernel._sessions) == (0, {})
+        assert (await service.call("POST", f"/sandboxes/{box}/pause")).code == 204
+        for path in ("", "/files?path=x", "/health"):
+            await link.call("GET", path)
+        with pytest.raises(InvalidStatus, match="409"):
+            await link.stream().__aenter__()
+        assert service.sandboxes.get(service.owner, box).state is State.PAUSED
+    await driver.close()
+
+
+async def test_a_link_leaves_room(service: Service, box: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests and messages that whoever has a link never finishes shut nobody out, least of all the owner."""
+    monkeypatch.setattr("kernel_gateway.api.base.MAX_OF_LINK", 3)
+    link = await share(service, box)
+    head = f"GET /sandboxes/{box} HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {link.key}\r\nContent-Length: 1\r\n\r\n"
+    begun = [await asyncio.open_connection("127.0.0.1", service.port) for _ in range(3)]
+    for _, writer in begun:
+        writer.write(head.encode())
+    await eventually(lambda: service.app.settings["requests"].of(service.owner) == 3)
+    assert error_of(await link.call("GET"))["error"] == "too_many_requests"
+    async with link.stream() as theirs:
+        await theirs.socket.send("x" * (WATCHERS_MESSAGE + 1))
+        assert await closed(theirs) == 1009
+    assert service.sandboxes.held.size == 0
+    assert (await service.call("DELETE", f"/sandboxes/{box}/share/{link.id}")).code == 204
+    for _, writer in begun:
+        writer.close()
+
+
+async def test_a_link_without_a_time_limit(service: Service, box: str) -> None:
+    """One that the command line has made is listed and revoked like others."""
+    key = new_key()
+    made = service.store.add_key(key, "desk", owner=service.owner, scope=parse_scope(f"use={box}"))
+    assert [(each["shareID"], each["expiresAt"]) for each in await listed(service, box)] == [(made, None)]
+    assert (await service.call("DELETE", f"/sandboxes/{box}/share/{made}")).code == 204
+    await eventually(lambda: service.store.find_key(key) is None)
+
+
 async def test_uses_and_events(service: Service, box: str) -> None:
     """A link counts its streams and changes. Making and revoking are events, and no list or database has the token."""
     link = await share(service, box, mode="use", seconds=60)
@@ -167,10 +215,13 @@ async def test_a_link_is_revoked_while_a_cell_runs(service: Service, box: str) -
     """Its stream and its requests are cut within a second. Those of others, and the sandbox, go on."""
     link, other = await share(service, box, mode="use"), await share(service, box, mode="watch")
     async with link.stream() as theirs, other.stream() as watcher, agent(service, box) as mine:
+        kernel = service.sandboxes.get(service.owner, box).guest.kernel
+        await theirs.send("hold", seconds=600)
         await theirs.send("execute", code="time.sleep(60)", id="theirs")
         await watcher.until("started")
+        await theirs.send("execute", code="print('after all')", id="next")
         asking = asyncio.create_task(link.call("POST", "/execute", {"code": "1"}))
-        await eventually(lambda: len(service.sandboxes.get(service.owner, box).guest.kernel.waiting()) == 1)
+        await eventually(lambda: len(kernel.waiting()) == 2)
         began = asyncio.get_running_loop().time()
         assert (await service.call("DELETE", f"/sandboxes/{box}/share/{link.id}")).code == 204
         assert error_of(await link.call("GET"))["error"] == "unauthorized"
@@ -178,6 +229,7 @@ async def test_a_link_is_revoked_while_a_cell_runs(service: Service, box: str) -
         with pytest.raises(HTTPStreamClosedError):
             await asking
         assert asyncio.get_running_loop().time() - began < 1.5
+        assert (kernel.hold, kernel.waiting()) == (None, [])
         await mine.send("interrupt")
         await mine.until("end", id="theirs")
         assert (await watcher.until("end", id="theirs"))[-1]["outcome"] == "finished"

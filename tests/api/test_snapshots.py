@@ -294,6 +294,29 @@ async def test_a_cell_that_comes_while_the_parent_stands_still(service: Service,
     assert (found.state, found.pending) == ("idle", frozenset())
 
 
+async def test_a_kernel_that_is_restarted_while_it_is_captured(service: Service, driver: SavingDriver) -> None:
+    """The parent has its new kernel, and the child makes one for its first cell."""
+    box = await service.create()
+    driver.script.save_delay = 0.2
+    vm, kernel = driver.alive[0], service.sandboxes.get(service.owner, box).kernel_id
+    forking = asyncio.create_task(forked(service, box))
+    await eventually(lambda: vm.is_stopped)
+    answer = await service.call("POST", f"/api/kernels/{kernel}/restart")
+    assert answer.code == 200
+    for each in (box, (await forking)[0]["sandbox"]["sandboxID"]):
+        assert await text(service, each, "1 + 1") == "2"
+
+
+async def test_a_kernel_that_counts_beyond_all_bounds(service: Service) -> None:
+    """A number that can't be stored keeps no sandbox from being copied or paused."""
+    box = await service.create()
+    service.guest(box).kernel._count = 10**30
+    assert await text(service, box, "1 + 1") == "2"
+    child = (await forked(service, box))[0]["sandbox"]["sandboxID"]
+    assert await text(service, child, "1 + 1") == "2"
+    assert await post(service, box, "pause") == 204
+
+
 async def test_children_that_do_not_start(service: Service, driver: SavingDriver) -> None:
     """The answer tells for each child why it did not start, and the parent goes on."""
     box = await service.create()
