@@ -169,19 +169,21 @@ class Checkpoints:
     async def _restore(self, sandbox: Sandbox, now: Guest, number: int, shelf: Shelf) -> None:
         try:
             # No policy is replaced meanwhile, because only one of the two machines would have the new one.
-            async with self._turns, sandbox.checkpointing, sandbox.applying:
+            async with sandbox.checkpointing, sandbox.applying:
                 await sandbox.vacated()
-                sandbox.timeline.find(number)  # another one may have needed its room meanwhile
-                guest = await self._machines.saved(sandbox, shelf.path(_name(sandbox, number)), "checkpoint")
-                # A closed link ends the sandbox in a moment: its clients have been told that it is over.
-                if sandbox.state is not State.RESTORING or now.link.closed.done():
-                    await guest.kill()
-                    raise SandboxDied("the sandbox has ended")
-                undone = f"the sandbox went back to checkpoint {number}"
-                sandbox.went_back(guest, SandboxRestored(undone, hint="what ran since then is undone"))
-                sandbox.timeline.add(Return(number, datetime.now(UTC)))
-                self._tell(sandbox, "restored", {"checkpoint": number})
-                await sandbox.vacated()
+                # The turn comes last, so that what a sandbox waits for does not stop the returns of others.
+                async with self._turns:
+                    sandbox.timeline.find(number)  # another one may have needed its room meanwhile
+                    guest = await self._machines.saved(sandbox, shelf.path(_name(sandbox, number)), "checkpoint")
+                    # A closed link ends the sandbox in a moment: its clients have been told that it is over.
+                    if sandbox.state is not State.RESTORING or now.link.closed.done():
+                        await guest.kill()
+                        raise SandboxDied("the sandbox has ended")
+                    undone = f"the sandbox went back to checkpoint {number}"
+                    sandbox.went_back(guest, SandboxRestored(undone, hint="what ran since then is undone"))
+                    sandbox.timeline.add(Return(number, datetime.now(UTC)))
+                    self._tell(sandbox, "restored", {"checkpoint": number})
+                    await sandbox.vacated()
         except BaseException:
             sandbox.apply(Event.RESTORE_FAILED)
             raise

@@ -286,6 +286,19 @@ async def test_two_returns_at_once(service: Service, driver: SavingDriver) -> No
     assert len(driver.alive) == 1
 
 
+async def test_returns_that_wait_stop_no_others(service: Service) -> None:
+    """Sandboxes that wait for their own checkpoints leave the turns to others."""
+    first, second, other = boxes = [await service.create() for _ in range(3)]
+    for box in boxes:
+        await taken(service, box)
+    busy = [service.sandboxes.get(service.owner, box) for box in (first, second)]
+    async with busy[0].checkpointing, busy[1].checkpointing:
+        waiting = [asyncio.create_task(post(service, each.id, "checkpoints/1/restore")) for each in busy]
+        await eventually(lambda: all(each.state is State.RESTORING for each in busy))
+        assert await post(service, other, "checkpoints/1/restore") == 204
+    assert await asyncio.gather(*waiting) == [204, 204]
+
+
 async def test_a_checkpoint_beside_a_pause(service: Service, driver: SavingDriver) -> None:
     """A pause waits for a checkpoint that is being taken, and the checkpoint is there after the resume."""
     box = await service.create()
