@@ -43,6 +43,7 @@ class Checkpoints:
         self._turns = asyncio.Semaphore(RESTORES_AT_ONCE)
         self._due: set[Sandbox] = set()
         self._following: dict[Sandbox, asyncio.Task[None]] = {}
+        self._waiting: dict[Sandbox, asyncio.Task[Checkpoint]] = {}
         self._tasks: set[asyncio.Task[Checkpoint]] = set()
 
     def check_offered(self) -> Shelf:
@@ -67,6 +68,8 @@ class Checkpoints:
     async def take(self, sandbox: Sandbox) -> Checkpoint:
         """A new checkpoint of a running sandbox. This is done to its end, even if the client has gone.
 
+        All who ask while another one is being taken share the next.
+
         Raises:
             Unavailable: machines of this server can't be saved.
             Conflict: the sandbox is not running.
@@ -76,16 +79,20 @@ class Checkpoints:
         """
         shelf = self.check_offered()
         _ = sandbox.guest  # raises if it is not running
-        task = asyncio.create_task(self._take(sandbox, shelf, is_automatic=False))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return await to_its_end(task)
+        if sandbox not in self._waiting:
+            task = self._waiting[sandbox] = asyncio.create_task(self._take(sandbox, shelf, is_automatic=False))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return await to_its_end(self._waiting[sandbox])
 
     async def _take(self, sandbox: Sandbox, shelf: Shelf, *, is_automatic: bool) -> Checkpoint:
         async with sandbox.checkpointing:
+            if not is_automatic:
+                del self._waiting[sandbox]  # who asks from now on wants a later one
             guest, timeline = sandbox.guest, sandbox.timeline
             if lack := self._places.lack_of_space():
                 raise InsufficientStorage(lack, hint="the operator must free some space; the sandbox still runs")
+            timeline.in_the_way(0, self.budget)  # raises if one of any size has no room: no machine stops for nothing
             number = timeline.last + 1
             name = _name(sandbox, number)
             with saving(sandbox, "captured"):

@@ -392,6 +392,30 @@ async def test_a_client_that_hangs_up(service: Service, driver: SavingDriver, wh
     assert (await text(service, box, "x"), await kept(service, box)) == wanted
 
 
+async def test_requests_share_a_checkpoint(service: Service, tmp_path: Path) -> None:
+    """Those that wait for another one get the same, also when who asked first has hung up."""
+    box = await service.create()
+    sandbox = service.sandboxes.get(service.owner, box)
+    async with sandbox.checkpointing:
+        with pytest.raises(HTTPTimeoutError):
+            await service.call("POST", f"/sandboxes/{box}/checkpoints", timeout=0.1)
+        asked = [asyncio.create_task(service.sandboxes.checkpoints.take(sandbox)) for _ in range(3)]
+        await asyncio.sleep(0)  # they have asked
+    assert [each.number for each in await asyncio.gather(*asked)] == [1, 1, 1]
+    assert (await taken(service, box), files(tmp_path)) == (2, [f"{box}.1", f"{box}.2"])
+
+
+async def test_no_machine_stops_for_nothing(
+    service: Service, driver: SavingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint too many is refused before the machine is captured."""
+    box = await service.create()
+    line = service.sandboxes.get(service.owner, box).timeline
+    line.marks = [checkpoint(number, automatic=False) for number in range(KEPT)]
+    monkeypatch.setattr(driver, "capture", None)
+    assert await post(service, box, "checkpoints") == 429
+
+
 async def test_operations_at_once(service: Service, driver: SavingDriver) -> None:
     """Whatever comes together has documented answers, and ends in a legal state with one machine."""
     box = await service.create(checkpoints="cell")
