@@ -55,11 +55,15 @@ class Checkpoints:
         return offered(self._shelf, self._machines.capabilities, "take checkpoints of sandboxes")
 
     def sweep(self, sandboxes: Iterable[Sandbox]) -> None:
-        """Delete all folders but those of these sandboxes. A checkpoint whose folder is gone is taken for deleted."""
+        """Delete all folders but those of these sandboxes, and of those that only a later version can read.
+
+        A checkpoint whose folder is gone is taken for deleted.
+        """
         if self._shelf is None:
             return
-        known = {_name(sandbox, each.number): each for sandbox in sandboxes for each in sandbox.timeline.kept}
-        self._shelf.sweep(known)
+        found = {sandbox.id: sandbox for sandbox in sandboxes}
+        known = {_name(sandbox, each.number): each for sandbox in found.values() for each in sandbox.timeline.kept}
+        self._shelf.sweep(known.keys() | (self._store.paused().keys() - found.keys()))
         for name, checkpoint in known.items():
             if not self._shelf.path(name).is_dir():
                 log.error("the files of checkpoint %s are gone", name)

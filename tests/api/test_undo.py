@@ -636,6 +636,25 @@ async def test_checkpoints_of_a_paused_sandbox(tmp_path: Path, driver: SavingDri
         assert await text(service, box, "x") == "1"
 
 
+async def test_a_server_of_an_earlier_version_meanwhile(tmp_path: Path, driver: SavingDriver) -> None:
+    """It leaves the checkpoints alone of sandboxes whose records it can't read."""
+    async with serving(tmp_path, driver) as service:
+        box = await service.create()
+        await service.execute(box, "x = 1")
+        await taken(service, box)
+        await service.execute(box, "x = 2")
+        await post(service, box, "pause")
+        record = service.store.paused()[box]
+        await service.store.sandbox_paused(box, '{"of": "a later version"}')
+    async with serving(tmp_path, driver) as service:
+        assert files(tmp_path) == [f"{box}.1"]
+        await service.store.sandbox_paused(box, record)
+    async with serving(tmp_path, driver) as service:
+        assert await post(service, box, "resume") == 201
+        assert await post(service, box, "checkpoints/1/restore") == 204
+        assert await text(service, box, "x") == "1"
+
+
 async def test_a_fork_has_none(service: Service) -> None:
     """A copy begins without checkpoints, and takes its own if its parent does."""
     box = await service.create(checkpoints="cell")
