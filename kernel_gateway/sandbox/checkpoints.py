@@ -110,7 +110,11 @@ class Checkpoints:
                         still.close()
                     self._places.check_room_for_files()
                     size = await in_thread(size_of, directory)
-                    await shelf.put(directory, name)
+                    try:
+                        await shelf.put(directory, name)
+                    except BaseException:
+                        await shelf.discard(name)  # the next one gets the same number
+                        raise
             timeline.last = number
             checkpoint = Checkpoint(number, at, size, cell, is_automatic)
             timeline.add(checkpoint)

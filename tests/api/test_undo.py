@@ -12,6 +12,7 @@ from tornado.simple_httpclient import HTTPTimeoutError
 
 from kernel_gateway.drivers import DriverError, Incompatible, NoSpace
 from kernel_gateway.errors import InsufficientStorage, NotFound, SandboxDied, TooManyRequests
+from kernel_gateway.sandbox import shelf
 from kernel_gateway.sandbox.lifecycle import State
 from kernel_gateway.sandbox.timeline import KEPT, MARKS, Checkpoint, Return, Timeline
 from tests.api.clients import agent, channels
@@ -498,6 +499,24 @@ async def test_a_full_disk(service: Service, driver: SavingDriver, tmp_path: Pat
     assert (files(tmp_path), [each["type"] for each in found["entries"]]) == ([], ["cell"])
     assert "0 MiB free" in found["trouble"]
     driver.script = Script()
+    assert await taken(service, box) == 1
+
+
+async def test_a_disk_that_refuses_at_the_last_moment(
+    service: Service, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A folder that has its name already is deleted, because the next checkpoint gets that name."""
+    box = await service.create()
+    to_disk = shelf._to_disk
+
+    def refused(directory: Path) -> None:
+        if directory == tmp_path / "checkpoints":
+            raise OSError("no")
+        to_disk(directory)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(shelf, "_to_disk", refused)
+        assert (await post(service, box, "checkpoints"), files(tmp_path)) == (502, [])
     assert await taken(service, box) == 1
 
 
