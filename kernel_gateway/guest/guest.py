@@ -178,7 +178,7 @@ class Guests:
         Raises:
             NoSpace: the disk has no room.
             DriverError: it can't be captured.
-            CellvmError: the guest does not come to rest.
+            CellvmError: the guest does not come to rest, or its link was closed meanwhile.
         """
         driver = self._driver
         assert isinstance(driver, Suspends)
@@ -200,8 +200,10 @@ class Guests:
                 undo.callback(dump.close)
                 still = Still(captured, host, dump)
                 undo.pop_all()
-            if not goes_on:
+            if not goes_on or guest.link.closed.done():
                 after.callback(still.close)
+            if guest.link.closed.done():  # a sandbox that goes back gives its kernel another machine
+                raise guest.link.closed.result()
             yield still
 
     async def _go_on(self, guest: Guest) -> None:

@@ -43,6 +43,7 @@ class Checkpoints:
         self._turns = asyncio.Semaphore(RESTORES_AT_ONCE)
         self._due: set[Sandbox] = set()
         self._following: dict[Sandbox, asyncio.Task[None]] = {}
+        self._waiting: dict[Sandbox, asyncio.Task[Checkpoint]] = {}
         self._tasks: set[asyncio.Task[Checkpoint]] = set()
 
     def check_offered(self) -> Shelf:
@@ -54,11 +55,15 @@ class Checkpoints:
         return offered(self._shelf, self._machines.capabilities, "take checkpoints of sandboxes")
 
     def sweep(self, sandboxes: Iterable[Sandbox]) -> None:
-        """Delete all folders but those of these sandboxes. A checkpoint whose folder is gone is taken for deleted."""
+        """Delete all folders but those of these sandboxes, and of those that only a later version can read.
+
+        A checkpoint whose folder is gone is taken for deleted.
+        """
         if self._shelf is None:
             return
-        known = {_name(sandbox, each.number): each for sandbox in sandboxes for each in sandbox.timeline.kept}
-        self._shelf.sweep(known)
+        found = {sandbox.id: sandbox for sandbox in sandboxes}
+        known = {_name(sandbox, each.number): each for sandbox in found.values() for each in sandbox.timeline.kept}
+        self._shelf.sweep(known.keys() | (self._store.paused().keys() - found.keys()))
         for name, checkpoint in known.items():
             if not self._shelf.path(name).is_dir():
                 log.error("the files of checkpoint %s are gone", name)
@@ -66,6 +71,8 @@ class Checkpoints:
 
     async def take(self, sandbox: Sandbox) -> Checkpoint:
         """A new checkpoint of a running sandbox. This is done to its end, even if the client has gone.
+
+        All who ask while another one is being taken share the next.
 
         Raises:
             Unavailable: machines of this server can't be saved.
@@ -76,16 +83,20 @@ class Checkpoints:
         """
         shelf = self.check_offered()
         _ = sandbox.guest  # raises if it is not running
-        task = asyncio.create_task(self._take(sandbox, shelf, is_automatic=False))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return await to_its_end(task)
+        if sandbox not in self._waiting:
+            task = self._waiting[sandbox] = asyncio.create_task(self._take(sandbox, shelf, is_automatic=False))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return await to_its_end(self._waiting[sandbox])
 
     async def _take(self, sandbox: Sandbox, shelf: Shelf, *, is_automatic: bool) -> Checkpoint:
         async with sandbox.checkpointing:
+            if not is_automatic:
+                del self._waiting[sandbox]  # who asks from now on wants a later one
             guest, timeline = sandbox.guest, sandbox.timeline
             if lack := self._places.lack_of_space():
                 raise InsufficientStorage(lack, hint="the operator must free some space; the sandbox still runs")
+            timeline.in_the_way(0, self.budget)  # raises if one of any size has no room: no machine stops for nothing
             number = timeline.last + 1
             name = _name(sandbox, number)
             with saving(sandbox, "captured"):
@@ -99,7 +110,11 @@ class Checkpoints:
                         still.close()
                     self._places.check_room_for_files()
                     size = await in_thread(size_of, directory)
-                    await shelf.put(directory, name)
+                    try:
+                        await shelf.put(directory, name)
+                    except BaseException:
+                        await shelf.discard(name)  # the next one gets the same number
+                        raise
             timeline.last = number
             checkpoint = Checkpoint(number, at, size, cell, is_automatic)
             timeline.add(checkpoint)
@@ -169,19 +184,21 @@ class Checkpoints:
     async def _restore(self, sandbox: Sandbox, now: Guest, number: int, shelf: Shelf) -> None:
         try:
             # No policy is replaced meanwhile, because only one of the two machines would have the new one.
-            async with self._turns, sandbox.checkpointing, sandbox.applying:
+            async with sandbox.checkpointing, sandbox.applying:
                 await sandbox.vacated()
-                sandbox.timeline.find(number)  # another one may have needed its room meanwhile
-                guest = await self._machines.saved(sandbox, shelf.path(_name(sandbox, number)), "checkpoint")
-                # A closed link ends the sandbox in a moment: its clients have been told that it is over.
-                if sandbox.state is not State.RESTORING or now.link.closed.done():
-                    await guest.kill()
-                    raise SandboxDied("the sandbox has ended")
-                undone = f"the sandbox went back to checkpoint {number}"
-                sandbox.went_back(guest, SandboxRestored(undone, hint="what ran since then is undone"))
-                sandbox.timeline.add(Return(number, datetime.now(UTC)))
-                self._tell(sandbox, "restored", {"checkpoint": number})
-                await sandbox.vacated()
+                # The turn comes last, so that what a sandbox waits for does not stop the returns of others.
+                async with self._turns:
+                    sandbox.timeline.find(number)  # another one may have needed its room meanwhile
+                    guest = await self._machines.saved(sandbox, shelf.path(_name(sandbox, number)), "checkpoint")
+                    # A closed link ends the sandbox in a moment: its clients have been told that it is over.
+                    if sandbox.state is not State.RESTORING or now.link.closed.done():
+                        await guest.kill()
+                        raise SandboxDied("the sandbox has ended")
+                    undone = f"the sandbox went back to checkpoint {number}"
+                    sandbox.went_back(guest, SandboxRestored(undone, hint="what ran since then is undone"))
+                    sandbox.timeline.add(Return(number, datetime.now(UTC)))
+                    self._tell(sandbox, "restored", {"checkpoint": number})
+                    await sandbox.vacated()
         except BaseException:
             sandbox.apply(Event.RESTORE_FAILED)
             raise

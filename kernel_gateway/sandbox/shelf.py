@@ -57,9 +57,9 @@ class Shelf:
         await in_thread(_delete, self.path(name))
 
     def sweep(self, known: Container[str]) -> None:
-        """Delete all folders but the known ones."""
+        """Delete all folders but the known ones. Who knows a sandbox's id knows all its checkpoints, too."""
         for path in self._directory.iterdir():
-            if path.name not in known:
+            if path.name not in known and path.stem not in known:
                 log.warning("%s is left of an earlier server, and is deleted", path)
                 _delete(path)
 

@@ -13,7 +13,17 @@ from guest_agent import wire
 from kernel_gateway.drivers import DriverError, Incompatible, NoSpace
 from kernel_gateway.sandbox.lifecycle import State
 from tests.api.clients import channels
-from tests.fakes import FakeDriver, FakeNetwork, SavingDriver, Script, Service, error_of, eventually, serving
+from tests.fakes import (
+    FakeCaptured,
+    FakeDriver,
+    FakeNetwork,
+    SavingDriver,
+    Script,
+    Service,
+    error_of,
+    eventually,
+    serving,
+)
 
 
 @pytest.fixture
@@ -363,6 +373,27 @@ async def test_a_delete_meanwhile(service: Service, driver: SavingDriver, tmp_pa
     assert (await service.call("DELETE", f"/sandboxes/{box}")).code == 204
     assert (await doing).code == 502
     assert (len(service.sandboxes.places), driver.alive, files(tmp_path)) == (0, [], [])
+
+
+@pytest.mark.parametrize("what", ["snapshots", "fork"])
+async def test_a_return_meanwhile(
+    service: Service, driver: SavingDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """A machine that was captured is not kept if its sandbox went back meanwhile, because its kernel has another."""
+    box = await service.create()
+    await post(service, box, "checkpoints")
+    capture = driver.capture
+
+    async def captured_too_late(vm: Any, *, goes_on: bool) -> FakeCaptured:
+        captured = await capture(vm, goes_on=goes_on)
+        assert await post(service, box, "checkpoints/1/restore") == 204
+        return captured
+
+    monkeypatch.setattr(driver, "capture", captured_too_late)
+    answer = await service.call("POST", f"/sandboxes/{box}/{what}", {})
+    assert (answer.code, error_of(answer)["error"]) == (409, "sandbox_restored")
+    assert (len(service.sandboxes.places), len(driver.alive), files(tmp_path)) == (1, 1, [])
+    assert await text(service, box, "1") == "1"
 
 
 async def test_operations_at_once(service: Service, driver: SavingDriver) -> None:

@@ -12,6 +12,7 @@ from tornado.simple_httpclient import HTTPTimeoutError
 
 from kernel_gateway.drivers import DriverError, Incompatible, NoSpace
 from kernel_gateway.errors import InsufficientStorage, NotFound, SandboxDied, TooManyRequests
+from kernel_gateway.sandbox import shelf
 from kernel_gateway.sandbox.lifecycle import State
 from kernel_gateway.sandbox.timeline import KEPT, MARKS, Checkpoint, Return, Timeline
 from tests.api.clients import agent, channels
@@ -286,6 +287,19 @@ async def test_two_returns_at_once(service: Service, driver: SavingDriver) -> No
     assert len(driver.alive) == 1
 
 
+async def test_returns_that_wait_stop_no_others(service: Service) -> None:
+    """Sandboxes that wait for their own checkpoints leave the turns to others."""
+    first, second, other = boxes = [await service.create() for _ in range(3)]
+    for box in boxes:
+        await taken(service, box)
+    busy = [service.sandboxes.get(service.owner, box) for box in (first, second)]
+    async with busy[0].checkpointing, busy[1].checkpointing:
+        waiting = [asyncio.create_task(post(service, each.id, "checkpoints/1/restore")) for each in busy]
+        await eventually(lambda: all(each.state is State.RESTORING for each in busy))
+        assert await post(service, other, "checkpoints/1/restore") == 204
+    assert await asyncio.gather(*waiting) == [204, 204]
+
+
 async def test_a_checkpoint_beside_a_pause(service: Service, driver: SavingDriver) -> None:
     """A pause waits for a checkpoint that is being taken, and the checkpoint is there after the resume."""
     box = await service.create()
@@ -379,6 +393,30 @@ async def test_a_client_that_hangs_up(service: Service, driver: SavingDriver, wh
     assert (await text(service, box, "x"), await kept(service, box)) == wanted
 
 
+async def test_requests_share_a_checkpoint(service: Service, tmp_path: Path) -> None:
+    """Those that wait for another one get the same, also when who asked first has hung up."""
+    box = await service.create()
+    sandbox = service.sandboxes.get(service.owner, box)
+    async with sandbox.checkpointing:
+        with pytest.raises(HTTPTimeoutError):
+            await service.call("POST", f"/sandboxes/{box}/checkpoints", timeout=0.1)
+        asked = [asyncio.create_task(service.sandboxes.checkpoints.take(sandbox)) for _ in range(3)]
+        await asyncio.sleep(0)  # they have asked
+    assert [each.number for each in await asyncio.gather(*asked)] == [1, 1, 1]
+    assert (await taken(service, box), files(tmp_path)) == (2, [f"{box}.1", f"{box}.2"])
+
+
+async def test_no_machine_stops_for_nothing(
+    service: Service, driver: SavingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint too many is refused before the machine is captured."""
+    box = await service.create()
+    line = service.sandboxes.get(service.owner, box).timeline
+    line.marks = [checkpoint(number, automatic=False) for number in range(KEPT)]
+    monkeypatch.setattr(driver, "capture", None)
+    assert await post(service, box, "checkpoints") == 429
+
+
 async def test_operations_at_once(service: Service, driver: SavingDriver) -> None:
     """Whatever comes together has documented answers, and ends in a legal state with one machine."""
     box = await service.create(checkpoints="cell")
@@ -461,6 +499,24 @@ async def test_a_full_disk(service: Service, driver: SavingDriver, tmp_path: Pat
     assert (files(tmp_path), [each["type"] for each in found["entries"]]) == ([], ["cell"])
     assert "0 MiB free" in found["trouble"]
     driver.script = Script()
+    assert await taken(service, box) == 1
+
+
+async def test_a_disk_that_refuses_at_the_last_moment(
+    service: Service, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A folder that has its name already is deleted, because the next checkpoint gets that name."""
+    box = await service.create()
+    to_disk = shelf._to_disk
+
+    def refused(directory: Path) -> None:
+        if directory == tmp_path / "checkpoints":
+            raise OSError("no")
+        to_disk(directory)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(shelf, "_to_disk", refused)
+        assert (await post(service, box, "checkpoints"), files(tmp_path)) == (502, [])
     assert await taken(service, box) == 1
 
 
@@ -595,6 +651,25 @@ async def test_checkpoints_of_a_paused_sandbox(tmp_path: Path, driver: SavingDri
         await service.execute(box, "x = 2")
         await at_rest(service)
         assert await kept(service, box) == [1, 3]
+        assert await post(service, box, "checkpoints/1/restore") == 204
+        assert await text(service, box, "x") == "1"
+
+
+async def test_a_server_of_an_earlier_version_meanwhile(tmp_path: Path, driver: SavingDriver) -> None:
+    """It leaves the checkpoints alone of sandboxes whose records it can't read."""
+    async with serving(tmp_path, driver) as service:
+        box = await service.create()
+        await service.execute(box, "x = 1")
+        await taken(service, box)
+        await service.execute(box, "x = 2")
+        await post(service, box, "pause")
+        record = service.store.paused()[box]
+        await service.store.sandbox_paused(box, '{"of": "a later version"}')
+    async with serving(tmp_path, driver) as service:
+        assert files(tmp_path) == [f"{box}.1"]
+        await service.store.sandbox_paused(box, record)
+    async with serving(tmp_path, driver) as service:
+        assert await post(service, box, "resume") == 201
         assert await post(service, box, "checkpoints/1/restore") == 204
         assert await text(service, box, "x") == "1"
 
