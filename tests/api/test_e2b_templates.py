@@ -1,6 +1,7 @@
 """Templates by the SDK's builder, over a driver whose machines are fakes: steps, uploads, tags, ends, restarts."""
 
 import asyncio
+import errno
 import io
 import json
 import tarfile
@@ -260,6 +261,9 @@ async def test_requests_that_are_refused(service: Service) -> None:
     for name in ("", "a/b", "-a", "a:", "a:b:c", "ü", "tags", "aliases", "a" * 65):
         assert (await service.call("POST", "/v3/templates", {"name": name})).code == 400
     assert (await service.call("POST", "/v3/templates", {"name": "a", "tags": ["a b"]})).code == 400
+    many = [f"t{number}" for number in range(100)]
+    for fields in ({"name": "a", "tags": [*many, "x"]}, {"name": "a:x", "tags": many}):
+        assert (await service.call("POST", "/v3/templates", fields)).code == 400
     assert (await service.call("POST", "/v3/templates", {"name": "base"})).code == 409
     box = await service.create()
     assert (await service.call("POST", f"/sandboxes/{box}/snapshots", {"name": "kept"})).code == 201
@@ -426,17 +430,15 @@ async def test_uploads(service: Service, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 async def test_uploads_at_once(service: Service) -> None:
-    """Files come from one request at a time. Those of a template that is deleted count until their request ends."""
+    """Files come from one request at a time. Those of a template that is deleted end it, even if nothing comes."""
     build = await requested(service)
     url = (await link(service, build))["url"]
     known = service.sandboxes.builds.uploads
     found = known.of_template(build["templateID"])[FILES]
-    may_end = asyncio.Event()
 
     async def chunks() -> AsyncIterator[bytes]:
         yield bytes(1000)
-        await may_end.wait()
-        yield bytes(1000)
+        await asyncio.Event().wait()
 
     coming = asyncio.create_task(known.receive(found, chunks()))
     await eventually(lambda: found.size == 1000)
@@ -444,11 +446,26 @@ async def test_uploads_at_once(service: Service) -> None:
     assert await start(service, build, ("COPY", "a", "/a")) == 400
     assert (await service.call("DELETE", "/templates/mine")).code == 204
     assert await put(service, url, b"x") == 401
-    assert known._sizes[service.owner] == 1000
-    may_end.set()
-    with pytest.raises(NotFound):
-        await coming
+    async with asyncio.timeout(30):
+        with pytest.raises(NotFound):
+            await coming
     assert known._sizes[service.owner] == 0
+
+
+async def test_uploads_that_the_disk_refuses(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is 507 if their file can't be opened or written, and they may be sent again."""
+    url = (await link(service, await requested(service)))["url"]
+
+    def none(**_: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    for broken in (none, lambda **_: Path("/dev/full").open("wb")):  # noqa: SIM115
+        monkeypatch.setattr(uploads.tempfile, "TemporaryFile", broken)
+        answer = await service.call("PUT", url.removeprefix(service.url), body=b"x", key=None)
+        assert (answer.code, error_of(answer)["error"]) == (507, "insufficient_storage")
+        assert service.sandboxes.builds.uploads._sizes[service.owner] == 0
+    monkeypatch.undo()
+    assert await put(service, url, b"x") == 200
 
 
 async def test_a_build_that_is_never_started(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
