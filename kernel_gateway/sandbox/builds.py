@@ -20,7 +20,7 @@ from enum import StrEnum
 
 import msgspec
 
-from kernel_gateway.errors import CellvmError, Conflict, InvalidRequest, NotFound, TooManyRequests
+from kernel_gateway.errors import CellvmError, Conflict, HostFull, InvalidRequest, NotFound, TooManyRequests
 from kernel_gateway.held import Held
 from kernel_gateway.images.templates import Template
 from kernel_gateway.sandbox.recipe import Defaults, Recipe, check
@@ -29,6 +29,7 @@ from kernel_gateway.sandbox.snapshots import Snapshot, Snapshots
 from kernel_gateway.sandbox.steps import BASE, FINALIZE, Line, Log, do_recipe
 from kernel_gateway.sandbox.store import Store
 from kernel_gateway.sandbox.uploads import Upload, Uploads
+from kernel_gateway.tasks import to_its_end
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class Builds:
         self._logs: dict[str, Log] = {}
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by owner
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._changes: dict[str, asyncio.Task[None]] = {}  # the newest of each owner
 
     def load(self) -> None:
         """Find the builds of earlier servers. Those that were not over have failed."""
@@ -127,6 +129,8 @@ class Builds:
 
     async def close(self) -> None:
         """End all builds that are not over."""
+        while changes := [each for each in self._changes.values() if not each.done()]:
+            await asyncio.wait(changes)  # a build that is just written down as ready is so
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -209,6 +213,7 @@ class Builds:
             HostFull: it can't be written down.
         """
         self._snapshots.check_offered("build templates")
+        await self._settled(owner)
         mine = self.of(owner)
         if sum(each.is_open for each in mine) >= MAX_OPEN:
             raise TooManyRequests(f"{MAX_OPEN} of your builds are not over yet", hint="wait for one, or delete it")
@@ -227,11 +232,7 @@ class Builds:
             created=time.time(),
         )
         self._builds[build.id] = build
-        try:
-            await self._store.builds_changed([_row(build)], [])
-        except BaseException:
-            del self._builds[build.id]
-            raise
+        await self._change(owner, self._write([build], lambda: self._builds.pop(build.id)))
         return build
 
     def link(self, owner: str, template: str, files: str) -> Upload:
@@ -298,14 +299,13 @@ class Builds:
         """Let tags name a build that is ready, and no other build of its template.
 
         Raises:
+            NotFound: somebody has just given it up.
             TooManyRequests: the template would have too many.
             HostFull: it can't be written down.
         """
-
-        def add() -> None:
-            build.tags = {**build.tags, **dict.fromkeys(tags, time.time())}
-
-        await self._changed(build, add)
+        await self._settled(build.owner)
+        self.get(build.owner, build.template, build.id)
+        await self._name(build.template, set(tags), build)
 
     async def remove(self, owner: str, template: str, tags: Iterable[str]) -> None:
         """Let tags name no build of a template any more.
@@ -314,35 +314,31 @@ class Builds:
             NotFound: there is no such template, or no such tag.
             HostFull: it can't be written down.
         """
+        await self._settled(owner)
         builds, gone = self.of_template(owner, template), set(tags)
         if missing := gone - {tag for each in builds for tag in each.tags}:
             raise NotFound(f"the template has no tag {min(missing)!r}")
-
-        def take() -> None:
-            for each in builds:
-                each.tags = {tag: since for tag, since in each.tags.items() if tag not in gone}
-
-        await self._changed(builds[0], take)
+        await self._name(builds[0].template, gone, None)
 
     async def delete(self, owner: str, template: str) -> None:
         """Delete a template with all its builds. Sandboxes that were made from it go on.
 
         Raises:
             NotFound: there is no such template.
+            HostFull: it can't be written down. Those that were being built have failed all the same.
         """
+        await self._settled(owner)
         builds = self.of_template(owner, template)
-        tasks = [self._tasks[each.id] for each in builds if each.id in self._tasks]
         for each in builds:  # from this turn on nobody finds one, and so nobody starts it
             del self._builds[each.id]
+        await self._change(owner, self._delete(builds))
+
+    async def _delete(self, builds: list[Build]) -> None:
+        tasks = [self._tasks[each.id] for each in builds if each.id in self._tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        try:
-            await self._store.builds_changed([], [each.id for each in builds])
-        except BaseException:
-            self._builds.update({each.id: each for each in builds})
-            raise
-        await self._gone(builds)
+        await self._write(builds, lambda: self._builds.update((each.id, each) for each in builds))
 
     # -- how a build goes
 
@@ -426,45 +422,78 @@ class Builds:
 
     async def _finish(self, build: Build, made: Snapshot) -> None:
         """Let a build be ready, and its tags name it."""
-
-        def become() -> None:
-            build.status, build.ended, build.snapshot = Status.READY, time.time(), made.id
-            build.tags = dict.fromkeys(build.wanted, build.ended)
-
-        await self._changed(build, become)
+        await self._settled(build.owner)
+        build.ended, build.snapshot = time.time(), made.id
+        await self._name(build.template, set(build.wanted), build)
 
     def _fail(self, build: Build, reason: str, step: str) -> None:
         build.status, build.ended, build.reason, build.step = Status.ERROR, time.time(), reason, step
         build.snapshot, build.tags = "", {}
 
-    async def _changed(self, build: Build, change: Callable[[], object]) -> None:
-        """Change the tags of a template's builds. What no tag names any more is given up.
+    # -- changes of what is known, of one owner one after the other, each done to its end even if its client has gone
+
+    async def _settled(self, owner: str) -> None:
+        """Return when no change of the owner's builds is under way, so that another may begin in the same turn."""
+        while (change := self._changes.get(owner)) is not None and not change.done():
+            await asyncio.wait({change})
+
+    async def _change(self, owner: str, work: Coroutine[None, None, None]) -> None:
+        self._changes[owner] = asyncio.create_task(work)
+        await to_its_end(self._changes[owner])
+
+    async def _write(self, builds: list[Build], undo: Callable[[], object]) -> None:
+        """Write builds down as they are known, and give up those that are not known any more.
 
         Args:
-            build: a build of the template; a tag that it has after the change is its alone.
-            change: sets fields of its builds anew, so that the old values can be set again.
+            undo: takes back what was changed of them.
+
+        Raises:
+            HostFull: it can't be written down. Nothing has changed then.
+        """
+        try:
+            await self._write_known(builds)
+        except HostFull:
+            undo()
+            await self._write_known(builds)  # a write that was only late happens all the same, and before this one
+            raise
+        await self._gone([each for each in builds if each.id not in self._builds])
+
+    async def _write_known(self, builds: list[Build]) -> None:
+        """Let the database have of builds what memory has."""
+        known = [each for each in builds if each.id in self._builds]
+        await self._store.builds_changed(map(_row, known), {each.id for each in builds} - self._builds.keys())
+
+    async def _name(self, template: str, tags: set[str], named: Build | None) -> None:
+        """Let tags of a template name one of its builds, or none. What no tag names any more is given up.
+
+        Args:
+            named: the one that they name, which is ready from now on.
 
         Raises:
             TooManyRequests: the template would have more than MAX_TAGS.
             HostFull: it can't be written down. Nothing has changed then.
         """
-        all_ = [each for each in self._builds.values() if each.template == build.template]
-        before = {each.id: msgspec.structs.replace(each) for each in all_}
-        change()
-        for each in all_:
-            if each is not build:
-                each.tags = {tag: since for tag, since in each.tags.items() if tag not in build.tags}
-        gone = [each for each in all_ if each.status is Status.READY and not each.tags]
-        try:
-            if sum(len(each.tags) for each in all_) > MAX_TAGS:
-                raise TooManyRequests(f"a template has at most {MAX_TAGS} tags", hint="remove some")
-            await self._store.builds_changed(map(_row, all_), [each.id for each in gone])
-        except BaseException:
-            for each in all_:
-                for field in Build.__struct_fields__:
-                    setattr(each, field, getattr(before[each.id], field))
-            raise
-        await self._gone(gone)
+        builds = [each for each in self._builds.values() if each.template == template]
+        if len(tags.union(*(each.tags for each in builds))) > MAX_TAGS:
+            raise TooManyRequests(f"a template has at most {MAX_TAGS} tags", hint="remove some")
+        before = [(each, each.tags) for each in builds]
+        status = Status.READY if named is None else named.status
+        for each in builds:
+            each.tags = {tag: since for tag, since in each.tags.items() if tag not in tags}
+        if named is not None:
+            named.status, named.tags = Status.READY, {**named.tags, **dict.fromkeys(tags, time.time())}
+        gone = {each.id: each for each in builds if each.status is Status.READY and not each.tags}
+        for each in gone.values():
+            del self._builds[each.id]
+
+        def undo() -> None:
+            self._builds.update(gone)
+            for each, had in before:
+                each.tags = had
+            if named is not None:
+                named.status = status
+
+        await self._change(builds[0].owner, self._write(builds, undo))
 
     async def _gone(self, builds: list[Build]) -> None:
         """Give up builds that are not written down any more, and those of their results that are no other build's."""
@@ -497,9 +526,8 @@ class Builds:
                 self._logs.pop(each.id).drop()
         try:
             failed = [each for each in over if not each.snapshot][KEPT:]
-            kept = [_row(build)] if build.id in self._builds else []
-            await self._store.builds_changed(kept, [each.id for each in failed])
             await self._gone(failed)
+            await self._write_known([build, *failed])
         except CellvmError as error:  # the next server calls a build that was not over a failure
             log.error("the end of build %s can't be written: %s", build.id, error)
 

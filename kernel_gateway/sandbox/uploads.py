@@ -1,9 +1,11 @@
 """Files that owners send for the steps of their builds. They have no names on the host's disk, so none is ever left."""
 
+import asyncio
 import secrets
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,12 +15,14 @@ from kernel_gateway.sandbox.places import Places
 
 MOST, SIZE = 64, 1024 * 1024 * 1024
 """Uploads that wait for one owner's builds, and bytes of them together."""
+HINT = "the operator must free some space"
 
 
 class Upload:
-    """The files of a COPY in a template's builds. Whoever has the `token` may send them. `file` has them afterwards.
+    """The files of a COPY in a template's builds. Whoever has the `token` may send them.
 
-    `size` is what they have on the disk, also while they come.
+    `disk` is where they are, and `size` what they have there, also while they come. `coming` ends the request that
+    sends them.
     """
 
     def __init__(self, owner: str, template: str, files: str) -> None:
@@ -26,9 +30,14 @@ class Upload:
         self.template = template
         self.files = files
         self.token = secrets.token_hex(24)
-        self.file: BinaryIO | None = None
+        self.disk: BinaryIO | None = None
         self.size = 0
-        self.is_coming = False
+        self.coming: asyncio.Timeout | None = None
+
+    @property
+    def file(self) -> BinaryIO | None:
+        """The files, once all of them are here."""
+        return self.disk if self.coming is None else None
 
 
 class Uploads:
@@ -81,44 +90,47 @@ class Uploads:
             InsufficientStorage: the disk has no room.
             NotFound: their build is over.
         """
-        if upload.is_coming:
+        if upload.coming is not None:
             raise Conflict("another request sends these files at the moment", hint="wait for its end")
         self._close(upload)
-        upload.is_coming = True
-        file = tempfile.TemporaryFile(dir=self._directory, prefix="upload-")  # noqa: SIM115
         try:
+            with suppress(TimeoutError):  # the time is over when `drop` says so
+                async with asyncio.timeout(None) as upload.coming:
+                    await self._write(upload, chunks)
+            if upload.token not in self._by_token:
+                raise NotFound("the build of these files is over")
+        except BaseException:
+            self._close(upload)
+            raise
+        finally:
+            upload.coming = None
+
+    async def _write(self, upload: Upload, chunks: AsyncIterator[bytes]) -> None:
+        try:
+            upload.disk = tempfile.TemporaryFile(dir=self._directory, prefix="upload-")  # noqa: SIM115
             async for chunk in chunks:
-                self._check(upload)
                 if self._sizes[upload.owner] + len(chunk) > SIZE:
                     raise TooManyRequests(
                         f"the files that wait for your builds would be over {SIZE >> 20} MiB",
                         hint="copy less, or fetch it in a step",
                     )
                 if lack := self._places.lack_of_space():
-                    raise InsufficientStorage(lack, hint="the operator must free some space")
+                    raise InsufficientStorage(lack, hint=HINT)
                 upload.size += len(chunk)
                 self._sizes[upload.owner] += len(chunk)
-                await in_thread(file.write, chunk)
-            await in_thread(file.flush)
-            self._check(upload)
-        except BaseException:
-            file.close()
-            self._close(upload)
-            raise
-        finally:
-            upload.is_coming = False
-        upload.file = file
-
-    def _check(self, upload: Upload) -> None:
-        if upload.token not in self._by_token:
-            raise NotFound("the build of these files is over")
+                await in_thread(upload.disk.write, chunk)
+            await in_thread(upload.disk.flush)
+        except OSError as error:
+            raise InsufficientStorage(f"the files can't be kept: {error.strerror}", hint=HINT) from error
 
     def drop(self, template: str) -> None:
-        """Give up a template's uploads. One that comes is refused with its next bytes, and counts until then."""
+        """Give up a template's uploads. The request of one that comes is refused at once."""
         for upload in self.of_template(template).values():
             del self._by_token[upload.token]
-            if not upload.is_coming:
+            if upload.coming is None:
                 self._close(upload)
+            else:
+                upload.coming.reschedule(asyncio.get_running_loop().time())
 
     def close(self) -> None:
         """Give up all uploads."""
@@ -126,7 +138,8 @@ class Uploads:
             self.drop(template)
 
     def _close(self, upload: Upload) -> None:
-        if upload.file is not None:
-            upload.file.close()
+        if upload.disk is not None:
+            with suppress(OSError):  # its last bytes may find no room, and nobody wants them
+                upload.disk.close()
         self._sizes[upload.owner] -= upload.size
-        upload.file, upload.size = None, 0
+        upload.disk, upload.size = None, 0

@@ -1,18 +1,21 @@
 """Templates by the SDK's builder, over a driver whose machines are fakes: steps, uploads, tags, ends, restarts."""
 
 import asyncio
+import errno
 import io
 import json
+import sqlite3
 import tarfile
 from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kernel_gateway.drivers import DriverError
-from kernel_gateway.errors import NotFound
+from kernel_gateway.errors import HostFull, NotFound
 from kernel_gateway.sandbox import builds, uploads
 from kernel_gateway.sandbox.key import Scope
 from tests.api.test_e2b import Box
@@ -260,6 +263,9 @@ async def test_requests_that_are_refused(service: Service) -> None:
     for name in ("", "a/b", "-a", "a:", "a:b:c", "ü", "tags", "aliases", "a" * 65):
         assert (await service.call("POST", "/v3/templates", {"name": name})).code == 400
     assert (await service.call("POST", "/v3/templates", {"name": "a", "tags": ["a b"]})).code == 400
+    many = [f"t{number}" for number in range(100)]
+    for fields in ({"name": "a", "tags": [*many, "x"]}, {"name": "a:x", "tags": many}):
+        assert (await service.call("POST", "/v3/templates", fields)).code == 400
     assert (await service.call("POST", "/v3/templates", {"name": "base"})).code == 409
     box = await service.create()
     assert (await service.call("POST", f"/sandboxes/{box}/snapshots", {"name": "kept"})).code == 201
@@ -426,17 +432,15 @@ async def test_uploads(service: Service, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 async def test_uploads_at_once(service: Service) -> None:
-    """Files come from one request at a time. Those of a template that is deleted count until their request ends."""
+    """Files come from one request at a time. Those of a template that is deleted end it, even if nothing comes."""
     build = await requested(service)
     url = (await link(service, build))["url"]
     known = service.sandboxes.builds.uploads
     found = known.of_template(build["templateID"])[FILES]
-    may_end = asyncio.Event()
 
     async def chunks() -> AsyncIterator[bytes]:
         yield bytes(1000)
-        await may_end.wait()
-        yield bytes(1000)
+        await asyncio.Event().wait()
 
     coming = asyncio.create_task(known.receive(found, chunks()))
     await eventually(lambda: found.size == 1000)
@@ -444,11 +448,104 @@ async def test_uploads_at_once(service: Service) -> None:
     assert await start(service, build, ("COPY", "a", "/a")) == 400
     assert (await service.call("DELETE", "/templates/mine")).code == 204
     assert await put(service, url, b"x") == 401
-    assert known._sizes[service.owner] == 1000
-    may_end.set()
-    with pytest.raises(NotFound):
-        await coming
+    async with asyncio.timeout(30):
+        with pytest.raises(NotFound):
+            await coming
     assert known._sizes[service.owner] == 0
+
+
+async def test_uploads_that_the_disk_refuses(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is 507 if their file can't be opened or written, and they may be sent again."""
+    url = (await link(service, await requested(service)))["url"]
+
+    def none(**_: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    for broken in (none, lambda **_: Path("/dev/full").open("wb")):  # noqa: SIM115
+        monkeypatch.setattr(uploads.tempfile, "TemporaryFile", broken)
+        answer = await service.call("PUT", url.removeprefix(service.url), body=b"x", key=None)
+        assert (answer.code, error_of(answer)["error"]) == (507, "insufficient_storage")
+        assert service.sandboxes.builds.uploads._sizes[service.owner] == 0
+    monkeypatch.undo()
+    assert await put(service, url, b"x") == 200
+
+
+async def hang_up(service: Service, method: str, path: str, body: bytes = b"") -> None:
+    """Send a request, and hang up when it waits for the database."""
+    with closing(sqlite3.connect(service.store.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        _, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nX-API-Key: {service.key}\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        await eventually(lambda: service.sandboxes.builds._builds.keys() != service.store.builds().keys())
+        writer.close()
+        await eventually(lambda: not len(service.app.settings["requests"]))
+        other.execute("ROLLBACK")
+
+
+def known(service: Service) -> dict[str, Any]:
+    """The builds in memory, as their records tell them."""
+    return {each.id: json.loads(builds._row(each)[1]) for each in service.sandboxes.builds.of(service.owner)}
+
+
+def written(service: Service) -> dict[str, Any]:
+    return {build: json.loads(record) for build, record in service.store.builds().items()}
+
+
+async def test_clients_that_hang_up(service: Service, tmp_path: Path) -> None:
+    """What they have begun is done to its end: a request, the last tag's removal, and a delete while a build runs."""
+    await hang_up(service, "POST", "/v3/templates", b'{"name": "asked"}')
+    await eventually(lambda: written(service) == known(service) != {})
+    await built(service)
+    await hang_up(service, "DELETE", "/templates/tags", b'{"name": "mine", "tags": ["default"]}')
+    await eventually(lambda: written(service) == known(service) and not snapshots(tmp_path))
+    await built(service)
+    running, unstarted = await requested(service), await requested(service)
+    assert await put(service, (await link(service, unstarted))["url"], b"x") == 200
+    await start(service, running, ("RUN", "sleep 60"))
+    await eventually(lambda: len(service.sandboxes) == 1)
+    await hang_up(service, "DELETE", "/templates/mine")
+    await eventually(lambda: written(service) == known(service) and not snapshots(tmp_path))
+    assert [each["name"] for each in known(service).values()] == ["asked"]
+    assert (len(service.sandboxes), service.sandboxes.builds.uploads._sizes[service.owner]) == (0, 0)
+    assert service.sandboxes.builds._logs == {}
+
+
+async def test_writes_that_are_late(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused because its write was late has not happened, and the database says so, too. The rest goes on."""
+    await built(service)
+    running = await requested(service)
+    await start(service, running, ("RUN", "sleep 60"))
+    await eventually(lambda: any(each.kernel is not None for each in service.sandboxes))
+    is_written, may_end = asyncio.Event(), asyncio.Event()
+    write = service.store.builds_changed
+
+    async def late(kept: Any, gone: Any) -> None:
+        monkeypatch.undo()
+        await write(kept, gone)
+        is_written.set()
+        await may_end.wait()
+        raise HostFull("the server's database can't be written: it is locked")
+
+    monkeypatch.setattr(service.store, "builds_changed", late)
+    removed = asyncio.create_task(service.call("DELETE", "/templates/tags", {"name": "mine", "tags": ["default"]}))
+    await is_written.wait()
+    box = next(iter(service.sandboxes)).id
+    assert (await service.call("DELETE", f"/sandboxes/{box}")).code == 204
+    assert (await ended(service, running))["status"] == "error"
+    may_end.set()
+    assert (await removed).code == 503
+    assert (await status(service, running))["status"] == "error"
+    for method, path, body in (
+        ("POST", "/templates/tags", {"target": "mine", "tags": ["x"]}),
+        ("POST", "/v3/templates", {"name": "other"}),
+        ("DELETE", "/templates/mine", None),
+    ):
+        before = known(service)
+        monkeypatch.setattr(service.store, "builds_changed", late)
+        assert (await service.call(method, path, body)).code == 503
+        assert written(service) == known(service) == before
+    assert await service.create(templateID="mine")
 
 
 async def test_a_build_that_is_never_started(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from kernel_gateway.api.base import Call, refused
 from kernel_gateway.api.rest import ENVD_VERSION, LEGAL_NAME, rfc3339
 from kernel_gateway.errors import Conflict, InvalidRequest, NotFound
 from kernel_gateway.images.templates import Template
-from kernel_gateway.sandbox.builds import DEFAULT_TAG, Build, Builds, Status
+from kernel_gateway.sandbox.builds import DEFAULT_TAG, MAX_TAGS, Build, Builds, Status
 from kernel_gateway.sandbox.recipe import FILES_HASH, Recipe, Step, StepType, template_of_image
 from kernel_gateway.sandbox.steps import Line
 
@@ -45,7 +45,7 @@ class RequestBuild(Struct):
     """
 
     name: str
-    tags: list[str] = []
+    tags: Annotated[list[str], Meta(max_length=MAX_TAGS)] = []
     cpuCount: int | None = None
     memoryMB: int | None = None
     minFreeDiskMb: int | None = None
@@ -135,7 +135,7 @@ class AssignTags(Struct):
     """Tags for the build that `target` means, a template's name with a colon and a tag or without."""
 
     target: str
-    tags: Annotated[list[str], Meta(min_length=1, max_length=100)]
+    tags: Annotated[list[str], Meta(min_length=1, max_length=MAX_TAGS)]
 
 
 class AssignedTags(Struct):
@@ -147,7 +147,7 @@ class RemoveTags(Struct):
     """Tags to be removed from a template. A build without any is deleted."""
 
     name: str
-    tags: Annotated[list[str], Meta(min_length=1, max_length=100)]
+    tags: Annotated[list[str], Meta(min_length=1, max_length=MAX_TAGS)]
 
 
 class TagModel(Struct):
@@ -186,7 +186,9 @@ def parse_name(text: str) -> tuple[str, str]:
 
 
 def check_tags(tags: list[str]) -> None:
-    """Refuse what can be no tag."""
+    """Refuse what can be no tag, and more than a template has."""
+    if len(tags) > MAX_TAGS:
+        raise InvalidRequest(f"a template has at most {MAX_TAGS} tags")
     if not all(LEGAL_NAME.fullmatch(each) for each in tags):
         raise InvalidRequest("a tag has 1 to 64 letters, digits or any of _ . - and begins with no mark")
 
@@ -254,10 +256,10 @@ async def delete_template(call: Call) -> None:
 async def request_build(call: Call, body: RequestBuild) -> BuildModel:
     """Request a build, which waits for its files and its start."""
     builds, (name, tag) = builds_of(call), parse_name(body.name)
-    check_tags(body.tags)
+    tags = list(dict.fromkeys([*([tag] if tag else []), *body.tags])) or [DEFAULT_TAG]
+    check_tags(tags)
     if call.sandboxes.templates.find(name) is not None:
         raise Conflict(f"{name!r} is the name of a template of this server", hint="choose another name")
-    tags = list(dict.fromkeys([*([tag] if tag else []), *body.tags])) or [DEFAULT_TAG]
     wants = {"vcpus": body.cpuCount or 0, "memory_mb": body.memoryMB or 0, "disk_mb": body.minFreeDiskMb or 0}
     build = await builds.request(call.owner, name, tags, wants)
     return BuildModel(build.template, build.id, False, [name], tags, [name])
