@@ -470,26 +470,28 @@ async def test_uploads_that_the_disk_refuses(service: Service, monkeypatch: pyte
     assert await put(service, url, b"x") == 200
 
 
+def known(service: Service) -> dict[str, Any]:
+    """The tags of the builds in memory."""
+    return {each.id: each.tags for each in service.sandboxes.builds.of(service.owner)}
+
+
+def written(service: Service) -> dict[str, Any]:
+    """The tags of the builds in the database."""
+    return {build: json.loads(record)["tags"] for build, record in service.store.builds().items()}
+
+
 async def hang_up(service: Service, method: str, path: str, body: bytes = b"") -> None:
     """Send a request, and hang up when it waits for the database."""
+    await eventually(lambda: written(service) == known(service))
     with closing(sqlite3.connect(service.store.path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         _, writer = await asyncio.open_connection("127.0.0.1", service.port)
         head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nX-API-Key: {service.key}\r\nContent-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body)
-        await eventually(lambda: service.sandboxes.builds._builds.keys() != service.store.builds().keys())
+        await eventually(lambda: written(service) != known(service))
         writer.close()
         await eventually(lambda: not len(service.app.settings["requests"]))
         other.execute("ROLLBACK")
-
-
-def known(service: Service) -> dict[str, Any]:
-    """The builds in memory, as their records tell them."""
-    return {each.id: json.loads(builds._row(each)[1]) for each in service.sandboxes.builds.of(service.owner)}
-
-
-def written(service: Service) -> dict[str, Any]:
-    return {build: json.loads(record) for build, record in service.store.builds().items()}
 
 
 async def test_clients_that_hang_up(service: Service, tmp_path: Path) -> None:
@@ -506,7 +508,7 @@ async def test_clients_that_hang_up(service: Service, tmp_path: Path) -> None:
     await eventually(lambda: len(service.sandboxes) == 1)
     await hang_up(service, "DELETE", "/templates/mine")
     await eventually(lambda: written(service) == known(service) and not snapshots(tmp_path))
-    assert [each["name"] for each in known(service).values()] == ["asked"]
+    assert [each.name for each in service.sandboxes.builds.of(service.owner)] == ["asked"]
     assert (len(service.sandboxes), service.sandboxes.builds.uploads._sizes[service.owner]) == (0, 0)
     assert service.sandboxes.builds._logs == {}
 
