@@ -419,4 +419,6 @@ def main() -> None:
     with contextlib.suppress(ConnectionError):  # the agent was killed
         serve(socket.socket(fileno=int(sys.argv[1])), children)
     for pid in children:  # nobody can ask for them any more
-        os.killpg(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)  # it may be too young to have a group of its own
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
