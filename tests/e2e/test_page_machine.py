@@ -291,7 +291,9 @@ async def test_j8_find_out_why(tab: Tab, server: Server, box: Sandbox) -> None:
     await tab.open(box.id)
     await tab.run("import os; os._exit(3)")
     await expect(tab.page.get_by_role("note").last).to_contain_text("exit code 3")
-    await expect((await tab.run("print('alive')")).locator(".outputs")).to_have_text("alive")
+    await tab.run("print('alive')")
+    await expect(tab.cell("alive").locator(".outputs")).to_have_text("alive")
+    await expect(tab.cell("alive")).not_to_have_class(re.compile("running"))
     for machine in server.machines():
         os.kill(machine, signal.SIGKILL)
     banner = tab.page.get_by_role("alert").filter(has_text="has ended")

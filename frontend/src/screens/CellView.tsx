@@ -147,7 +147,8 @@ function Failure({ error }: { error: CellError }) {
       {isOurs || !text ? (
         <p>
           <strong>{safe(error.name)}</strong> {safe(error.value)}
-          {error.stateKept === false && ". Variables are gone, files stay."}
+          {error.stateKept === false &&
+            (error.name === "SandboxDied" ? ". Variables and files are gone." : ". Variables are gone, files stay.")}
           {error.stateKept === true && ". Variables are kept."}
         </p>
       ) : (
