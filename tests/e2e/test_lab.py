@@ -214,6 +214,11 @@ def printed(messages: list[dict[str, Any]]) -> str:
     return "".join(each["content"]["text"] for each in messages if kind_of(each) == "stream")
 
 
+BESIDE_NOTHING = pytest.mark.alone
+"""JupyterLab's page did not load its style sheet beside other tests, whose machines bring network cards and take them
+away."""
+
+
 @pytest.fixture(scope="session")
 def running(lab_python: Path, cellvm_lab: Path) -> Running:
     """Runs JupyterLab for the time of a block, in an environment into which cellvm-lab is installed."""
@@ -266,6 +271,7 @@ async def browse(python: Path, lab: Lab, steps: str, *kernel: str) -> dict[str, 
     return found
 
 
+@BESIDE_NOTHING
 async def test_jupyterlab_as_it_comes(server: Server, running: Running, lab_python: Path, tmp_path: Path) -> None:
     """Text, a figure and a restart work without the flag that sets our classes."""
     async with running(tmp_path, server.url) as lab:
@@ -275,6 +281,7 @@ async def test_jupyterlab_as_it_comes(server: Server, running: Running, lab_pyth
     assert steps["restart"] | {"text": "False", "prompt": "[1]:"} == steps["restart"]
 
 
+@BESIDE_NOTHING
 async def test_jupyterlab_with_our_classes(server: Server, lab: Lab, lab_python: Path) -> None:
     """A notebook can do everything, the file browser shows a sandbox's file, and an agent's kernel can be used."""
     with server.sandbox() as box:
