@@ -90,7 +90,7 @@ async def test_output_of_forks(real: Service, real_box: str) -> None:
     code = """
 import os
 for n in range(20):
-    print("parent", n)
+    print(f"parent {n}\\n", end="")  # in one piece, because a child's words may come between two
     os.write(1, b"child\\n")
     if not (pid := os.fork()):
         print(f"fork {n}\\n", end="", flush=True)
