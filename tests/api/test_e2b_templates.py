@@ -25,14 +25,6 @@ FILES = "a" * 64
 
 
 @pytest.fixture
-async def driver() -> AsyncIterator[SavingDriver]:
-    """A driver that outlives services."""
-    driver = SavingDriver()
-    yield driver
-    await driver.close()
-
-
-@pytest.fixture
 async def service(tmp_path: Path, driver: SavingDriver) -> AsyncIterator[Service]:
     """A service where a key may have three snapshots."""
     async with serving(tmp_path, driver, max_sandboxes=6, max_snapshots=3) as running:

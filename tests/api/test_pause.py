@@ -20,14 +20,6 @@ from tests.fakes import FakeDriver, FakeNetwork, SavingDriver, Script, Service, 
 
 
 @pytest.fixture
-async def driver() -> AsyncIterator[SavingDriver]:
-    """A driver that outlives services."""
-    driver = SavingDriver()
-    yield driver
-    await driver.close()
-
-
-@pytest.fixture
 async def service(tmp_path: Path, driver: SavingDriver) -> AsyncIterator[Service]:
     """A service that can pause sandboxes, four of them at once and three paused."""
     async with serving(tmp_path, driver, max_paused=3) as running:

@@ -137,9 +137,8 @@ async def test_a_watcher_holds_nobody(service: Service, box: str) -> None:
         assert running["outcome"] == "finished"
 
 
-async def test_a_watcher_is_nobody(tmp_path: Path) -> None:
+async def test_a_watcher_is_nobody(tmp_path: Path, driver: SavingDriver) -> None:
     """A watcher keeps no sandbox alive and wakes none, and leaves no place in the kernel's list of sessions."""
-    driver = SavingDriver()
     async with serving(tmp_path, driver) as service:
         box = await service.create(autoResume={"enabled": True})
         link, kernel = await share(service, box), service.sandboxes.get(service.owner, box).kernel
@@ -153,7 +152,6 @@ async def test_a_watcher_is_nobody(tmp_path: Path) -> None:
         with pytest.raises(InvalidStatus, match="409"):
             await link.stream().__aenter__()
         assert service.sandboxes.get(service.owner, box).state is State.PAUSED
-    await driver.close()
 
 
 async def test_a_link_leaves_room(service: Service, box: str, monkeypatch: pytest.MonkeyPatch) -> None:

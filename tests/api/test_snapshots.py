@@ -27,14 +27,6 @@ from tests.fakes import (
 
 
 @pytest.fixture
-async def driver() -> AsyncIterator[SavingDriver]:
-    """A driver that outlives services."""
-    driver = SavingDriver(network="netns")
-    yield driver
-    await driver.close()
-
-
-@pytest.fixture
 async def service(tmp_path: Path, driver: SavingDriver) -> AsyncIterator[Service]:
     """A service with six places, where a key may have three snapshots."""
     async with serving(tmp_path, driver, max_sandboxes=6, max_snapshots=3, network=FakeNetwork()) as running:

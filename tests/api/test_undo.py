@@ -22,14 +22,6 @@ MB = 1 << 20
 
 
 @pytest.fixture
-async def driver() -> AsyncIterator[SavingDriver]:
-    """A driver that outlives services."""
-    driver = SavingDriver(network="netns")
-    yield driver
-    await driver.close()
-
-
-@pytest.fixture
 async def service(tmp_path: Path, driver: SavingDriver) -> AsyncIterator[Service]:
     """A service where the checkpoints of a sandbox may take 10 MiB."""
     async with serving(tmp_path, driver, checkpoint_bytes=10 * MB, network=FakeNetwork()) as running:

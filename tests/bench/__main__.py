@@ -79,6 +79,11 @@ class Bench:
             f" {target:22} {beside}"
         )
 
+    def print(self, *rows: tuple[str, str, str, str | None]) -> None:
+        """Print rows of a table; `line` has their fields."""
+        for row in rows:
+            print(self.line(*row))
+
 
 class Server:
     """A server of its own, through its command line."""
@@ -459,7 +464,7 @@ def report(bench: Bench, health: dict[str, Any] | None) -> None:
         print(bench.line(fork, "ms", PYTHON_TARGETS.get(fork, "target <= 1"), name))
     if "resume" in bench.samples:
         restore = "template restore"
-        for row in (
+        bench.print(
             (restore, "ms", "", None),
             ("pause, 100 MiB changed", "ms", "target <= 2.5 x", restore),
             ("resume", "ms", "", restore),
@@ -472,8 +477,7 @@ def report(bench: Bench, health: dict[str, Any] | None) -> None:
             ("start from a snapshot", "ms", "target <= 1 x", "template restore beside"),
             ("checkpoint", "ms", "", "template restore beside"),
             ("back to a checkpoint", "ms", "", "template restore beside"),
-        ):
-            print(bench.line(*row))
+        )
     if "create with network" in bench.samples:
         for name in ("create with network", "create without network", "create, what the network adds"):
             print(bench.line(name, "ms", "target <= 10" if "adds" in name else "", None))
@@ -490,7 +494,7 @@ def rest_table(bench: Bench) -> None:
     """Print the measurements over REST."""
     print(f"{'':34} {'p50':>9} {'min':>9} {'max':>9}")
     floor = "empty request (GET /health)"
-    rows = [
+    bench.print(
         (floor, "ms", "", None),
         ("create, warm pool", "ms", "target <= 25", floor),
         ("create, empty pool", "ms", "target <= 400", floor),
@@ -503,9 +507,7 @@ def rest_table(bench: Bench) -> None:
         ("download 64 MiB", "MB/s", "target >= 80", "plain HTTP down"),
         ("private memory per sandbox", "MiB", "", None),
         ("PSS per sandbox", "MiB", "", None),
-    ]
-    for row in rows:
-        print(bench.line(*row))
+    )
 
 
 main()
